@@ -1,0 +1,319 @@
+"""The scripted expert: a task becomes primitives, a primitive a key pose, a pose a joint path, a path targets at 20 Hz (BLM1, planning side of its data engine).
+
+    primitives(env) -> [Primitive]            approach, descend, grasp, carry, ... each a TCP pose or a finger target
+    plan(env, primitives) -> [Segment]        inverse kinematics along the way, collision check, another tilt or yaw if infeasible, timing under speed limits
+    demonstrate(env, seed) -> Demonstration   execute with small disturbances, watch success, plan again from where things are on failure
+
+The expert reads the true state of the simulator; policies never do.
+"""
+from dataclasses import dataclass
+
+import mujoco
+import numpy as np
+
+from data.env import CONTROL_HZ
+from data.robots import SQUEEZE, get_kinematics
+from data.tasks import PEG_LENGTH, PEG_RADIUS, TASKS, region_radius
+
+JOINT_SPEED = 1.3        # rad/s, peak, and never above 0.6 of the arm's own limit
+TCP_SPEED = 0.45         # m/s, peak
+PEG_GRIP = {"panda": 6.0, "xarm6": 9.0, "xarm7": 9.0, "widowx": 7.0}    # N a finger: carries the peg (5.9 N), lets it swing until friction balances it
+PEG_FIRM = 20.0          # N a finger, to turn it
+PEG_LEVER = 0.07         # m from its centre to where it is held
+FINGER_STEPS = 6         # control steps for every closing or opening, as ManiSkill's experts
+TILTS = (0.0, 0.3, 0.6)  # rad, forwards from straight down: the WidowX points straight down only below 0.175 m
+PLANS = 6                # how often the expert may look again and plan from where things are
+
+
+class Infeasible(Exception):
+    """No joint path reaches this pose: `primitive` says which."""
+
+
+@dataclass
+class Primitive:
+    """Move the TCP to `position` (m, the task's frame) with the fingers at `finger` (m), or, without a position, only move the fingers.
+
+    turns: closing axis' angles to try (rad, 0 = the hand's rest direction seen from the base); straight: along a line; slow: fraction of the speed limits.
+    """
+    name: str
+    finger: float
+    position: np.ndarray = None
+    turns: tuple = (0.0,)
+    tilts: tuple = TILTS
+    straight: bool = True
+    slow: float = 1.0
+    hold: int = 0            # control steps to wait at the end, while the servos catch up
+    keep_pose: bool = False  # same orientation as the primitive before
+
+
+@dataclass
+class Segment:
+    """One primitive as targets: name, actions (n, A)."""
+    name: str
+    actions: np.ndarray
+
+
+@dataclass
+class Demonstration:
+    """states (L, S), actions (L, A) clean targets, phases [L], images [L] or [], objects (L, O, 3) m, success, attempts, clipped."""
+    states: np.ndarray
+    actions: np.ndarray
+    phases: list
+    images: list
+    success: bool
+    attempts: int
+    instruction: str
+
+
+# ---- poses
+
+def tool_rotation(robot, azimuth, turn, tilt):
+    """(3, 3): approach axis tilted by `tilt` forwards from straight down, closing axis horizontal; azimuth + turn is the direction (rad) of "forwards"."""
+    a = azimuth + turn
+    forward = np.array([np.cos(a), np.sin(a), 0.0])
+    z = np.array([0.0, 0.0, -np.cos(tilt)]) + np.sin(tilt) * forward
+    y = np.array([np.sin(a), -np.cos(a), 0.0])
+    if get_kinematics(robot.name).forward(robot.home)[1][1, 1] > 0:      # this hand rests with its closing axis the other way round
+        y = -y
+    return np.stack([np.cross(y, z), y, z], axis=1)
+
+
+def quarter_turns(yaw, azimuth):
+    """Turns (rad) that put the closing axis across a cube's faces, the smallest first."""
+    turn = (yaw - azimuth + np.pi / 4) % (np.pi / 2) - np.pi / 4
+    return tuple(sorted((turn, turn - np.pi / 2, turn + np.pi / 2), key=abs))[:2]
+
+
+def azimuth_of(env, position):
+    """Direction (rad) from the base to a point: the hand's rest direction there."""
+    x, y = position[:2] - env.base[:2]
+    return np.arctan2(y, x)
+
+
+def yaw_of(env, name):
+    rotation = env.rotation(name)
+    axis = max(range(3), key=lambda i: np.hypot(*rotation[:2, i]))       # the cube may lie on any face
+    return np.arctan2(rotation[1, axis], rotation[0, axis])
+
+
+def above(point, height):
+    return np.array([point[0], point[1], point[2] + height])
+
+
+# ---- tasks as primitives (the order of ManiSkill's experts; what differs says why)
+
+def grasp(env, name, point, turns, close=SQUEEZE, clearance=0.06):
+    """Open, go above, go down, close."""
+    open_ = env.robot.travel
+    return [Primitive("approach", open_, above(point, clearance), turns, straight=False),
+            Primitive("descend", open_, point, turns, slow=0.6, hold=2, keep_pose=True),
+            Primitive("grasp", close)]
+
+
+def retreat(env):
+    """Up and away first, if the hand is low and things went wrong before."""
+    tcp = env.data.site_xpos[env.tcp]
+    return [Primitive("retreat", env.robot.travel), Primitive("retreat", env.robot.travel, above(tcp, 0.06), straight=True)] if tcp[2] < 0.06 else []
+
+
+def pick_cube(env):
+    cube, goal = env.position("cube"), env.position("goal")
+    steps = grasp(env, "cube", cube, quarter_turns(yaw_of(env, "cube"), azimuth_of(env, cube)))
+    return steps + [Primitive("lift", SQUEEZE, above(cube, 0.04)), Primitive("carry", SQUEEZE, goal, hold=8)]
+
+
+def slide(direction):
+    """Push (+1) or pull (-1): the closed fingers stand behind the cube and drive it along x, over the edge of the target and inside."""
+    def primitives(env):
+        cube, goal = env.position("cube"), env.position("goal")
+        turn = (-azimuth_of(env, cube),)
+        start = cube - (direction * 0.055, 0, 0)
+        # the fingers' half thickness and the cube's half side stand between TCP and cube centre
+        end = np.array([goal[0] - direction * (0.03 + 0.6 * region_radius(env.robot)), cube[1], start[2]])
+        return [Primitive("approach", 0.0, above(start, 0.07), turn, straight=False), Primitive("descend", 0.0, start, turn, slow=0.8, keep_pose=True),
+                Primitive("push" if direction > 0 else "pull", 0.0, end, turn, slow=0.7, hold=2)]
+    return primitives
+
+
+def stack_cube(env):
+    a, b = env.position("cubeA"), env.position("cubeB")
+    turns = quarter_turns(yaw_of(env, "cubeA"), azimuth_of(env, a))
+    top = above(b, 0.04)
+    return grasp(env, "cubeA", a, turns) + [
+        Primitive("lift", SQUEEZE, above(a, 0.09)),
+        Primitive("carry", SQUEEZE, above(top, 0.05)),
+        Primitive("place", SQUEEZE, above(top, 0.003), slow=0.6, hold=3),
+        Primitive("release", env.robot.travel), Primitive("retreat", env.robot.travel, above(top, 0.07))]
+
+
+def place_sphere(env):
+    ball, bin_ = env.position("sphere"), env.position("bin")
+    return grasp(env, "sphere", ball, (0.0, np.pi / 4, -np.pi / 4)) + [
+        Primitive("lift", SQUEEZE, above(ball, 0.07)),
+        Primitive("carry", SQUEEZE, above(bin_, 0.07)),
+        # 9 mm above its rest instead of 27: a ball dropped from higher jumps out of walls that reach only its lower half
+        Primitive("place", SQUEEZE, above(bin_, 0.032), slow=0.5, hold=4),
+        Primitive("release", env.robot.travel), Primitive("retreat", env.robot.travel, above(bin_, 0.08))]
+
+
+def lift_peg(env):
+    """Grasp loosely across the far half and lift: the peg swings down in the grip. Then, from where it hangs, turn the hand by what is missing and set it down."""
+    peg, axis, tcp = env.position("peg"), env.rotation("peg")[:, 0], env.data.site_xpos[env.tcp].copy()
+    loose = PEG_RADIUS - PEG_GRIP[env.robot.name] / env.robot.fingers["kp"]
+    if env.grasped("peg") and peg[2] > 1.2 * PEG_RADIUS:
+        axis = axis * np.sign(axis[2])
+        _, closing, approach = env.data.site_xmat[env.tcp].reshape(3, 3).T
+        forward = np.array([-closing[1], closing[0], 0.0])
+        forward *= np.sign(forward @ (tcp - env.base)) / np.linalg.norm(forward)
+        direction, tilt, lean = np.arctan2(forward[1], forward[0]), np.arctan2(approach @ forward, -approach[2]), np.arctan2(axis @ forward, axis[2])
+        firm = PEG_RADIUS - PEG_FIRM / env.robot.fingers["kp"]
+        turned = Primitive("turn", firm, tcp, (direction - azimuth_of(env, tcp),), tilts=tuple(tilt + lean + d for d in (0, -0.05, 0.05)), slow=1.0)
+        down = above(tcp, PEG_LENGTH + (tcp - peg) @ axis - tcp[2] - 0.006)
+        return [turned, Primitive("place", firm, down, slow=0.4, hold=4, keep_pose=True), Primitive("release", env.robot.travel)]
+    outwards = axis * np.sign(axis @ (peg - env.base))
+    point = peg + PEG_LEVER * outwards
+    turn = np.arctan2(outwards[1], outwards[0]) - azimuth_of(env, point)
+    return grasp(env, "peg", point, (turn,), close=loose) + [
+        Primitive("lift", loose, above(peg + PEG_LEVER / 2 * outwards, 0.23), (np.arctan2(outwards[1], outwards[0]) - azimuth_of(env, peg + PEG_LEVER / 2 * outwards),),
+                  slow=0.8)]
+
+
+PRIMITIVES = dict(zip(TASKS, (pick_cube, slide(+1), slide(-1), stack_cube, place_sphere, lift_peg)))
+
+
+# ---- paths
+
+def rotation_between(a, b, fraction):
+    """The rotation (3, 3) that lies `fraction` of the way from a to b."""
+    quats, out, velocity = np.empty((2, 4)), np.empty(9), np.empty(3)
+    for quat, matrix in zip(quats, (a, b)):
+        mujoco.mju_mat2Quat(quat, matrix.ravel())
+    mujoco.mju_subQuat(velocity, quats[1], quats[0])
+    mujoco.mju_quatIntegrate(quats[0], velocity, fraction)
+    mujoco.mju_quat2Mat(out, quats[0])
+    return out.reshape(3, 3)
+
+
+class Planner:
+    """Joint paths for one env, checked for collisions on a private copy of its state."""
+
+    def __init__(self, env):
+        self.env, self.robot, self.kinematics = env, env.robot, get_kinematics(env.robot.name)
+        self.scratch = mujoco.MjData(env.model)
+        model = env.model
+        bodies = {model.body(name).id for name in ["base", "hand", "left_finger", "right_finger"] + [f"link{i + 1}" for i in range(self.robot.dof)]}
+        self.is_robot = np.array([b in bodies for b in model.geom_bodyid])
+        self.is_free = np.array([model.body_dofnum[b] == 6 for b in model.geom_bodyid])   # what may be touched: the task is to touch it
+        self.limit = np.minimum(JOINT_SPEED, 0.6 * self.robot.velocity_limit)
+
+    def collides(self, qpos, finger):
+        """True if the arm at `qpos` touches itself or what is fixed (table, bin)."""
+        self.scratch.qpos[:] = self.env.data.qpos
+        self.scratch.qpos[:self.robot.dof], self.scratch.qpos[self.robot.dof:self.robot.dof + 2] = qpos, max(finger, 0)
+        self.scratch.mocap_pos[:], self.scratch.mocap_quat[:] = self.env.data.mocap_pos, self.env.data.mocap_quat
+        mujoco.mj_kinematics(self.env.model, self.scratch)
+        mujoco.mj_collision(self.env.model, self.scratch)
+        for contact in self.scratch.contact[:self.scratch.ncon]:
+            one, two = contact.geom
+            if (self.is_robot[one] or self.is_robot[two]) and not (self.is_free[one] or self.is_free[two]) and contact.dist < -0.001:
+                fingers = {one, two} == set(self.env.pads)
+                if not fingers:
+                    return True
+        return False
+
+    def path(self, start, primitive, rotation):
+        """Waypoints (n, dof) from `start` to the primitive's pose, or None."""
+        at, turned = self.kinematics.forward(start)
+        goal = np.asarray(primitive.position) - self.env.base
+        if primitive.straight:
+            n = max(2, int(np.linalg.norm(goal - at) / 0.02), int(np.arccos(np.clip((np.trace(turned.T @ rotation) - 1) / 2, -1, 1)) / 0.15)) + 1
+            points, q = [start], start
+            for f in np.linspace(0, 1, n)[1:]:
+                q_next = self.kinematics.inverse(at + f * (goal - at), rotation_between(turned, rotation, f), q)
+                if q_next is None or np.abs(q_next - q).max() > 0.6:
+                    return None
+                points.append(q := q_next)
+        else:
+            end = self.kinematics.inverse(goal, rotation, start)
+            if end is None:
+                return None
+            points = list(np.linspace(start, end, 8))
+        return None if any(self.collides(q, primitive.finger) for q in points) else np.array(points)
+
+    def timed(self, points, slow):
+        """Targets (n, dof) at 20 Hz along the waypoints: minimum-jerk progress, peak joint and TCP speeds under the limits."""
+        steps = np.abs(np.diff(points, axis=0)) / (self.limit * slow)
+        places = np.array([self.kinematics.forward(q)[0] for q in points])
+        tcp = np.linalg.norm(np.diff(places, axis=0), axis=1) / (TCP_SPEED * slow)
+        knots = np.concatenate([[0], np.cumsum(np.maximum(steps.max(1), tcp) + 1e-6)])
+        n = max(3, int(np.ceil(1.875 * knots[-1] * CONTROL_HZ)))        # minimum jerk peaks at 15/8 of its mean speed
+        u = np.arange(1, n + 1) / n
+        progress = knots[-1] * u ** 3 * (10 - 15 * u + 6 * u ** 2)
+        return np.stack([np.interp(progress, knots, points[:, i]) for i in range(points.shape[1])], axis=1)
+
+    def plan(self, primitives):
+        """[Segment] for the primitives from where the arm is; raises Infeasible. Tilts and turns are tried in order; the grasp's choice is kept as long as it can be."""
+        q, pose, segments = self.env.data.ctrl[:self.robot.dof].copy(), (0.0, 0.0), []
+        for index, p in enumerate(primitives):
+            if p.position is None:
+                path = np.repeat(q[None], FINGER_STEPS, axis=0)
+            else:
+                path, q, pose = self.reach(q, p, pose, primitives[index + 1] if index + 1 < len(primitives) else None)
+            segments.append(Segment(p.name, np.column_stack([path, np.full(len(path), p.finger)])))
+        return segments
+
+    def reach(self, q, p, pose, following):
+        """Targets, last joint angles and (turn, tilt) for one primitive; an approach is taken only if the descent after it is possible too."""
+        azimuth = azimuth_of(self.env, p.position)
+        absolute = {"azimuth": azimuth}
+        if p.keep_pose:
+            options = [pose]
+        elif p.name in ("approach", "retreat") or len(p.turns) > 1 or p.turns != (0.0,):
+            options = [(azimuth + turn, tilt) for tilt in p.tilts for turn in p.turns]
+        else:                                              # carrying: any direction will do, the present one first, then turned with the arm
+            options = [(direction, tilt) for tilt in sorted(p.tilts, key=lambda t: abs(t - pose[1])) for direction in (pose[0], azimuth)]
+        for direction, tilt in options:
+            rotation = tool_rotation(self.robot, 0.0, direction, tilt)
+            points = self.path(q, p, rotation)
+            if points is None:
+                continue
+            if following is not None and following.keep_pose and self.path(points[-1], following, rotation) is None:
+                continue
+            targets = self.timed(points, p.slow)
+            return np.concatenate([targets, np.repeat(targets[-1:], p.hold, axis=0)]), points[-1], (direction, tilt)
+        raise Infeasible(f"{self.robot.name} cannot {p.name} at {np.round(p.position, 3)} in {self.env.task.name}")
+
+
+# ---- demonstrations
+
+def demonstrate(env, seed, noise=0.0, watch=None):
+    """Solve the layout of `seed`; returns a Demonstration, successful or not.
+
+    noise: size (rad) of smooth disturbances of the executed joint targets while moving freely; the recorded actions stay clean, so that
+    demonstrations show the way back (DART, arXiv 1703.09327). watch(env, phase): called before every control step.
+    """
+    observation, _ = env.reset(seed)
+    rng, planner = np.random.default_rng([seed, 7]), Planner(env)
+    states, actions, phases, images = [], [], [], []
+    success, attempt, disturbance = False, 0, np.zeros(env.robot.dof)
+    while not success and attempt < PLANS and env.steps < env.task.max_steps:
+        try:
+            segments = planner.plan((retreat(env) if attempt else []) + PRIMITIVES[env.task.name](env))
+        except Infeasible:                                 # roll back: let go, and look again
+            segments = planner.plan([Primitive("release", env.robot.travel)])
+        attempt += 1
+        for segment in segments:
+            free = segment.name in ("approach", "lift", "carry")
+            for i, action in enumerate(segment.actions):
+                if watch:
+                    watch(env, segment.name)
+                fade = min(1.0, (len(segment.actions) - i) / 6) if free else 0.0   # quiet again where precision begins
+                disturbance = 0.8 * disturbance + 0.6 * noise * rng.normal(size=env.robot.dof)
+                states.append(observation["state"]), actions.append(action), phases.append(segment.name), images.append(observation["images"])
+                observation, _, success, truncated, _ = env.step(action + np.append(disturbance * fade, 0))
+                if success or truncated:
+                    break
+            if success or truncated:
+                break
+    shape = (0, env.robot.action_dim)
+    return Demonstration(np.array(states), np.array(actions, np.float32).reshape(-1, shape[1]), phases, images, success, attempt, env.instruction)

@@ -1,0 +1,207 @@
+"""Episodes: recorded from the expert, kept on disk, read at training speed, looked at.
+
+    python -m data.record --robots all --tasks all --episodes 100 --seed 0 --workers 2
+    python -m data.record --show out/demos --out out/demos.png          a contact sheet (.png) or a moving picture (.gif)
+
+An episode is one safetensors file, <folder>/<robot>-<task>-<seed>.safetensors, L control steps at 20 Hz long:
+    state   (L, S) float32   action (L, A) float32     order and units: data/robots.py; row t is what was seen and what the expert commanded
+    jpeg    (bytes,) uint8   offset (2 L + 1,) int64    JPEG pictures end to end; front of step t is piece 2 t, wrist 2 t + 1
+    phase   (L,) uint8       index into the header's "phases"
+Header (one JSON object, "episode"): robot, task, seed, instruction, success, attempts, phases, noise, made (the command), version.
+Files appear whole or not at all; a second run records only what is missing. Only successes are kept; failures.json counts the others.
+"""
+import io
+import json
+import multiprocessing
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from cli import UserError, atomic, choose_many, parse, run
+from data.env import CONTROL_HZ, TabletopEnv
+from data.expert import demonstrate
+from data.robots import ROBOTS
+from data.tasks import TASKS
+
+VERSION = 1
+JPEG_QUALITY = 92
+
+
+@dataclass
+class RecordConfig:
+    robots: str = "all"      # comma-separated robots, or all
+    tasks: str = "all"       # comma-separated tasks, or all
+    episodes: int = 100      # successful episodes for each robot and task
+    seed: int = 0            # first layout seed; evaluation uses seeds from 1,000,000 on
+    workers: int = 2         # processes
+    noise: float = 0.015     # rad, smooth disturbance of what is executed (never of what is recorded)
+    out: str = "out/demos"   # folder of episodes; with --show the picture to draw
+    show: str = ""           # draw this folder (or file) of episodes instead of recording
+
+
+# ---- writing
+
+def encode(image):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)      # full colour resolution: objects are a few pixels wide
+    return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+def write_episode(path, demonstration, robot, task, seed, noise):
+    """One Demonstration as a file; see the top of this file."""
+    pieces = [encode(images[view]) for images in demonstration.images for view in ("front", "wrist")]
+    names = list(dict.fromkeys(demonstration.phases))
+    tensors = {"state": demonstration.states, "action": demonstration.actions, "jpeg": np.concatenate(pieces),
+               "offset": np.cumsum([0] + [len(p) for p in pieces]), "phase": np.array([names.index(p) for p in demonstration.phases], np.uint8)}
+    header = {"robot": robot, "task": task, "seed": seed, "instruction": demonstration.instruction, "success": bool(demonstration.success),
+              "attempts": demonstration.attempts, "phases": names, "noise": noise, "made": shlex.join(sys.argv), "version": VERSION}
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, metadata={"episode": json.dumps(header)})
+
+
+def record_cell(job):
+    """Record one slice of a cell; yields nothing, returns (robot, task, kept, failed seeds). Seeds count up from the slice's start until enough succeed."""
+    robot, task, config, first, step = job
+    folder, env, kept, failed, seed = Path(config.out), None, 0, [], config.seed + first
+    wanted = len(range(first, config.episodes, step))
+    while kept < wanted:
+        path = folder / f"{robot}-{task}-{seed}.safetensors"
+        if not path.exists():
+            env = env or TabletopEnv(robot, task)
+            demonstration = demonstrate(env, seed, config.noise)
+            if not demonstration.success:
+                failed.append(seed)
+                if len(failed) > 20 + wanted:
+                    raise UserError(f"the expert fails on {robot} {task}: {len(failed)} layouts of {len(failed) + kept}")
+                seed += step
+                continue
+            write_episode(path, demonstration, robot, task, seed, config.noise)
+        kept += 1
+        seed += step
+    if env:
+        env.close()
+    return robot, task, kept, failed
+
+
+def record(config):
+    """Record what is missing of robots x tasks x episodes into config.out; returns {cell: failed seeds}."""
+    robots, tasks = choose_many(config.robots, ROBOTS, "robot"), choose_many(config.tasks, TASKS, "task")
+    if config.episodes < 1 or config.workers < 1:
+        raise UserError(f"--episodes {config.episodes} and --workers {config.workers} must be at least 1")
+    with atomic(Path(config.out) / ".writable"):
+        pass
+    (Path(config.out) / ".writable").unlink()
+    # slices of ten interleaved seeds, so that the work divides well and the files do not depend on the number of workers
+    slices = max(1, config.episodes // 10)
+    jobs = [(r, t, config, first, slices) for t in tasks for r in robots for first in range(slices)]
+    failures = {}
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with multiprocessing.get_context("spawn").Pool(config.workers) as pool, tqdm(total=len(robots) * len(tasks) * config.episodes, unit="episode") as bar:
+        for robot, task, kept, failed in pool.imap_unordered(guarded, jobs):
+            if kept is None:
+                raise UserError(failed)
+            failures.setdefault(f"{robot}-{task}", []).extend(failed)
+            bar.update(kept)
+            bar.set_postfix(failed=sum(map(len, failures.values())))
+    with atomic(Path(config.out) / "failures.json") as temporary:
+        temporary.write_text(json.dumps({cell: sorted(seeds) for cell, seeds in sorted(failures.items())}, indent=1))
+    return failures
+
+
+def guarded(job):
+    try:
+        return record_cell(job)
+    except UserError as error:                             # exceptions of workers come with a traceback; a line is enough
+        return None, None, None, str(error)
+
+
+# ---- reading
+
+class Episode:
+    """One file, memory-mapped: state (L, S), action (L, A) float32, images(t) -> [front, wrist] uint8, header fields as attributes. UserError if broken."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            with safe_open(self.path, "numpy") as file:
+                header = json.loads((file.metadata() or {})["episode"])
+                self.state, self.action, self.offset, self.phase = (file.get_tensor(n) for n in ("state", "action", "offset", "phase"))
+                assert len(self.state) == len(self.action) == len(self.phase) == (len(self.offset) - 1) // 2
+                file.get_slice("jpeg").get_shape()
+        except (OSError, SafetensorError, KeyError, ValueError, AssertionError) as error:
+            raise UserError(f"broken episode file {path} ({type(error).__name__}: {error}); delete it and record again") from None
+        if header.get("version") != VERSION:
+            raise UserError(f"{path} has format version {header.get('version')}, this code reads {VERSION}; record again")
+        self.header = header
+        self.robot, self.task, self.seed, self.instruction, self.success = (header[k] for k in ("robot", "task", "seed", "instruction", "success"))
+        self.phases = [header["phases"][i] for i in self.phase]
+
+    def __len__(self):
+        return len(self.state)
+
+    def images(self, t):
+        """[front, wrist] (128, 128, 3) uint8 of step t."""
+        with safe_open(self.path, "numpy") as file:
+            piece = file.get_slice("jpeg")
+            return [np.asarray(Image.open(io.BytesIO(piece[int(self.offset[2 * t + v]):int(self.offset[2 * t + v + 1])].tobytes()))) for v in (0, 1)]
+
+
+def load_episodes(folder):
+    """All episodes of a folder, sorted by cell and seed. UserError if there are none, or one is broken."""
+    paths = sorted(Path(folder).glob("[a-z]*.safetensors"), key=lambda p: (p.stem.rsplit("-", 1)[0], int(p.stem.rsplit("-", 1)[1])) if p.stem.rsplit("-", 1)[-1].isdigit() else ("", 0))
+    if not paths:
+        raise UserError(f"no episodes in {folder}; make them with `python -m data.record --out {folder}`")
+    return [Episode(path) for path in paths]
+
+
+def ensure(folder, **settings):
+    """Record the default demonstrations into `folder` unless episodes are there."""
+    if not any(Path(folder).glob("[a-z]*.safetensors")):
+        config = RecordConfig(out=str(folder), workers=os.cpu_count() or 1, **settings)
+        print(f"no demonstrations in {folder}: recording {config.episodes} for each of 24 cells (about {24 * config.episodes / 120 / config.workers:.0f} minutes)")
+        record(config)
+
+
+# ---- looking
+
+def show(source, out, columns=8):
+    """Draw one episode a cell (or the one file `source`): a row of frames each as .png, or all cells playing side by side as .gif."""
+    paths = {}
+    for path in [Path(source)] if Path(source).is_file() else sorted(Path(source).glob("[a-z]*.safetensors")):
+        paths.setdefault(path.stem.rsplit("-", 1)[0], path)
+    if not paths:
+        raise UserError(f"no episodes at {source}; make them with `python -m data.record --out {source}`")
+    strips = []
+    for path in paths.values():
+        episode = Episode(path)
+        strips.append([np.concatenate(episode.images(int(t)), 0) for t in np.linspace(0, len(episode) - 1, columns if Path(out).suffix != ".gif" else 40)])
+    with atomic(out) as temporary:
+        if Path(out).suffix == ".gif":
+            wide = min(6, len(strips))
+            strips += [[np.zeros_like(strips[0][0])] * 40] * (-len(strips) % wide)
+            frames = [Image.fromarray(np.concatenate([np.concatenate([s[i] for s in strips[r:r + wide]], 1) for r in range(0, len(strips), wide)])) for i in range(40)]
+            frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=1000 // CONTROL_HZ * 2, loop=0)
+        else:
+            Image.fromarray(np.concatenate([np.concatenate(strip, 1) for strip in strips])).save(temporary)
+    print(f"drew {len(strips)} episodes into {out}")
+
+
+def main():
+    config = parse(RecordConfig, description="Record the expert's demonstrations, or look at them (--show).")
+    if config.show:
+        out = config.out if Path(config.out).suffix in (".gif", ".png") else "out/demos.png"
+        return show(config.show, out)
+    failures = record(config)
+    print(f"episodes in {config.out}; failed layouts: {sum(map(len, failures.values()))}")
+
+
+if __name__ == "__main__":
+    run(main)
