@@ -17,8 +17,8 @@ from data.tasks import PEG_LENGTH, PEG_RADIUS, TASKS, region_radius
 
 JOINT_SPEED = 1.3        # rad/s, peak, and never above 0.6 of the arm's own limit
 TCP_SPEED = 0.45         # m/s, peak
-PEG_GRIP = {"panda": 6.0, "xarm6": 9.0, "xarm7": 9.0, "widowx": 7.0}    # N a finger: carries the peg (5.9 N), lets it swing until friction balances it
-PEG_FIRM = 20.0          # N a finger, to turn it
+PEG_SWING = 6.0          # N a finger: carries the peg (5.9 N) and lets it swing until friction balances it; for the Panda, whose wrist cannot turn it all the way
+PEG_FIRM = 25.0          # N a finger: the peg does not swing
 PEG_LEVER = 0.07         # m from its centre to where it is held
 FINGER_STEPS = 6         # control steps for every closing or opening, as ManiSkill's experts
 TILTS = (0.0, 0.3, 0.6)  # rad, forwards from straight down: the WidowX points straight down only below 0.175 m
@@ -38,7 +38,7 @@ class Primitive:
     name: str
     finger: float
     position: np.ndarray = None
-    turns: tuple = (0.0,)
+    turns: tuple = None      # None: any direction will do, the present one first
     tilts: tuple = TILTS
     straight: bool = True
     slow: float = 1.0
@@ -102,10 +102,10 @@ def above(point, height):
 
 # ---- tasks as primitives (the order of ManiSkill's experts; what differs says why)
 
-def grasp(env, name, point, turns, close=SQUEEZE, clearance=0.06):
+def grasp(env, point, turns, close=SQUEEZE, clearance=0.06, tilts=TILTS):
     """Open, go above, go down, close."""
     open_ = env.robot.travel
-    return [Primitive("approach", open_, above(point, clearance), turns, straight=False),
+    return [Primitive("approach", open_, above(point, clearance), turns, tilts, straight=False),
             Primitive("descend", open_, point, turns, slow=0.6, hold=2, keep_pose=True),
             Primitive("grasp", close)]
 
@@ -118,7 +118,7 @@ def retreat(env):
 
 def pick_cube(env):
     cube, goal = env.position("cube"), env.position("goal")
-    steps = grasp(env, "cube", cube, quarter_turns(yaw_of(env, "cube"), azimuth_of(env, cube)))
+    steps = grasp(env, cube, quarter_turns(yaw_of(env, "cube"), azimuth_of(env, cube)))
     return steps + [Primitive("lift", SQUEEZE, above(cube, 0.04)), Primitive("carry", SQUEEZE, goal, hold=8)]
 
 
@@ -139,7 +139,7 @@ def stack_cube(env):
     a, b = env.position("cubeA"), env.position("cubeB")
     turns = quarter_turns(yaw_of(env, "cubeA"), azimuth_of(env, a))
     top = above(b, 0.04)
-    return grasp(env, "cubeA", a, turns) + [
+    return grasp(env, a, turns) + [
         Primitive("lift", SQUEEZE, above(a, 0.09)),
         Primitive("carry", SQUEEZE, above(top, 0.05)),
         Primitive("place", SQUEEZE, above(top, 0.003), slow=0.6, hold=3),
@@ -148,7 +148,7 @@ def stack_cube(env):
 
 def place_sphere(env):
     ball, bin_ = env.position("sphere"), env.position("bin")
-    return grasp(env, "sphere", ball, (0.0, np.pi / 4, -np.pi / 4)) + [
+    return grasp(env, ball, (0.0, np.pi / 4, -np.pi / 4)) + [
         Primitive("lift", SQUEEZE, above(ball, 0.07)),
         Primitive("carry", SQUEEZE, above(bin_, 0.07)),
         # 9 mm above its rest instead of 27: a ball dropped from higher jumps out of walls that reach only its lower half
@@ -159,23 +159,23 @@ def place_sphere(env):
 def lift_peg(env):
     """Grasp loosely across the far half and lift: the peg swings down in the grip. Then, from where it hangs, turn the hand by what is missing and set it down."""
     peg, axis, tcp = env.position("peg"), env.rotation("peg")[:, 0], env.data.site_xpos[env.tcp].copy()
-    loose = PEG_RADIUS - PEG_GRIP[env.robot.name] / env.robot.fingers["kp"]
+    grip = PEG_RADIUS - (PEG_SWING if env.robot.name == "panda" else PEG_FIRM) / env.robot.fingers["kp"]
     if env.grasped("peg") and peg[2] > 1.2 * PEG_RADIUS:
         axis = axis * np.sign(axis[2])
         _, closing, approach = env.data.site_xmat[env.tcp].reshape(3, 3).T
         forward = np.array([-closing[1], closing[0], 0.0])
         forward *= np.sign(forward @ (tcp - env.base)) / np.linalg.norm(forward)
-        direction, tilt, lean = np.arctan2(forward[1], forward[0]), np.arctan2(approach @ forward, -approach[2]), np.arctan2(axis @ forward, axis[2])
+        tilt, lean = np.arctan2(approach @ forward, -approach[2]), np.arctan2(axis @ forward, axis[2])
         firm = PEG_RADIUS - PEG_FIRM / env.robot.fingers["kp"]
-        turned = Primitive("turn", firm, tcp, (direction - azimuth_of(env, tcp),), tilts=tuple(tilt + lean + d for d in (0, -0.05, 0.05)), slow=1.0)
+        turned = Primitive("turn", firm, tcp, (0.0,), tilts=tuple(tilt + lean + d for d in (0, -0.05, 0.05)), straight=False)
         down = above(tcp, PEG_LENGTH + (tcp - peg) @ axis - tcp[2] - 0.006)
         return [turned, Primitive("place", firm, down, slow=0.4, hold=4, keep_pose=True), Primitive("release", env.robot.travel)]
     outwards = axis * np.sign(axis @ (peg - env.base))
     point = peg + PEG_LEVER * outwards
     turn = np.arctan2(outwards[1], outwards[0]) - azimuth_of(env, point)
-    return grasp(env, "peg", point, (turn,), close=loose) + [
-        Primitive("lift", loose, above(peg + PEG_LEVER / 2 * outwards, 0.23), (np.arctan2(outwards[1], outwards[0]) - azimuth_of(env, peg + PEG_LEVER / 2 * outwards),),
-                  slow=0.8)]
+    # leaning back a little at first spares the xArm's wrist the last of its range when the peg stands
+    return grasp(env, point, (turn,), close=grip, tilts=(-0.25, 0.0, 0.3) if env.robot.name.startswith("xarm") else TILTS) + [
+        Primitive("lift", grip, above(peg + PEG_LEVER / 2 * outwards, 0.23), (0.0,), tilts=(0.6, 0.3, 0.0) if env.robot.name != "panda" else TILTS, slow=0.8)]
 
 
 PRIMITIVES = dict(zip(TASKS, (pick_cube, slide(+1), slide(-1), stack_cube, place_sphere, lift_peg)))
@@ -265,10 +265,9 @@ class Planner:
     def reach(self, q, p, pose, following):
         """Targets, last joint angles and (turn, tilt) for one primitive; an approach is taken only if the descent after it is possible too."""
         azimuth = azimuth_of(self.env, p.position)
-        absolute = {"azimuth": azimuth}
         if p.keep_pose:
             options = [pose]
-        elif p.name in ("approach", "retreat") or len(p.turns) > 1 or p.turns != (0.0,):
+        elif p.turns is not None:
             options = [(azimuth + turn, tilt) for tilt in p.tilts for turn in p.turns]
         else:                                              # carrying: any direction will do, the present one first, then turned with the arm
             options = [(direction, tilt) for tilt in sorted(p.tilts, key=lambda t: abs(t - pose[1])) for direction in (pose[0], azimuth)]
