@@ -5,11 +5,6 @@ Observation: {"images": {"front", "wrist"}: (128, 128, 3) uint8, "state": (S,) f
 Deterministic given the seed. The policy's view is this and nothing else; `position`, `rotation` and the like serve success tests, the expert and the corpus.
 """
 import os
-import sys
-
-if sys.platform == "linux":
-    os.environ.setdefault("MUJOCO_GL", "egl")          # headless; must be chosen before MuJoCo is imported
-
 from functools import cache
 
 import mujoco

@@ -1,0 +1,227 @@
+"""The data engine: kinematics against published poses, success tests both ways, determinism, the expert in every cell, episode files."""
+import json
+
+import numpy as np
+import pytest
+
+from cli import UserError
+from data.corpus import CLASSES, CLUTTER, Corpus, look, make_shard, project
+from data.env import CONTROL_HZ, TabletopEnv
+from data.expert import demonstrate, tool_rotation
+from data.record import Episode, RecordConfig, load_episodes, record, write_episode
+from data.robots import ROBOTS, SQUEEZE, get_kinematics, get_robot
+from data.tasks import PEG_LENGTH, TASKS
+
+import mujoco  # isort: skip, data chooses the GL first
+
+# TCP positions (m, base frame) that the arms' sources publish for these joint angles (rad)
+POSES = [
+    ("panda", [0.0, 0.392699, 0.0, -1.963495, 0.0, 2.356194, 0.785398], [0.615, 0.0, 0.1698]),
+    ("panda", [0.0, 0.0, 0.0, -1.57079, 0.0, 1.57079, -0.7853], [0.5545, 0.0, 0.5211]),
+    ("xarm6", [0.001563, -1.109124, -0.097134, 0.000153, 1.206067, 0.001662], [0.1928, 0.0003, 0.1229]),
+    ("xarm7", [0.0, -0.247, 0.0, 0.909, 0.0, 1.15644, 0.0], [0.3998, 0.0, 0.2278]),
+    ("xarm7", [0.0, -0.4, 0.0, 0.5, 0.0, 0.9, -3.0], [0.3267, 0.0, 0.1361]),
+    ("widowx", [0.0, 1.38, 1.04, -1.26, 0.0, 0.0], [0.2135, 0.0, 0.0849]),
+    ("widowx", [0.0, 2.08, 0.41, 1.57, 0.0, 0.0], [0.4356, 0.0, 0.059]),
+]
+
+
+@pytest.mark.parametrize("robot, qpos, tcp", POSES)
+def test_forward_kinematics_matches_published_poses(robot, qpos, tcp):
+    assert np.allclose(get_kinematics(robot).forward(qpos)[0], tcp, atol=1e-4)
+
+
+@pytest.mark.parametrize("robot", ROBOTS)
+def test_inverse_kinematics_inverts_and_refuses(robot):
+    k, r = get_kinematics(robot), get_robot(robot)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        target = np.array([r.base_to_spawn_centre, 0, 0.06]) + rng.uniform(-0.05, 0.05, 3)
+        rotation = tool_rotation(r, 0.0, rng.uniform(-0.5, 0.5), 0.2)
+        qpos = k.inverse(target, rotation, r.home)
+        at, turned = k.forward(qpos)
+        assert np.abs(at - target).max() < 1e-3 and np.abs(turned - rotation).max() < 3e-3
+        assert (qpos >= r.joint_range[:, 0]).all() and (qpos <= r.joint_range[:, 1]).all()
+    assert k.inverse(np.array([2.0, 0, 0.1]), rotation, r.home) is None
+
+
+@pytest.mark.parametrize("robot", ROBOTS)
+@pytest.mark.parametrize("task", TASKS)
+def test_expert_solves_every_task(robot, task):
+    env = TabletopEnv(robot, task, render=False)
+    limit = env.robot.velocity_limit / CONTROL_HZ
+    for seed in (0, 1):
+        demonstration = demonstrate(env, seed, noise=0.015)
+        assert demonstration.success and len(demonstration.states) == len(demonstration.actions) == len(demonstration.phases)
+        low, high = env.robot.joint_range.T
+        arm = demonstration.actions[:, :-1]
+        assert (arm >= low - 1e-6).all() and (arm <= high + 1e-6).all() and (np.abs(np.diff(arm, axis=0)) <= limit + 1e-6).all()
+
+
+def test_a_held_cube_stays_held_while_the_arm_moves():
+    env, held = TabletopEnv("widowx", "PickCube", render=False), []
+    demonstrate(env, 3, watch=lambda env, phase: phase == "carry" and held.append(env.grasped("cube")))
+    assert len(held) > 5 and all(held)
+
+
+def settle(env, steps=6, finger=None):
+    hold = np.append(env.data.ctrl[:env.robot.dof], env.robot.travel if finger is None else finger)
+    for _ in range(steps):
+        *_, info = env.step(hold)
+    return info
+
+
+def put(env, name, position, yaw=0.0):
+    env.place(name, position, yaw)
+    mujoco.mj_forward(env.model, env.data)
+
+
+@pytest.mark.parametrize("robot", ["panda", "widowx"])
+def test_success_conditions_both_ways(robot):
+    env = TabletopEnv(robot, "PushCube", render=False)
+    env.reset(0)
+    goal, radius = env.position("goal"), 0.1 * env.robot.scale
+    for distance, wanted in ((0.95 * radius, True), (1.05 * radius, False)):
+        put(env, "cube", goal + (distance, 0, 0.0195))
+        assert settle(env, 1)["success"] is wanted
+    put(env, "cube", goal + (0, 0, 0.1))
+    assert not env.task.success(env)["on_table"]
+
+    env = TabletopEnv(robot, "StackCube", render=False)
+    env.reset(0)
+    under = env.position("cubeB")
+    for offset, wanted in ((0.015, True), (0.06, False)):
+        put(env, "cubeA", under + (offset, 0, 0.0405))
+        assert settle(env, 12)["success"] is wanted
+    env.place("cubeB", under)
+    put(env, "cubeA", under + (0, 0, 0.1))
+    assert not env.task.success(env)["height"]
+
+    env = TabletopEnv(robot, "PlaceSphere", render=False)
+    env.reset(0)
+    put(env, "sphere", env.position("bin") + (0, 0, 0.026))
+    assert settle(env, 20)["success"]
+    put(env, "sphere", env.position("bin") + (0.05, 0, 0.0175))
+    assert not settle(env, 20)["success"]
+
+    env = TabletopEnv(robot, "LiftPegUpright", render=False)
+    env.reset(0)
+    assert not settle(env, 2)["success"]
+    for tilt, wanted in ((np.pi / 2, True), (-np.pi / 2, True), (np.pi / 2 - 0.12, False)):       # either end up; 0.12 rad off is too much
+        at = env.model.jnt_qposadr[env.model.body("peg").jntadr[0]]
+        env.data.qpos[at:at + 7] = [0.05, 0, PEG_LENGTH, np.cos(tilt / 2), 0, np.sin(tilt / 2), 0]
+        mujoco.mj_forward(env.model, env.data)
+        assert all(env.task.success(env).values()) is wanted
+
+    env = TabletopEnv(robot, "PickCube", render=False)
+    env.reset(0)
+    threshold = 0.0225 if robot == "widowx" else 0.025
+    for distance, wanted in ((0.9, True), (1.1, False)):
+        put(env, "cube", env.position("goal") + (0, distance * threshold, 0))
+        assert all(env.task.success(env).values()) is wanted
+    env.data.qvel[0] = 0.3
+    put(env, "cube", env.position("goal"))
+    assert not env.task.success(env)["robot_static"]
+
+
+def test_ball_comes_to_rest_only_with_rolling_friction():
+    env = TabletopEnv("panda", "PlaceSphere", render=False)
+    env.reset(0)
+    assert env.model.geom("sphere").condim[0] == 6 and settle(env, 10)["conditions"]["at_rest"]
+
+
+def test_env_is_deterministic_and_renders_what_it_says():
+    runs = []
+    for _ in range(2):
+        env = TabletopEnv("xarm7", "PickCube")
+        observation, _ = env.reset(5)
+        for i in range(4):
+            observation, reward, terminated, truncated, info = env.step(np.append(env.robot.home + 0.02 * i, 0.02))
+        runs.append(observation)
+        env.close()
+    a, b = runs
+    assert np.array_equal(a["state"], b["state"]) and a["instruction"] == b["instruction"]
+    assert all(np.array_equal(a["images"][v], b["images"][v]) and a["images"][v].shape == (128, 128, 3) and a["images"][v].std() > 5 for v in ("front", "wrist"))
+    env = TabletopEnv("xarm7", "PickCube", render=False)
+    assert not np.array_equal(env.reset(6)[0]["state"], env.reset(7)[0]["state"])
+    assert a["state"].shape == (env.robot.state_dim,)
+
+
+def test_actions_are_clipped_counted_and_checked():
+    env = TabletopEnv("widowx", "PickCube", render=False)
+    env.reset(0)
+    *_, info = env.step(np.append(np.full(6, 9.0), 1.0))
+    assert info["clipped"] == 1 and (env.data.ctrl[:6] - env.robot.home <= env.robot.velocity_limit / CONTROL_HZ + 0.1).all()
+    assert env.data.ctrl[6] == env.robot.travel
+    for bad in (np.zeros(3), np.full(7, np.nan)):
+        with pytest.raises(ValueError):
+            env.step(bad)
+
+
+def test_held_out_wordings_are_never_seen_in_training():
+    for task in TASKS.values():
+        assert task.held_out and not set(task.held_out) & set(task.instructions)
+    seen = {TabletopEnv("panda", "PickCube", render=False).reset(s)[0]["instruction"] for s in range(12)}
+    assert len(seen) > 2 and not seen & set(TASKS["PickCube"].held_out)
+    assert TabletopEnv("panda", "PickCube", render=False, held_out=True).reset(0)[0]["instruction"] in TASKS["PickCube"].held_out
+
+
+@pytest.mark.parametrize("make", [lambda: TabletopEnv("pandas"), lambda: TabletopEnv("panda", "PikCube")])
+def test_unknown_names_list_the_choices(make):
+    with pytest.raises(UserError, match="choose from.*did you mean"):
+        make()
+
+
+def test_recorder_resumes_and_reads_back(tmp_path):
+    config = RecordConfig(robots="widowx", tasks="PushCube", episodes=2, workers=1, out=str(tmp_path))
+    record(config)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert [f.name for f in files] == ["widowx-PushCube-0.safetensors", "widowx-PushCube-1.safetensors"]
+    before, kept = files[0].read_bytes(), files[1].read_bytes()
+    files[0].unlink()
+    record(config)
+    assert files[1].read_bytes() == kept and len(files[0].read_bytes()) == len(before)
+    episode = load_episodes(tmp_path)[0]
+    assert episode.robot == "widowx" and episode.success and episode.seed == 0 and "made" in episode.header
+    front, wrist = episode.images(len(episode) - 1)
+    env = TabletopEnv("widowx", "PushCube")
+    observation, _ = env.reset(0)
+    assert np.abs(episode.images(0)[0].astype(int) - observation["images"]["front"]).mean() < 3       # JPEG loses little
+    assert np.allclose(episode.state[0], observation["state"]) and episode.action.shape == (len(episode), 7)
+    assert json.loads((tmp_path / "failures.json").read_text()) == {"widowx-PushCube": []}
+
+
+def test_broken_episodes_are_named(tmp_path):
+    with pytest.raises(UserError, match="no episodes"):
+        load_episodes(tmp_path)
+    env = TabletopEnv("widowx", "PushCube", render=False)
+    demonstration = demonstrate(env, 0)
+    demonstration.images = [{v: np.zeros((8, 8, 3), np.uint8) for v in ("front", "wrist")}] * len(demonstration.states)
+    path = tmp_path / "widowx-PushCube-0.safetensors"
+    write_episode(path, demonstration, "widowx", "PushCube", 0, 0.0)
+    assert len(Episode(path)) == len(demonstration.states)
+    whole = path.read_bytes()
+    for broken in (whole[:200], whole[:-50], b"", b"not an episode at all"):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match="broken episode"):
+            load_episodes(tmp_path)
+
+
+def test_corpus_tells_the_truth(tmp_path):
+    path = tmp_path / "train" / "widowx-PickCube-000.safetensors"
+    make_shard((path, "widowx", "PickCube", 0, 6, False))
+    corpus = Corpus(tmp_path, "train")
+    assert len(corpus) == 6
+    scene = corpus[0]
+    assert scene["patch_class"].shape == (len(scene["images"]), 8, 8) and scene["patch_class"].max() < len(CLASSES) and len(scene["turns"]) >= 4
+    env = TabletopEnv("widowx", "PickCube", render=False, clutter=CLUTTER)
+    env.reset(4)
+    picture, patch_class, patch_offset, seen = look(env, "front", {})
+    x, y, depth = project(env, "front", env.position("cube"))
+    red = np.argwhere((picture[..., 0] > 150) & (picture[..., 1] < 60))
+    assert np.abs(red.mean(0)[::-1] - (x, y)).max() < 4                     # the projected centre lies where the red pixels are
+    rows, columns = np.nonzero(patch_class == CLASSES.index("red cube"))
+    assert len(rows) and np.allclose((columns + 0.5 + patch_offset[rows, columns, 0]) * 16, x, atol=0.1) and np.allclose(patch_offset[rows, columns, 2] + 0.6, depth, atol=1e-4)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="broken corpus"):
+        Corpus(tmp_path, "train")
