@@ -1,6 +1,6 @@
 """Stage I's corpus: pictures from the simulator, and questions whose answers are its true state.
 
-    python -m data.corpus --scenes 24000 --workers 2            (train; 800 scenes for validation beside it)
+    python -m data.corpus --scenes 18000 --workers 2            (train; 800 scenes for validation beside it)
 
 A scene is one moment of one robot and task: a random layout and arm pose with spare cubes around ("still"), or a moment of the expert at work
 ("working"). It has one picture (front) or two (front, wrist), four to eight question-answer turns about them, and dense targets for the base stage:
@@ -58,7 +58,7 @@ WORDINGS = {
 
 @dataclass
 class CorpusConfig:
-    scenes: int = 24000        # training scenes, spread over all robots and tasks
+    scenes: int = 18000        # training scenes, spread over all robots and tasks
     seed: int = 0              # first seed
     workers: int = 2           # processes
     out: str = "out/corpus"    # folder
@@ -280,8 +280,9 @@ class Corpus:
 
 
 def texts(corpus):
-    """Every string of the corpus, and every instruction, for the tokenizer."""
-    return [text for *_, turns in corpus.scenes for turn in turns for text in turn] + [w for task in TASKS.values() for w in task.instructions]
+    """Every string of the corpus, every instruction, and the chat template's own words, for the tokenizer."""
+    words = [*(w for task in TASKS.values() for w in task.instructions), "system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+    return [text for *_, turns in corpus.scenes for turn in turns for text in turn] + words * 100
 
 
 def main():

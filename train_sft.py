@@ -1,0 +1,438 @@
+"""Stage I: teach the vision-language model to look, point and answer, on questions about the simulator's scenes.
+
+    python train_sft.py                                        `nano` from nothing, on a laptop
+    python train_sft.py --resume                               goes on where a stopped run saved last
+    torchrun --nproc_per_node 8 train_sft.py --batch_size 256  the same on several GPUs: processes share the rows of a step
+    python train_sft.py --backbone Qwen2.5-VL-3B-Instruct --lr 1e-5 --dense_weight 0       from downloaded weights
+
+A row is a scene: its pictures, then some of its questions and answers as one conversation; the cross-entropy is on answers alone. A model of
+2 M parameters that starts from nothing hardly learns to see from sparse words, so two linear heads, thrown away afterwards, read what each 16-pixel
+patch shows and where that object's centre is: one from the ViT, one from the hidden states of block k, which is what the policy will read.
+The first `dense_fraction` of the steps trains them alone, on pictures without text and through k blocks only, five times as fast.
+
+Written to --out: config.json, model.safetensors (float16), tokenizer.json, training.json (command, figures), log.jsonl, and state.safetensors to resume from.
+Letters: B rows, L tokens, P patches of all pictures, C classes, m patches a token merges along a side.
+"""
+import dataclasses
+import json
+import math
+import os
+import re
+import shlex
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import trange
+
+from cli import UserError, atomic, choose, parse, pick_device, run
+from data import corpus as corpora
+from vlm import PRESETS, SYSTEM_PROMPT, VLM, Tokenizer, chat, collate, process_images, train_tokenizer
+
+
+@dataclass
+class SFTConfig:
+    data: str = "out/corpus"       # folder of the corpus; made if it is not there
+    out: str = "out/sft"           # folder for the model
+    backbone: str = ""             # start from this model folder (Qwen2.5-VL or nanoBLM) instead of from nothing
+    model: str = "nano"            # sizes of a model from nothing
+    steps: int = 6000              # optimiser steps
+    batch_size: int = 32           # scenes a step, over all processes
+    micro_batch: int = 32          # scenes in memory at once; smaller needs less memory and gives the same gradient
+    questions: int = 8             # at most so many questions of a scene in a step, drawn anew each time
+    lr: float = 1e-3               # peak learning rate; about 1e-5 for downloaded weights
+    warmup: int = 100              # steps
+    weight_decay: float = 0.05     # on matrices
+    grad_clip: float = 1.0         # largest norm of a step's gradient
+    intent_layer: int = 3          # k: the LLM block that the second dense head (and later the policy) reads
+    dense_weight: float = 1.0      # weight of the dense loss beside that of the answers; 0 for none
+    dense_fraction: float = -1.0   # share of the steps with the dense loss alone; -1: 0.25 from nothing, 0 with --backbone
+    vocab_size: int = 1024         # byte-level pieces of the tokenizer of a model from nothing
+    eval_every: int = 500          # steps
+    eval_scenes: int = 256         # validation scenes for the figures by teacher forcing
+    point_scenes: int = 48         # validation scenes for generated points
+    save_every: int = 500          # steps
+    seed: int = 0                  # of weights, rows and questions
+    device: str = "auto"           # auto, cpu, cuda or mps
+    resume: bool = False           # go on from the state in --out
+
+
+FREE_TO_CHANGE = {"out", "data", "device", "resume", "eval_every", "eval_scenes", "point_scenes", "save_every", "micro_batch"}     # when resuming
+NOTHING_WEIGHT = 0.25                        # most patches show nothing
+OFFSET_SCALE = (1.0, 1.0, 10.0)              # patches, patches, decimetres: errors of like size
+
+
+# ---- rows
+
+def rows_of_step(step, scenes, seed, batch_size):
+    """The (row number, scene) pairs of a step, a function of (seed, step) alone: each epoch is one shuffle, and nothing is skipped or repeated."""
+    numbers = np.arange(step * batch_size, (step + 1) * batch_size)
+    shuffles = {epoch: np.random.default_rng([seed, epoch]).permutation(scenes) for epoch in set((numbers // scenes).tolist())}
+    return [(int(n), int(shuffles[n // scenes][n % scenes])) for n in numbers]
+
+
+def conversation(images, turns):
+    """Chat messages: the pictures come before the first question."""
+    messages = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
+    pictures = [{"type": "image"} for _ in range(images)]
+    return [{"role": "user", "content": [*pictures, {"type": "text", "text": turns[0][0]}] if turns else pictures}, *messages[1:]]
+
+
+def make_batch(corpus, rows, tokenizer, config, cfg, dense_only=False):
+    """Tensors of (row number, scene) pairs: the VLM's inputs padded on the right, labels (B, L), patch_class (P,) and patch_offset (P, 3) in raster order.
+
+    Row numbers choose which questions are asked and in which order; None asks all as they stand, as evaluation does.
+    """
+    scenes, images, talks = [corpus[scene] for _, scene in rows], [], []
+    for (number, _), scene in zip(rows, scenes):
+        order = range(len(scene["turns"])) if number is None else np.random.default_rng([cfg.seed, 1, number]).permutation(len(scene["turns"]))[:cfg.questions]
+        turns = [] if dense_only else [scene["turns"][i] for i in order]
+        talks.append(conversation(len(scene["images"]), turns))
+        images += scene["images"]
+    pixel_values, grids = process_images(images, config)
+    listed, counts = iter(grids.tolist()), [len(scene["images"]) for scene in scenes]
+    texts = [chat(tokenizer, talk, [next(listed) for _ in range(n)], config.vision_config.spatial_merge_size, answer=False) for talk, n in zip(talks, counts)]
+    dense = {}
+    if cfg.dense_weight:
+        classes = np.concatenate([scene["patch_class"] for scene in scenes])                       # (n, 8, 8)
+        if classes.shape[1:] != tuple(grids[0, 1:].tolist()):
+            raise UserError(f"the corpus names {classes.shape[1]} x {classes.shape[2]} patches a picture, this model has {grids[0, 1]} x {grids[0, 2]}: add --dense_weight 0")
+        offsets = np.concatenate([scene["patch_offset"] for scene in scenes])
+        dense = {"patch_class": torch.from_numpy(classes).flatten(), "patch_offset": torch.from_numpy(offsets).flatten(0, 2)}
+    return {**collate(texts, config.bos_token_id, side="right"), "pixel_values": pixel_values, "image_grid_thw": grids, **dense}
+
+
+# ---- losses
+
+class DenseHeads(nn.Module):
+    """What does each patch show, and where is that object's centre: one linear layer on the ViT's patches, one on block k's image tokens (m x m patches each)."""
+
+    def __init__(self, config, num_classes):
+        super().__init__()
+        self.merge, self.width = config.vision_config.spatial_merge_size, num_classes + 3
+        vision, text = config.vision_config.hidden_size, config.hidden_size
+        self.vit = nn.Sequential(nn.LayerNorm(vision), nn.Linear(vision, self.width))
+        self.llm = nn.Sequential(nn.LayerNorm(text), nn.Linear(text, self.merge ** 2 * self.width))
+
+    def forward(self, patch_features, token_features, grid):
+        """(P, D of the ViT) and (P / m², D) of pictures of one size, grid (t, h, w), to two (P, C + 3) in raster order."""
+        tokens = rearrange(self.llm(token_features), "(n h w) (a b c) -> (n h a w b) c", a=self.merge, b=self.merge, h=grid[1] // self.merge, w=grid[2] // self.merge)
+        return self.vit(patch_features), tokens
+
+
+def read(model, heads, batch, cfg, dense_only=False):
+    """One pass: answer logits (n, V) with their labels (n,), and the heads' two (P, C + 3); None for what is not asked."""
+    learned = batch["labels"][:, 1:] >= 0                                                            # token i predicts token i + 1
+    places = F.pad(learned, (0, 1))
+    depth = {"num_layers": cfg.intent_layer} if dense_only else {"hidden_layer": cfg.intent_layer, "logits_at": places}
+    out = model(*(batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")), **depth)
+    dense = None
+    if cfg.dense_weight:
+        tokens = out.hidden_states[batch["input_ids"] == model.config.image_token_id]
+        dense = heads(out.patch_features, tokens, batch["image_grid_thw"][0].tolist())
+    return out.logits, batch["labels"][:, 1:][learned], dense
+
+
+def count(batches):
+    """What the losses are divided by, over all micro-batches and processes: answer tokens, patches by weight, patches with an object."""
+    totals = torch.zeros(3, dtype=torch.float64)
+    for batch in batches:
+        named = batch.get("patch_class", torch.zeros(0)) > 0
+        totals += torch.tensor([(batch["labels"][:, 1:] >= 0).sum(), named.sum() + NOTHING_WEIGHT * (~named).sum(), named.sum()])
+    if dist.is_initialized():
+        device = batches[0]["input_ids"].device
+        shared = totals.to(device)
+        dist.all_reduce(shared)
+        totals = shared.cpu()
+    return totals.clamp(min=1).tolist()
+
+
+def losses(model, heads, batch, totals, cfg, dense_only):
+    """This micro-batch's share of the step's losses, as scalars that add up: answer cross-entropy; class cross-entropy + smooth L1 of offsets, twice."""
+    logits, labels, dense = read(model, heads, batch, cfg, dense_only)
+    found = {} if dense_only else {"answer": F.cross_entropy(logits, labels, reduction="sum") / totals[0]}
+    if dense:
+        named, weight = batch["patch_class"] > 0, torch.ones(dense[0].shape[1] - 3, device=dense[0].device)
+        weight[0] = NOTHING_WEIGHT
+        scale = torch.tensor(OFFSET_SCALE, device=weight.device)
+        for name, guess in zip(("dense_vit", "dense_llm"), dense):
+            shown = F.cross_entropy(guess[:, :-3], batch["patch_class"], weight, reduction="sum") / totals[1]
+            where = F.smooth_l1_loss(guess[named, -3:], (batch["patch_offset"] * scale)[named], reduction="sum", beta=0.1) / totals[2]
+            found[name] = cfg.dense_weight * (shown + where)
+    found["loss"] = sum(found.values())
+    return found
+
+
+# ---- evaluation
+
+def answers_right(logits, labels, first):
+    """For each answer, are all its tokens the likeliest? logits (n, V), labels (n,), first (n,) True at an answer's first token; returns (answers,) bool."""
+    number = first.long().cumsum(0) - 1
+    wrong = torch.zeros(int(first.sum()), device=logits.device).index_add_(0, number, (logits.argmax(-1) != labels).float())
+    return wrong == 0
+
+
+def point_in(text):
+    """(x, y) of the first {"point_2d": [x, y], ...} in an answer, or None."""
+    found = re.search(r'"point_2d": \[(\d+), (\d+)\]', text)
+    return found and np.array([int(found[1]), int(found[2])])
+
+
+@torch.no_grad()
+def evaluate(model, heads, corpus, tokenizer, cfg, device, dense_only=False):
+    """Figures on validation scenes: dense accuracy and errors, exact answers by teacher forcing, error of generated points (pixels)."""
+    model.eval()
+    config, sums = model.config, {}
+
+    def tally(name, values):
+        total, n = sums.get(name, (0.0, 0))
+        sums[name] = total + float(values.sum()), n + values.numel()
+
+    chosen = np.linspace(0, len(corpus) - 1, min(cfg.eval_scenes, len(corpus))).astype(int).tolist()
+    for i in range(0, len(chosen), cfg.micro_batch):
+        batch = make_batch(corpus, [(None, scene) for scene in chosen[i:i + cfg.micro_batch]], tokenizer, config, cfg, dense_only)
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        logits, labels, dense = read(model, heads, batch, cfg, dense_only)
+        if not dense_only:
+            learned = batch["labels"] >= 0
+            first = (learned & ~F.pad(learned, (1, 0))[:, :-1])[:, 1:][learned[:, 1:]]
+            right = answers_right(logits, labels, first)
+            json_like = torch.tensor([tokenizer.decode([int(token)]).startswith("{") for token in labels[first]], device=device)
+            tally("exact_words", right[~json_like].float()), tally("exact_coordinates", right[json_like].float())
+            tally("answer_loss", F.cross_entropy(logits, labels, reduction="none"))
+        if dense:
+            named, patch = batch["patch_class"] > 0, config.vision_config.patch_size
+            for name, guess in zip(("vit", "llm"), dense):
+                hit = guess[:, :-3].argmax(-1) == batch["patch_class"]
+                error = guess[named, -3:] / torch.tensor(OFFSET_SCALE, device=device) - batch["patch_offset"][named]
+                tally(f"patch_accuracy_{name}", hit.float()), tally(f"object_accuracy_{name}", hit[named].float())
+                tally(f"centre_error_px_{name}", error[:, :2].norm(dim=-1) * patch), tally(f"depth_error_cm_{name}", error[:, 2].abs() * 100)
+    figures = {name: round(total / n, 4) for name, (total, n) in sums.items() if n}
+    if not dense_only:
+        figures.update(pointing(model, corpus, tokenizer, cfg, device))
+    model.train()
+    return figures
+
+
+def pointing(model, corpus, tokenizer, cfg, device):
+    """Ask for points and measure them: the median error in pixels of those that parse, the share within 8 pixels of all, the share that parses."""
+    asked = []
+    for scene in np.linspace(0, len(corpus) - 1, min(4 * cfg.point_scenes, len(corpus))).astype(int).tolist():
+        turn = next((turn for turn in corpus[scene]["turns"] if point_in(turn[1]) is not None), None)
+        if turn and len(asked) < cfg.point_scenes:
+            asked.append((corpus[scene]["images"], turn))
+    errors = []
+    for i in range(0, len(asked), cfg.micro_batch):
+        part = asked[i:i + cfg.micro_batch]
+        values, grids = process_images([image for images, _ in part for image in images], model.config)
+        listed = iter(grids.tolist())
+        texts = [chat(tokenizer, conversation(len(images), [turn])[:1], [next(listed) for _ in images], model.config.vision_config.spatial_merge_size)
+                 for images, turn in part]
+        batch = {**collate(texts, model.config.bos_token_id), "pixel_values": values, "image_grid_thw": grids}
+        made = model.generate(*(batch[name].to(device) for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")), max_new_tokens=48)
+        for ids, (_, (_, answer)) in zip(made, part):
+            point = point_in(tokenizer.decode(ids))
+            errors.append(np.inf if point is None else float(np.linalg.norm(point - point_in(answer))))
+    errors = np.array(errors)
+    parsed = errors[np.isfinite(errors)]
+    found = {"point_within_8px": float((errors <= 8).mean()), "point_parsed": len(parsed) / len(errors)} if len(errors) else {}
+    return {**found, **({"point_error_px": float(np.median(parsed))} if len(parsed) else {})}
+
+
+# ---- optimiser, checkpoint
+
+def make_optimizer(modules, cfg):
+    named = [p for module in modules for p in module.parameters()]
+    groups = [{"params": [p for p in named if p.ndim > 1], "weight_decay": cfg.weight_decay}, {"params": [p for p in named if p.ndim == 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate(step, cfg):
+    """Linear warmup, then a cosine down to a tenth."""
+    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return cfg.lr * (min(1, (step + 1) / max(1, cfg.warmup)) if step < cfg.warmup else 0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def add_gradients(parameters):
+    """Sum gradients over processes, as one message: every process then takes the same step. Which parameters have one depends on the step alone."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+def state_path(cfg):
+    return Path(cfg.out) / "state.safetensors"
+
+
+def save(cfg, model, heads, optimizer, tokenizer, step, figures, seconds):
+    """The model folder and the training state, each file whole or absent; the state comes last, so that it never names weights that are not there."""
+    model.save_pretrained(cfg.out, dtype=torch.float16)
+    tokenizer.save_pretrained(cfg.out)
+    record = {"stage": "sft", "command": "python " + shlex.join(sys.argv), "seed": cfg.seed, "step": step, "steps": cfg.steps, "minutes": round(seconds / 60, 1),
+              "figures": figures, "intent_layer": cfg.intent_layer, "config": dataclasses.asdict(cfg)}
+    with atomic(Path(cfg.out) / "training.json") as path:
+        path.write_text(json.dumps(record, indent=2) + "\n")
+    tensors = {f"{owner}.{name}": tensor.detach().cpu() for owner, module in (("model", model), ("heads", heads)) for name, tensor in module.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors.update({f"optimizer.{i}.{name}": torch.as_tensor(value).cpu() for name, value in state.items()})
+    with atomic(state_path(cfg)) as path:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"state": json.dumps(record)})
+
+
+def load(cfg, model, heads, optimizer):
+    """Put the saved state back; returns (step, seconds trained). UserError if there is none, or if it was trained with other flags."""
+    try:
+        with safe_open(state_path(cfg), "pt") as file:
+            record = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot resume from {state_path(cfg)}: {getattr(error, 'strerror', None) or error}; leave --resume out to start anew") from None
+    for name, value in dataclasses.asdict(cfg).items():
+        if name not in FREE_TO_CHANGE and record["config"].get(name) != value:
+            raise UserError(f"{cfg.out} was trained with --{name} {record['config'].get(name)}, not {value}: resume with the same, or choose another --out")
+    for owner, module in (("model", model), ("heads", heads)):
+        module.load_state_dict({name.removeprefix(f"{owner}."): tensor for name, tensor in tensors.items() if name.startswith(f"{owner}.")})
+    moments = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, kind = name.split(".")
+            moments.setdefault(int(i), {})[kind] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    return record["step"], 60 * record["minutes"]
+
+
+# ---- the run
+
+def start_processes(cfg):
+    """(rank, world, device): a world of one under `python`, more under `torchrun`; NCCL with CUDA, else gloo."""
+    if "RANK" not in os.environ:
+        return 0, 1, pick_device(cfg.device)
+    cuda = torch.cuda.is_available() and cfg.device in ("auto", "cuda")
+    dist.init_process_group("nccl" if cuda else "gloo")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def start_model(cfg, corpus):
+    """(model, tokenizer): from --backbone, or from nothing with a tokenizer learned from the corpus."""
+    torch.manual_seed(cfg.seed)
+    if cfg.backbone:
+        return VLM.from_pretrained(cfg.backbone).train(), Tokenizer.from_pretrained(cfg.backbone)
+    texts = corpora.texts(corpus)
+    frame = f"system\n{SYSTEM_PROMPT}\nuser\nassistant\n"                                             # in every row, so worth whole tokens
+    tokenizer = train_tokenizer([*texts[::max(1, len(texts) // 50_000)], *[frame] * 1000], cfg.vocab_size)
+    return VLM(PRESETS[choose(cfg.model, PRESETS, "model")].for_tokenizer(tokenizer)), tokenizer
+
+
+def train(cfg):
+    """Train with a SFTConfig; returns the last figures."""
+    rank, world, device = start_processes(cfg)
+    if cfg.batch_size % world:
+        raise UserError(f"--batch_size {cfg.batch_size} must be a multiple of the {world} processes")
+    if state_path(cfg).exists() and not cfg.resume:
+        raise UserError(f"{cfg.out} already holds a training run: add --resume to go on, or choose another --out")
+    if rank == 0:
+        corpora.ensure(cfg.data)
+    if world > 1:
+        dist.barrier()
+    corpus, validation = (corpora.Corpus(cfg.data, split) for split in ("train", "val"))
+    model, tokenizer = start_model(cfg, corpus)
+    if not 1 <= cfg.intent_layer <= model.config.num_hidden_layers:
+        raise UserError(f"--intent_layer {cfg.intent_layer}: this model has blocks 1 to {model.config.num_hidden_layers}")
+    heads = DenseHeads(model.config, corpus.num_classes)
+    model.to(device), heads.to(device)
+    optimizer = make_optimizer((model, heads), cfg)
+    parameters = [*model.parameters(), *heads.parameters()]
+    step, seconds = load(cfg, model, heads, optimizer) if cfg.resume else (0, 0.0)
+    share = (0.0 if cfg.backbone else 0.25) if cfg.dense_fraction < 0 else cfg.dense_fraction
+    dense_steps = int(share * cfg.steps) if cfg.dense_weight else 0
+
+    def batches_of(step):
+        rows = rows_of_step(step, len(corpus), cfg.seed, cfg.batch_size)[rank::world]
+        return [make_batch(corpus, rows[i:i + cfg.micro_batch], tokenizer, model.config, cfg, step < dense_steps) for i in range(0, len(rows), cfg.micro_batch)]
+
+    def gradients(batches, dense_only):
+        """Leaves the step's gradient in the parameters; returns the losses as floats."""
+        batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+        totals, sums = count(batches), {}
+        for batch in batches:
+            found = losses(model, heads, batch, totals, cfg, dense_only)
+            found["loss"].backward()
+            sums = {name: sums.get(name, 0) + value.detach() for name, value in found.items()}
+        if world > 1:
+            add_gradients(parameters)
+            for value in sums.values():
+                dist.all_reduce(value)
+        return sums
+
+    def measure(step):
+        """Seconds of one step of this kind: the second of two, whose gradients are thrown away."""
+        for _ in range(2):
+            start = time.perf_counter()
+            float(gradients(batches_of(step), step < dense_steps)["loss"])
+        optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - start
+
+    if rank == 0:
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(corpus)} scenes, {cfg.steps - step} steps of {cfg.batch_size}, {world} process(es)")
+    kinds = [(max(0, dense_steps - step), dense_steps - 1), (cfg.steps - max(step, dense_steps), cfg.steps - 1)]
+    paces = [(number, measure(at)) for number, at in kinds if number > 0]
+    if rank == 0 and paces:
+        print(f"about {sum(n * pace for n, pace in paces) / 60:.0f} minutes without evaluation: " + ", ".join(f"{n} steps at {pace:.2f} s" for n, pace in paces))
+    figures, last, begun = {}, {}, time.perf_counter() - seconds
+    loader = ThreadPoolExecutor(1)                                                                   # makes the next rows while this step computes
+    upcoming = loader.submit(batches_of, step)
+    for step in trange(step, cfg.steps, initial=step, total=cfg.steps, disable=rank > 0, mininterval=1):
+        batches, dense_only = upcoming.result(), step < dense_steps
+        if step + 1 < cfg.steps:
+            upcoming = loader.submit(batches_of, step + 1)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg)
+        last = gradients(batches, dense_only)
+        last["grad_norm"] = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        done = step + 1
+        if not math.isfinite(float(last["loss"])):
+            raise UserError(f"the loss became {float(last['loss'])} at step {done}: try a smaller --lr than {cfg.lr}")
+        if rank == 0:
+            due = done % cfg.eval_every == 0 or done == cfg.steps
+            if due:
+                figures = evaluate(model, heads, validation, tokenizer, cfg, device, dense_only)
+                print(f"\nstep {done}: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
+            if due or done % 10 == 0 or done == 1:
+                line = {"step": done, "lr": learning_rate(step, cfg), **{name: round(float(value), 5) for name, value in last.items()}, **(figures if due else {}),
+                        "seconds": round(time.perf_counter() - begun, 1)}
+                Path(cfg.out).mkdir(parents=True, exist_ok=True)
+                with open(Path(cfg.out) / "log.jsonl", "a", encoding="utf-8") as log:
+                    log.write(json.dumps(line) + "\n")
+            if done % cfg.save_every == 0 or done == cfg.steps:
+                save(cfg, model, heads, optimizer, tokenizer, done, figures, time.perf_counter() - begun)
+    loader.shutdown()
+    if world > 1:
+        dist.barrier()                                                                               # the last files are written
+        dist.destroy_process_group()
+    return figures
+
+
+def main():
+    cfg = parse(SFTConfig, description="Stage I: train the vision-language model on questions about scenes.")
+    train(cfg)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,741 @@
+"""Qwen2.5-VL from scratch: pixels and text in, text or the hidden states of block k out. The digital half of BLM.
+
+    picture ─► patches ─► ViT (windows, a few global blocks) ─► merger (2x2 patches = 1 token) ─┐
+    text ─► chat template ─► token ids ─► embedding ──────────── <|image_pad|> replaced by ◄─────┘
+                                            └─► LLM blocks 1..k ─► H_k (B, L, D): what the policy reads
+                                                └─► blocks k+1..n ─► norm ─► logits: what a user reads
+
+Weights and configuration carry the names of the hub checkpoints (Qwen/Qwen2.5-VL-3B-Instruct and its sisters), which load unchanged; `nano` is
+the same architecture at 2 M parameters. Sources: Qwen2.5-VL report (arXiv 2502.13923), M-RoPE of Qwen2-VL (arXiv 2409.12191), and the behaviour of
+Hugging Face transformers, which tests/test_vlm.py compares with.
+
+Letters: B batch, L tokens of a sequence, S keys (past and new), D width, H heads, G key/value heads, d width of a head, V vocabulary,
+P patches of all images, p patch side (pixels), m patches a token merges along a side, t h w an image's grid in frames and patches.
+Order of patches: `pixel_values` has them as Hugging Face does, m x m neighbours after one another, so that the merger is a reshape.
+"""
+import dataclasses
+import json
+import math
+import warnings
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain, groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer as FastTokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import nn
+
+from cli import UserError, atomic
+
+# ---- configuration
+
+
+@dataclass
+class VisionConfig:
+    """The ViT. Field names and meanings are Hugging Face's."""
+    depth: int = 4
+    hidden_size: int = 192
+    intermediate_size: int = 384
+    num_heads: int = 6
+    out_hidden_size: int = 192           # the LLM's width
+    patch_size: int = 16                 # pixels
+    spatial_merge_size: int = 2          # m
+    temporal_patch_size: int = 2         # frames in a patch; a still picture is shown twice
+    window_size: int = 64                # pixels: blocks not listed below attend inside squares of this side
+    fullatt_block_indexes: tuple = (1, 3)
+    tokens_per_second: int = 2           # temporal positions a second of video
+
+    def __post_init__(self):
+        self.fullatt_block_indexes = tuple(self.fullatt_block_indexes)
+        if self.hidden_size % (4 * self.num_heads):
+            raise UserError(f"vision hidden_size {self.hidden_size} must be a multiple of 4 x num_heads {self.num_heads}: rotary pairs for rows and columns")
+
+
+@dataclass
+class VLMConfig:
+    """The LLM, the special tokens and the ViT. Defaults are `nano`; token ids belong to the tokenizer (`for_tokenizer`)."""
+    vocab_size: int = 1038
+    hidden_size: int = 192
+    intermediate_size: int = 384
+    num_hidden_layers: int = 5
+    num_attention_heads: int = 6
+    num_key_value_heads: int = 2
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    mrope_section: tuple = (4, 6, 6)     # rotary pairs of a head for time, row, column
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 4096
+    bos_token_id: int = 1024             # <|endoftext|>: also the padding
+    eos_token_id: int = 1026             # <|im_end|>
+    vision_start_token_id: int = 1033
+    vision_end_token_id: int = 1034
+    image_token_id: int = 1036
+    video_token_id: int = 1037
+    min_pixels: int = 128 * 128          # smaller pictures are enlarged, larger ones shrunk: the processor's limits, in config.json for one place to look
+    max_pixels: int = 128 * 128
+    vision_config: VisionConfig = field(default_factory=VisionConfig)
+
+    def __post_init__(self):
+        self.mrope_section = tuple(self.mrope_section)
+        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}, "
+                            f"and that of num_key_value_heads {self.num_key_value_heads}")
+        if 2 * sum(self.mrope_section) != self.head_dim:
+            raise UserError(f"mrope_section {list(self.mrope_section)} must sum to half the head's width {self.head_dim}")
+        if self.vision_config.out_hidden_size != self.hidden_size:
+            raise UserError(f"the ViT's out_hidden_size {self.vision_config.out_hidden_size} must equal the LLM's hidden_size {self.hidden_size}")
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+    def for_tokenizer(self, tokenizer):
+        """A copy with this Tokenizer's vocabulary and special tokens."""
+        ids = {name: tokenizer.special[token] for name, token in SPECIAL_FIELDS.items()}
+        return dataclasses.replace(self, vocab_size=len(tokenizer), **ids)
+
+    @classmethod
+    def from_dict(cls, found):
+        """From a parsed config.json, flat as on the hub or with the text side nested as transformers 5 writes it. UserError on what this file does not do."""
+        text = {**found, **found.get("text_config", {})}
+        text["tie_word_embeddings"] = found.get("tie_word_embeddings", False) or found.get("text_config", {}).get("tie_word_embeddings", False)
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        text = {**text, "mrope_section": rope.get("mrope_section"), "rope_theta": rope.get("rope_theta", text.get("rope_theta"))}
+        if found.get("model_type") != "qwen2_5_vl":
+            raise UserError(f"model_type is {found.get('model_type')!r}, not 'qwen2_5_vl'")
+        if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope") or text.get("use_sliding_window"):
+            raise UserError("rope scaling and sliding windows are not supported: take a checkpoint without them")
+        made = {}
+        for which, source in ((VisionConfig, found.get("vision_config", {})), (cls, text)):
+            known = {f.name: source[f.name] for f in dataclasses.fields(which) if source.get(f.name) is not None and f.name != "vision_config"}
+            known = {**QWEN_PIXELS, **known, **made} if which is cls else known
+            missing = {f.name for f in dataclasses.fields(which)} - known.keys()
+            if missing:
+                raise UserError(f"{'vision_config' if which is VisionConfig else 'the text side'} lacks {', '.join(sorted(missing))}")
+            made = {"vision_config": which(**known)} if which is VisionConfig else which(**known)
+        return made
+
+    def to_dict(self):
+        """What goes into config.json: the hub's flat layout, which transformers reads too."""
+        flat = dataclasses.asdict(self)
+        flat["rope_scaling"] = {"type": "mrope", "mrope_section": list(flat.pop("mrope_section"))}
+        vision = {**flat.pop("vision_config"), "model_type": "qwen2_5_vl", "in_chans": 3, "hidden_act": "silu"}
+        return {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "hidden_act": "silu", **flat, "vision_config": vision}
+
+
+QWEN_PIXELS = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 16384}     # the hub's preprocessor_config.json
+SPECIAL_FIELDS = {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>", "vision_start_token_id": "<|vision_start|>",
+                  "vision_end_token_id": "<|vision_end|>", "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+PRESETS = {"nano": VLMConfig()}
+
+
+# ---- pixels and patches
+
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MAX_IMAGE_PIXELS = 64_000_000            # larger files are refused before they are decoded
+SHIFTED = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+
+
+def load_image(path):
+    """The picture in file `path` as a PIL RGB image: upright (EXIF), transparency on white, 16-bit greys scaled. UserError if it is none or too large."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)      # our own limit is lower
+            image = Image.open(path)
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise UserError(f"{path} has {image.width}x{image.height} pixels, more than {MAX_IMAGE_PIXELS:,}: shrink it first")
+        image = ImageOps.exif_transpose(image)
+        if image.mode in SHIFTED:                                                # PIL would clip at 255
+            grey = np.asarray(image).astype(np.int64)
+            image = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Image.DecompressionBombError:
+        raise UserError(f"{path} has more than {MAX_IMAGE_PIXELS:,} pixels: shrink it first") from None
+    except (OSError, ValueError, SyntaxError, EOFError) as error:                # PIL's decoders raise all of these on broken files
+        raise UserError(f"cannot read the picture {path}: {error if getattr(error, 'strerror', None) is None else error.strerror}") from None
+
+
+def smart_resize(height, width, config):
+    """Qwen2-VL's target size: sides that are multiples of p m, area within [min_pixels, max_pixels], aspect kept. UserError on slivers."""
+    factor = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+    if min(height, width) < 2 or max(height, width) / min(height, width) > 200:
+        raise UserError(f"a picture of {width}x{height} pixels is too thin: sides of at least 2 pixels, one at most 200 times the other")
+    rows, columns = round(height / factor) * factor, round(width / factor) * factor
+    if rows * columns > config.max_pixels:
+        shrink = math.sqrt(height * width / config.max_pixels)
+        rows, columns = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif rows * columns < config.min_pixels:
+        grow = math.sqrt(config.min_pixels / (height * width))
+        rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return rows, columns
+
+
+def resize(image, config):
+    if not isinstance(image, Image.Image) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
+        raise UserError(f"a picture must be PIL or uint8 (height, width, 3), not {image.dtype} {image.shape}")
+    height, width = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+    rows, columns = smart_resize(height, width, config)
+    if (rows, columns) == (height, width):
+        return np.asarray(image if isinstance(image, np.ndarray) else image.convert("RGB"))
+    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image.convert("RGB")
+    return np.asarray(picture.resize((columns, rows), Image.Resampling.BICUBIC))
+
+
+def process_images(images, config):
+    """PIL images or uint8 (height, width, 3) arrays to pixel_values (P, 3*2*p*p) float32 and image_grid_thw (n, 3); as Hugging Face's Qwen2-VL processor."""
+    vision = config.vision_config
+    p, m, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    grids, values = [], []
+    for _, group in groupby((resize(image, config) for image in images), key=lambda pixels: pixels.shape):
+        group = np.stack(list(group))                                            # (n, height, width, 3): training has one size, so one pass
+        patches = rearrange(group, "n (h a p) (w b q) c -> (n h w a b) c p q", a=m, b=m, p=p, q=p).astype(np.float32)
+        patches = (patches / np.float32(255) - CLIP_MEAN[:, None, None]) / CLIP_STD[:, None, None]
+        values.append(np.broadcast_to(patches[:, :, None], (*patches.shape[:2], frames, p, p)).reshape(len(patches), -1))
+        grids += [[1, group.shape[1] // p, group.shape[2] // p]] * len(group)
+    return torch.from_numpy(np.concatenate(values)), torch.tensor(grids)
+
+
+# ---- blocks that both sides share
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    def __init__(self, width, inner, bias):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Rotary(torch.autograd.Function):
+    """Rotate pairs (i, i + d/2) of the last axis of x (..., d); cos and sin (..., d/2). The gradient is the rotation back: three times as fast as autograd's."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        y, half = torch.empty_like(x), x.shape[-1] // 2
+        a, b = x[..., :half], x[..., half:]
+        torch.mul(a, cos, out=y[..., :half]).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=y[..., half:]).addcmul_(a, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return Rotary.apply(grad, cos, -sin), None, None
+
+
+apply_rotary = Rotary.apply
+
+
+# ---- ViT
+
+@lru_cache(maxsize=256)
+def frame_plan(h, w, m, window):
+    """Where the patches of one h x w frame go for window attention.
+
+    order (h w,): at each place of the windowed sequence, the patch's index in pixel_values; windows one after another, equal sizes adjacent.
+    raster (h w,): the same places as row * w + column. sizes: patches of each window. `window` is a window's side in merged tokens.
+    """
+    row, column = np.divmod(np.arange(h // m * (w // m)), w // m)                # of merged tokens
+    _, which, size = np.unique(row // window * w + column // window, return_inverse=True, return_counts=True)
+    tokens = np.lexsort((which, size[which]))
+    order = tokens[:, None] * m * m + np.arange(m * m)
+    down, right = np.divmod(np.arange(m * m), m)
+    raster = (row[tokens, None] * m + down) * w + column[tokens, None] * m + right
+    return order.reshape(-1), raster.reshape(-1), (np.sort(size) * m * m).tolist()
+
+
+def vision_plan(grids, vision):
+    """For a batch of images [(t, h, w)]: order, raster (P,), row and column (2, P) in windowed order, and the runs (count, patches) of windows and frames."""
+    m, window = vision.spatial_merge_size, vision.window_size // vision.spatial_merge_size // vision.patch_size
+    frames = list(chain.from_iterable([(h, w)] * t for t, h, w in grids))
+    plans = [frame_plan(h, w, m, window) for h, w in frames]
+    starts = np.cumsum([0] + [h * w for h, w in frames[:-1]])
+    order = np.concatenate([plan[0] + start for plan, start in zip(plans, starts)])
+    raster = np.concatenate([plan[1] + start for plan, start in zip(plans, starts)])
+    rows_columns = np.concatenate([np.stack(np.divmod(plan[1], w)) for plan, (_, w) in zip(plans, frames)], axis=1)
+    windows, whole = chain.from_iterable(plan[2] for plan in plans), (h * w for h, w in frames)
+    runs = [[(len(list(equal)), size) for size, equal in groupby(sizes)] for sizes in (windows, whole)]
+    return torch.from_numpy(order), torch.from_numpy(raster), torch.from_numpy(rows_columns), *runs
+
+
+class VisionAttention(nn.Module):
+    """Attention among the patches of a window (or a frame). x (P, D) windowed order; runs [(count, patches)]: equal groups go through SDPA as one batch."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x, cos, sin, runs):
+        qkv = rearrange(self.qkv(x), "P (three H d) -> P three H d", three=3, H=self.num_heads)
+        q, k = apply_rotary(qkv[:, :2], cos, sin).unbind(1)
+        parts = [[rearrange(part, "(n l) H d -> n H l d", l=size) for (_, size), part in zip(runs, tensor.split([n * size for n, size in runs]))]
+                 for tensor in (q, k, qkv[:, 2])]
+        y = [rearrange(F.scaled_dot_product_attention(*group), "n H l d -> (n l) (H d)") for group in zip(*parts)]
+        return self.proj(torch.cat(y) if len(y) > 1 else y[0])
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = RMSNorm(config.hidden_size, 1e-6)
+        self.attn = VisionAttention(config)
+        self.norm2 = RMSNorm(config.hidden_size, 1e-6)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=True)
+
+    def forward(self, x, cos, sin, runs):
+        x = x + self.attn(self.norm1(x), cos, sin, runs)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """A Conv3d whose stride is its kernel is a linear layer on flattened patches; the Conv3d only gives the weight its hub shape (D, 3, 2, p, p)."""
+
+    def __init__(self, config):
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(3, config.hidden_size, kernel, stride=kernel, bias=False)
+
+    def forward(self, pixel_values):
+        return F.linear(pixel_values, self.proj.weight.flatten(1))
+
+
+class PatchMerger(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_q = RMSNorm(config.hidden_size, 1e-6)
+        self.width = config.hidden_size * config.spatial_merge_size ** 2
+        self.mlp = nn.Sequential(nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, config.out_hidden_size))
+
+    def forward(self, x):
+        return self.mlp(self.ln_q(x).view(-1, self.width))
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.merger = PatchMerger(config)
+
+    def forward(self, pixel_values, image_grid_thw):
+        """pixel_values (P, 3*2*p*p), image_grid_thw (n, 3) to tokens (P / m², D of the LLM) in reading order and patch features (P, D) in raster order."""
+        config = self.config
+        order, raster, rows_columns, windows, frames = vision_plan([tuple(grid) for grid in image_grid_thw.tolist()], config)
+        order, raster, rows_columns = (index.to(pixel_values.device) for index in (order, raster, rows_columns))
+        half = config.hidden_size // config.num_heads // 2                       # half of a head turns with the row, half with the column
+        inverse = 10000.0 ** (-torch.arange(0, half, 2, device=pixel_values.device, dtype=torch.float32) / half)
+        angles = (rows_columns[..., None] * inverse).permute(1, 0, 2).flatten(1)[:, None, None]       # (P, 1, 1, d/2): for [q, k] and heads
+        cos, sin = angles.cos().to(pixel_values.dtype), angles.sin().to(pixel_values.dtype)
+        x = self.patch_embed(pixel_values[order])
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, frames if i in config.fullatt_block_indexes else windows)
+        m2 = config.spatial_merge_size ** 2
+        back = torch.argsort(order[::m2] // m2)                                  # of merged tokens, from windows to reading order
+        return self.merger(x)[back], x[torch.argsort(raster)]
+
+
+# ---- LLM
+
+def mrope_positions(input_ids, attention_mask, image_grid_thw, config, seconds_per_grid=1.0):
+    """M-RoPE positions (3, B, L): time, row, column. Text counts on all three alike; an image's tokens all start at the next position and count
+    along their own axis; the text behind goes on at the largest position + 1. Frames of a video are tokens_per_second x seconds_per_grid apart.
+    Grids are taken in reading order of the batch; padding (attention_mask 0) gets 0."""
+    ids = input_ids.cpu().numpy()
+    real = np.ones_like(ids, bool) if attention_mask is None else attention_mask.cpu().numpy().astype(bool)
+    grids = iter([] if image_grid_thw is None else image_grid_thw.tolist())
+    m, vision_ids = config.vision_config.spatial_merge_size, (config.image_token_id, config.video_token_id)
+    positions = np.zeros((3, *ids.shape), np.int64)
+    for b, row in enumerate(ids):
+        row, parts, at, start = row[real[b]], [], 0, 0                           # at: token reached, start: its position
+        seen = np.flatnonzero(np.isin(row, vision_ids))
+        while len(seen):
+            text, (t, h, w) = seen[0] - at, next(grids)
+            pace = int(config.vision_config.tokens_per_second * seconds_per_grid) if row[seen[0]] == config.video_token_id else 1
+            parts += [np.broadcast_to(np.arange(start, start + text), (3, text)),
+                      np.indices((t, h // m, w // m)).reshape(3, -1) * [[pace], [1], [1]] + start + text]
+            tokens = t * (h // m) * (w // m)
+            at, start, seen = seen[0] + tokens, max(p.max() for p in parts if p.size) + 1, seen[tokens:]
+        parts.append(np.broadcast_to(np.arange(start, start + len(row) - at), (3, len(row) - at)))
+        positions[:, b, real[b]] = np.concatenate(parts, axis=1)
+    return torch.from_numpy(positions).to(input_ids.device)
+
+
+def attention_mask_for(L, S, real, device):
+    """None where SDPA needs no mask: causal from an empty past, or one new token that sees all. Else (B, 1, L, S), True where a query may look.
+
+    Padding on the right needs none either: no real token looks ahead. real (B, S) or None.
+    """
+    padded = real is not None and bool((real[:, :-1] < real[:, 1:]).any() if L == S else not real.all())
+    if not padded and L in (1, S):
+        return None
+    query, key = torch.arange(S - L, S, device=device)[:, None], torch.arange(S, device=device)
+    mask = (key <= query)[None, None]
+    return mask & real.bool()[:, None, None] | (key == query) if padded else mask          # a padded query sees itself: no empty rows, no NaN
+
+
+class Cache:
+    """Keys and values (B, G, S, d) of the tokens so far, a pair for each layer, and where the next token of each row stands."""
+
+    def __init__(self):
+        self.layers, self.next_position = {}, None
+
+    @property
+    def length(self):
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def append(self, layer, k, v):
+        if layer in self.layers:
+            k, v = (torch.cat([past, new], dim=2) for past, new in zip(self.layers[layer], (k, v)))
+        self.layers[layer] = k, v
+        return k, v
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with M-RoPE. x (B, L, D), cos and sin (B, 1, L, d/2), mask (B or 1, 1, L, S) or None: causal, or one token that sees all."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin, mask, cache):
+        q, k, v = (rearrange(proj(x), "B L (h d) -> B h L d", d=self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)                          # q (B, H, L, d); k and v (B, G, L, d)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)                                            # (B, G, S, d)
+        causal = mask is None and q.shape[2] == k.shape[2] > 1
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+        return self.o_proj(rearrange(y, "B H L d -> B L (H d)"))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=False)
+
+    def forward(self, x, cos, sin, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class TextModel(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+# ---- the model
+
+@dataclass
+class VLMOutput:
+    logits: torch.Tensor | None            # (B, L, V), or (n, V) for the n places of `logits_at`; None with num_layers
+    hidden_states: torch.Tensor            # (B, L, D) behind the last block run, or behind `hidden_layer`; before the final norm
+    patch_features: torch.Tensor | None    # (P, D of the ViT) behind its last block, images in order, row by row
+
+
+class VLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.visual = VisionTransformer(config.vision_config)
+        self.model = TextModel(config)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(initialise)
+
+    def rotary(self, positions):
+        """cos and sin (B, 1, L, d/2) of positions (3, B, L): a head's rotary pairs are shared out among time, row and column."""
+        axis = torch.repeat_interleave(torch.arange(3), torch.tensor(self.config.mrope_section)).to(positions.device)      # (d/2,)
+        pairs = torch.arange(0, self.config.head_dim, 2, device=positions.device, dtype=torch.float32)
+        angles = positions[axis].movedim(0, -1) * self.config.rope_theta ** (-pairs / self.config.head_dim)                # (B, L, d/2)
+        angles = angles[:, None]
+        dtype = self.model.norm.weight.dtype
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def forward(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, num_layers=None, hidden_layer=None,
+                logits_at=None, cache=None, position_ids=None):
+        """input_ids (B, L), attention_mask (B, S) 1 on real tokens, pixel_values (P, 3*2*p*p), image_grid_thw (n, 3) to a VLMOutput.
+
+        num_layers=k runs the first k blocks only (no logits). hidden_layer=k returns the hidden states of block k beside the logits.
+        logits_at (B, L) bool: logits of these places only. With a cache, input_ids are the new tokens, attention_mask covers the past too.
+        """
+        past, B, L = 0 if cache is None else cache.length, *input_ids.shape
+        if position_ids is None and past:
+            position_ids = (cache.next_position[:, None] + torch.arange(L, device=input_ids.device)).expand(3, -1, -1)
+        elif position_ids is None:
+            position_ids = mrope_positions(input_ids, attention_mask, image_grid_thw, self.config)
+        if cache is not None:
+            cache.next_position = position_ids.amax(dim=(0, 2)) + 1
+        x, patch_features = self.model.embed_tokens(input_ids), None
+        if pixel_values is not None:
+            tokens, patch_features = self.visual(pixel_values, image_grid_thw)
+            places = (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
+            assert places.sum() == len(tokens), f"{places.sum()} image tokens in the text, {len(tokens)} in the images"
+            x = x.masked_scatter(places[..., None], tokens)
+        mask = attention_mask_for(L, past + L, attention_mask, x.device)
+        cos, sin = self.rotary(position_ids)
+        hidden = None
+        for i, layer in enumerate(self.model.layers[:num_layers], start=1):
+            x = layer(x, cos, sin, mask, cache)
+            hidden = x if i == hidden_layer else hidden
+        if num_layers is not None:
+            return VLMOutput(None, x, patch_features)
+        chosen = self.model.norm(x if logits_at is None else x[logits_at])
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return VLMOutput(F.linear(chosen, head.weight), x if hidden is None else hidden, patch_features)
+
+    @torch.no_grad()
+    def generate(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=None):
+        """Continue left-padded prompts (B, L) until <|im_end|>: a list of B lists of token ids, the end not among them.
+
+        temperature 0 takes the likeliest token; else the smallest set of tokens with probability top_p is drawn from, reproducibly with a seed.
+        """
+        assert attention_mask is None or attention_mask[:, -1].all(), "generation needs padding on the left"
+        cache, real = Cache(), torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
+        last = torch.zeros_like(input_ids, dtype=torch.bool)
+        last[:, -1] = True
+        logits = self(input_ids, real, pixel_values, image_grid_thw, logits_at=last, cache=cache).logits                    # (B, V)
+        made, running = [], torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for i in range(max_new_tokens):
+            token = logits.argmax(-1) if temperature == 0 else draw(logits / temperature, top_p, generator)
+            token = torch.where(running, token, self.config.eos_token_id)
+            running &= token != self.config.eos_token_id
+            made.append(token)
+            if i + 1 == max_new_tokens or not running.any():
+                break
+            real = F.pad(real, (0, 1), value=1)
+            logits = self(token[:, None], real, cache=cache).logits[:, 0]
+        rows = torch.stack(made, dim=1).tolist()
+        return [row[:row.index(self.config.eos_token_id)] if self.config.eos_token_id in row else row for row in rows]
+
+    @classmethod
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
+        """The model in `folder` (config.json and model.safetensors, or the hub's shards). UserError on anything missing, broken or of another shape."""
+        config = load_config(folder)
+        with torch.device("meta"):                                               # shapes only: 7 B random numbers would be thrown away
+            model = cls(config)
+        load_weights(model, weight_files(folder), device, dtype)
+        return model.eval()
+
+    def save_pretrained(self, folder, dtype=None):
+        """Write config.json and model.safetensors, each whole or not at all; dtype float16 halves the file."""
+        weights = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in self.state_dict().items()}
+        with atomic(Path(folder) / "config.json") as path:
+            path.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        with atomic(Path(folder) / "model.safetensors") as path:
+            save_file(weights, path, metadata={"format": "pt"})
+
+
+def initialise(module):
+    """Qwen's initializer: normal of deviation 0.02, biases zero, norms one."""
+    if isinstance(module, (nn.Linear, nn.Conv3d, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+
+
+def draw(logits, top_p, generator):
+    probability, token = logits.float().softmax(-1).sort(-1, descending=True)
+    probability[probability.cumsum(-1) - probability >= top_p] = 0               # the likeliest always stays
+    return token.gather(-1, torch.multinomial(probability, 1, generator=generator))[:, 0]
+
+
+# ---- tokenizer and chat
+
+QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")   # digits one by one
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
+                  "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+SYSTEM_PROMPT = "You are a helpful assistant."
+
+
+class Tokenizer:
+    """Byte-level BPE from a tokenizer.json. Text is only ever text: "<|im_end|>" typed by a user becomes its characters, not the token."""
+
+    def __init__(self, fast):
+        self.fast = fast
+        self.fast.encode_special_tokens = True                                   # the library's name for "as plain text"
+        self.special = {token: fast.token_to_id(token) for token in SPECIAL_TOKENS}
+        self.encode = lru_cache(maxsize=1 << 16)(self.encode)                    # training repeats its phrases
+        absent = [token for token, i in self.special.items() if i is None]
+        if absent:
+            raise UserError(f"the tokenizer lacks Qwen's special tokens, first {absent[0]}")
+
+    def __len__(self):
+        return self.fast.get_vocab_size()
+
+    def encode(self, text):
+        return tuple(self.fast.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids):
+        """Text of token ids, special tokens left out."""
+        return self.fast.decode(list(ids), skip_special_tokens=True)
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        path = Path(folder) / "tokenizer.json"
+        try:
+            return cls(FastTokenizer.from_str(path.read_text(encoding="utf-8")))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except Exception as error:                                               # the library raises bare Exception
+            raise UserError(f"cannot read the tokenizer {path}: {getattr(error, 'strerror', None) or error}") from None
+
+    def save_pretrained(self, folder):
+        with atomic(Path(folder) / "tokenizer.json") as path:
+            path.write_text(self.fast.to_str(pretty=True), encoding="utf-8")
+
+
+def train_tokenizer(texts, vocab_size=1024):
+    """A Tokenizer with Qwen's rules, learned from an iterable of strings: vocab_size byte-level pieces, Qwen's special tokens behind them."""
+    fast = FastTokenizer(models.BPE())
+    fast.normalizer = normalizers.NFC()
+    fast.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    fast.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())                       # all 256 bytes: nothing is ever unknown
+    fast.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False))
+    fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return Tokenizer(fast)
+
+
+def chat(tokenizer, messages, image_grid_thw=(), merge_size=2, answer=True):
+    """Qwen2.5-VL's chat template: input_ids and labels, two lists of L; labels are -100 except on assistant answers and their <|im_end|>.
+
+    messages [{"role": "system" | "user" | "assistant", "content": str or [{"type": "image"} | {"type": "video"} | {"type": "text", "text": str}]}];
+    images take their grids in order. answer=True ends with the assistant's header, ready to generate.
+    """
+    start, end, grids = tokenizer.special["<|im_start|>"], tokenizer.special["<|im_end|>"], iter(image_grid_thw)
+    if not messages or messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
+    ids, labels = [], []
+
+    def add(tokens, learn=False):
+        ids.extend(tokens)
+        labels.extend(tokens if learn else [-100] * len(tokens))
+
+    for message in messages:
+        content, learn = message["content"], message["role"] == "assistant"
+        text = message["role"] + "\n"                                            # waits for what follows: BPE may merge across
+        add([start])
+        if learn:                                                                # but not into an answer: generation starts after the header
+            add(tokenizer.encode(text))
+            text = ""
+        for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if item["type"] == "text":
+                text += item["text"]
+                continue
+            t, h, w = map(int, next(grids))
+            add(tokenizer.encode(text))
+            pads = [tokenizer.special[f"<|{item['type']}_pad|>"]] * (t * h * w // merge_size ** 2)
+            add([tokenizer.special["<|vision_start|>"], *pads, tokenizer.special["<|vision_end|>"]])
+            text = ""
+        add(tokenizer.encode(text), learn)
+        add([end], learn)
+        add(tokenizer.encode("\n"))
+    if answer:
+        add([start, *tokenizer.encode("assistant\n")])
+    assert next(grids, None) is None, "more images than places for them in the messages"
+    return ids, labels
+
+
+def collate(rows, pad_id, side="left"):
+    """Lists of (input_ids, labels) to input_ids, attention_mask and labels (B, L): left for generation, right for training (no mask needed there)."""
+    length = max(len(ids) for ids, _ in rows)
+    batch = {"input_ids": np.full((len(rows), length), pad_id), "attention_mask": np.zeros((len(rows), length), np.int64),
+             "labels": np.full((len(rows), length), -100)}
+    for b, (ids, labels) in enumerate(rows):
+        place = slice(length - len(ids), length) if side == "left" else slice(len(ids))
+        batch["input_ids"][b, place], batch["attention_mask"][b, place], batch["labels"][b, place] = ids, 1, labels
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+# ---- loading
+
+def read_json(path):
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; is this a model folder?") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return found
+
+
+def load_config(folder):
+    """VLMConfig of a folder; pixel limits come from preprocessor_config.json where the folder has one, as on the hub."""
+    path, processor = Path(folder) / "config.json", Path(folder) / "preprocessor_config.json"
+    found = read_json(path)
+    limits = {name: value for name, value in read_json(processor).items() if name in QWEN_PIXELS} if processor.exists() else {}
+    try:
+        return VLMConfig.from_dict({**found, **limits})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{path} has a value of the wrong type: {error}") from None
+
+
+def weight_files(folder):
+    index = Path(folder) / "model.safetensors.index.json"
+    if not index.exists():
+        return [Path(folder) / "model.safetensors"]
+    return [Path(folder) / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+
+
+def load_weights(model, paths, device="cpu", dtype=torch.float32):
+    """Put the safetensors files `paths` into `model`, a tensor at a time: every name and every shape must match, so nothing is left at random."""
+    wanted, found = model.state_dict(), {}
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    if name == "lm_head.weight" and name not in wanted:
+                        continue                                                 # tied: some savers store the embedding twice
+                    if name not in wanted:
+                        raise UserError(f"{path} does not fit config.json: unexpected tensor {name}")
+                    shape = file.get_slice(name).get_shape()
+                    if list(wanted[name].shape) != shape:
+                        raise UserError(f"{path} does not fit config.json: {name} has shape {shape}, wanted {list(wanted[name].shape)}")
+                    found[name] = file.get_tensor(name).to(device, dtype)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read weights {path}: {getattr(error, 'strerror', None) or error}; is the file complete?") from None
+    missing = sorted(wanted.keys() - found.keys())
+    if missing:
+        raise UserError(f"{paths[0].parent} does not fit config.json: {len(missing)} tensors missing, first {missing[0]}")
+    model.load_state_dict(found, assign=True)
