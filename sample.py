@@ -2,6 +2,7 @@
 
     python sample.py --robot widowx                                       one episode of PickCube, drawn as out/widowx-PickCube-0.gif
     python sample.py --robot panda --task StackCube --episodes 3
+    python sample.py --robot all --task all                               every robot and task at once, drawn as one mosaic
     python sample.py --robot xarm7 --instruction "grasp the red cube and bring it to the green ball"
     python sample.py --ask "Where is the red cube in the front view? Give a point."        about the rendered scene
     python sample.py --ask "How many cubes are there?" --image picture.png                 about any picture
@@ -10,18 +11,22 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, atomic, choose, parse, run
+import numpy as np
+from PIL import Image, ImageDraw
+
+from cli import UserError, atomic, choose_many, parse, run
 from data.env import CONTROL_HZ, VIEWS, TabletopEnv
-from data.robots import ROBOTS, get_robot
+from data.robots import ROBOTS
 from data.tasks import TASKS
 
-GIF_SIZE, FRAMES_EVERY = 384, 2          # pixels; control steps between two frames
+GIF_SIZE, TILE, FRAMES_EVERY = 384, 144, 2          # pixels; control steps between two frames
+INK, GREEN, RED = (20, 20, 20), (0, 130, 0), (180, 0, 0)
 
 
 @dataclass
 class SampleConfig:
-    robot: str = "widowx"            # panda, xarm6, xarm7 or widowx
-    task: str = "PickCube"           # PickCube, PushCube, PullCube, StackCube, PlaceSphere or LiftPegUpright
+    robot: str = "widowx"            # panda, xarm6, xarm7, widowx, several with commas, or all
+    task: str = "PickCube"           # PickCube, PushCube, PullCube, StackCube, PlaceSphere, LiftPegUpright, several with commas, or all
     instruction: str = ""            # what to tell the robot; empty: one of the task's own wordings
     seed: int = 1_000_000            # layout of the first episode; demonstrations use seeds below
     episodes: int = 1                # episodes, with seeds counting up
@@ -32,14 +37,13 @@ class SampleConfig:
     image: str = ""                  # picture to ask about; empty: the scene of --robot, --task and --seed
 
 
-def caption(picture, lines, colour=(20, 20, 20)):
+def caption(picture, lines, colour=INK):
     """A PIL image with lines of text on a band below the picture (H, W, 3)."""
-    from PIL import Image, ImageDraw
     image = Image.new("RGB", (picture.shape[1], picture.shape[0] + 18 * len(lines) + 6), (250, 250, 250))
     image.paste(Image.fromarray(picture))
     draw = ImageDraw.Draw(image)
     for i, line in enumerate(lines):
-        draw.text((6, picture.shape[0] + 4 + 18 * i), line, fill=colour if i == len(lines) - 1 else (20, 20, 20), font_size=13)
+        draw.text((6, picture.shape[0] + 4 + 18 * i), line, fill=colour if i == len(lines) - 1 else INK, font_size=13)
     return image
 
 
@@ -51,33 +55,63 @@ def save_gif(path, frames):
                           duration=[1000 * FRAMES_EVERY // CONTROL_HZ] * (len(frames) - 1) + [1500])
 
 
-def act(blm, config):
-    """Roll out config.episodes episodes closed-loop; a GIF and a line for each."""
+def play(blm, env, seed, config, size):
+    """One closed-loop episode, watched: (frames [(picture, control step)], result of `rollout`)."""
     from eval import rollout
-    env, wins = TabletopEnv(config.robot, config.task, held_out=True), 0
+    frames = []
+
+    def watch(env):
+        if env.steps % FRAMES_EVERY == 0:
+            frames.append((env.draw("render", size, pretty=True), env.steps))
+
+    result = rollout(blm, env, seed, config.execute_steps, config.instruction or None, watch)
+    frames.append((env.draw("render", size, pretty=True), env.steps))
+    return frames, result
+
+
+def act(blm, config, robot, task):
+    """config.episodes episodes of one robot and task; a GIF and a line for each."""
+    env, wins = TabletopEnv(robot, task, held_out=True), 0
     for seed in range(config.seed, config.seed + config.episodes):
-        frames, start = [], time.time()
-
-        def watch(env, every=FRAMES_EVERY):
-            if env.steps % every == 0:
-                frames.append((env.draw("render", GIF_SIZE, pretty=True), env.steps))
-
-        result = rollout(blm, env, seed, config.execute_steps, config.instruction or None, watch)
-        watch(env, every=1)
+        start = time.time()
+        frames, result = play(blm, env, seed, config, GIF_SIZE)
         outcome = "success" if result["success"] else "not done: " + ", ".join(name for name, value in result["conditions"].items() if not value)
-        title = f"{get_robot(config.robot).display_name}: {env.instruction}"
-        path = Path(config.out) / f"{config.robot}-{config.task}-{seed}.gif"
-        save_gif(path, [caption(f, [title, f"{step / CONTROL_HZ:.1f} s" + (f"   {outcome}" if i == len(frames) - 1 else "")],
-                                (0, 130, 0) if result["success"] else (180, 0, 0) if i == len(frames) - 1 else (20, 20, 20)) for i, (f, step) in enumerate(frames)])
+        title, last = f"{env.robot.display_name}: {env.instruction}", frames[-1][1]
+        path = Path(config.out) / f"{robot}-{task}-{seed}.gif"
+        save_gif(path, [caption(picture, [env.robot.display_name, env.instruction, f"{step / CONTROL_HZ:.1f} s" + (f"   {outcome}" if step == last else "")],
+                                INK if step < last else GREEN if result["success"] else RED) for picture, step in frames])
         wins += result["success"]
-        print(f"{title}\n  {outcome} after {result['steps'] / CONTROL_HZ:.1f} s; act {1000 * result['act_s']:.0f} ms a chunk, {time.time() - start:.1f} s in all; drawn in {path}")
+        print(f"{title}\n  {outcome} after {result['steps'] / CONTROL_HZ:.1f} s; act {1000 * result['act_s']:.0f} ms a chunk, "
+              f"{time.time() - start:.1f} s in all; drawn in {path}")
     if config.episodes > 1:
         print(f"{wins} of {config.episodes} done")
 
 
+def mosaic(blm, config, robots, tasks):
+    """One episode of every robot (rows) and task (columns), side by side in one GIF; a green bar under a tile says done, a red one not."""
+    cells, wins = [], 0
+    for robot in robots:
+        for task in tasks:
+            env = TabletopEnv(robot, task, held_out=True)
+            frames, result = play(blm, env, config.seed, config, TILE)
+            env.close()
+            wins += result["success"]
+            print(f"{robot:8s}{task:16s}{'success' if result['success'] else 'not done'} after {result['steps'] / CONTROL_HZ:.1f} s")
+            pictures = [picture for picture, _ in frames]
+            pictures[-1] = pictures[-1].copy()
+            pictures[-1][-5:] = GREEN if result["success"] else RED
+            cells.append(pictures)
+    longest = max(map(len, cells))
+    at = lambda pictures, i: pictures[min(i, len(pictures) - 1)]         # a finished tile waits
+    frames = [Image.fromarray(np.concatenate([np.concatenate([at(p, i) for p in cells[r:r + len(tasks)]], 1) for r in range(0, len(cells), len(tasks))])) for i in range(longest)]
+    path = Path(config.out) / "mosaic.gif"
+    save_gif(path, frames)
+    print(f"{wins} of {len(cells)} done; drawn in {path}")
+
+
 def main():
     config = parse(SampleConfig, description="Watch the model drive a robot, or ask it a question.")
-    choose(config.robot, ROBOTS, "robot"), choose(config.task, TASKS, "task")
+    robots, tasks = choose_many(config.robot, ROBOTS, "robot"), choose_many(config.task, TASKS, "task")
     if config.episodes < 1:
         raise UserError(f"--episodes {config.episodes} must be at least 1")
     if config.image and not config.ask:
@@ -88,12 +122,12 @@ def main():
     from model import BLM
     blm = BLM.from_pretrained(config.weights)
     if not config.ask:
-        return act(blm, config)
+        return act(blm, config, robots[0], tasks[0]) if len(robots) == len(tasks) == 1 else mosaic(blm, config, robots, tasks)
     if config.image:
         from vlm import load_image
         images = [load_image(config.image)]
     else:
-        observation, _ = TabletopEnv(config.robot, config.task).reset(config.seed)
+        observation, _ = TabletopEnv(robots[0], tasks[0]).reset(config.seed)
         images = [observation["images"][view] for view in VIEWS]
     start = time.time()
     print(blm.answer(images, config.ask))

@@ -6,11 +6,12 @@
     python train_sft.py --backbone Qwen2.5-VL-3B-Instruct --lr 1e-5 --dense_weight 0       from downloaded weights
 
 A row is a scene: its pictures, then some of its questions and answers as one conversation; the cross-entropy is on answers alone. A model of
-2 M parameters that starts from nothing hardly learns to see from sparse words, so two linear heads, thrown away afterwards, read what each 16-pixel
+4 M parameters that starts from nothing hardly learns to see from sparse words, so two linear heads, thrown away afterwards, read what each 16-pixel
 patch shows and where that object's centre is: one from the ViT, one from the hidden states of block k, which is what the policy will read.
-The first `dense_fraction` of the steps trains them alone, on pictures without text and through k blocks only, five times as fast.
+The first `dense_fraction` of the steps trains them alone, on pictures without text and through k blocks only, several times as fast.
 
-Written to --out: config.json, model.safetensors (float16), tokenizer.json, training.json (command, figures), log.jsonl, and state.safetensors to resume from.
+Written to --out: config.json, model.safetensors (float16), tokenizer.json, training.json (command, figures), log.jsonl,
+and state.safetensors to resume from.
 Letters: B rows, L tokens, P patches of all pictures, C classes, m patches a token merges along a side.
 """
 import dataclasses
@@ -46,7 +47,7 @@ class SFTConfig:
     out: str = "out/sft"           # folder for the model
     backbone: str = ""             # start from this model folder (Qwen2.5-VL or nanoBLM) instead of from nothing
     model: str = "nano"            # sizes of a model from nothing
-    steps: int = 6000              # optimiser steps
+    steps: int = 3000              # optimiser steps
     batch_size: int = 32           # scenes a step, over all processes
     micro_batch: int = 32          # scenes in memory at once; smaller needs less memory and gives the same gradient
     questions: int = 8             # at most so many questions of a scene in a step, drawn anew each time
@@ -56,7 +57,7 @@ class SFTConfig:
     grad_clip: float = 1.0         # largest norm of a step's gradient
     intent_layer: int = 3          # k: the LLM block that the second dense head (and later the policy) reads
     dense_weight: float = 1.0      # weight of the dense loss beside that of the answers; 0 for none
-    dense_fraction: float = -1.0   # share of the steps with the dense loss alone; -1: 0.25 from nothing, 0 with --backbone
+    dense_fraction: float = -1.0   # share of the steps with the dense loss alone; -1: 0.5 from nothing, 0 with --backbone
     vocab_size: int = 1024         # byte-level pieces of the tokenizer of a model from nothing
     eval_every: int = 500          # steps
     eval_scenes: int = 256         # validation scenes for the figures by teacher forcing
@@ -89,24 +90,27 @@ def conversation(images, turns):
 
 
 def make_batch(corpus, rows, tokenizer, config, cfg, dense_only=False):
-    """Tensors of (row number, scene) pairs: the VLM's inputs padded on the right, labels (B, L), patch_class (P,) and patch_offset (P, 3) in raster order.
+    """Tensors of (row number, scene) pairs: the VLM's inputs padded on the right, labels (B, L), patch_class (P,) and patch_offset (P, 3) row by row.
 
     Row numbers choose which questions are asked and in which order; None asks all as they stand, as evaluation does.
     """
     scenes, images, talks = [corpus[scene] for _, scene in rows], [], []
     for (number, _), scene in zip(rows, scenes):
-        order = range(len(scene["turns"])) if number is None else np.random.default_rng([cfg.seed, 1, number]).permutation(len(scene["turns"]))[:cfg.questions]
-        turns = [] if dense_only else [scene["turns"][i] for i in order]
+        turns = [] if dense_only else scene["turns"]
+        if number is not None:
+            turns = [turns[i] for i in np.random.default_rng([cfg.seed, 1, number]).permutation(len(turns))[:cfg.questions]]
         talks.append(conversation(len(scene["images"]), turns))
         images += scene["images"]
     pixel_values, grids = process_images(images, config)
     listed, counts = iter(grids.tolist()), [len(scene["images"]) for scene in scenes]
-    texts = [chat(tokenizer, talk, [next(listed) for _ in range(n)], config.vision_config.spatial_merge_size, answer=False) for talk, n in zip(talks, counts)]
+    merge = config.vision_config.spatial_merge_size
+    texts = [chat(tokenizer, talk, [next(listed) for _ in range(n)], merge, answer=False) for talk, n in zip(talks, counts)]
     dense = {}
     if cfg.dense_weight:
         classes = np.concatenate([scene["patch_class"] for scene in scenes])                       # (n, 8, 8)
         if classes.shape[1:] != tuple(grids[0, 1:].tolist()):
-            raise UserError(f"the corpus names {classes.shape[1]} x {classes.shape[2]} patches a picture, this model has {grids[0, 1]} x {grids[0, 2]}: add --dense_weight 0")
+            raise UserError(f"the corpus describes {classes.shape[1]} x {classes.shape[2]} patches a picture, this model has "
+                            f"{grids[0, 1]} x {grids[0, 2]}: add --dense_weight 0")
         offsets = np.concatenate([scene["patch_offset"] for scene in scenes])
         dense = {"patch_class": torch.from_numpy(classes).flatten(), "patch_offset": torch.from_numpy(offsets).flatten(0, 2)}
     return {**collate(texts, config.bos_token_id, side="right"), "pixel_values": pixel_values, "image_grid_thw": grids, **dense}
@@ -115,7 +119,7 @@ def make_batch(corpus, rows, tokenizer, config, cfg, dense_only=False):
 # ---- losses
 
 class DenseHeads(nn.Module):
-    """What does each patch show, and where is that object's centre: one linear layer on the ViT's patches, one on block k's image tokens (m x m patches each)."""
+    """What a patch shows and where that object's centre is: a linear layer on the ViT's patches, one on block k's image tokens (m x m patches each)."""
 
     def __init__(self, config, num_classes):
         super().__init__()
@@ -126,7 +130,8 @@ class DenseHeads(nn.Module):
 
     def forward(self, patch_features, token_features, grid):
         """(P, D of the ViT) and (P / m², D) of pictures of one size, grid (t, h, w), to two (P, C + 3) in raster order."""
-        tokens = rearrange(self.llm(token_features), "(n h w) (a b c) -> (n h a w b) c", a=self.merge, b=self.merge, h=grid[1] // self.merge, w=grid[2] // self.merge)
+        m, h, w = self.merge, grid[1] // self.merge, grid[2] // self.merge
+        tokens = rearrange(self.llm(token_features), "(n h w) (a b c) -> (n h a w b) c", a=m, b=m, h=h, w=w)
         return self.vit(patch_features), tokens
 
 
@@ -158,7 +163,7 @@ def count(batches):
 
 
 def losses(model, heads, batch, totals, cfg, dense_only):
-    """This micro-batch's share of the step's losses, as scalars that add up: answer cross-entropy; class cross-entropy + smooth L1 of offsets, twice."""
+    """This micro-batch's share of the step's losses, scalars that add up: answer cross-entropy; class cross-entropy + smooth L1 of offsets, twice."""
     logits, labels, dense = read(model, heads, batch, cfg, dense_only)
     found = {} if dense_only else {"answer": F.cross_entropy(logits, labels, reduction="sum") / totals[0]}
     if dense:
@@ -176,7 +181,7 @@ def losses(model, heads, batch, totals, cfg, dense_only):
 # ---- evaluation
 
 def answers_right(logits, labels, first):
-    """For each answer, are all its tokens the likeliest? logits (n, V), labels (n,), first (n,) True at an answer's first token; returns (answers,) bool."""
+    """For each answer, are all its tokens the likeliest? logits (n, V), labels (n,), first (n,) True where an answer begins; returns (answers,) bool."""
     number = first.long().cumsum(0) - 1
     wrong = torch.zeros(int(first.sum()), device=logits.device).index_add_(0, number, (logits.argmax(-1) != labels).float())
     return wrong == 0
@@ -239,7 +244,8 @@ def pointing(model, corpus, tokenizer, cfg, device):
         texts = [chat(tokenizer, conversation(len(images), [turn])[:1], [next(listed) for _ in images], model.config.vision_config.spatial_merge_size)
                  for images, turn in part]
         batch = {**collate(texts, model.config.bos_token_id), "pixel_values": values, "image_grid_thw": grids}
-        made = model.generate(*(batch[name].to(device) for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")), max_new_tokens=48)
+        inputs = (batch[name].to(device) for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw"))
+        made = model.generate(*inputs, max_new_tokens=48)
         for ids, (_, (_, answer)) in zip(made, part):
             point = point_in(tokenizer.decode(ids))
             errors.append(np.inf if point is None else float(np.linalg.norm(point - point_in(answer))))
@@ -253,7 +259,8 @@ def pointing(model, corpus, tokenizer, cfg, device):
 
 def make_optimizer(modules, cfg):
     named = [p for module in modules for p in module.parameters()]
-    groups = [{"params": [p for p in named if p.ndim > 1], "weight_decay": cfg.weight_decay}, {"params": [p for p in named if p.ndim == 1], "weight_decay": 0.0}]
+    groups = [{"params": [p for p in named if p.ndim > 1], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in named if p.ndim == 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -280,11 +287,12 @@ def save(cfg, model, heads, optimizer, tokenizer, step, figures, seconds):
     """The model folder and the training state, each file whole or absent; the state comes last, so that it never names weights that are not there."""
     model.save_pretrained(cfg.out, dtype=torch.float16)
     tokenizer.save_pretrained(cfg.out)
-    record = {"stage": "sft", "command": "python " + shlex.join(sys.argv), "seed": cfg.seed, "step": step, "steps": cfg.steps, "minutes": round(seconds / 60, 1),
-              "figures": figures, "intent_layer": cfg.intent_layer, "config": dataclasses.asdict(cfg)}
+    record = {"stage": "sft", "command": "python " + shlex.join(sys.argv), "seed": cfg.seed, "step": step, "steps": cfg.steps,
+              "minutes": round(seconds / 60, 1), "figures": figures, "intent_layer": cfg.intent_layer, "config": dataclasses.asdict(cfg)}
     with atomic(Path(cfg.out) / "training.json") as path:
         path.write_text(json.dumps(record, indent=2) + "\n")
-    tensors = {f"{owner}.{name}": tensor.detach().cpu() for owner, module in (("model", model), ("heads", heads)) for name, tensor in module.state_dict().items()}
+    tensors = {f"{owner}.{name}": tensor.detach().cpu() for owner, module in (("model", model), ("heads", heads))
+               for name, tensor in module.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{i}.{name}": torch.as_tensor(value).cpu() for name, value in state.items()})
     with atomic(state_path(cfg)) as path:
@@ -298,10 +306,12 @@ def load(cfg, model, heads, optimizer):
             record = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot resume from {state_path(cfg)}: {getattr(error, 'strerror', None) or error}; leave --resume out to start anew") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot resume from {state_path(cfg)}: {reason}; leave --resume out to start anew") from None
     for name, value in dataclasses.asdict(cfg).items():
         if name not in FREE_TO_CHANGE and record["config"].get(name) != value:
-            raise UserError(f"{cfg.out} was trained with --{name} {record['config'].get(name)}, not {value}: resume with the same, or choose another --out")
+            before = record["config"].get(name)
+            raise UserError(f"{cfg.out} was trained with --{name} {before}, not {value}: resume with the same, or choose another --out")
     for owner, module in (("model", model), ("heads", heads)):
         module.load_state_dict({name.removeprefix(f"{owner}."): tensor for name, tensor in tensors.items() if name.startswith(f"{owner}.")})
     moments = {}
@@ -358,12 +368,13 @@ def train(cfg):
     optimizer = make_optimizer((model, heads), cfg)
     parameters = [*model.parameters(), *heads.parameters()]
     step, seconds = load(cfg, model, heads, optimizer) if cfg.resume else (0, 0.0)
-    share = (0.0 if cfg.backbone else 0.25) if cfg.dense_fraction < 0 else cfg.dense_fraction
+    share = (0.0 if cfg.backbone else 0.5) if cfg.dense_fraction < 0 else cfg.dense_fraction
     dense_steps = int(share * cfg.steps) if cfg.dense_weight else 0
 
     def batches_of(step):
         rows = rows_of_step(step, len(corpus), cfg.seed, cfg.batch_size)[rank::world]
-        return [make_batch(corpus, rows[i:i + cfg.micro_batch], tokenizer, model.config, cfg, step < dense_steps) for i in range(0, len(rows), cfg.micro_batch)]
+        parts = [rows[i:i + cfg.micro_batch] for i in range(0, len(rows), cfg.micro_batch)]
+        return [make_batch(corpus, part, tokenizer, model.config, cfg, step < dense_steps) for part in parts]
 
     def gradients(batches, dense_only):
         """Leaves the step's gradient in the parameters; returns the losses as floats."""
@@ -388,11 +399,13 @@ def train(cfg):
         return time.perf_counter() - start
 
     if rank == 0:
-        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(corpus)} scenes, {cfg.steps - step} steps of {cfg.batch_size}, {world} process(es)")
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{millions:.1f} M parameters, {len(corpus)} scenes, {cfg.steps - step} steps of {cfg.batch_size}, {world} process(es)")
     kinds = [(max(0, dense_steps - step), dense_steps - 1), (cfg.steps - max(step, dense_steps), cfg.steps - 1)]
     paces = [(number, measure(at)) for number, at in kinds if number > 0]
     if rank == 0 and paces:
-        print(f"about {sum(n * pace for n, pace in paces) / 60:.0f} minutes without evaluation: " + ", ".join(f"{n} steps at {pace:.2f} s" for n, pace in paces))
+        each = ", ".join(f"{n} steps at {pace:.2f} s" for n, pace in paces)
+        print(f"about {sum(n * pace for n, pace in paces) / 60:.0f} minutes without evaluation: {each}")
     figures, last, begun = {}, {}, time.perf_counter() - seconds
     loader = ThreadPoolExecutor(1)                                                                   # makes the next rows while this step computes
     upcoming = loader.submit(batches_of, step)
@@ -415,8 +428,8 @@ def train(cfg):
                 figures = evaluate(model, heads, validation, tokenizer, cfg, device, dense_only)
                 print(f"\nstep {done}: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
             if due or done % 10 == 0 or done == 1:
-                line = {"step": done, "lr": learning_rate(step, cfg), **{name: round(float(value), 5) for name, value in last.items()}, **(figures if due else {}),
-                        "seconds": round(time.perf_counter() - begun, 1)}
+                line = {"step": done, "lr": learning_rate(step, cfg), **{name: round(float(value), 5) for name, value in last.items()},
+                        **(figures if due else {}), "seconds": round(time.perf_counter() - begun, 1)}
                 Path(cfg.out).mkdir(parents=True, exist_ok=True)
                 with open(Path(cfg.out) / "log.jsonl", "a", encoding="utf-8") as log:
                     log.write(json.dumps(line) + "\n")

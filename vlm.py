@@ -6,7 +6,7 @@
                                                 └─► blocks k+1..n ─► norm ─► logits: what a user reads
 
 Weights and configuration carry the names of the hub checkpoints (Qwen/Qwen2.5-VL-3B-Instruct and its sisters), which load unchanged; `nano` is
-the same architecture at 2 M parameters. Sources: Qwen2.5-VL report (arXiv 2502.13923), M-RoPE of Qwen2-VL (arXiv 2409.12191), and the behaviour of
+the same architecture at 4 M parameters. Sources: Qwen2.5-VL report (arXiv 2502.13923), M-RoPE of Qwen2-VL (arXiv 2409.12191), and the behaviour of
 Hugging Face transformers, which tests/test_vlm.py compares with.
 
 Letters: B batch, L tokens of a sequence, S keys (past and new), D width, H heads, G key/value heads, d width of a head, V vocabulary,
@@ -55,7 +55,7 @@ class VisionConfig:
     def __post_init__(self):
         self.fullatt_block_indexes = tuple(self.fullatt_block_indexes)
         if self.hidden_size % (4 * self.num_heads):
-            raise UserError(f"vision hidden_size {self.hidden_size} must be a multiple of 4 x num_heads {self.num_heads}: rotary pairs for rows and columns")
+            raise UserError(f"vision hidden_size {self.hidden_size} must be a multiple of 4 x num_heads {self.num_heads}")   # rotary pairs
 
 
 @dataclass
@@ -78,7 +78,7 @@ class VLMConfig:
     vision_end_token_id: int = 1034
     image_token_id: int = 1036
     video_token_id: int = 1037
-    min_pixels: int = 128 * 128          # smaller pictures are enlarged, larger ones shrunk: the processor's limits, in config.json for one place to look
+    min_pixels: int = 128 * 128          # smaller pictures are enlarged, larger ones shrunk
     max_pixels: int = 128 * 128
     vision_config: VisionConfig = field(default_factory=VisionConfig)
 
@@ -103,7 +103,7 @@ class VLMConfig:
 
     @classmethod
     def from_dict(cls, found):
-        """From a parsed config.json, flat as on the hub or with the text side nested as transformers 5 writes it. UserError on what this file does not do."""
+        """From a parsed config.json, flat as on the hub or nested as transformers 5 writes it. UserError on what this file does not do."""
         text = {**found, **found.get("text_config", {})}
         text["tie_word_embeddings"] = found.get("tie_word_embeddings", False) or found.get("text_config", {}).get("tie_word_embeddings", False)
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
@@ -127,7 +127,8 @@ class VLMConfig:
         flat = dataclasses.asdict(self)
         flat["rope_scaling"] = {"type": "mrope", "mrope_section": list(flat.pop("mrope_section"))}
         vision = {**flat.pop("vision_config"), "model_type": "qwen2_5_vl", "in_chans": 3, "hidden_act": "silu"}
-        return {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "hidden_act": "silu", **flat, "vision_config": vision}
+        kind = {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "hidden_act": "silu"}
+        return {**kind, **flat, "vision_config": vision}
 
 
 QWEN_PIXELS = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 16384}     # the hub's preprocessor_config.json
@@ -145,7 +146,7 @@ SHIFTED = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
 def load_image(path):
-    """The picture in file `path` as a PIL RGB image: upright (EXIF), transparency on white, 16-bit greys scaled. UserError if it is none or too large."""
+    """The picture in file `path` as PIL RGB: upright (EXIF), transparency on white, 16-bit greys scaled. UserError if it is none or too large."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)      # our own limit is lower
@@ -193,7 +194,7 @@ def resize(image, config):
 
 
 def process_images(images, config):
-    """PIL images or uint8 (height, width, 3) arrays to pixel_values (P, 3*2*p*p) float32 and image_grid_thw (n, 3); as Hugging Face's Qwen2-VL processor."""
+    """PIL images or uint8 (height, width, 3) arrays to pixel_values (P, 3*2*p*p) float32 and image_grid_thw (n, 3), as Hugging Face's processor."""
     vision = config.vision_config
     p, m, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
     grids, values = [], []
@@ -230,7 +231,7 @@ class MLP(nn.Module):
 
 
 class Rotary(torch.autograd.Function):
-    """Rotate pairs (i, i + d/2) of the last axis of x (..., d); cos and sin (..., d/2). The gradient is the rotation back: three times as fast as autograd's."""
+    """Rotate pairs (i, i + d/2) of the last axis of x (..., d); cos and sin (..., d/2). The gradient is the rotation back."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -269,7 +270,7 @@ def frame_plan(h, w, m, window):
 
 
 def vision_plan(grids, vision):
-    """For a batch of images [(t, h, w)]: order, raster (P,), row and column (2, P) in windowed order, and the runs (count, patches) of windows and frames."""
+    """For images [(t, h, w)]: order, raster (P,), row and column (2, P) in windowed order, and the runs (count, patches) of windows and frames."""
     m, window = vision.spatial_merge_size, vision.window_size // vision.spatial_merge_size // vision.patch_size
     frames = list(chain.from_iterable([(h, w)] * t for t, h, w in grids))
     plans = [frame_plan(h, w, m, window) for h, w in frames]
@@ -283,7 +284,7 @@ def vision_plan(grids, vision):
 
 
 class VisionAttention(nn.Module):
-    """Attention among the patches of a window (or a frame). x (P, D) windowed order; runs [(count, patches)]: equal groups go through SDPA as one batch."""
+    """Attention inside each window (or frame). x (P, D) in windowed order; runs [(count, patches)]: equal groups go through SDPA as one batch."""
 
     def __init__(self, config):
         super().__init__()
@@ -345,7 +346,7 @@ class VisionTransformer(nn.Module):
         self.merger = PatchMerger(config)
 
     def forward(self, pixel_values, image_grid_thw):
-        """pixel_values (P, 3*2*p*p), image_grid_thw (n, 3) to tokens (P / m², D of the LLM) in reading order and patch features (P, D) in raster order."""
+        """pixel_values (P, 3*2*p*p), image_grid_thw (n, 3) to tokens (P / m², D of the LLM) in reading order and patch features (P, D), row by row."""
         config = self.config
         order, raster, rows_columns, windows, frames = vision_plan([tuple(grid) for grid in image_grid_thw.tolist()], config)
         order, raster, rows_columns = (index.to(pixel_values.device) for index in (order, raster, rows_columns))
@@ -418,7 +419,7 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with M-RoPE. x (B, L, D), cos and sin (B, 1, L, d/2), mask (B or 1, 1, L, S) or None: causal, or one token that sees all."""
+    """Grouped-query self-attention with M-RoPE. x (B, L, D), cos and sin (B, 1, L, d/2), mask (B or 1, 1, L, S) or None: see attention_mask_for."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -482,9 +483,8 @@ class VLM(nn.Module):
         axis = torch.repeat_interleave(torch.arange(3), torch.tensor(self.config.mrope_section)).to(positions.device)      # (d/2,)
         pairs = torch.arange(0, self.config.head_dim, 2, device=positions.device, dtype=torch.float32)
         angles = positions[axis].movedim(0, -1) * self.config.rope_theta ** (-pairs / self.config.head_dim)                # (B, L, d/2)
-        angles = angles[:, None]
         dtype = self.model.norm.weight.dtype
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        return angles[:, None].cos().to(dtype), angles[:, None].sin().to(dtype)
 
     def forward(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, num_layers=None, hidden_layer=None,
                 logits_at=None, cache=None, position_ids=None):
@@ -519,7 +519,8 @@ class VLM(nn.Module):
         return VLMOutput(F.linear(chosen, head.weight), x if hidden is None else hidden, patch_features)
 
     @torch.no_grad()
-    def generate(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=None):
+    def generate(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, max_new_tokens=128, temperature=0.0, top_p=1.0,
+                 seed=None):
         """Continue left-padded prompts (B, L) until <|im_end|>: a list of B lists of token ids, the end not among them.
 
         temperature 0 takes the likeliest token; else the smallest set of tokens with probability top_p is drawn from, reproducibly with a seed.
@@ -545,7 +546,7 @@ class VLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
-        """The model in `folder` (config.json and model.safetensors, or the hub's shards). UserError on anything missing, broken or of another shape."""
+        """The model in `folder` (config.json and model.safetensors, or the hub's shards). UserError on what is missing, broken or of another shape."""
         config = load_config(folder)
         with torch.device("meta"):                                               # shapes only: 7 B random numbers would be thrown away
             model = cls(config)

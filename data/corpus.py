@@ -98,7 +98,8 @@ def look(env, view, spare):
     for c, centre in centres.items():
         x, y, depth = project(env, view, centre)
         rows, columns = np.nonzero(patch_class == c)
-        patch_offset[rows, columns] = np.stack([x / patch - columns - 0.5, y / patch - rows - 0.5, np.full(len(rows), depth - 0.6)], 1)
+        offset = np.stack([x / patch - columns - 0.5, y / patch - rows - 0.5, np.full(len(rows), depth - 0.6)], 1)
+        patch_offset[rows, columns] = offset.clip(-GRID, GRID)         # a centre beside or behind the camera projects anywhere
     seen = {}
     for c in np.unique(classes[classes > 1]):
         ys, xs = np.nonzero(classes == c)

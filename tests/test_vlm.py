@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cli import UserError
-from vlm import (CLIP_MEAN, SPECIAL_TOKENS, VLM, Cache, Tokenizer, VisionConfig, VLMConfig, chat, collate, load_image, mrope_positions, process_images,
-                 train_tokenizer)
+from vlm import (CLIP_MEAN, SPECIAL_TOKENS, VLM, Cache, Tokenizer, VisionConfig, VLMConfig, chat, collate, load_image, mrope_positions,
+                 process_images, train_tokenizer)
 
 CORPUS = ["Where is the red cube? It is left of the blue sphere.", '{"point_2d": [41, 57], "label": "red cube"}',
           "system\nYou are a helpful assistant.\nuser\nassistant\n", "Pick up the cube, then stack it on the green one."] * 3
@@ -31,7 +31,8 @@ def tokenizer():
 
 
 def small_config(tokenizer, **changes):
-    vision = VisionConfig(depth=3, hidden_size=32, intermediate_size=40, num_heads=2, out_hidden_size=48, patch_size=8, window_size=32, fullatt_block_indexes=[1])
+    vision = VisionConfig(depth=3, hidden_size=32, intermediate_size=40, num_heads=2, out_hidden_size=48, patch_size=8, window_size=32,
+                          fullatt_block_indexes=[1])
     return VLMConfig(hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, mrope_section=(2, 2, 2),
                      min_pixels=16 * 16, max_pixels=128 * 128, vision_config=vision, **changes).for_tokenizer(tokenizer)
 
@@ -41,7 +42,8 @@ def random_model(config, seed=0):
     torch.manual_seed(seed)
     model = VLM(config).eval()
     for name, parameter in model.named_parameters():
-        parameter.data = torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5) + ("norm" in name or "ln_q" in name)
+        deviation = 0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+        parameter.data = torch.randn_like(parameter) * deviation + ("norm" in name or "ln_q" in name)
     return model
 
 
@@ -101,7 +103,7 @@ def test_logits_and_hidden_states_match_transformers(reference, tokenizer, tied,
 def test_vit_and_merger_match_transformers(reference, tokenizer):
     ours, theirs = reference[True]
     values, grids = process_images([picture(48, 96), picture(80, 112, 1), picture(64, 64, 2), picture(64, 64, 3)], ours.config)
-    values, grids = torch.cat([values, torch.randn(2 * 6 * 10, values.shape[1])]), torch.cat([grids, torch.tensor([[2, 6, 10]])])    # and two frames of video
+    values, grids = torch.cat([values, torch.randn(2 * 6 * 10, values.shape[1])]), torch.cat([grids, torch.tensor([[2, 6, 10]])])      # a video too
     with torch.no_grad():
         tokens, features = ours.visual(values, grids)
         torch.testing.assert_close(tokens, theirs.model.visual(values, grid_thw=grids).pooler_output, atol=1e-4, rtol=1e-4)
@@ -134,7 +136,7 @@ def test_mrope_positions_match_transformers(reference, tokenizer):
     expected = theirs.model.get_rope_index(ids, 2 * (ids == video).int(), video_grid_thw=grid, second_per_grid_ts=torch.tensor([1.5]))[0]
     found = mrope_positions(ids, None, grid, ours.config, seconds_per_grid=1.5)
     assert torch.equal(found[:, :, :-2], expected[:, :, :-2])
-    assert (found[:, 0, -2:] == found[:, 0, :-2].max() + torch.tensor([1, 2])).all()     # as the paper and transformers 4; 5 goes on at max(h, w) even if time is ahead
+    assert (found[:, 0, -2:] == found[:, 0, :-2].max() + torch.tensor([1, 2])).all()     # as transformers 4; 5 goes on at max(h, w), behind the time
 
 
 def test_greedy_generation_matches_transformers(reference, tokenizer):
@@ -172,18 +174,19 @@ def test_processor_matches_transformers(tokenizer, size):
         torch.testing.assert_close(values, expected["pixel_values"], atol=1e-5, rtol=0)
 
 
-TEMPLATE = ("{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-            "{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+TEMPLATE = ("{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"           # the hub's, less numbers
+            "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
             "{% for content in message['content'] %}{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-            "{% elif content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
-            "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")       # the hub's, less picture numbers
+            "{% elif content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}"
+            "{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 @pytest.mark.parametrize("answer", [True, False])
 def test_chat_matches_qwen_template(tokenizer, answer):
     jinja2 = pytest.importorskip("jinja2", reason="renders the hub's template")
     talk = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "\n Where is 12 red?"}]},
-            {"role": "assistant", "content": '{"point_2d": [41, 57]}'}, {"role": "user", "content": "And now?"}, {"role": "assistant", "content": "left"}]
+            {"role": "assistant", "content": '{"point_2d": [41, 57]}'}, {"role": "user", "content": "And now?"},
+            {"role": "assistant", "content": "left"}]
     for messages in (talk, [{"role": "system", "content": "Be brief."}, *talk], talk[2:3], [{"role": "user", "content": [{"type": "video"}]}]):
         grids = [(1, 2, 2)] * sum(item["type"] != "text" for m in messages if not isinstance(m["content"], str) for item in m["content"])
         ids, labels = chat(tokenizer, messages, grids, answer=answer)
@@ -217,15 +220,17 @@ def test_cached_equals_uncached_and_padding_moves_nothing(tokenizer):
     batch = prompts(tokenizer, model.config)
     L = batch["input_ids"].shape[1]
     extra = torch.randint(0, 250, (3, 5))
-    longer = {**batch, "input_ids": torch.cat([batch["input_ids"], extra], 1), "attention_mask": torch.cat([batch["attention_mask"], torch.ones(3, 5)], 1)}
+    longer = {**batch, "input_ids": torch.cat([batch["input_ids"], extra], 1),
+              "attention_mask": torch.cat([batch["attention_mask"], torch.ones(3, 5)], 1)}
     with torch.no_grad():
         whole, cache = model(**longer), Cache()
         model(**batch, cache=cache)
         parts = [model(extra[:, :2], longer["attention_mask"][:, :L + 2], cache=cache).logits]                   # two at once, then one by one
         parts += [model(extra[:, i:i + 1], longer["attention_mask"][:, :L + 1 + i], cache=cache).logits for i in range(2, 5)]
         torch.testing.assert_close(torch.cat(parts, 1), whole.logits[:, L:], atol=1e-5, rtol=1e-5)
-        alone = {name: batch[name][1:2, -int(batch["attention_mask"][1].sum()):] for name in ("input_ids", "attention_mask")}     # the row without a picture
-        torch.testing.assert_close(model(**alone).logits, model(**batch).logits[1:2, -alone["input_ids"].shape[1]:], atol=1e-5, rtol=1e-5)
+        length = int(batch["attention_mask"][1].sum())                           # of the row without a picture
+        alone = {name: batch[name][1:2, -length:] for name in ("input_ids", "attention_mask")}
+        torch.testing.assert_close(model(**alone).logits, model(**batch).logits[1:2, -length:], atol=1e-5, rtol=1e-5)
         spoilt = {**batch, "input_ids": torch.where(batch["attention_mask"] == 1, batch["input_ids"], 7)}
         real = batch["attention_mask"].bool()
         assert torch.equal(model(**spoilt).logits[real], model(**batch).logits[real])
@@ -282,7 +287,8 @@ def test_save_and_load_round_trip(tokenizer, tmp_path):
     names = sorted(weights)
     for shard, part in (("a", names[:9]), ("b", names[9:])):
         save_file({name: weights[name] for name in part}, tmp_path / f"{shard}.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {n: f"{'a' if n in names[:9] else 'b'}.safetensors" for n in names}}))
+    index = {"weight_map": {name: f"{'a' if name in names[:9] else 'b'}.safetensors" for name in names}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model.safetensors").unlink()
     assert all(torch.equal(a, b) for a, b in zip(VLM.from_pretrained(tmp_path).state_dict().values(), again.state_dict().values()))
 
@@ -320,8 +326,8 @@ def test_bad_pictures_are_user_errors(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:400])
     Image.new("1", (12000, 12000)).save(tmp_path / "bomb.png")
     Image.new("1", (20000, 20000)).save(tmp_path / "larger.png")                 # past PIL's own limit as well
-    for name, said in (("text.png", "cannot read"), ("cut.png", "cannot read"), ("bomb.png", "shrink"), ("larger.png", "shrink"), ("absent.png", "No such file"),
-                       ("", "directory")):
+    for name, said in (("text.png", "cannot read"), ("cut.png", "cannot read"), ("bomb.png", "shrink"), ("larger.png", "shrink"),
+                       ("absent.png", "No such file"), ("", "directory")):
         with pytest.raises(UserError, match=said):
             load_image(tmp_path / name)
     for size in ((1, 50), (50, 1), (2, 500)):

@@ -1,0 +1,108 @@
+"""A user's mistakes: one clear line, exit code 2, nothing half-written. And the shipped weights at work."""
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cli
+import data.corpus
+import data.record
+import eval as evaluation
+import sample
+import train_policy
+import train_sft
+from conftest import ROOT
+
+NANO = str(ROOT / "weights" / "nano")
+
+
+def call(module, argv, monkeypatch, capsys):
+    """(exit code, stderr) of `python module.py argv...`, in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+    try:
+        cli.run(module.main)
+        return 0, capsys.readouterr().err
+    except SystemExit as stop:
+        return stop.code, capsys.readouterr().err
+
+
+def files(folder):
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+# (script, flags with {tmp} for a scratch folder and {nano} for the shipped weights, what the line must say)
+MISTAKES = [
+    (sample, "--robot widowz", "unknown robot 'widowz'.*panda, xarm6, xarm7, widowx.*did you mean widowx"),
+    (sample, "--task PickCub", "unknown task 'PickCub'.*did you mean PickCube"),
+    (sample, "--robott panda", "--robott.*did you mean --robot"),
+    (sample, "--episodes 0", "--episodes 0"),
+    (sample, "--episodes two", "invalid int value"),
+    (sample, "--weights {tmp}/nowhere", "nowhere"),
+    (sample, "--weights {tmp}/truncated --out {tmp}/o", "truncated"),
+    (sample, "--weights {tmp}/foreign --out {tmp}/o", "foreign"),
+    (sample, "--weights {tmp}/empty --out {tmp}/o", "empty"),
+    (sample, "--weights {tmp}/unjson --out {tmp}/o", "unjson"),
+    (sample, "--out {tmp}/file.txt --weights {nano}", "cannot write"),
+    (sample, "--out /proc/nowhere --weights {nano}", "cannot write"),
+    (sample, "--image {tmp}/picture.png", "--ask"),
+    (sample, "--ask What? --image {tmp}/file.txt --weights {nano} --out {tmp}/o", "cannot read the picture"),
+    (sample, "--ask What? --image {tmp}/missing.png --weights {nano} --out {tmp}/o", "missing.png"),
+    (sample, "--ask What? --image {tmp}/thin.png --weights {nano} --out {tmp}/o", "too thin"),
+    (sample, ["--ask", "  ", "--image", "{tmp}/picture.png", "--weights", "{nano}", "--out", "{tmp}/o"], "question"),
+    (evaluation, "", "expert.*physical"),
+    (evaluation, "physicl", "unknown evaluation.*did you mean physical"),
+    (evaluation, "physical --weights {tmp}/nowhere", "nowhere"),
+    (evaluation, "physical --robots panda,widowy", "unknown robot 'widowy'"),
+    (evaluation, "expert --episodes -1", "--episodes -1"),
+    (data.record, "--robots pandas", "unknown robot"),
+    (data.record, "--tasks Juggle", "unknown task"),
+    (data.record, "--episodes 0", "at least 1"),
+    (data.record, "--out /proc/nowhere", "cannot write"),
+    (data.record, "--show {tmp}/empty", "no episodes"),
+    (data.record, "--show {tmp}/broken --out {tmp}/o.png", "broken episode"),
+    (data.corpus, "--scenes many", "invalid int value"),
+    (train_sft, "--stepps 3", "did you mean --steps"),
+    (train_policy, "--backbone {tmp}/nowhere --out {tmp}/p", "nowhere"),
+    (train_policy, "--preset nan", "unknown preset 'nan'.*did you mean nano"),
+]
+
+
+@pytest.fixture
+def scratch(tmp_path):
+    for name in ("empty", "broken"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file.txt").write_text("not a picture")
+    (tmp_path / "broken" / "panda-PickCube-0.safetensors").write_bytes(b"junk")
+    Image.fromarray(np.full((40, 50, 3), 128, np.uint8)).save(tmp_path / "picture.png")
+    Image.fromarray(np.zeros((50, 1, 3), np.uint8)).save(tmp_path / "thin.png")
+    for name in ("truncated", "foreign", "unjson"):
+        shutil.copytree(NANO, tmp_path / name)
+    path = tmp_path / "truncated" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    shutil.copy(tmp_path / "foreign" / "policy.safetensors", tmp_path / "foreign" / "model.safetensors")
+    (tmp_path / "unjson" / "config.json").write_text("{")
+    return tmp_path
+
+
+@pytest.mark.parametrize("module, flags, says", MISTAKES, ids=[f"{m.__name__} {f}" for m, f, _ in MISTAKES])
+def test_a_mistake_is_one_line(module, flags, says, scratch, monkeypatch, capsys):
+    before = files(scratch)
+    words = flags.split() if isinstance(flags, str) else flags
+    code, told = call(module, [word.format(tmp=scratch, nano=NANO) for word in words], monkeypatch, capsys)
+    lines = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in told, told
+    assert re.search(says, lines[0]), lines[0]
+    new = {name for name in files(scratch) - before if name not in ("o",)}
+    assert not new, f"left behind: {new}"
+
+
+def test_sample_draws_an_episode_and_answers(tmp_path, monkeypatch, capsys):
+    code, told = call(sample, ["--robot", "widowx", "--task", "PushCube", "--out", tmp_path], monkeypatch, capsys)
+    assert code == 0, told
+    with Image.open(tmp_path / "widowx-PushCube-1000000.gif") as gif:
+        assert gif.n_frames > 5
+    code, told = call(sample, ["--ask", "Which robot is this?", "--out", tmp_path], monkeypatch, capsys)
+    assert code == 0, told

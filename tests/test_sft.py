@@ -1,0 +1,196 @@
+"""Stage I keeps its promises: answers alone are learned, it overfits, resuming is bit-exact, two processes equal one, the dense stage stops at block k."""
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_sft
+from cli import UserError
+from train_sft import DenseHeads, SFTConfig, make_batch, rows_of_step, train
+from vlm import PRESETS, VLM, Tokenizer, VisionConfig, VLMConfig, train_tokenizer
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
+
+
+class Corpus:
+    """Twelve scenes with one coloured square each, of the corpus's own shapes."""
+    num_classes = 4
+
+    def __init__(self, folder="", split="train"):
+        pass
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        views, name = 1 + i % 2, list(COLOURS)[i % 3]
+        row, column = i * 5 % 8, i * 3 % 8
+        images = np.full((views, 128, 128, 3), 128, np.uint8)
+        images[:, row * 16:row * 16 + 16, column * 16:column * 16 + 16] = COLOURS[name]
+        classes, offsets = np.zeros((views, 8, 8), np.int64), np.zeros((views, 8, 8, 3), np.float32)
+        classes[:, row, column], offsets[:, row, column] = 1 + i % 3, (0.2, -0.3, 0.05 * (i % 3))
+        point = json.dumps({"point_2d": [column * 16 + 8, row * 16 + 8], "label": f"{name} cube"})
+        turns = [("What do you see?", f"a {name} cube"), (f"Point to the {name} cube.", point), ("Is it red?", "yes" if name == "red" else "no")]
+        return {"images": list(images), "turns": turns, "patch_class": classes, "patch_offset": offsets}
+
+
+def texts(corpus):
+    return [text for i in range(len(corpus)) for turn in corpus[i]["turns"] for text in turn]
+
+
+TINY = VLMConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, mrope_section=(4, 4, 4),
+                 vision_config=VisionConfig(depth=2, hidden_size=48, intermediate_size=96, num_heads=2, out_hidden_size=48, fullatt_block_indexes=[1]))
+
+
+def patch(monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    for name, value in (("Corpus", Corpus), ("texts", texts), ("ensure", lambda folder: None)):
+        monkeypatch.setattr(train_sft.corpora, name, value)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    patch(monkeypatch)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def config(out, **changes):
+    flags = {"model": "tiny", "steps": 6, "batch_size": 4, "warmup": 2, "intent_layer": 2, "vocab_size": 300, "eval_every": 100, "eval_scenes": 4,
+             "point_scenes": 2, "save_every": 3, "device": "cpu", "dense_fraction": 0.34}
+    return SFTConfig(**{**flags, "out": str(out), **changes})
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(texts(Corpus()), 300)
+
+
+def test_labels_cover_answers_and_their_end_only(tokenizer):
+    corpus, cfg = Corpus(), SFTConfig(questions=2)
+    batch = make_batch(corpus, [(5, 0), (6, 1)], tokenizer, TINY.for_tokenizer(tokenizer), cfg)
+    for scene, ids, labels in zip((0, 1), batch["input_ids"], batch["labels"]):
+        text = tokenizer.fast.decode(ids[ids != TINY.bos_token_id].tolist(), skip_special_tokens=False)
+        learned = tokenizer.fast.decode([i for i in labels.tolist() if i >= 0], skip_special_tokens=False).split("<|im_end|>")[:-1]
+        asked = [(question, answer) for question, answer in corpus[scene]["turns"] if question in text]
+        assert len(learned) == 2 == len(asked) and set(learned) == {answer for _, answer in asked}
+        assert ((labels == -100) | (labels == ids)).all()
+        assert (ids == tokenizer.special["<|image_pad|>"]).sum() == 16 * len(corpus[scene]["images"])
+    assert len(batch["patch_class"]) == len(batch["pixel_values"]) == 64 * 3
+
+
+def test_rows_of_a_step_depend_on_seed_and_step_alone(tokenizer):
+    rows = [rows_of_step(step, 12, seed=3, batch_size=5) for step in range(12)]
+    assert rows[7] == rows_of_step(7, 12, seed=3, batch_size=5) != rows_of_step(7, 12, seed=4, batch_size=5)
+    order = [scene for step in rows for _, scene in step]
+    assert all(sorted(order[i:i + 12]) == list(range(12)) for i in range(0, 60, 12))        # each epoch has each scene once
+    assert order[:12] != order[12:24]
+    model = TINY.for_tokenizer(tokenizer)
+    a, b, c = (make_batch(Corpus(), [(number, 0)], tokenizer, model, SFTConfig(questions=2))["input_ids"].tolist() for number in (0, 0, 12))
+    assert a == b != c                                                                       # other questions in another epoch
+
+
+def test_token_head_lays_its_patches_where_the_pixels_are():
+    heads = DenseHeads(TINY, num_classes=4)
+    for part in heads.llm:                                          # token features straight to each patch
+        torch.nn.init.zeros_(part.bias)
+    tokens = torch.zeros(2 * 4 * 6, 48)
+    tokens[24 + 6 * 1 + 4] = torch.linspace(-1, 1, 48)                                       # second picture, token row 1, column 4 of 4 x 6
+    _, found = heads(torch.zeros(2 * 8 * 12, 48), tokens, (1, 8, 12))
+    hit = found.abs().sum(-1).view(2, 8, 12).nonzero().tolist()
+    assert hit == [[1, 2, 8], [1, 2, 9], [1, 3, 8], [1, 3, 9]]
+
+
+def test_overfits_a_few_scenes_and_the_folder_answers(tmp_path):
+    figures = train(config(tmp_path, steps=300, batch_size=6, lr=1e-2, eval_scenes=12, point_scenes=12, warmup=10, save_every=300,
+                           dense_fraction=0.1))
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    answers = [line["answer"] for line in log if "answer" in line]
+    assert answers[-1] < 0.15 * answers[0] and log[-1]["dense_llm"] < 0.2 * log[0]["dense_llm"]
+    assert figures["exact_words"] > 0.6 and figures["object_accuracy_llm"] > 0.9 and figures["point_parsed"] == 1
+    model, tokenizer = VLM.from_pretrained(tmp_path), Tokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == model.config.vocab_size
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert record["figures"] == figures and record["step"] == 300 and "command" in record and record["seed"] == 0
+    assert not any("head" in name for name in load_file(tmp_path / "model.safetensors"))
+
+
+def test_resume_is_bit_exact(tmp_path, monkeypatch):
+    train(config(tmp_path / "whole"))
+    save = train_sft.save
+
+    def save_and_stop(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_sft, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tmp_path / "parts"))
+    monkeypatch.setattr(train_sft, "save", save)
+    with pytest.raises(UserError, match="--lr"):
+        train(config(tmp_path / "parts", resume=True, lr=5e-4))
+    with pytest.raises(UserError, match="--resume"):
+        train(config(tmp_path / "parts"))
+    train(config(tmp_path / "parts", resume=True))
+    whole, parts = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and any(name.startswith("optimizer") for name in whole)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_dense_stage_stops_at_block_k_and_micro_batches_change_nothing(tmp_path):
+    states = [load_file(Path(cfg.out) / "state.safetensors") for cfg in (config(tmp_path / "a", steps=2, dense_fraction=1.0, save_every=2),
+              config(tmp_path / "b", steps=2, dense_fraction=1.0, micro_batch=1)) if train(cfg) is not None]
+    torch.manual_seed(0)
+    frame = "system\nYou are a helpful assistant.\nuser\nassistant\n"
+    fresh = VLM(TINY.for_tokenizer(train_tokenizer([*texts(Corpus()), *[frame] * 1000], 300))).state_dict()
+    moved = {name for name in fresh if not torch.equal(fresh[name], states[0][f"model.{name}"])}
+    assert any(name.startswith("visual.blocks.0") for name in moved) and any(name.startswith("model.layers.1") for name in moved)
+    assert not any(name.startswith("model.layers.2") for name in moved) and "model.norm.weight" not in moved
+    for name in fresh:
+        torch.testing.assert_close(states[0][f"model.{name}"], states[1][f"model.{name}"], atol=2e-4, rtol=0)       # Adam's first steps are signs
+
+
+def test_backbone_starts_from_its_weights_without_a_dense_stage(tmp_path):
+    train(config(tmp_path / "first", steps=2))
+    train(config(tmp_path / "second", backbone=str(tmp_path / "first"), steps=1, lr=0.0, weight_decay=0.0, dense_fraction=-1.0))
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert "answer" in json.loads((tmp_path / "second" / "log.jsonl").read_text().splitlines()[0])
+    with pytest.raises(UserError, match="blocks 1 to 3"):
+        train(config(tmp_path / "third", intent_layer=4))
+
+
+DRIVER = """
+import sys; sys.path[:0] = [{root!r}, {tests!r}]
+import pytest, test_sft, torch
+torch.set_num_threads(1)
+test_sft.patch(pytest.MonkeyPatch())
+test_sft.train(test_sft.config({out!r}, steps=2))
+"""
+
+
+def test_two_processes_equal_one(tmp_path):
+    train(config(tmp_path / "one", steps=2))
+    tests = Path(__file__).parent
+    code = DRIVER.format(root=str(tests.parent), tests=str(tests), out=str(tmp_path / "two"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    runs = [subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                                                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in (0, 1)]
+    assert [run.wait(timeout=120) for run in runs] == [0, 0]
+    one, two = (load_file(tmp_path / name / "state.safetensors") for name in ("one", "two"))
+    for name in one:
+        if name.startswith("model."):
+            torch.testing.assert_close(one[name], two[name], atol=2e-4, rtol=0)
+    losses = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["loss"] for name in ("one", "two")]
+    assert abs(losses[0] - losses[1]) < 1e-4
