@@ -44,21 +44,21 @@ class EvalConfig:
 
 
 def rollout(blm, env, seed, execute_steps=8, instruction=None, watch=None):
-    """One closed-loop episode of `blm` in `env`: returns {"success", "steps", "clipped", "act_s": mean seconds a chunk, "conditions"}.
+    """One closed-loop episode of `blm` in `env` (made with render=False: pictures are drawn when the policy looks): returns {"success", "steps", "clipped", "act_s": mean seconds a chunk, "conditions"}.
 
     Every `execute_steps` control steps the policy looks again. watch(env): called before every control step.
     """
-    observation, _ = env.reset(seed, instruction=instruction)
+    env.reset(seed, instruction=instruction)
     done = truncated = False
     times = []
     while not (done or truncated):
-        start = time.perf_counter()
+        observation, start = env.observe(render=True), time.perf_counter()
         chunk = blm.act(observation, env.robot.name, seed=[seed, env.steps])
         times.append(time.perf_counter() - start)
         for action in chunk[:execute_steps]:
             if watch:
                 watch(env)
-            observation, _, done, truncated, info = env.step(action)
+            *_, done, truncated, info = env.step(action)
             if done or truncated:
                 break
     return {"success": bool(done), "steps": env.steps, "clipped": info["clipped"], "act_s": float(np.mean(times)),
@@ -83,7 +83,7 @@ def work(job):
     import torch
     from model import BLM
     torch.set_num_threads(1)
-    blm, env = BLM.from_pretrained(config.weights), TabletopEnv(robot, task, held_out=True)
+    blm, env = BLM.from_pretrained(config.weights), TabletopEnv(robot, task, render=False, held_out=True)
     results = [{"seed": s, **rollout(blm, env, s, config.execute_steps)} for s in seeds]
     env.close()
     return robot, task, results

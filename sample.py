@@ -71,7 +71,7 @@ def play(blm, env, seed, config, size):
 
 def act(blm, config, robot, task):
     """config.episodes episodes of one robot and task; a GIF and a line for each."""
-    env, wins = TabletopEnv(robot, task, held_out=True), 0
+    env, wins = TabletopEnv(robot, task, render=False, held_out=True), 0
     for seed in range(config.seed, config.seed + config.episodes):
         start = time.time()
         frames, result = play(blm, env, seed, config, GIF_SIZE)
@@ -92,7 +92,7 @@ def mosaic(blm, config, robots, tasks):
     cells, wins = [], 0
     for robot in robots:
         for task in tasks:
-            env = TabletopEnv(robot, task, held_out=True)
+            env = TabletopEnv(robot, task, render=False, held_out=True)
             frames, result = play(blm, env, config.seed, config, TILE)
             env.close()
             wins += result["success"]

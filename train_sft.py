@@ -71,6 +71,7 @@ class SFTConfig:
 FREE_TO_CHANGE = {"out", "data", "device", "resume", "eval_every", "eval_scenes", "point_scenes", "save_every", "micro_batch"}     # when resuming
 NOTHING_WEIGHT = 0.25                        # most patches show nothing
 OFFSET_SCALE = (1.0, 1.0, 10.0)              # patches, patches, decimetres: errors of like size
+LARGEST_OFFSET = 8.0                         # patches: a centre beside or behind the camera projects to hundreds, and one such row would drown a step
 
 
 # ---- rows
@@ -90,7 +91,8 @@ def conversation(images, turns):
 
 
 def make_batch(corpus, rows, tokenizer, config, cfg, dense_only=False):
-    """Tensors of (row number, scene) pairs: the VLM's inputs padded on the right, labels (B, L), patch_class (P,) and patch_offset (P, 3) row by row.
+    """Tensors of (row number, scene) pairs: the VLM's inputs padded on the right, labels (B, L), and row by row
+    patch_class (P,), patch_offset (P, 3) and patch_located (P,), True where the offset is to be learned.
 
     Row numbers choose which questions are asked and in which order; None asks all as they stand, as evaluation does.
     """
@@ -112,14 +114,16 @@ def make_batch(corpus, rows, tokenizer, config, cfg, dense_only=False):
             raise UserError(f"the corpus describes {classes.shape[1]} x {classes.shape[2]} patches a picture, this model has "
                             f"{grids[0, 1]} x {grids[0, 2]}: add --dense_weight 0")
         offsets = np.concatenate([scene["patch_offset"] for scene in scenes])
-        dense = {"patch_class": torch.from_numpy(classes).flatten(), "patch_offset": torch.from_numpy(offsets).flatten(0, 2)}
+        located = (classes > 0) & (np.abs(offsets[..., :2]).max(-1) <= LARGEST_OFFSET)
+        dense = {"patch_class": torch.from_numpy(classes).flatten(), "patch_offset": torch.from_numpy(offsets).flatten(0, 2),
+                 "patch_located": torch.from_numpy(located).flatten()}
     return {**collate(texts, config.bos_token_id, side="right"), "pixel_values": pixel_values, "image_grid_thw": grids, **dense}
 
 
 # ---- losses
 
 class DenseHeads(nn.Module):
-    """What a patch shows and where that object's centre is: a linear layer on the ViT's patches, one on block k's image tokens (m x m patches each)."""
+    """What a patch shows and where that object's centre is: one linear layer on the ViT's patches, one on block k's image tokens (m x m each)."""
 
     def __init__(self, config, num_classes):
         super().__init__()
@@ -149,11 +153,11 @@ def read(model, heads, batch, cfg, dense_only=False):
 
 
 def count(batches):
-    """What the losses are divided by, over all micro-batches and processes: answer tokens, patches by weight, patches with an object."""
+    """What the losses are divided by, over all micro-batches and processes: answer tokens, patches by weight, patches with an offset."""
     totals = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
-        named = batch.get("patch_class", torch.zeros(0)) > 0
-        totals += torch.tensor([(batch["labels"][:, 1:] >= 0).sum(), named.sum() + NOTHING_WEIGHT * (~named).sum(), named.sum()])
+        named, located = batch.get("patch_class", torch.zeros(0)) > 0, batch.get("patch_located", torch.zeros(0))
+        totals += torch.tensor([(batch["labels"][:, 1:] >= 0).sum(), named.sum() + NOTHING_WEIGHT * (~named).sum(), located.sum()])
     if dist.is_initialized():
         device = batches[0]["input_ids"].device
         shared = totals.to(device)
@@ -167,12 +171,12 @@ def losses(model, heads, batch, totals, cfg, dense_only):
     logits, labels, dense = read(model, heads, batch, cfg, dense_only)
     found = {} if dense_only else {"answer": F.cross_entropy(logits, labels, reduction="sum") / totals[0]}
     if dense:
-        named, weight = batch["patch_class"] > 0, torch.ones(dense[0].shape[1] - 3, device=dense[0].device)
+        located, weight = batch["patch_located"], torch.ones(dense[0].shape[1] - 3, device=dense[0].device)
         weight[0] = NOTHING_WEIGHT
         scale = torch.tensor(OFFSET_SCALE, device=weight.device)
         for name, guess in zip(("dense_vit", "dense_llm"), dense):
             shown = F.cross_entropy(guess[:, :-3], batch["patch_class"], weight, reduction="sum") / totals[1]
-            where = F.smooth_l1_loss(guess[named, -3:], (batch["patch_offset"] * scale)[named], reduction="sum", beta=0.1) / totals[2]
+            where = F.smooth_l1_loss(guess[located, -3:], (batch["patch_offset"] * scale)[located], reduction="sum", beta=0.1) / totals[2]
             found[name] = cfg.dense_weight * (shown + where)
     found["loss"] = sum(found.values())
     return found
@@ -181,7 +185,7 @@ def losses(model, heads, batch, totals, cfg, dense_only):
 # ---- evaluation
 
 def answers_right(logits, labels, first):
-    """For each answer, are all its tokens the likeliest? logits (n, V), labels (n,), first (n,) True where an answer begins; returns (answers,) bool."""
+    """For each answer, are all its tokens the likeliest? logits (n, V), labels (n,), first (n,) True where an answer begins; to (answers,) bool."""
     number = first.long().cumsum(0) - 1
     wrong = torch.zeros(int(first.sum()), device=logits.device).index_add_(0, number, (logits.argmax(-1) != labels).float())
     return wrong == 0
@@ -216,10 +220,10 @@ def evaluate(model, heads, corpus, tokenizer, cfg, device, dense_only=False):
             tally("exact_words", right[~json_like].float()), tally("exact_coordinates", right[json_like].float())
             tally("answer_loss", F.cross_entropy(logits, labels, reduction="none"))
         if dense:
-            named, patch = batch["patch_class"] > 0, config.vision_config.patch_size
+            named, located, patch = batch["patch_class"] > 0, batch["patch_located"], config.vision_config.patch_size
             for name, guess in zip(("vit", "llm"), dense):
                 hit = guess[:, :-3].argmax(-1) == batch["patch_class"]
-                error = guess[named, -3:] / torch.tensor(OFFSET_SCALE, device=device) - batch["patch_offset"][named]
+                error = guess[located, -3:] / torch.tensor(OFFSET_SCALE, device=device) - batch["patch_offset"][located]
                 tally(f"patch_accuracy_{name}", hit.float()), tally(f"object_accuracy_{name}", hit[named].float())
                 tally(f"centre_error_px_{name}", error[:, :2].norm(dim=-1) * patch), tally(f"depth_error_cm_{name}", error[:, 2].abs() * 100)
     figures = {name: round(total / n, 4) for name, (total, n) in sums.items() if n}

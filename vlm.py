@@ -346,7 +346,7 @@ class VisionTransformer(nn.Module):
         self.merger = PatchMerger(config)
 
     def forward(self, pixel_values, image_grid_thw):
-        """pixel_values (P, 3*2*p*p), image_grid_thw (n, 3) to tokens (P / m², D of the LLM) in reading order and patch features (P, D), row by row."""
+        """pixel_values (P, 3*2*p*p), image_grid_thw (n, 3) to tokens (P / m², D of the LLM) and patch features (P, D), both in reading order."""
         config = self.config
         order, raster, rows_columns, windows, frames = vision_plan([tuple(grid) for grid in image_grid_thw.tolist()], config)
         order, raster, rows_columns = (index.to(pixel_values.device) for index in (order, raster, rows_columns))
@@ -546,7 +546,7 @@ class VLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
-        """The model in `folder` (config.json and model.safetensors, or the hub's shards). UserError on what is missing, broken or of another shape."""
+        """The model in `folder` (config.json and model.safetensors, or the hub's shards). UserError on what is missing or broken."""
         config = load_config(folder)
         with torch.device("meta"):                                               # shapes only: 7 B random numbers would be thrown away
             model = cls(config)

@@ -133,8 +133,9 @@ class TabletopEnv:
         dof, rotation = self.robot.dof, self.data.site_xmat[self.tcp].reshape(3, 3)
         return np.concatenate([self.data.qpos[:dof + 1], self.data.site_xpos[self.tcp] - self.base, rotation[:, 0], rotation[:, 1]]).astype(np.float32)
 
-    def observe(self):
-        images = {view: self.draw(view) for view in VIEWS} if self.render else {}
+    def observe(self, render=None):
+        """The observation now; `render` overrides the env's own choice, for a policy that looks only every few steps."""
+        images = {view: self.draw(view) for view in VIEWS} if (self.render if render is None else render) else {}
         return {"images": images, "state": self.state(), "instruction": self.instruction}
 
     def draw(self, view, size=IMAGE_SIZE, **how):

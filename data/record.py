@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from cli import UserError, atomic, choose_many, parse, run
-from data.env import CONTROL_HZ, TabletopEnv
+from data.env import TabletopEnv
 from data.expert import demonstrate
 from data.robots import ROBOTS
 from data.tasks import TASKS
@@ -172,26 +172,22 @@ def ensure(folder, **settings):
 
 # ---- looking
 
-def show(source, out, columns=8):
-    """Draw one episode a cell (or the one file `source`): a row of frames each as .png, or all cells playing side by side as .gif."""
+def show(source, out, frames=4, moments=40):
+    """Draw one episode a cell (or the one file `source`), front above wrist: `frames` moments of each as .png, or all cells playing side by side as .gif."""
     paths = {}
     for path in [Path(source)] if Path(source).is_file() else sorted(Path(source).glob("[a-z]*.safetensors")):
         paths.setdefault(path.stem.rsplit("-", 1)[0], path)
     if not paths:
         raise UserError(f"no episodes at {source}; make them with `python -m data.record --out {source}`")
-    strips = []
-    for path in paths.values():
-        episode = Episode(path)
-        strips.append([np.concatenate(episode.images(int(t)), 0) for t in np.linspace(0, len(episode) - 1, columns if Path(out).suffix != ".gif" else 40)])
+    episodes = sorted((Episode(path) for path in paths.values()), key=lambda e: (list(TASKS).index(e.task), ROBOTS.index(e.robot)))
+    moving, wide = Path(out).suffix == ".gif", len({e.robot for e in episodes})
+    tiles = [[np.concatenate(e.images(int(t)), 0)[::2, ::2] for t in np.linspace(0, len(e) - 1, moments if moving else frames)] for e in episodes]
+    tiles = tiles if moving else [[np.concatenate(row, 1)] for row in tiles]
+    tiles += [[np.zeros_like(picture) for picture in tiles[0]]] * (-len(tiles) % wide)
+    grids = [Image.fromarray(np.concatenate([np.concatenate([t[i] for t in tiles[r:r + wide]], 1) for r in range(0, len(tiles), wide)])) for i in range(len(tiles[0]))]
     with atomic(out) as temporary:
-        if Path(out).suffix == ".gif":
-            wide = min(6, len(strips))
-            strips += [[np.zeros_like(strips[0][0])] * 40] * (-len(strips) % wide)
-            frames = [Image.fromarray(np.concatenate([np.concatenate([s[i] for s in strips[r:r + wide]], 1) for r in range(0, len(strips), wide)])) for i in range(40)]
-            frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=1000 // CONTROL_HZ * 2, loop=0)
-        else:
-            Image.fromarray(np.concatenate([np.concatenate(strip, 1) for strip in strips])).save(temporary)
-    print(f"drew {len(strips)} episodes into {out}")
+        grids[0].save(temporary, **({"save_all": True, "append_images": grids[1:], "duration": 100, "loop": 0} if moving else {}))
+    print(f"drew {len(episodes)} episodes into {out}")
 
 
 def main():

@@ -232,5 +232,5 @@ def test_errors_name_the_flag():
 def test_presets_build():
     with torch.device("meta"):
         sizes = {name: sum(p.numel() for p in Policy(config, 192, {"panda": (17, 8), "xarm6": (16, 7), "xarm7": (17, 8), "widowx": (16, 7)}).parameters())
-                 for name, config in PRESETS.items() if name == "nano"}
-    assert 2e6 < sizes["nano"] < 4.5e6
+                 for name, config in PRESETS.items()}
+    assert 2e6 < sizes["nano"] < 4.5e6 and sizes["gr00t"] > 5e8

@@ -1,4 +1,4 @@
-"""Stage I keeps its promises: answers alone are learned, it overfits, resuming is bit-exact, two processes equal one, the dense stage stops at block k."""
+"""Stage I keeps its promises: answers alone are learned, it overfits, resuming is bit-exact, two processes equal one, dense stops at block k."""
 import json
 import os
 import socket
@@ -46,7 +46,8 @@ def texts(corpus):
 
 
 TINY = VLMConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, mrope_section=(4, 4, 4),
-                 vision_config=VisionConfig(depth=2, hidden_size=48, intermediate_size=96, num_heads=2, out_hidden_size=48, fullatt_block_indexes=[1]))
+                 vision_config=VisionConfig(depth=2, hidden_size=48, intermediate_size=96, num_heads=2, out_hidden_size=48,
+                                            fullatt_block_indexes=[1]))
 
 
 def patch(monkeypatch):
@@ -97,6 +98,22 @@ def test_rows_of_a_step_depend_on_seed_and_step_alone(tokenizer):
     model = TINY.for_tokenizer(tokenizer)
     a, b, c = (make_batch(Corpus(), [(number, 0)], tokenizer, model, SFTConfig(questions=2))["input_ids"].tolist() for number in (0, 0, 12))
     assert a == b != c                                                                       # other questions in another epoch
+
+
+def test_centres_behind_the_camera_do_not_reach_the_loss(tokenizer):
+    model, heads, cfg = VLM(TINY.for_tokenizer(tokenizer)), DenseHeads(TINY, 4), SFTConfig(intent_layer=2)
+
+    def loss_with(offset):
+        class Moved(Corpus):
+            def __getitem__(self, i):
+                scene = super().__getitem__(i)
+                scene["patch_offset"][..., 0] += offset * i
+                return scene
+
+        batch = make_batch(Moved(), [(0, 0), (1, 1)], tokenizer, model.config, cfg, dense_only=True)
+        return float(train_sft.losses(model, heads, batch, train_sft.count([batch]), cfg, True)["loss"])
+
+    assert loss_with(500.0) == loss_with(-9.0) != loss_with(0.0)
 
 
 def test_token_head_lays_its_patches_where_the_pixels_are():

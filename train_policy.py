@@ -1,0 +1,389 @@
+"""Stage II: teach the policy to act, on demonstrations of all robots and tasks together, with the language model frozen.
+
+    python train_policy.py                                     `nano`, on a laptop: reads out/sft (or weights/nano) and out/demos, writes out/policy
+    python train_policy.py --resume                            goes on where a stopped run saved last
+    torchrun --nproc_per_node 8 train_policy.py --batch_size 512     the same on several GPUs: processes share the rows of a step
+
+A frozen model says the same of the same frame every time, so what its block k says is computed once, every `frame_stride` control steps of each
+episode, and kept: <cache>/<model>-k<k>-s<stride>/<episode>.npy, (frames, L, Dc) float16, memory-mapped. File names are hashes of what they were
+made from: another model or other demonstrations never meet a stale file, more demonstrations cost only themselves, a stopped run goes on.
+
+A row is a frame t of an episode: hidden states at t and at t + T, state at t, actions t .. t + T - 1. Past the end there is no action and no future.
+Rows of a step are balanced over cells (robot, task) and depend on (seed, step) alone, as does all noise: resuming skips and repeats nothing.
+
+Written to --out: a whole model folder (model.py) with the moving average of the weights, log.jsonl, and state.safetensors to resume from.
+Letters: B rows of a step, R rows of all episodes, L tokens, Dc width of the language model, T action horizon, A and S action and state dims.
+"""
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import shlex
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm, trange
+
+from cli import UserError, atomic, parse, run
+from data import record
+from model import BLM, backbone_hash, load_training, write_json
+from policy import PRESETS, Policy, PolicyConfig
+from train_sft import add_gradients, learning_rate, make_optimizer, start_processes
+from vlm import VLM, Tokenizer
+
+
+@dataclass
+class TrainConfig:
+    data: str = "out/demos"        # folder of demonstrations; recorded if it is not there
+    out: str = "out/policy"        # folder for the model
+    backbone: str = ""             # model folder of the frozen language model; empty: out/sft if it is there, else weights/nano
+    cache: str = "out/intents"     # folder for the language model's hidden states
+    steps: int = 10000             # optimiser steps
+    batch_size: int = 64           # rows a step, over all processes
+    lr: float = 5e-4               # peak learning rate
+    warmup: int = 200              # steps
+    weight_decay: float = 0.01     # on matrices
+    grad_clip: float = 1.0         # largest norm of a step's gradient
+    ema: float = 0.999             # decay of the moving average of the weights, which is what is shipped
+    state_noise: float = 0.02      # added to the normalised state in training, in deviations: the policy must look, not count
+    frame_stride: int = 4          # control steps between frames that are trained on; must divide the action horizon
+    held_out: float = 0.04         # share of each cell's episodes, its last ones, for validation
+    eval_every: int = 1000         # steps
+    eval_rows: int = 512           # validation rows for the figures
+    save_every: int = 500          # steps
+    seed: int = 0                  # of weights, rows and noise
+    device: str = "auto"           # auto, cpu, cuda or mps
+    resume: bool = False           # go on from the state in --out
+
+
+FREE_TO_CHANGE = {"out", "data", "cache", "backbone", "device", "resume", "eval_every", "eval_rows", "save_every"}     # when resuming
+JUDGED_STEPS = 8                                     # of a chunk: what eval.py carries out
+
+
+# ---- what the frozen model says of every frame
+
+def episode_hash(episode):
+    digest = hashlib.sha256(f"{episode.path.name} {episode.instruction}".encode())
+    for array in (episode.state, episode.action):
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:16]
+
+
+def open_cache(path, frames, width):
+    """The cached (frames, L, Dc) float16, memory-mapped; None if it is not there or not whole."""
+    try:
+        found = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return found if found.ndim == 3 and found.dtype == np.float16 and (found.shape[0], found.shape[2]) == (frames, width) else None
+
+
+def cache_intents(blm, episodes, cfg, intent_layer, backbone, rank=0, world=1):
+    """One array a training frame's hidden states live in, for each episode; computes what is missing, each process its share."""
+    folder, stride = Path(cfg.cache) / f"{backbone}-k{intent_layer}-s{cfg.frame_stride}", cfg.frame_stride
+    wanted = [(e, folder / f"{episode_hash(e)}.npy", range(0, len(e), stride)) for e in episodes]
+    width = blm.vlm.config.hidden_size
+    missing = [(e, path, frames) for e, path, frames in wanted[rank::world] if open_cache(path, len(frames), width) is None]
+    if missing and rank == 0:
+        print(f"hidden states of {len(missing)} episodes, once, into {folder}")
+    for episode, path, frames in tqdm(missing, disable=rank > 0 or not missing, unit="episode", mininterval=1):
+        parts = []
+        for start in range(0, len(frames), 64):                          # one instruction, so one length: no padding
+            some = frames[start:start + 64]
+            hidden, mask = blm.intent_states([episode.images(t) for t in some], [episode.instruction] * len(some), num_layers=intent_layer)
+            assert mask.all()
+            parts.append(hidden.clamp(-65504, 65504).half().cpu().numpy())
+        with atomic(path) as temporary:
+            with open(temporary, "wb") as file:
+                np.save(file, np.concatenate(parts))
+    if world > 1:
+        dist.barrier()
+    return [open_cache(path, len(frames), width) for _, path, frames in wanted]
+
+
+# ---- rows
+
+class Demos:
+    """All rows in memory, except the hidden states, which stay on disk until a batch asks for them.
+
+    embodiments {robot: (state_dim, action_dim)}; cells [(robot, task)]; train and held_out {cell: row numbers}.
+    """
+
+    def __init__(self, episodes, hidden, config, stride, held_out):
+        self.hidden, T = hidden, config.action_horizon
+        self.ahead = T // stride                                         # frames until the future
+        self.embodiments = {}
+        for episode in episodes:
+            sizes = episode.state.shape[1], episode.action.shape[1]
+            if self.embodiments.setdefault(episode.robot, sizes) != sizes:
+                raise UserError(f"{episode.path} has state and action of {sizes} numbers, other episodes of {episode.robot} {self.embodiments[episode.robot]}")
+        self.cells = sorted({(e.robot, e.task) for e in episodes})
+        S, A = (max(sizes[i] for sizes in self.embodiments.values()) for i in (0, 1))
+        names = list(self.embodiments)
+        self.where = np.array([(i, j) for i, e in enumerate(episodes) for j in range(len(range(0, len(e), stride)))])         # (R, 2): episode, frame
+        R = len(self.where)
+        self.state, self.action, self.valid = np.zeros((R, S), np.float32), np.zeros((R, T, A), np.float32), np.zeros((R, T), bool)
+        self.embodiment = np.array([names.index(episodes[i].robot) for i, _ in self.where])
+        for row, (i, j) in enumerate(self.where):
+            state, action = episodes[i].state[j * stride], episodes[i].action[j * stride:j * stride + T]
+            self.state[row, :len(state)], self.action[row, :len(action), :action.shape[1]], self.valid[row, :len(action)] = state, action, True
+        self.train, self.held_out, first = {}, {}, np.searchsorted(self.where[:, 0], np.arange(len(episodes) + 1))
+        for cell in self.cells:
+            members = [i for i, e in enumerate(episodes) if (e.robot, e.task) == cell]
+            kept = len(members) - (max(1, round(held_out * len(members))) if held_out and len(members) > 1 else 0)
+            for which, part in ((self.train, members[:kept]), (self.held_out, members[kept:])):
+                which[cell] = np.concatenate([np.arange(first[i], first[i + 1]) for i in part] or [np.zeros(0, int)])
+
+    def statistics(self, policy):
+        """Fit the policy's normaliser to the training rows."""
+        rows = np.sort(np.concatenate(list(self.train.values())))
+        for index in range(len(self.embodiments)):
+            own = rows[self.embodiment[rows] == index]
+            policy.normaliser.fit(index, *(torch.from_numpy(array[own]) for array in (self.state, self.action, self.valid)))
+
+    def rows_of_step(self, seed, step, batch_size):
+        """(B,) row numbers, a function of (seed, step): as many of every cell as of any other, uniform within."""
+        rng = np.random.default_rng([seed, step])
+        turns = np.concatenate([rng.permutation(len(self.cells)) for _ in range(-(-batch_size // len(self.cells)))])[:batch_size]
+        return np.array([rng.choice(self.train[self.cells[turn]]) for turn in turns])
+
+    def __getitem__(self, rows):
+        """The batch that Policy.forward describes, for row numbers (B,)."""
+        now = [self.hidden[i][j] for i, j in self.where[rows]]                                   # (L, Dc) each
+        later = [self.hidden[i][j + self.ahead] if j + self.ahead < len(self.hidden[i]) else None for i, j in self.where[rows]]
+        batch = {"future_valid": torch.tensor([frame is not None for frame in later])}
+        length = max(map(len, now))
+        for name, frames in (("", now), ("future_", [b if b is not None else a for a, b in zip(now, later)])):
+            hidden, mask = np.zeros((len(rows), length, now[0].shape[1]), np.float32), np.zeros((len(rows), length), bool)
+            for b, frame in enumerate(frames):
+                hidden[b, :len(frame)], mask[b, :len(frame)] = frame, True
+            batch[f"{name}hidden"], batch[f"{name}mask"] = torch.from_numpy(hidden), torch.from_numpy(mask)
+        arrays = {"state": self.state, "action": self.action, "action_valid": self.valid, "embodiment": self.embodiment}
+        return {**batch, **{name: torch.from_numpy(array[rows]) for name, array in arrays.items()}}
+
+
+# ---- evaluation
+
+@torch.no_grad()
+def evaluate(policy, demos, cfg, device):
+    """Figures on held-out episodes, evenly over cells: flow and future loss with fixed noise; of sampled chunks, over their first steps, the mean
+    error of joint targets (rad) and the share of finger targets on the right side of half open."""
+    policy.eval()
+    share = max(1, cfg.eval_rows // len(demos.cells))
+    rows = np.concatenate([r[np.unique(np.linspace(0, len(r) - 1, min(share, len(r))).astype(int))] for r in demos.held_out.values() if len(r)] or [np.zeros(0, int)])
+    if not len(rows):
+        return {}
+    finger = torch.tensor([size - 1 for _, size in demos.embodiments.values()], device=device)
+    halfway = torch.tensor([(f.min() + f.max()) / 2 for f in (demos.action[demos.embodiment == e, :, size - 1][demos.valid[demos.embodiment == e]]
+                                                              for e, (_, size) in enumerate(demos.embodiments.values()))], device=device)
+    generator, sums = torch.Generator().manual_seed(0), {}
+
+    def tally(name, total, n):
+        so_far = sums.get(name, (0.0, 0.0))
+        sums[name] = so_far[0] + float(total), so_far[1] + float(n)
+
+    for start in range(0, len(rows), cfg.batch_size):
+        batch = demos[rows[start:start + cfg.batch_size]]
+        batch = {name: tensor.to(device) for name, tensor in {**batch, **policy.draw(len(batch["state"]), generator)}.items()}
+        losses, valid, robot = policy(batch), policy.valid(batch), batch["embodiment"]
+        tally("val_flow", losses["flow"] * valid.sum(), valid.sum()), tally("val_future", losses["future"] * batch["future_valid"].sum(), batch["future_valid"].sum())
+        made = policy.sample(batch["hidden"], batch["mask"], batch["state"], robot, batch["noise"])[:, :JUDGED_STEPS]
+        action, valid = batch["action"][:, :JUDGED_STEPS], valid[:, :JUDGED_STEPS]
+        joints = valid & policy.normaliser.joint_mask[robot][:, None]
+        tally("joint_error_rad", (made - action).abs()[joints].sum(), joints.sum())
+        sides = [(x.gather(2, finger[robot][:, None, None].expand(-1, x.shape[1], 1))[..., 0] > halfway[robot][:, None]) for x in (made, action)]
+        known = batch["action_valid"][:, :JUDGED_STEPS]
+        tally("finger_accuracy", (sides[0] == sides[1])[known].sum(), known.sum())
+    policy.train()
+    return {name: round(total / n, 5) for name, (total, n) in sums.items() if n}
+
+
+# ---- checkpoint
+
+def state_path(cfg):
+    return Path(cfg.out) / "state.safetensors"
+
+
+def save(cfg, blm, policy, optimizer, about):
+    """The policy's files and the training state, each whole or absent; the state comes last, so that it never names weights that are not there."""
+    blm.training["policy"] = about
+    blm.save_policy(cfg.out, torch.float16)
+    write_json(Path(cfg.out) / "training.json", blm.training)
+    tensors = {f"{owner}.{name}": tensor for owner, module in (("policy", policy), ("ema", blm.policy)) for name, tensor in module.state_dict().items()}
+    for i, moments in optimizer.state_dict()["state"].items():
+        tensors.update({f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in moments.items()})
+    with atomic(state_path(cfg)) as path:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"state": json.dumps(about)})
+
+
+def load(cfg, config, backbone, policy, ema, optimizer):
+    """Put the saved state back; returns (step, seconds trained). UserError if there is none, or if it was trained with other flags or another model."""
+    try:
+        with safe_open(state_path(cfg), "pt") as file:
+            about = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError, TypeError, KeyError) as error:
+        raise UserError(f"cannot resume from {state_path(cfg)}: {getattr(error, 'strerror', None) or error}; leave --resume out to start anew") from None
+    now = {**dataclasses.asdict(cfg), **dataclasses.asdict(config)}
+    for name, value in now.items():
+        if name not in FREE_TO_CHANGE and about["config"].get(name) != value:
+            raise UserError(f"{cfg.out} was trained with --{name} {about['config'].get(name)}, not {value}: resume with the same, or choose another --out")
+    if about["backbone"] != backbone:
+        raise UserError(f"{cfg.out} was trained on another language model than --backbone names: resume with that one, or choose another --out")
+    if about["robots"] != list(policy.embodiments):
+        raise UserError(f"{cfg.out} was trained on {', '.join(about['robots'])}, {cfg.data} has {', '.join(policy.embodiments)}: choose another --out")
+    moments = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, kind = name.split(".")
+            moments.setdefault(int(i), {})[kind] = tensor
+    for owner, module in (("policy", policy), ("ema", ema)):
+        module.load_state_dict({name.removeprefix(f"{owner}."): tensor for name, tensor in tensors.items() if name.startswith(f"{owner}.")})
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    return about["step"], about["seconds"]
+
+
+def start_log(path, step):
+    """An open log.jsonl: what a resumed run will do again is cut off."""
+    kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step] if step and path.exists() else []
+    with atomic(path) as temporary:
+        temporary.write_text("".join(kept))
+    return open(path, "a")
+
+
+# ---- the run
+
+def load_backbone(cfg, device):
+    """(folder, BLM without a policy), frozen."""
+    folder = Path(cfg.backbone or ("out/sft" if Path("out/sft/model.safetensors").exists() else "weights/nano"))
+    if not folder.is_dir():
+        raise UserError(f"no language model in {folder}: train one with `python train_sft.py`, or name a folder with --backbone")
+    blm = BLM(VLM.from_pretrained(folder, device).requires_grad_(False), Tokenizer.from_pretrained(folder))
+    blm.training = {stage: about for stage, about in load_training(folder).items() if stage != "policy"}
+    return folder, blm
+
+
+def train(cfg, config):
+    """Train with a TrainConfig and a PolicyConfig; returns the last figures."""
+    rank, world, device = start_processes(cfg)
+    if cfg.batch_size % world:
+        raise UserError(f"--batch_size {cfg.batch_size} must be a multiple of the {world} processes")
+    if cfg.frame_stride < 1 or config.action_horizon % cfg.frame_stride:
+        raise UserError(f"--frame_stride {cfg.frame_stride} must divide --action_horizon {config.action_horizon}: the future is a cached frame too")
+    if state_path(cfg).exists() and not cfg.resume:
+        raise UserError(f"{cfg.out} already holds a training run: add --resume to go on, or choose another --out")
+    folder, blm = load_backbone(cfg, device)
+    if config.intent_layer > blm.vlm.config.num_hidden_layers:
+        raise UserError(f"--intent_layer {config.intent_layer}: the language model in {folder} has {blm.vlm.config.num_hidden_layers} blocks")
+    if rank == 0:
+        record.ensure(cfg.data)
+    if world > 1:
+        dist.barrier()
+    episodes, backbone = record.load_episodes(cfg.data), backbone_hash(blm.vlm)
+    hidden = cache_intents(blm, episodes, cfg, config.intent_layer, backbone, rank, world)
+    demos = Demos(episodes, hidden, config, cfg.frame_stride, cfg.held_out)
+    torch.manual_seed(cfg.seed)
+    policy = Policy(config, blm.vlm.config.hidden_size, demos.embodiments)
+    demos.statistics(policy)
+    policy.to(device)
+    blm.policy = copy.deepcopy(policy).requires_grad_(False)             # the moving average
+    parameters, averages = list(policy.parameters()), list(blm.policy.parameters())
+    optimizer = make_optimizer((policy,), cfg)
+    step, seconds = load(cfg, config, backbone, policy, blm.policy, optimizer) if cfg.resume else (0, 0.0)
+
+    def batch_of(step):
+        """This process's rows of a step, and over all processes what the losses are divided by; noise is drawn for all rows alike, then shared out."""
+        mine = slice(rank, None, world)
+        generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+        random = {name: tensor[mine] for name, tensor in policy.draw(cfg.batch_size, generator, cfg.state_noise).items()}
+        rows = demos.rows_of_step(cfg.seed, step, cfg.batch_size)
+        numbers = demos.valid[rows].sum(1) @ np.array([size for _, size in demos.embodiments.values()])[demos.embodiment[rows]]
+        futures = sum(j + demos.ahead < len(demos.hidden[i]) for i, j in demos.where[rows])
+        return {**demos[rows[mine]], **random}, (int(numbers), max(1, int(futures)))
+
+    def gradients(batch, totals):
+        """Leaves the step's gradient in the parameters; returns the losses."""
+        losses = policy({name: tensor.to(device) for name, tensor in batch.items()}, totals)
+        losses["loss"].backward()
+        losses = {name: value.detach() for name, value in losses.items()}
+        if world > 1:
+            add_gradients(parameters)
+            for value in losses.values():
+                dist.all_reduce(value)
+        return losses
+
+    def about():
+        return {"stage": "policy", "command": "python " + shlex.join(sys.argv), "seed": cfg.seed, "step": step, "steps": cfg.steps, "seconds": round(time.time() - begun, 1),
+                "episodes": len(episodes), "rows": {"train": sum(map(len, demos.train.values())), "held_out": sum(map(len, demos.held_out.values()))},
+                "cells": len(demos.cells), "robots": list(demos.embodiments), "backbone": backbone, "figures": figures,
+                "config": {**dataclasses.asdict(cfg), **dataclasses.asdict(config)}}
+
+    begun, figures = time.time() - seconds, {}
+    if rank == 0:
+        print(f"{sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, {len(episodes)} episodes of {len(demos.cells)} cells, {len(demos.where)} rows, "
+              f"{cfg.steps - step} steps of {cfg.batch_size}, {world} process(es)")
+        blm.vlm.save_pretrained(cfg.out, torch.float16)                  # does not change: once is enough
+        blm.tokenizer.save_pretrained(cfg.out)
+        log = start_log(Path(cfg.out) / "log.jsonl", step)
+    for _ in range(2 if step < cfg.steps else 0):                        # the second is timed; both are thrown away
+        start = time.perf_counter()
+        float(gradients(*batch_of(step))["loss"])
+        pace = time.perf_counter() - start
+        optimizer.zero_grad(set_to_none=True)
+    if rank == 0 and step < cfg.steps:
+        print(f"about {(cfg.steps - step) * pace / 60:.0f} minutes at {pace:.2f} s a step, {cfg.batch_size / pace:.0f} rows/s, without evaluation")
+    with ThreadPoolExecutor(1) as loader:                                # makes the next rows while this step computes
+        upcoming = loader.submit(batch_of, step)
+        for step in trange(step, cfg.steps, initial=step, total=cfg.steps, disable=rank > 0, mininterval=1):
+            batch, totals = upcoming.result()
+            if step + 1 < cfg.steps:
+                upcoming = loader.submit(batch_of, step + 1)
+            rate = learning_rate(step, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            losses = gradients(batch, totals)
+            losses["grad_norm"] = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            with torch.no_grad():                                        # early on the average would still be the random start
+                torch._foreach_lerp_(averages, parameters, 1 - min(cfg.ema, step / (step + 10)))
+            if rank > 0:
+                continue
+            due = step % cfg.eval_every == 0 or step == cfg.steps
+            if due or step % 10 == 0 or step == 1:
+                if not math.isfinite(float(losses["loss"])):
+                    raise UserError(f"the loss became {float(losses['loss'])} at step {step}: try a smaller --lr than {cfg.lr}")
+                if due:
+                    figures = evaluate(blm.policy, demos, cfg, device)
+                    print(f"\nstep {step}: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
+                line = {"step": step, "lr": rate, **{name: round(float(value), 5) for name, value in losses.items()}, **(figures if due else {}), "seconds": round(time.time() - begun, 1)}
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+            if step % cfg.save_every == 0 or step == cfg.steps:
+                save(cfg, blm, policy, optimizer, about())
+    if world > 1:
+        dist.barrier()                                                   # the last files are written
+        dist.destroy_process_group()
+    if rank == 0:
+        print(f"model in {cfg.out}; try `python sample.py --weights {cfg.out}`")
+    return figures
+
+
+def main():
+    cfg, config = parse(TrainConfig, PolicyConfig, presets=PRESETS, description="Stage II: train the policy on demonstrations, the language model frozen.")
+    train(cfg, config)
+
+
+if __name__ == "__main__":
+    run(main)
