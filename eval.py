@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cli import UserError, atomic, choose, choose_many, parse, run
+from cli import UserError, atomic, choose, choose_many, parse, pick_device, run
 from data.env import TabletopEnv
 from data.expert import demonstrate
 from data.robots import ROBOTS
@@ -38,6 +38,7 @@ class EvalConfig:
     seed: int = EVALUATION_SEED     # first layout seed
     execute_steps: int = 8          # control steps of a chunk that are carried out before the policy looks again
     workers: int = 2                # processes
+    device: str = "auto"            # auto, cpu, cuda or mps
     corpus: str = "out/corpus"      # digital: the corpus whose validation scenes are asked
     scenes: int = 400               # digital: how many of them
     out: str = ""                   # result file; default out/results/<what>.json
@@ -83,7 +84,7 @@ def work(job):
     import torch
     from model import BLM
     torch.set_num_threads(1)
-    blm, env = BLM.from_pretrained(config.weights), TabletopEnv(robot, task, render=False, held_out=True)
+    blm, env = BLM.from_pretrained(config.weights, config.device), TabletopEnv(robot, task, render=False, held_out=True)
     results = [{"seed": s, **rollout(blm, env, s, config.execute_steps)} for s in seeds]
     env.close()
     return robot, task, results
@@ -96,6 +97,7 @@ def physical(what, config):
         raise UserError(f"--episodes {config.episodes} and --workers {config.workers} must be at least 1")
     if what == "physical":
         from model import BLM
+        config.device = str(pick_device(config.device))
         BLM.from_pretrained(config.weights)                # a bad folder is told here, once
     jobs = [(what, config, r, t, range(config.seed + first, min(config.seed + first + 10, config.seed + config.episodes)))
             for t in tasks for r in robots for first in range(0, config.episodes, 10)]
@@ -145,7 +147,7 @@ def digital(config):
     from model import BLM
     torch.set_num_threads(os.cpu_count() or 1)
     ensure(config.corpus)
-    blm, corpus = BLM.from_pretrained(config.weights), Corpus(config.corpus, "val")
+    blm, corpus = BLM.from_pretrained(config.weights, pick_device(config.device)), Corpus(config.corpus, "val")
     right, asked, pixels = {}, {}, []
     for i in tqdm(np.random.default_rng(config.seed).permutation(len(corpus))[:config.scenes], unit="scene"):
         scene = corpus[int(i)]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cli import UserError, atomic, choose_many, parse, run
+from cli import UserError, atomic, choose_many, parse, pick_device, run
 from data.env import CONTROL_HZ, VIEWS, TabletopEnv
 from data.robots import ROBOTS
 from data.tasks import TASKS
@@ -33,6 +33,7 @@ class SampleConfig:
     out: str = "out"                 # folder for the GIFs
     weights: str = "weights/nano"    # checkpoint folder
     execute_steps: int = 8           # control steps of a chunk that are carried out before the policy looks again
+    device: str = "auto"             # auto, cpu, cuda or mps
     ask: str = ""                    # a question to answer instead of acting
     image: str = ""                  # picture to ask about; empty: the scene of --robot, --task and --seed
 
@@ -120,7 +121,7 @@ def main():
         pass
     (Path(config.out) / ".writable").unlink()
     from model import BLM
-    blm = BLM.from_pretrained(config.weights)
+    blm = BLM.from_pretrained(config.weights, pick_device(config.device))
     if not config.ask:
         return act(blm, config, robots[0], tasks[0]) if len(robots) == len(tasks) == 1 else mosaic(blm, config, robots, tasks)
     if config.image:

@@ -111,7 +111,7 @@ def test_centres_behind_the_camera_do_not_reach_the_loss(tokenizer):
                 return scene
 
         batch = make_batch(Moved(), [(0, 0), (1, 1)], tokenizer, model.config, cfg, dense_only=True)
-        return float(train_sft.losses(model, heads, batch, train_sft.count([batch]), cfg, True)["loss"])
+        return float(train_sft.losses(model, heads, batch, train_sft.count([batch]), cfg, True)["loss"].detach())
 
     assert loss_with(500.0) == loss_with(-9.0) != loss_with(0.0)
 
