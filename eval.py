@@ -19,9 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import UserError, atomic, choose, choose_many, parse, pick_device, run
-from data.env import TabletopEnv
+from data.env import TabletopEnv, front_pixel
 from data.expert import demonstrate
-from data.robots import ROBOTS
+from data.robots import ROBOTS, get_robot
 from data.tasks import TASKS
 
 EVALUATION_SEED = 1_000_000
@@ -148,7 +148,7 @@ def digital(config):
     torch.set_num_threads(os.cpu_count() or 1)
     ensure(config.corpus)
     blm, corpus = BLM.from_pretrained(config.weights, pick_device(config.device)), Corpus(config.corpus, "val")
-    right, asked, pixels = {}, {}, []
+    right, asked, pixels, metres = {}, {}, [], []
     for i in tqdm(np.random.default_rng(config.seed).permutation(len(corpus))[:config.scenes], unit="scene"):
         scene = corpus[int(i)]
         for question, answer in scene["turns"]:
@@ -161,17 +161,20 @@ def digital(config):
                 except (ValueError, KeyError, TypeError):
                     error = np.inf                         # no point in the answer: a miss
                 pixels.append(error)
+                if "front" in question:
+                    metres.append(error * front_pixel(get_robot(scene["robot"])))
                 right[kind] = right.get(kind, 0) + (error <= 4)
             elif kind == "box":
                 right[kind] = right.get(kind, 0) + (overlap(given, answer) >= 0.5)
             else:
                 right[kind] = right.get(kind, 0) + (given.strip() == answer)
     result = {"what": "digital", "scenes": config.scenes, "point_error_px_median": float(np.median(pixels)),
+              "point_error_cm_median": 100 * float(np.median(metres)), "points": len(pixels),
               "accuracy": {kind: {"right": int(right[kind]), "asked": asked[kind], "interval": [round(x, 3) for x in wilson(right[kind], asked[kind])]} for kind in asked},
               "command": shlex.join(["python", *sys.argv])}
     for kind, row in result["accuracy"].items():
         print(f"{kind:8s} {100 * row['right'] / row['asked']:5.1f}% of {row['asked']}" + {"point": " within 4 px", "box": " with IoU >= 0.5"}.get(kind, ""))
-    print(f"pointing error, median: {result['point_error_px_median']:.1f} px of 128")
+    print(f"pointing error, median: {result['point_error_px_median']:.1f} px of 128; {result['point_error_cm_median']:.1f} cm in the front view")
     return result
 
 

@@ -30,10 +30,14 @@ VIEWS = ("front", "wrist")
 VERSION = 1                              # of policy.json
 
 
-def backbone_hash(vlm):
-    """16 hex digits that name a language model's weights, the same whether stored as float16 or float32."""
-    digest = hashlib.sha256(json.dumps(vlm.config.to_dict(), sort_keys=True).encode())
+def backbone_hash(vlm, num_layers=None):
+    """16 hex digits that name the weights behind a language model's hidden states after `num_layers` blocks (None: all weights), the same whether
+    stored as float16 or float32. Blocks after k may be trained on: a policy that reads block k stays valid."""
+    digest, ran = hashlib.sha256(json.dumps(vlm.config.to_dict(), sort_keys=True).encode()), len(vlm.model.layers[:num_layers])
+    later = (*(f"model.layers.{i}." for i in range(ran, len(vlm.model.layers))), *(("model.norm.", "lm_head.") if num_layers is not None else ()))
     for name, tensor in sorted(vlm.state_dict().items()):
+        if name.startswith(later):
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy())
     return digest.hexdigest()[:16]
@@ -142,7 +146,7 @@ class BLM:
             save_file(tensors, path, metadata={"format": "pt"})
         robots = {name: describe(*sizes) for name, sizes in policy.embodiments.items()}
         write_json(Path(folder) / "policy.json", {"version": VERSION, "config": dataclasses.asdict(policy.config), "condition_size": policy.condition_size,
-                                                  "embodiments": robots, "views": list(VIEWS), "backbone": backbone_hash(self.vlm)})
+                                                  "embodiments": robots, "views": list(VIEWS), "backbone": backbone_hash(self.vlm, policy.config.intent_layer)})
 
 
 def check(observation, robot, state_dim):
@@ -180,7 +184,7 @@ def load_policy(folder, vlm):
         raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is not a policy's description ({type(error).__name__}: {error}); {advice}") from None
-    if found.get("backbone") != backbone_hash(vlm):
+    if found.get("backbone") != backbone_hash(vlm, policy.config.intent_layer):
         raise UserError(f"{weights} was trained on another language model than {folder}/model.safetensors: take both from one folder, or {advice}")
     try:
         tensors = load_file(weights)

@@ -289,7 +289,7 @@ def train(cfg, config):
         record.ensure(cfg.data)
     if world > 1:
         dist.barrier()
-    episodes, backbone = record.load_episodes(cfg.data), backbone_hash(blm.vlm)
+    episodes, backbone = record.load_episodes(cfg.data), backbone_hash(blm.vlm, config.intent_layer)
     hidden = cache_intents(blm, episodes, cfg, config.intent_layer, backbone, rank, world)
     demos = Demos(episodes, hidden, config, cfg.frame_stride, cfg.held_out)
     torch.manual_seed(cfg.seed)

@@ -50,14 +50,15 @@ class SFTConfig:
     steps: int = 3000              # optimiser steps
     batch_size: int = 32           # scenes a step, over all processes
     micro_batch: int = 32          # scenes in memory at once; smaller needs less memory and gives the same gradient
-    questions: int = 8             # at most so many questions of a scene in a step, drawn anew each time
-    lr: float = 1e-3               # peak learning rate; about 1e-5 for downloaded weights
+    questions: int = 3             # at most so many questions of a scene in a step, drawn anew each time
+    lr: float = 1.5e-3             # peak learning rate; about 1e-5 for downloaded weights
     warmup: int = 100              # steps
     weight_decay: float = 0.05     # on matrices
     grad_clip: float = 1.0         # largest norm of a step's gradient
+    frozen_blocks: int = 0         # freeze the ViT, the embeddings and so many LLM blocks: a policy that reads the last of them stays valid (with --dense_weight 0)
     intent_layer: int = 3          # k: the LLM block that the second dense head (and later the policy) reads
     dense_weight: float = 1.0      # weight of the dense loss beside that of the answers; 0 for none
-    dense_fraction: float = -1.0   # share of the steps with the dense loss alone; -1: 0.5 from nothing, 0 with --backbone
+    dense_fraction: float = -1.0   # share of the steps with the dense loss alone; -1: 0.35 from nothing, 0 with --backbone
     vocab_size: int = 1024         # byte-level pieces of the tokenizer of a model from nothing
     eval_every: int = 500          # steps
     eval_scenes: int = 256         # validation scenes for the figures by teacher forcing
@@ -262,7 +263,7 @@ def pointing(model, corpus, tokenizer, cfg, device):
 # ---- optimiser, checkpoint
 
 def make_optimizer(modules, cfg):
-    named = [p for module in modules for p in module.parameters()]
+    named = [p for module in modules for p in module.parameters() if p.requires_grad]
     groups = [{"params": [p for p in named if p.ndim > 1], "weight_decay": cfg.weight_decay},
               {"params": [p for p in named if p.ndim == 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
@@ -367,12 +368,18 @@ def train(cfg):
     model, tokenizer = start_model(cfg, corpus)
     if not 1 <= cfg.intent_layer <= model.config.num_hidden_layers:
         raise UserError(f"--intent_layer {cfg.intent_layer}: this model has blocks 1 to {model.config.num_hidden_layers}")
+    if cfg.frozen_blocks:
+        if not cfg.frozen_blocks < model.config.num_hidden_layers or cfg.dense_weight:
+            raise UserError(f"--frozen_blocks {cfg.frozen_blocks} must leave some of the {model.config.num_hidden_layers} blocks to train, and goes with --dense_weight 0")
+        model.requires_grad_(False)
+        for part in (model.model.layers[cfg.frozen_blocks:], model.model.norm):
+            part.requires_grad_(True)
     heads = DenseHeads(model.config, corpus.num_classes)
     model.to(device), heads.to(device)
     optimizer = make_optimizer((model, heads), cfg)
-    parameters = [*model.parameters(), *heads.parameters()]
+    parameters = [p for p in (*model.parameters(), *heads.parameters()) if p.requires_grad]
     step, seconds = load(cfg, model, heads, optimizer) if cfg.resume else (0, 0.0)
-    share = (0.0 if cfg.backbone else 0.5) if cfg.dense_fraction < 0 else cfg.dense_fraction
+    share = (0.0 if cfg.backbone else 0.35) if cfg.dense_fraction < 0 else cfg.dense_fraction
     dense_steps = int(share * cfg.steps) if cfg.dense_weight else 0
 
     def batches_of(step):

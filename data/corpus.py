@@ -251,7 +251,7 @@ def ensure(folder):
 class Corpus:
     """Scenes of a split ("train" or "val"), read from memory-mapped shards.
 
-    corpus[i] -> {"images": [(128, 128, 3) uint8], "turns": [(question, answer)], "patch_class": (V, 8, 8), "patch_offset": (V, 8, 8, 3)}.
+    corpus[i] -> {"images": [(128, 128, 3) uint8], "turns": [(question, answer)], "patch_class": (V, 8, 8), "patch_offset": (V, 8, 8, 3), "robot": str}.
     """
     num_classes = len(CLASSES)
 
@@ -277,7 +277,8 @@ class Corpus:
     def __getitem__(self, i):
         number, a, b, turns = self.scenes[i]
         images, classes, offsets = (self.files[number].get_slice(name)[a:b] for name in ("images", "patch_class", "patch_offset"))
-        return {"images": list(images), "turns": [tuple(t) for t in turns], "patch_class": classes.astype(np.int64), "patch_offset": offsets.astype(np.float32)}
+        return {"images": list(images), "turns": [tuple(t) for t in turns], "patch_class": classes.astype(np.int64), "patch_offset": offsets.astype(np.float32),
+                "robot": self.files[number].metadata()["robot"]}
 
 
 def texts(corpus):

@@ -25,12 +25,20 @@ def camera_xml(name, eye, target, fov):
     return f'<camera name="{name}" pos="{eye[0]} {eye[1]} {eye[2]}" xyaxes="{camera_axes(direction, (0, 0, 1))}" fovy="{fov}"/>'
 
 
+FRONT_EYE, FRONT_TARGET, FRONT_FOV = np.array([0.75, 0, 0.6]), np.array([-0.02, 0, 0.1]), 36     # m at scale 1, degrees
+
+
+def front_pixel(robot):
+    """Metres that a pixel of the front view spans at the middle of the workspace."""
+    return robot.scale * np.linalg.norm(FRONT_EYE - FRONT_TARGET) * 2 * np.tan(np.radians(FRONT_FOV / 2)) / IMAGE_SIZE
+
+
 def scene_xml(robot, task, clutter=0):
     """MJCF of table, lights, cameras, `robot`, the task's objects, and `clutter` spare cubes parked below the table."""
     s = robot.scale
     body, rest = robot_xml(robot, (-robot.base_to_spawn_centre, 0, 0))
     # the source looks from (0.3, 0, 0.6) with 90 degrees; 36 degrees from farther back show the objects larger to 64 patches
-    cameras = camera_xml("front", (0.75 * s, 0, 0.6 * s), (-0.02 * s, 0, 0.1 * s), 36) + camera_xml("render", (0.75 * s, 0.75 * s, 0.6 * s), (-0.12 * s, 0, 0.13 * s), 45)
+    cameras = camera_xml("front", s * FRONT_EYE, s * FRONT_TARGET, FRONT_FOV) + camera_xml("render", (0.75 * s, 0.75 * s, 0.6 * s), (-0.12 * s, 0, 0.13 * s), 45)
     spare = "".join(f'<body name="clutter{i}" mocap="true" pos="{0.1 * i} 0 -0.5"><geom name="clutter{i}" type="box" size="0.02 0.02 0.02" contype="0" conaffinity="0"/></body>'
                     for i in range(clutter))
     return f'''<mujoco model="{robot.name} {task.name}">{DEFAULTS}
