@@ -61,7 +61,7 @@ class BLM:
     # ---- digital space
 
     def answer(self, images, question, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=None):
-        """The reply to `question` about `images` (PIL or uint8 (height, width, 3), maybe none). The same call gives the same words. UserError if nothing is asked."""
+        """The reply to `question` about `images` (PIL or uint8 (height, width, 3), maybe none), greedy at temperature 0. UserError if nothing is asked."""
         if not question.strip():
             raise UserError("the question is empty: ask something, as in --ask \"Where is the red cube?\"")
         batch = self.prompt([images], [question])
@@ -69,7 +69,7 @@ class BLM:
         return self.tokenizer.decode(made[0])
 
     def prompt(self, images, texts):
-        """Lists of pictures and a text for each row, as user turns that wait for an answer, padded on the right: the language model's inputs, on its device."""
+        """Pictures and a text for each row, as user turns that wait for an answer, padded on the right: the language model's inputs, on its device."""
         flat = [image for row in images for image in row]
         pixels, grids = process_images(flat, self.vlm.config) if flat else (None, None)
         listed, merge = iter([] if grids is None else grids.tolist()), self.vlm.config.vision_config.spatial_merge_size
@@ -85,9 +85,9 @@ class BLM:
 
     @torch.no_grad()
     def intent_states(self, images, instructions, num_layers=None):
-        """[[front, wrist], ...] and an instruction each, to hidden states (B, L, Dc) behind block k and their mask (B, L) bool. Blocks after k do not run.
+        """[[front, wrist], ...] and an instruction each, to hidden states (B, L, Dc) behind block k and their mask (B, L) bool; later blocks do not run.
 
-        The one place where the prompt for acting is made: `act` and the cache of train_policy.py both call it. num_layers: k, where there is no policy yet.
+        The one place where the prompt for acting is made: `act` and the cache of train_policy.py both call it. num_layers is k where no policy is yet.
         """
         batch = self.prompt(images, instructions)
         hidden = self.vlm(**batch, num_layers=num_layers or self.policy.config.intent_layer).hidden_states
@@ -100,7 +100,7 @@ class BLM:
         seed (an integer or a list of them) fixes the noise that the chunk starts from. UserError on an unknown robot or anything of the wrong shape.
         """
         if self.policy is None:
-            raise UserError("this model folder has no policy (policy.safetensors): it answers, but does not act; train one with `python train_policy.py`")
+            raise UserError("this model folder has no policy.safetensors: it answers, but does not act; train a policy with `python train_policy.py`")
         names = list(self.policy.embodiments)
         index = names.index(choose(robot, names, "robot"))
         state_dim, action_dim = self.policy.embodiments[robot]
@@ -116,13 +116,13 @@ class BLM:
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):
-        """The model in `folder`, policy included where there is one. UserError on anything missing, broken, or from another model; nothing stays at random."""
+        """The model in `folder`, with its policy if it has one. UserError on anything missing, broken, or from another model; nothing stays at random."""
         folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"no model folder {folder}; name one with --weights, or train one with `python train_sft.py` and `python train_policy.py`")
         vlm, tokenizer = VLM.from_pretrained(folder, device), Tokenizer.from_pretrained(folder)
         if len(tokenizer) > vlm.config.vocab_size:
-            raise UserError(f"{folder / 'tokenizer.json'} has {len(tokenizer)} tokens, the model {vlm.config.vocab_size}: the two are from different folders")
+            raise UserError(f"{folder / 'tokenizer.json'} has {len(tokenizer)} tokens, the model {vlm.config.vocab_size}: take both from one folder")
         here = [(folder / name).exists() for name in ("policy.json", "policy.safetensors")]
         if any(here) and not all(here):
             raise UserError(f"{folder} has one of policy.json and policy.safetensors without the other: copy both, or delete it")
@@ -141,12 +141,14 @@ class BLM:
     def save_policy(self, folder, dtype=None):
         """Write policy.safetensors and policy.json beside their language model."""
         policy, weights = self.policy, {name for name, _ in self.policy.named_parameters()}
-        tensors = {name: (t.to(dtype) if dtype and name in weights else t).detach().cpu().contiguous() for name, t in policy.state_dict().items()}
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}
+        tensors = {name: tensor.to(dtype) if dtype and name in weights else tensor for name, tensor in kept.items()}
         with atomic(Path(folder) / "policy.safetensors") as path:
             save_file(tensors, path, metadata={"format": "pt"})
         robots = {name: describe(*sizes) for name, sizes in policy.embodiments.items()}
-        write_json(Path(folder) / "policy.json", {"version": VERSION, "config": dataclasses.asdict(policy.config), "condition_size": policy.condition_size,
-                                                  "embodiments": robots, "views": list(VIEWS), "backbone": backbone_hash(self.vlm, policy.config.intent_layer)})
+        about = {"version": VERSION, "config": dataclasses.asdict(policy.config), "condition_size": policy.condition_size, "embodiments": robots,
+                 "views": list(VIEWS), "backbone": backbone_hash(self.vlm, policy.config.intent_layer)}
+        write_json(Path(folder) / "policy.json", about)
 
 
 def check(observation, robot, state_dim):

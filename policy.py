@@ -66,7 +66,7 @@ TAU_BETA, TAU_LIMIT = 1.5, 0.999      # u ~ Beta(1.5, 1), tau = (s - u) / s: GR0
 # ---- physical units <-> what the network sees
 
 class Normaliser(nn.Module):
-    """States to zero mean and unit deviation; actions to that of *relative* targets, for each step of the chunk: joint target - joint now, finger as it is.
+    """States to zero mean and unit deviation; so are *relative* targets (joint target - joint now, finger as it is), each step of the chunk for itself.
 
     Statistics are buffers, a row for each robot, so they travel with the weights. Using a robot without any raises UserError.
     """
@@ -102,7 +102,7 @@ class Normaliser(nn.Module):
     def check(self, embodiment):
         if not self.fitted[embodiment].all():
             absent = [self.names[i] for i in embodiment.unique().tolist() if not self.fitted[i]]
-            raise UserError(f"this policy has no statistics for {', '.join(absent)}: train it on demonstrations of that robot with `python train_policy.py`")
+            raise UserError(f"this policy has no statistics for {', '.join(absent)}: train it on that robot's demonstrations with `python train_policy.py`")
 
     def reference(self, state, embodiment):
         """What joint targets are relative to: joint angles now (B, 1, A), zero for the finger."""
@@ -368,7 +368,10 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def sample(self, hidden, mask, state, embodiment, noise=None):
-        """A chunk of absolute targets (B, T, A), rad and m, from hidden (B, L, Dc), mask (B, L), state (B, S), embodiment (B,); noise (B, T, A) is drawn if None."""
+        """A chunk of absolute targets (B, T, A), rad and m, from hidden (B, L, Dc), mask (B, L), state (B, S), embodiment (B,).
+
+        noise (B, T, A) is drawn if None. UserError for a robot without statistics.
+        """
         self.normaliser.check(embodiment)
         B, K, own = len(state), self.config.num_inference_steps, self.normaliser.action_mask[embodiment][:, None]
         if noise is None:

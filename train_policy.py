@@ -126,11 +126,11 @@ class Demos:
         for episode in episodes:
             sizes = episode.state.shape[1], episode.action.shape[1]
             if self.embodiments.setdefault(episode.robot, sizes) != sizes:
-                raise UserError(f"{episode.path} has state and action of {sizes} numbers, other episodes of {episode.robot} {self.embodiments[episode.robot]}")
+                raise UserError(f"{episode.path}: state and action have {sizes} numbers, in other episodes of {episode.robot} {self.embodiments[episode.robot]}")
         self.cells = sorted({(e.robot, e.task) for e in episodes})
         S, A = (max(sizes[i] for sizes in self.embodiments.values()) for i in (0, 1))
         names = list(self.embodiments)
-        self.where = np.array([(i, j) for i, e in enumerate(episodes) for j in range(len(range(0, len(e), stride)))])         # (R, 2): episode, frame
+        self.where = np.array([(i, j) for i, e in enumerate(episodes) for j in range(len(range(0, len(e), stride)))])     # (R, 2): episode, frame
         R = len(self.where)
         self.state, self.action, self.valid = np.zeros((R, S), np.float32), np.zeros((R, T, A), np.float32), np.zeros((R, T), bool)
         self.embodiment = np.array([names.index(episodes[i].robot) for i, _ in self.where])
@@ -180,12 +180,14 @@ def evaluate(policy, demos, cfg, device):
     error of joint targets (rad) and the share of finger targets on the right side of half open."""
     policy.eval()
     share = max(1, cfg.eval_rows // len(demos.cells))
-    rows = np.concatenate([r[np.unique(np.linspace(0, len(r) - 1, min(share, len(r))).astype(int))] for r in demos.held_out.values() if len(r)] or [np.zeros(0, int)])
-    if not len(rows):
+    cells = [rows for rows in demos.held_out.values() if len(rows)]
+    if not cells:
         return {}
-    finger = torch.tensor([size - 1 for _, size in demos.embodiments.values()], device=device)
-    halfway = torch.tensor([(f.min() + f.max()) / 2 for f in (demos.action[demos.embodiment == e, :, size - 1][demos.valid[demos.embodiment == e]]
-                                                              for e, (_, size) in enumerate(demos.embodiments.values()))], device=device)
+    rows = np.concatenate([cell[np.linspace(0, len(cell) - 1, min(share, len(cell))).astype(int)] for cell in cells])
+    sizes = [size for _, size in demos.embodiments.values()]
+    fingers = [demos.action[demos.embodiment == e, :, size - 1][demos.valid[demos.embodiment == e]] for e, size in enumerate(sizes)]
+    finger = torch.tensor(sizes, device=device) - 1
+    halfway = torch.tensor([(targets.min() + targets.max()) / 2 for targets in fingers], device=device)
     generator, sums = torch.Generator().manual_seed(0), {}
 
     def tally(name, total, n):
@@ -196,12 +198,14 @@ def evaluate(policy, demos, cfg, device):
         batch = demos[rows[start:start + cfg.batch_size]]
         batch = {name: tensor.to(device) for name, tensor in {**batch, **policy.draw(len(batch["state"]), generator)}.items()}
         losses, valid, robot = policy(batch), policy.valid(batch), batch["embodiment"]
-        tally("val_flow", losses["flow"] * valid.sum(), valid.sum()), tally("val_future", losses["future"] * batch["future_valid"].sum(), batch["future_valid"].sum())
+        for name, n in (("flow", valid.sum()), ("future", batch["future_valid"].sum())):
+            tally(f"val_{name}", losses[name] * n, n)
         made = policy.sample(batch["hidden"], batch["mask"], batch["state"], robot, batch["noise"])[:, :JUDGED_STEPS]
         action, valid = batch["action"][:, :JUDGED_STEPS], valid[:, :JUDGED_STEPS]
         joints = valid & policy.normaliser.joint_mask[robot][:, None]
         tally("joint_error_rad", (made - action).abs()[joints].sum(), joints.sum())
-        sides = [(x.gather(2, finger[robot][:, None, None].expand(-1, x.shape[1], 1))[..., 0] > halfway[robot][:, None]) for x in (made, action)]
+        place = finger[robot][:, None, None].expand(-1, action.shape[1], 1)
+        sides = [x.gather(2, place)[..., 0] > halfway[robot][:, None] for x in (made, action)]
         known = batch["action_valid"][:, :JUDGED_STEPS]
         tally("finger_accuracy", (sides[0] == sides[1])[known].sum(), known.sum())
     policy.train()
@@ -219,7 +223,8 @@ def save(cfg, blm, policy, optimizer, about):
     blm.training["policy"] = about
     blm.save_policy(cfg.out, torch.float16)
     write_json(Path(cfg.out) / "training.json", blm.training)
-    tensors = {f"{owner}.{name}": tensor for owner, module in (("policy", policy), ("ema", blm.policy)) for name, tensor in module.state_dict().items()}
+    owners = (("policy", policy), ("ema", blm.policy))
+    tensors = {f"{owner}.{name}": tensor for owner, module in owners for name, tensor in module.state_dict().items()}
     for i, moments in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in moments.items()})
     with atomic(state_path(cfg)) as path:
@@ -227,7 +232,7 @@ def save(cfg, blm, policy, optimizer, about):
 
 
 def load(cfg, config, backbone, policy, ema, optimizer):
-    """Put the saved state back; returns (step, seconds trained). UserError if there is none, or if it was trained with other flags or another model."""
+    """Put the saved state back; returns (step, seconds trained). UserError if there is none, or one of other flags or another language model."""
     try:
         with safe_open(state_path(cfg), "pt") as file:
             about = json.loads(file.metadata()["state"])
@@ -237,11 +242,11 @@ def load(cfg, config, backbone, policy, ema, optimizer):
     now = {**dataclasses.asdict(cfg), **dataclasses.asdict(config)}
     for name, value in now.items():
         if name not in FREE_TO_CHANGE and about["config"].get(name) != value:
-            raise UserError(f"{cfg.out} was trained with --{name} {about['config'].get(name)}, not {value}: resume with the same, or choose another --out")
+            raise UserError(f"{cfg.out} was trained with --{name} {about['config'].get(name)}, not {value}: resume with that, or choose another --out")
     if about["backbone"] != backbone:
-        raise UserError(f"{cfg.out} was trained on another language model than --backbone names: resume with that one, or choose another --out")
+        raise UserError(f"{cfg.out} was trained on another language model than --backbone: resume with that one, or choose another --out")
     if about["robots"] != list(policy.embodiments):
-        raise UserError(f"{cfg.out} was trained on {', '.join(about['robots'])}, {cfg.data} has {', '.join(policy.embodiments)}: choose another --out")
+        raise UserError(f"{cfg.out} was trained on {', '.join(about['robots'])}, --data has {', '.join(policy.embodiments)}: choose another --out")
     moments = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
@@ -302,7 +307,7 @@ def train(cfg, config):
     step, seconds = load(cfg, config, backbone, policy, blm.policy, optimizer) if cfg.resume else (0, 0.0)
 
     def batch_of(step):
-        """This process's rows of a step, and over all processes what the losses are divided by; noise is drawn for all rows alike, then shared out."""
+        """This process's rows of a step, and over all processes what the losses are divided by. Noise is drawn for all rows, then shared out."""
         mine = slice(rank, None, world)
         generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
         random = {name: tensor[mine] for name, tensor in policy.draw(cfg.batch_size, generator, cfg.state_noise).items()}
@@ -323,9 +328,10 @@ def train(cfg, config):
         return losses
 
     def about():
-        return {"stage": "policy", "command": "python " + shlex.join(sys.argv), "seed": cfg.seed, "step": step, "steps": cfg.steps, "seconds": round(time.time() - begun, 1),
-                "episodes": len(episodes), "rows": {"train": sum(map(len, demos.train.values())), "held_out": sum(map(len, demos.held_out.values()))},
-                "cells": len(demos.cells), "robots": list(demos.embodiments), "backbone": backbone, "figures": figures,
+        rows = {name: sum(map(len, part.values())) for name, part in (("train", demos.train), ("held_out", demos.held_out))}
+        return {"stage": "policy", "command": "python " + shlex.join(sys.argv), "seed": cfg.seed, "step": step, "steps": cfg.steps,
+                "seconds": round(time.time() - begun, 1), "episodes": len(episodes), "rows": rows, "cells": len(demos.cells),
+                "robots": list(demos.embodiments), "backbone": backbone, "figures": figures,
                 "config": {**dataclasses.asdict(cfg), **dataclasses.asdict(config)}}
 
     begun, figures = time.time() - seconds, {}
@@ -367,7 +373,8 @@ def train(cfg, config):
                 if due:
                     figures = evaluate(blm.policy, demos, cfg, device)
                     print(f"\nstep {step}: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
-                line = {"step": step, "lr": rate, **{name: round(float(value), 5) for name, value in losses.items()}, **(figures if due else {}), "seconds": round(time.time() - begun, 1)}
+                line = {"step": step, "lr": rate, **{name: round(float(value), 5) for name, value in losses.items()}, **(figures if due else {}),
+                        "seconds": round(time.time() - begun, 1)}
                 log.write(json.dumps(line) + "\n")
                 log.flush()
             if step % cfg.save_every == 0 or step == cfg.steps:
@@ -381,7 +388,7 @@ def train(cfg, config):
 
 
 def main():
-    cfg, config = parse(TrainConfig, PolicyConfig, presets=PRESETS, description="Stage II: train the policy on demonstrations, the language model frozen.")
+    cfg, config = parse(TrainConfig, PolicyConfig, presets=PRESETS, description="Stage II: train the policy; the language model stays frozen.")
     train(cfg, config)
 
 

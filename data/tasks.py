@@ -3,7 +3,8 @@
 Frame: z = 0 is the table top, the origin is the centre of the spawn region, x points away from the robot, y to its left; m, rad, kg.
 Source: ManiSkill 3.0.1, mani_skill/envs/tasks/tabletop. Departures, each for a reason:
 - spawn regions, goal heights and (for the small WidowX) every distance of the layout follow the arm's workspace in robots.json: the source's lie beyond some arms' reach.
-- layouts with an object that the tool cannot reach pointing straight down are drawn again; so are a ball and a bin too close for the fingers.
+- layouts with an object that the tool cannot reach pointing straight down are drawn again; so are a ball and a bin too close for the fingers,
+  and a cube that lies at its goal already.
 - PickCube's goal is drawn for the policy's cameras and stands on a thin stem: the source hides it and hands the policy its coordinates, and one picture shows no height.
 - PlaceSphere's ball has rolling friction (condim 6): without it the ball rocks in the bin and never comes to rest.
 - LiftPegUpright tests the angle between the peg's axis and the vertical, either end up: the source's Euler angle does not see every tilt.
@@ -106,8 +107,12 @@ def reachable(robot, *points, margin=0.0):
 
 
 def pick_spawn(robot, rng):
-    half, goal = cube_half(robot), square(robot, rng)
-    return {"cube": ((*square(robot, rng), half), rng.uniform(0, 2 * np.pi)), "goal": ((*goal, half + rng.uniform(0, robot.max_goal_height)), 0.0)}
+    half = cube_half(robot)
+    while True:
+        goal, cube, yaw = square(robot, rng), square(robot, rng), rng.uniform(0, 2 * np.pi)
+        height = rng.uniform(0, robot.max_goal_height)
+        if np.hypot(np.hypot(*(cube - goal)), height) > 2 * goal_threshold(robot):       # else it is done before it begins
+            return {"cube": ((*cube, half), yaw), "goal": ((*goal, half + height), 0.0)}
 
 
 def region_spawn(direction):

@@ -110,7 +110,7 @@ def test_two_processes_equal_one(made, tmp_path):
     torch.multiprocessing.spawn(one_of_two, (port, made, tmp_path / "two"), nprocs=2)
     one, two = policy_of(tmp_path / "one"), policy_of(tmp_path / "two")
     for name in one:
-        if name.startswith("policy.") and not name.endswith("key_value.bias"):     # softmax ignores a bias on keys: its gradient is rounding, which Adam blows up
+        if name.startswith("policy.") and not name.endswith("key_value.bias"):     # softmax ignores a bias on keys: Adam blows up rounding
             assert torch.allclose(one[name].float(), two[name].float(), atol=1e-4), name
 
 
