@@ -8,7 +8,8 @@ A frozen model says the same of the same frame every time, so what its block k s
 episode, and kept: <cache>/<model>-k<k>-s<stride>/<episode>.npy, (frames, L, Dc) float16, memory-mapped. File names are hashes of what they were
 made from: another model or other demonstrations never meet a stale file, more demonstrations cost only themselves, a stopped run goes on.
 
-A row is a frame t of an episode: hidden states at t and at t + T, state at t, actions t .. t + T - 1. Past the end there is no action and no future.
+A row is a frame t of an episode: hidden states at t and at t + T, state at t, actions t .. t + T - 1. Past the end the last action is held, since an
+episode ends where its task is done and an arm that was never shown to stay there drifts on; there is no future.
 Rows of a step are balanced over cells (robot, task) and depend on (seed, step) alone, as does all noise: resuming skips and repeats nothing.
 
 Written to --out: a whole model folder (model.py) with the moving average of the weights, log.jsonl, and state.safetensors to resume from.
@@ -63,10 +64,10 @@ class TrainConfig:
     save_every: int = 500          # steps
     seed: int = 0                  # of weights, rows and noise
     device: str = "auto"           # auto, cpu, cuda or mps
-    resume: bool = False           # go on from the state in --out
+    resume: bool = False           # go on from the state in --out; with more --steps, train it longer
 
 
-FREE_TO_CHANGE = {"out", "data", "cache", "backbone", "device", "resume", "eval_every", "eval_rows", "save_every"}     # when resuming
+FREE_TO_CHANGE = {"steps", "out", "data", "cache", "backbone", "device", "resume", "eval_every", "eval_rows", "save_every"}     # when resuming
 JUDGED_STEPS = 8                                     # of a chunk: what eval.py carries out
 
 
@@ -136,7 +137,8 @@ class Demos:
         self.embodiment = np.array([names.index(episodes[i].robot) for i, _ in self.where])
         for row, (i, j) in enumerate(self.where):
             state, action = episodes[i].state[j * stride], episodes[i].action[j * stride:j * stride + T]
-            self.state[row, :len(state)], self.action[row, :len(action), :action.shape[1]], self.valid[row, :len(action)] = state, action, True
+            action = np.pad(action, ((0, T - len(action)), (0, 0)), mode="edge")      # past the end the arm holds still: that is what "done" looks like
+            self.state[row, :len(state)], self.action[row, :, :action.shape[1]], self.valid[row] = state, action, True
         self.train, self.held_out, first = {}, {}, np.searchsorted(self.where[:, 0], np.arange(len(episodes) + 1))
         for cell in self.cells:
             members = [i for i, e in enumerate(episodes) if (e.robot, e.task) == cell]

@@ -66,10 +66,10 @@ class SFTConfig:
     save_every: int = 500          # steps
     seed: int = 0                  # of weights, rows and questions
     device: str = "auto"           # auto, cpu, cuda or mps
-    resume: bool = False           # go on from the state in --out
+    resume: bool = False           # go on from the state in --out; with more --steps, train it longer
 
 
-FREE_TO_CHANGE = {"out", "data", "device", "resume", "eval_every", "eval_scenes", "point_scenes", "save_every", "micro_batch"}     # when resuming
+FREE_TO_CHANGE = {"steps", "out", "data", "device", "resume", "eval_every", "eval_scenes", "point_scenes", "save_every", "micro_batch"}     # when resuming
 NOTHING_WEIGHT = 0.25                        # most patches show nothing
 OFFSET_SCALE = (1.0, 1.0, 10.0)              # patches, patches, decimetres: errors of like size
 LARGEST_OFFSET = 8.0                         # patches: a centre beside or behind the camera projects to hundreds, and one such row would drown a step
