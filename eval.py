@@ -37,6 +37,7 @@ class EvalConfig:
     episodes: int = 20              # episodes for each robot and task
     seed: int = EVALUATION_SEED     # first layout seed
     execute_steps: int = 8          # control steps of a chunk that are carried out before the policy looks again
+    temperature: float = 0.0        # of the noise a chunk flows from; 0 is deterministic
     workers: int = 2                # processes
     device: str = "auto"            # auto, cpu, cuda or mps
     corpus: str = "out/corpus"      # digital: the corpus whose validation scenes are asked
@@ -44,7 +45,7 @@ class EvalConfig:
     out: str = ""                   # result file; default out/results/<what>.json
 
 
-def rollout(blm, env, seed, execute_steps=8, instruction=None, watch=None):
+def rollout(blm, env, seed, execute_steps=8, temperature=0.0, instruction=None, watch=None):
     """One closed-loop episode of `blm` in `env` (made with render=False: pictures are drawn when the policy looks): returns {"success", "steps", "clipped", "act_s": mean seconds a chunk, "conditions"}.
 
     Every `execute_steps` control steps the policy looks again. watch(env): called before every control step.
@@ -54,7 +55,7 @@ def rollout(blm, env, seed, execute_steps=8, instruction=None, watch=None):
     times = []
     while not (done or truncated):
         observation, start = env.observe(render=True), time.perf_counter()
-        chunk = blm.act(observation, env.robot.name, seed=[seed, env.steps])
+        chunk = blm.act(observation, env.robot.name, temperature, seed=[seed, env.steps])
         times.append(time.perf_counter() - start)
         for action in chunk[:execute_steps]:
             if watch:
@@ -85,7 +86,7 @@ def work(job):
     from model import BLM
     torch.set_num_threads(1)
     blm, env = BLM.from_pretrained(config.weights, config.device), TabletopEnv(robot, task, render=False, held_out=True)
-    results = [{"seed": s, **rollout(blm, env, s, config.execute_steps)} for s in seeds]
+    results = [{"seed": s, **rollout(blm, env, s, config.execute_steps, config.temperature)} for s in seeds]
     env.close()
     return robot, task, results
 

@@ -93,11 +93,13 @@ class BLM:
         hidden = self.vlm(**batch, num_layers=num_layers or self.policy.config.intent_layer).hidden_states
         return hidden, batch["attention_mask"].bool()
 
-    def act(self, observation, robot, seed=None):
+    def act(self, observation, robot, temperature=0.0, seed=None):
         """One chunk of targets, (T, dof + 1) float32: joint angles (rad) and the finger (m), for the next T control steps of 50 ms.
 
         observation {"images": {"front", "wrist": (height, width, 3) uint8}, "state": (S,) physical units, "instruction": str}.
-        seed (an integer or a list of them) fixes the noise that the chunk starts from. UserError on an unknown robot or anything of the wrong shape.
+        temperature scales the noise that the chunk flows from: at 1 a sample, as GR00T draws it; at 0 the flow starts from the noise's mean, gives one
+        chunk for one observation, and succeeds more often (README). seed (an integer or a list of them) fixes the noise. UserError on an unknown
+        robot or anything of the wrong shape.
         """
         if self.policy is None:
             raise UserError("this model folder has no policy.safetensors: it answers, but does not act; train a policy with `python train_policy.py`")
@@ -106,7 +108,8 @@ class BLM:
         state_dim, action_dim = self.policy.embodiments[robot]
         images, state, instruction = check(observation, robot, state_dim)
         hidden, mask = self.intent_states([images], [instruction])
-        noise = np.random.default_rng(seed).standard_normal((1, self.policy.config.action_horizon, self.policy.action_dim), np.float32)
+        shape = (1, self.policy.config.action_horizon, self.policy.action_dim)
+        noise = temperature * np.random.default_rng(seed).standard_normal(shape, np.float32) if temperature else np.zeros(shape, np.float32)
         padded = np.zeros((1, self.policy.state_dim), np.float32)
         padded[0, :state_dim] = state
         tensors = (torch.from_numpy(array).to(self.device) for array in (padded, np.array([index]), noise))

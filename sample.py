@@ -65,7 +65,7 @@ def play(blm, env, seed, config, size):
         if env.steps % FRAMES_EVERY == 0:
             frames.append((env.draw("render", size, pretty=True), env.steps))
 
-    result = rollout(blm, env, seed, config.execute_steps, config.instruction or None, watch)
+    result = rollout(blm, env, seed, config.execute_steps, instruction=config.instruction or None, watch=watch)
     frames.append((env.draw("render", size, pretty=True), env.steps))
     return frames, result
 

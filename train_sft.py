@@ -6,8 +6,10 @@
     python train_sft.py --backbone Qwen2.5-VL-3B-Instruct --lr 1e-5 --dense_weight 0       from downloaded weights
 
 A row is a scene: its pictures, then some of its questions and answers as one conversation; the cross-entropy is on answers alone. A model of
-4 M parameters that starts from nothing hardly learns to see from sparse words, so two linear heads, thrown away afterwards, read what each 16-pixel
-patch shows and where that object's centre is: one from the ViT, one from the hidden states of block k, which is what the policy will read.
+4 M parameters that starts from nothing hardly learns to see from sparse words, so linear heads, thrown away afterwards, read what each 16-pixel
+patch shows and where that object's centre is: one from the ViT, one from the hidden states of block k, which is what the policy will read. Rotary
+positions tell a patch only where others are; the second head also asks for the place in the picture, which is what coordinates in answers are.
+A third head reads the place that an answer is about from the tokens of that answer: digits follow soon after.
 The first `dense_fraction` of the steps trains them alone, on pictures without text and through k blocks only, several times as fast.
 
 Written to --out: config.json, model.safetensors (float16), tokenizer.json, training.json (command, figures), log.jsonl,
@@ -38,7 +40,7 @@ from tqdm import trange
 
 from cli import UserError, atomic, choose, parse, pick_device, run
 from data import corpus as corpora
-from vlm import PRESETS, SYSTEM_PROMPT, VLM, Tokenizer, chat, collate, process_images, train_tokenizer
+from vlm import PRESETS, SYSTEM_PROMPT, VLM, Tokenizer, chat, collate, process_images, read_json, train_tokenizer
 
 
 @dataclass
@@ -47,10 +49,10 @@ class SFTConfig:
     out: str = "out/sft"           # folder for the model
     backbone: str = ""             # start from this model folder (Qwen2.5-VL or nanoBLM) instead of from nothing
     model: str = "nano"            # sizes of a model from nothing
-    steps: int = 3000              # optimiser steps
+    steps: int = 3600              # optimiser steps
     batch_size: int = 32           # scenes a step, over all processes
     micro_batch: int = 32          # scenes in memory at once; smaller needs less memory and gives the same gradient
-    questions: int = 3             # at most so many questions of a scene in a step, drawn anew each time
+    questions: int = 4             # at most so many questions of a scene in a step, drawn anew each time
     lr: float = 1.5e-3             # peak learning rate; about 1e-5 for downloaded weights
     warmup: int = 100              # steps
     weight_decay: float = 0.05     # on matrices
@@ -58,12 +60,12 @@ class SFTConfig:
     frozen_blocks: int = 0         # freeze the ViT, the embeddings and so many LLM blocks: a policy that reads the last of them stays valid (with --dense_weight 0)
     intent_layer: int = 3          # k: the LLM block that the second dense head (and later the policy) reads
     dense_weight: float = 1.0      # weight of the dense loss beside that of the answers; 0 for none
-    dense_fraction: float = -1.0   # share of the steps with the dense loss alone; -1: 0.35 from nothing, 0 with --backbone
+    dense_fraction: float = -1.0   # share of the steps with the dense loss alone; -1: 0.6 from nothing, 0 with --backbone
     vocab_size: int = 1024         # byte-level pieces of the tokenizer of a model from nothing
-    eval_every: int = 500          # steps
-    eval_scenes: int = 256         # validation scenes for the figures by teacher forcing
+    eval_every: int = 300          # steps
+    eval_scenes: int = 128         # validation scenes for the figures by teacher forcing
     point_scenes: int = 48         # validation scenes for generated points
-    save_every: int = 500          # steps
+    save_every: int = 300          # steps
     seed: int = 0                  # of weights, rows and questions
     device: str = "auto"           # auto, cpu, cuda or mps
     resume: bool = False           # go on from the state in --out; with more --steps, train it longer
@@ -71,8 +73,9 @@ class SFTConfig:
 
 FREE_TO_CHANGE = {"steps", "out", "data", "device", "resume", "eval_every", "eval_scenes", "point_scenes", "save_every", "micro_batch"}     # when resuming
 NOTHING_WEIGHT = 0.25                        # most patches show nothing
-OFFSET_SCALE = (1.0, 1.0, 10.0)              # patches, patches, decimetres: errors of like size
-LARGEST_OFFSET = 8.0                         # patches: a centre beside or behind the camera projects to hundreds, and one such row would drown a step
+PLACE_SCALE = (1.0, 1.0, 10.0, 1.0, 1.0)     # patches, patches, decimetres, patches, patches: errors of like size
+ANSWER_PLACE_WEIGHT = 0.3                    # beside the words' own loss; at 1 it drowns them
+LARGEST_OFFSET = 4.0                         # patches: a centre beside or behind the camera projects to hundreds, and one such row would drown a step
 
 
 # ---- rows
@@ -93,7 +96,9 @@ def conversation(images, turns):
 
 def make_batch(corpus, rows, tokenizer, config, cfg, dense_only=False):
     """Tensors of (row number, scene) pairs: the VLM's inputs padded on the right, labels (B, L), and row by row
-    patch_class (P,), patch_offset (P, 3) and patch_located (P,), True where the offset is to be learned.
+    patch_class (P,), patch_place (P, 5): the object's centre from the patch's (x, y in patches, depth in m) and from the picture's (x, y in patches),
+    and patch_located (P,), True where that is to be learned; and answer_place (B, L, 2), what a point or box in an answer is about (x, y in patches
+    from the picture's centre), on the answer's tokens, NaN elsewhere.
 
     Row numbers choose which questions are asked and in which order; None asks all as they stand, as evaluation does.
     """
@@ -108,7 +113,7 @@ def make_batch(corpus, rows, tokenizer, config, cfg, dense_only=False):
     listed, counts = iter(grids.tolist()), [len(scene["images"]) for scene in scenes]
     merge = config.vision_config.spatial_merge_size
     texts = [chat(tokenizer, talk, [next(listed) for _ in range(n)], merge, answer=False) for talk, n in zip(talks, counts)]
-    dense = {}
+    batch, dense = collate(texts, config.bos_token_id, side="right"), {}
     if cfg.dense_weight:
         classes = np.concatenate([scene["patch_class"] for scene in scenes])                       # (n, 8, 8)
         if classes.shape[1:] != tuple(grids[0, 1:].tolist()):
@@ -116,9 +121,38 @@ def make_batch(corpus, rows, tokenizer, config, cfg, dense_only=False):
                             f"{grids[0, 1]} x {grids[0, 2]}: add --dense_weight 0")
         offsets = np.concatenate([scene["patch_offset"] for scene in scenes])
         located = (classes > 0) & (np.abs(offsets[..., :2]).max(-1) <= LARGEST_OFFSET)
-        dense = {"patch_class": torch.from_numpy(classes).flatten(), "patch_offset": torch.from_numpy(offsets).flatten(0, 2),
-                 "patch_located": torch.from_numpy(located).flatten()}
-    return {**collate(texts, config.bos_token_id, side="right"), "pixel_values": pixel_values, "image_grid_thw": grids, **dense}
+        rows_columns = np.indices(classes.shape[1:], np.float32) + 0.5
+        lattice = np.stack([rows_columns[1] - classes.shape[2] / 2, rows_columns[0] - classes.shape[1] / 2], -1)      # patches' centres from the picture's
+        places = np.concatenate([offsets, offsets[..., :2] + lattice], -1)
+        answers = [[turn["content"] for turn in talk if turn["role"] == "assistant"] for talk in talks]
+        dense = {"patch_class": torch.from_numpy(classes).flatten(), "patch_place": torch.from_numpy(places).flatten(0, 2),
+                 "patch_located": torch.from_numpy(located).flatten(),
+                 "answer_place": answer_places(batch["labels"], answers, images[0].shape[:2], config.vision_config.patch_size)}
+    return {**batch, "pixel_values": pixel_values, "image_grid_thw": grids, **dense}
+
+
+def answer_places(labels, answers, size, patch):
+    """labels (B, L) and each row's answers, pictures of size (height, width), to (B, L, 2); see make_batch."""
+    learned, places = labels >= 0, torch.full((*labels.shape, 2), torch.nan)
+    number = begins(learned).cumsum(1) - 1                                                           # which answer a token belongs to
+    for row, texts in enumerate(answers):
+        found = [place_in(text) for text in texts]
+        known = torch.tensor([[math.nan] * 2 if xy is None else [(xy[0] - size[1] / 2) / patch, (xy[1] - size[0] / 2) / patch] for xy in found])
+        if learned[row].any():
+            places[row, learned[row]] = known[number[row, learned[row]]]
+    return places
+
+
+def begins(learned):
+    """(B, L) bool, True on answer tokens, to True on the first of each answer."""
+    return learned & ~F.pad(learned, (1, 0))[:, :-1]
+
+
+def place_in(text):
+    """(x, y) pixels of the first point, or of the centre of the first box, in an answer; None without."""
+    found = re.search(r'"(?:point|bbox)_2d": \[(\d+(?:, \d+){1,3})\]', text)
+    numbers = [] if found is None else [int(n) for n in found[1].split(", ")]
+    return np.array(numbers, np.float32).reshape(-1, 2).mean(0) if len(numbers) in (2, 4) else None
 
 
 # ---- losses
@@ -128,37 +162,45 @@ class DenseHeads(nn.Module):
 
     def __init__(self, config, num_classes):
         super().__init__()
-        self.merge, self.width = config.vision_config.spatial_merge_size, num_classes + 3
+        self.merge, self.num_classes = config.vision_config.spatial_merge_size, num_classes
         vision, text = config.vision_config.hidden_size, config.hidden_size
-        self.vit = nn.Sequential(nn.LayerNorm(vision), nn.Linear(vision, self.width))
-        self.llm = nn.Sequential(nn.LayerNorm(text), nn.Linear(text, self.merge ** 2 * self.width))
+        self.vit = nn.Sequential(nn.LayerNorm(vision), nn.Linear(vision, num_classes + 3))
+        self.llm = nn.Sequential(nn.LayerNorm(text), nn.Linear(text, self.merge ** 2 * (num_classes + 5)))
+        self.answer = nn.Linear(text, 2)                      # on the last hidden states of answers; `read` calls it
 
     def forward(self, patch_features, token_features, grid):
-        """(P, D of the ViT) and (P / m², D) of pictures of one size, grid (t, h, w), to two (P, C + 3) in raster order."""
+        """(P, D of the ViT) and (P / m², D) of pictures of one size, grid (t, h, w), to classes and places of each patch in raster order:
+        [(P, C), (P, 3)] by the ViT, [(P, C), (P, 5)] by block k."""
         m, h, w = self.merge, grid[1] // self.merge, grid[2] // self.merge
         tokens = rearrange(self.llm(token_features), "(n h w) (a b c) -> (n h a w b) c", a=m, b=m, h=h, w=w)
-        return self.vit(patch_features), tokens
+        return [guess.tensor_split([self.num_classes], dim=1) for guess in (self.vit(patch_features), tokens)]
 
 
 def read(model, heads, batch, cfg, dense_only=False):
-    """One pass: answer logits (n, V) with their labels (n,), and the heads' two (P, C + 3); None for what is not asked."""
+    """One pass: answer logits (n, V) with their labels (n,), what DenseHeads returns, and the guessed and true places (n', 2) of answers that have
+    one; None for what is not asked."""
     learned = batch["labels"][:, 1:] >= 0                                                            # token i predicts token i + 1
     places = F.pad(learned, (0, 1))
     depth = {"num_layers": cfg.intent_layer} if dense_only else {"hidden_layer": cfg.intent_layer, "logits_at": places}
     out = model(*(batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")), **depth)
-    dense = None
+    dense = about = None
     if cfg.dense_weight:
         tokens = out.hidden_states[batch["input_ids"] == model.config.image_token_id]
         dense = heads(out.patch_features, tokens, batch["image_grid_thw"][0].tolist())
-    return out.logits, batch["labels"][:, 1:][learned], dense
+        if not dense_only:
+            place = batch["answer_place"][:, 1:][learned]
+            placed = place.isfinite().all(-1)
+            about = heads.answer(out.last_hidden_state[placed]), place[placed]
+    return out.logits, batch["labels"][:, 1:][learned], dense, about
 
 
 def count(batches):
-    """What the losses are divided by, over all micro-batches and processes: answer tokens, patches by weight, patches with an offset."""
-    totals = torch.zeros(3, dtype=torch.float64)
+    """What the losses are divided by, over all micro-batches and processes: answer tokens, patches by weight, patches with a place, answer tokens with one."""
+    totals = torch.zeros(4, dtype=torch.float64)
     for batch in batches:
         named, located = batch.get("patch_class", torch.zeros(0)) > 0, batch.get("patch_located", torch.zeros(0))
-        totals += torch.tensor([(batch["labels"][:, 1:] >= 0).sum(), named.sum() + NOTHING_WEIGHT * (~named).sum(), located.sum()])
+        placed = batch.get("answer_place", torch.full((1, 2, 2), torch.nan))[:, 1:].isfinite().all(-1)
+        totals += torch.tensor([(batch["labels"][:, 1:] >= 0).sum(), named.sum() + NOTHING_WEIGHT * (~named).sum(), located.sum(), placed.sum()])
     if dist.is_initialized():
         device = batches[0]["input_ids"].device
         shared = totals.to(device)
@@ -168,17 +210,20 @@ def count(batches):
 
 
 def losses(model, heads, batch, totals, cfg, dense_only):
-    """This micro-batch's share of the step's losses, scalars that add up: answer cross-entropy; class cross-entropy + smooth L1 of offsets, twice."""
-    logits, labels, dense = read(model, heads, batch, cfg, dense_only)
+    """This micro-batch's share of the step's losses, scalars that add up: answer cross-entropy; class cross-entropy + smooth L1 of places, twice; smooth
+    L1 of answers' places."""
+    logits, labels, dense, about = read(model, heads, batch, cfg, dense_only)
     found = {} if dense_only else {"answer": F.cross_entropy(logits, labels, reduction="sum") / totals[0]}
     if dense:
-        located, weight = batch["patch_located"], torch.ones(dense[0].shape[1] - 3, device=dense[0].device)
+        located, weight = batch["patch_located"], torch.ones(heads.num_classes, device=batch["patch_class"].device)
         weight[0] = NOTHING_WEIGHT
-        scale = torch.tensor(OFFSET_SCALE, device=weight.device)
-        for name, guess in zip(("dense_vit", "dense_llm"), dense):
-            shown = F.cross_entropy(guess[:, :-3], batch["patch_class"], weight, reduction="sum") / totals[1]
-            where = F.smooth_l1_loss(guess[located, -3:], (batch["patch_offset"] * scale)[located], reduction="sum", beta=0.1) / totals[2]
-            found[name] = cfg.dense_weight * (shown + where)
+        truth = batch["patch_place"][located] * torch.tensor(PLACE_SCALE, device=weight.device)
+        for name, (shown, place) in zip(("dense_vit", "dense_llm"), dense):
+            what = F.cross_entropy(shown, batch["patch_class"], weight, reduction="sum") / totals[1]
+            where = F.smooth_l1_loss(place[located], truth[:, :place.shape[1]], reduction="sum", beta=0.1) / totals[2]
+            found[name] = cfg.dense_weight * (what + where)
+    if about:
+        found["answer_place"] = ANSWER_PLACE_WEIGHT * cfg.dense_weight * F.smooth_l1_loss(*about, reduction="sum", beta=0.1) / totals[3]
     found["loss"] = sum(found.values())
     return found
 
@@ -190,12 +235,6 @@ def answers_right(logits, labels, first):
     number = first.long().cumsum(0) - 1
     wrong = torch.zeros(int(first.sum()), device=logits.device).index_add_(0, number, (logits.argmax(-1) != labels).float())
     return wrong == 0
-
-
-def point_in(text):
-    """(x, y) of the first {"point_2d": [x, y], ...} in an answer, or None."""
-    found = re.search(r'"point_2d": \[(\d+), (\d+)\]', text)
-    return found and np.array([int(found[1]), int(found[2])])
 
 
 @torch.no_grad()
@@ -212,21 +251,25 @@ def evaluate(model, heads, corpus, tokenizer, cfg, device, dense_only=False):
     for i in range(0, len(chosen), cfg.micro_batch):
         batch = make_batch(corpus, [(None, scene) for scene in chosen[i:i + cfg.micro_batch]], tokenizer, config, cfg, dense_only)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        logits, labels, dense = read(model, heads, batch, cfg, dense_only)
+        logits, labels, dense, about = read(model, heads, batch, cfg, dense_only)
         if not dense_only:
             learned = batch["labels"] >= 0
-            first = (learned & ~F.pad(learned, (1, 0))[:, :-1])[:, 1:][learned[:, 1:]]
+            first = begins(learned)[:, 1:][learned[:, 1:]]
             right = answers_right(logits, labels, first)
             json_like = torch.tensor([tokenizer.decode([int(token)]).startswith("{") for token in labels[first]], device=device)
             tally("exact_words", right[~json_like].float()), tally("exact_coordinates", right[json_like].float())
             tally("answer_loss", F.cross_entropy(logits, labels, reduction="none"))
+            if about:
+                tally("answer_place_error_px", (about[0] - about[1]).norm(dim=-1) * config.vision_config.patch_size)
         if dense:
             named, located, patch = batch["patch_class"] > 0, batch["patch_located"], config.vision_config.patch_size
-            for name, guess in zip(("vit", "llm"), dense):
-                hit = guess[:, :-3].argmax(-1) == batch["patch_class"]
-                error = guess[located, -3:] / torch.tensor(OFFSET_SCALE, device=device) - batch["patch_offset"][located]
+            for name, (shown, place) in zip(("vit", "llm"), dense):
+                hit, size = shown.argmax(-1) == batch["patch_class"], place.shape[1]
+                error = place[located] / torch.tensor(PLACE_SCALE[:size], device=device) - batch["patch_place"][located, :size]
                 tally(f"patch_accuracy_{name}", hit.float()), tally(f"object_accuracy_{name}", hit[named].float())
                 tally(f"centre_error_px_{name}", error[:, :2].norm(dim=-1) * patch), tally(f"depth_error_cm_{name}", error[:, 2].abs() * 100)
+                if size > 3:
+                    tally(f"place_error_px_{name}", error[:, 3:].norm(dim=-1) * patch)
     figures = {name: round(total / n, 4) for name, (total, n) in sums.items() if n}
     if not dense_only:
         figures.update(pointing(model, corpus, tokenizer, cfg, device))
@@ -238,7 +281,7 @@ def pointing(model, corpus, tokenizer, cfg, device):
     """Ask for points and measure them: the median error in pixels of those that parse, the share within 8 pixels of all, the share that parses."""
     asked = []
     for scene in np.linspace(0, len(corpus) - 1, min(4 * cfg.point_scenes, len(corpus))).astype(int).tolist():
-        turn = next((turn for turn in corpus[scene]["turns"] if point_in(turn[1]) is not None), None)
+        turn = next((turn for turn in corpus[scene]["turns"] if "point_2d" in turn[1]), None)
         if turn and len(asked) < cfg.point_scenes:
             asked.append((corpus[scene]["images"], turn))
     errors = []
@@ -252,8 +295,9 @@ def pointing(model, corpus, tokenizer, cfg, device):
         inputs = (batch[name].to(device) for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw"))
         made = model.generate(*inputs, max_new_tokens=48)
         for ids, (_, (_, answer)) in zip(made, part):
-            point = point_in(tokenizer.decode(ids))
-            errors.append(np.inf if point is None else float(np.linalg.norm(point - point_in(answer))))
+            text = tokenizer.decode(ids)
+            point = place_in(text) if "point_2d" in text else None
+            errors.append(np.inf if point is None else float(np.linalg.norm(point - place_in(answer))))
     errors = np.array(errors)
     parsed = errors[np.isfinite(errors)]
     found = {"point_within_8px": float((errors <= 8).mean()), "point_parsed": len(parsed) / len(errors)} if len(errors) else {}
@@ -294,6 +338,8 @@ def save(cfg, model, heads, optimizer, tokenizer, step, figures, seconds):
     tokenizer.save_pretrained(cfg.out)
     record = {"stage": "sft", "command": "python " + shlex.join(sys.argv), "seed": cfg.seed, "step": step, "steps": cfg.steps,
               "minutes": round(seconds / 60, 1), "figures": figures, "intent_layer": cfg.intent_layer, "config": dataclasses.asdict(cfg)}
+    if cfg.backbone and (before := Path(cfg.backbone) / "training.json").exists():
+        record["started_from"] = read_json(before)
     with atomic(Path(cfg.out) / "training.json") as path:
         path.write_text(json.dumps(record, indent=2) + "\n")
     tensors = {f"{owner}.{name}": tensor.detach().cpu() for owner, module in (("model", model), ("heads", heads))
@@ -379,7 +425,7 @@ def train(cfg):
     optimizer = make_optimizer((model, heads), cfg)
     parameters = [p for p in (*model.parameters(), *heads.parameters()) if p.requires_grad]
     step, seconds = load(cfg, model, heads, optimizer) if cfg.resume else (0, 0.0)
-    share = (0.0 if cfg.backbone else 0.35) if cfg.dense_fraction < 0 else cfg.dense_fraction
+    share = (0.0 if cfg.backbone else 0.6) if cfg.dense_fraction < 0 else cfg.dense_fraction
     dense_steps = int(share * cfg.steps) if cfg.dense_weight else 0
 
     def batches_of(step):

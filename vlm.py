@@ -467,6 +467,7 @@ class VLMOutput:
     logits: torch.Tensor | None            # (B, L, V), or (n, V) for the n places of `logits_at`; None with num_layers
     hidden_states: torch.Tensor            # (B, L, D) behind the last block run, or behind `hidden_layer`; before the final norm
     patch_features: torch.Tensor | None    # (P, D of the ViT) behind its last block, images in order, row by row
+    last_hidden_state: torch.Tensor | None = None      # (B, L, D) or (n, D) behind the final norm: what the logits are read from
 
 
 class VLM(nn.Module):
@@ -516,7 +517,7 @@ class VLM(nn.Module):
             return VLMOutput(None, x, patch_features)
         chosen = self.model.norm(x if logits_at is None else x[logits_at])
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return VLMOutput(F.linear(chosen, head.weight), x if hidden is None else hidden, patch_features)
+        return VLMOutput(F.linear(chosen, head.weight), x if hidden is None else hidden, patch_features, chosen)
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, max_new_tokens=128, temperature=0.0, top_p=1.0,

@@ -52,36 +52,38 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", "policy.json", "policy.safetensors", "tokenizer.json", "training.json"]
     for name, tensor in blm.policy.state_dict().items():
         assert torch.equal(tensor, again.policy.state_dict()[name]) and again.policy.state_dict()[name].dtype == tensor.dtype, name
-    assert np.array_equal(blm.act(seen, "panda", seed=3), again.act(seen, "panda", seed=3))
+    assert np.array_equal(blm.act(seen, "panda"), again.act(seen, "panda"))
     assert blm.answer([seen["images"]["front"]], "Where is the red cube?", max_new_tokens=8) == again.answer([seen["images"]["front"]], "Where is the red cube?", max_new_tokens=8)
     assert again.training == {"sft": {"stage": "sft", "step": 7}}
     described = json.loads((tmp_path / "policy.json").read_text())["embodiments"]["widowx"]
     assert sum(size for _, size, _ in described["state"]) == 16 and sum(size for _, size, _ in described["action"]) == 7
 
 
-def test_act_has_the_robots_shape_and_obeys_the_seed():
+def test_act_has_the_robots_shape_and_obeys_temperature_and_seed():
     blm = small_blm()
     for robot, (_, action_dim) in ROBOTS.items():
-        chunk = blm.act(observation(robot), robot, seed=[5, 0])
-        assert chunk.shape == (4, action_dim) and chunk.dtype == np.float32 and np.isfinite(chunk).all()
-        assert np.array_equal(chunk, blm.act(observation(robot), robot, seed=[5, 0]))
-        assert not np.array_equal(chunk, blm.act(observation(robot), robot, seed=[5, 1]))
+        seen = observation(robot)
+        chunk, sampled = blm.act(seen, robot), blm.act(seen, robot, temperature=1.0, seed=[5, 0])
+        assert chunk.shape == sampled.shape == (4, action_dim) and chunk.dtype == sampled.dtype == np.float32 and np.isfinite(chunk).all()
+        assert np.array_equal(chunk, blm.act(seen, robot)) and np.array_equal(chunk, blm.act(seen, robot, seed=1))
+        assert np.array_equal(sampled, blm.act(seen, robot, temperature=1.0, seed=[5, 0])) and not np.array_equal(sampled, chunk)
+        assert not np.array_equal(sampled, blm.act(seen, robot, temperature=1.0, seed=[5, 1]))
 
 
 def test_act_looks_at_everything():
     blm, seen = small_blm(), observation()
-    chunk, other = blm.act(seen, "panda", seed=0), observation(seed=1)
+    chunk, other = blm.act(seen, "panda"), observation(seed=1)
     for changed in ({**seen, "images": {**seen["images"], "front": other["images"]["front"]}}, {**seen, "images": {**seen["images"], "wrist": other["images"]["wrist"]}},
                     {**seen, "images": {"front": seen["images"]["wrist"], "wrist": seen["images"]["front"]}}, {**seen, "instruction": "Where is the red cube?"},
                     {**seen, "state": other["state"]}):
-        assert np.abs(blm.act(changed, "panda", seed=0) - chunk).max() > 1e-4
+        assert np.abs(blm.act(changed, "panda") - chunk).max() > 1e-4
 
 
 def test_blocks_behind_k_do_not_run():
     blm, seen = small_blm(), observation()
-    chunk = blm.act(seen, "panda", seed=0)
+    chunk = blm.act(seen, "panda")
     blm.vlm.model.layers[2].register_forward_pre_hook(lambda *_: pytest.fail("block 3 of k = 2"))
-    assert np.array_equal(blm.act(seen, "panda", seed=0), chunk)
+    assert np.array_equal(blm.act(seen, "panda"), chunk)
 
 
 def test_intents_of_a_batch_equal_those_of_one():

@@ -100,6 +100,14 @@ def test_rows_of_a_step_depend_on_seed_and_step_alone(tokenizer):
     assert a == b != c                                                                       # other questions in another epoch
 
 
+def test_places_are_where_the_offsets_lead(tokenizer):
+    batch = make_batch(Corpus(), [(0, 3)], tokenizer, TINY.for_tokenizer(tokenizer), SFTConfig(), dense_only=True)
+    places, scene = batch["patch_place"].view(-1, 8, 8, 5), Corpus()[3]
+    for view, row, column in zip(*np.nonzero(scene["patch_class"])):
+        x, y = column + 0.5 + scene["patch_offset"][view, row, column, 0], row + 0.5 + scene["patch_offset"][view, row, column, 1]
+        assert np.allclose(places[view, row, column, 3:], (x - 4, y - 4), atol=1e-5)             # patches from the picture's centre
+
+
 def test_centres_behind_the_camera_do_not_reach_the_loss(tokenizer):
     model, heads, cfg = VLM(TINY.for_tokenizer(tokenizer)), DenseHeads(TINY, 4), SFTConfig(intent_layer=2)
 
@@ -122,13 +130,14 @@ def test_token_head_lays_its_patches_where_the_pixels_are():
         torch.nn.init.zeros_(part.bias)
     tokens = torch.zeros(2 * 4 * 6, 48)
     tokens[24 + 6 * 1 + 4] = torch.linspace(-1, 1, 48)                                       # second picture, token row 1, column 4 of 4 x 6
-    _, found = heads(torch.zeros(2 * 8 * 12, 48), tokens, (1, 8, 12))
-    hit = found.abs().sum(-1).view(2, 8, 12).nonzero().tolist()
+    _, (shown, place) = heads(torch.zeros(2 * 8 * 12, 48), tokens, (1, 8, 12))
+    assert shown.shape == (192, 4) and place.shape == (192, 5)
+    hit = torch.cat([shown, place], 1).abs().sum(-1).view(2, 8, 12).nonzero().tolist()
     assert hit == [[1, 2, 8], [1, 2, 9], [1, 3, 8], [1, 3, 9]]
 
 
 def test_overfits_a_few_scenes_and_the_folder_answers(tmp_path):
-    figures = train(config(tmp_path, steps=300, batch_size=6, lr=1e-2, eval_scenes=12, point_scenes=12, warmup=10, save_every=300,
+    figures = train(config(tmp_path, steps=500, batch_size=6, lr=1e-2, eval_scenes=12, point_scenes=12, warmup=10, save_every=500,
                            dense_fraction=0.1))
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     answers = [line["answer"] for line in log if "answer" in line]
@@ -137,7 +146,7 @@ def test_overfits_a_few_scenes_and_the_folder_answers(tmp_path):
     model, tokenizer = VLM.from_pretrained(tmp_path), Tokenizer.from_pretrained(tmp_path)
     assert len(tokenizer) == model.config.vocab_size
     record = json.loads((tmp_path / "training.json").read_text())
-    assert record["figures"] == figures and record["step"] == 300 and "command" in record and record["seed"] == 0
+    assert record["figures"] == figures and record["step"] == 500 and "command" in record and record["seed"] == 0
     assert not any("head" in name for name in load_file(tmp_path / "model.safetensors"))
 
 
