@@ -108,6 +108,19 @@ def test_places_are_where_the_offsets_lead(tokenizer):
         assert np.allclose(places[view, row, column, 3:], (x - 4, y - 4), atol=1e-5)             # patches from the picture's centre
 
 
+def test_tokens_of_an_answer_know_its_place_and_only_they(tokenizer):
+    batch = make_batch(Corpus(), [(None, 3), (None, 4)], tokenizer, TINY.for_tokenizer(tokenizer), SFTConfig())
+    learned, places = batch["labels"] >= 0, batch["answer_place"]
+    number = (learned & ~torch.nn.functional.pad(learned, (1, 0))[:, :-1]).cumsum(1)                 # 1, 2, 3: what, where, is it red
+    for row, scene in ((0, 3), (1, 4)):
+        about = learned[row] & (number[row] == 2)
+        assert about.sum() > 3 and places[row, ~about].isnan().all()
+        assert np.allclose(places[row, about], (scene * 3 % 8 + 0.5 - 4, scene * 5 % 8 + 0.5 - 4))   # patches from the picture's centre
+    assert train_sft.place_in('{"bbox_2d": [10, 20, 30, 60], "label": "bin"}').tolist() == [20, 40]
+    for text in ("yes", "63, 100", '{"point_2d": [63], "label": "peg"}', '{"point_2d": [1, 2, 3]}'):
+        assert train_sft.place_in(text) is None
+
+
 def test_centres_behind_the_camera_do_not_reach_the_loss(tokenizer):
     model, heads, cfg = VLM(TINY.for_tokenizer(tokenizer)), DenseHeads(TINY, 4), SFTConfig(intent_layer=2)
 
