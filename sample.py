@@ -1,6 +1,6 @@
 """Watch the model at work, or ask it something.
 
-    python sample.py --robot widowx                                       one episode of PickCube, drawn as out/widowx-PickCube-0.gif
+    python sample.py --robot widowx                                       one episode of PickCube, drawn as out/widowx-PickCube-1000001.gif
     python sample.py --robot panda --task StackCube --episodes 3
     python sample.py --robot all --task all                               every robot and task at once, drawn as one mosaic
     python sample.py --robot xarm7 --instruction "grasp the red cube and bring it to the green ball"
@@ -28,7 +28,7 @@ class SampleConfig:
     robot: str = "widowx"            # panda, xarm6, xarm7, widowx, several with commas, or all
     task: str = "PickCube"           # PickCube, PushCube, PullCube, StackCube, PlaceSphere, LiftPegUpright, several with commas, or all
     instruction: str = ""            # what to tell the robot; empty: one of the task's own wordings
-    seed: int = 1_000_000            # layout of the first episode; demonstrations use seeds below
+    seed: int = 1_000_001            # layout of the first episode; demonstrations use seeds below 1,000,000
     episodes: int = 1                # episodes, with seeds counting up
     out: str = "out"                 # folder for the GIFs
     weights: str = "weights/nano"    # checkpoint folder

@@ -102,7 +102,7 @@ def test_a_mistake_is_one_line(module, flags, says, scratch, monkeypatch, capsys
 def test_sample_draws_an_episode_and_answers(tmp_path, monkeypatch, capsys):
     code, told = call(sample, ["--robot", "widowx", "--task", "PushCube", "--out", tmp_path], monkeypatch, capsys)
     assert code == 0, told
-    with Image.open(tmp_path / "widowx-PushCube-1000000.gif") as gif:
+    with Image.open(tmp_path / "widowx-PushCube-1000001.gif") as gif:
         assert gif.n_frames > 5
     code, told = call(sample, ["--ask", "Which robot is this?", "--out", tmp_path], monkeypatch, capsys)
     assert code == 0, told
