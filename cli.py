@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import json
 import os
 import re
 import sys
@@ -122,3 +123,9 @@ def pick_device(name="auto"):
         raise UserError(f"--device {name}: this machine has no usable {kind}; leave --device out to take {best}")
     print(f"device {wanted}, float32 ({'found' if name == 'auto' else 'asked for'})")
     return torch.device(wanted)
+
+
+def write_json(path, found):
+    """`found` as indented JSON, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(found, indent=2) + "\n")

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cli import UserError, atomic, choose
+from cli import UserError, atomic, choose, write_json
 from policy import Policy, PolicyConfig
 from vlm import VLM, Tokenizer, chat, collate, process_images, read_json
 
@@ -98,8 +98,8 @@ class BLM:
 
         observation {"images": {"front", "wrist": (height, width, 3) uint8}, "state": (S,) physical units, "instruction": str}.
         temperature scales the noise that the chunk flows from: at 1 a sample, as GR00T draws it; at 0 the flow starts from the noise's mean, gives one
-        chunk for one observation, and succeeds more often (an early nano, six cells, 120 episodes: 45% against 34%). seed (an integer or a list of
-        them) fixes the noise. UserError on an unknown robot or anything of the wrong shape.
+        chunk for one observation, and is what eval.py measures unless told otherwise. seed (an integer or a list of them) fixes the
+        noise. UserError on an unknown robot or anything of the wrong shape.
         """
         if self.policy is None:
             raise UserError("this model folder has no policy.safetensors: it answers, but does not act; train a policy with `python train_policy.py`")
@@ -209,8 +209,3 @@ def load_training(folder):
     path = Path(folder) / "training.json"
     found = read_json(path) if path.exists() else {}
     return {found["stage"]: found} if "stage" in found else found
-
-
-def write_json(path, found):
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(found, indent=2) + "\n")

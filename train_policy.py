@@ -30,16 +30,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm, trange
 
-from cli import UserError, atomic, parse, run
+from cli import UserError, atomic, parse, run, write_json
 from data import record
-from model import BLM, backbone_hash, load_training, write_json
+from model import BLM, backbone_hash, load_training
 from policy import PRESETS, Policy, PolicyConfig
-from train_sft import add_gradients, learning_rate, make_optimizer, start_processes
+from train_sft import add_gradients, learning_rate, load_state, make_optimizer, save_state, start_processes, state_path
 from vlm import VLM, Tokenizer
 
 
@@ -216,48 +214,12 @@ def evaluate(policy, demos, cfg, device):
 
 # ---- checkpoint
 
-def state_path(cfg):
-    return Path(cfg.out) / "state.safetensors"
-
-
 def save(cfg, blm, policy, optimizer, about):
     """The policy's files and the training state, each whole or absent; the state comes last, so that it never names weights that are not there."""
     blm.training["policy"] = about
     blm.save_policy(cfg.out, torch.float16)
     write_json(Path(cfg.out) / "training.json", blm.training)
-    owners = (("policy", policy), ("ema", blm.policy))
-    tensors = {f"{owner}.{name}": tensor for owner, module in owners for name, tensor in module.state_dict().items()}
-    for i, moments in optimizer.state_dict()["state"].items():
-        tensors.update({f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in moments.items()})
-    with atomic(state_path(cfg)) as path:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"state": json.dumps(about)})
-
-
-def load(cfg, config, backbone, policy, ema, optimizer):
-    """Put the saved state back; returns (step, seconds trained). UserError if there is none, or one of other flags or another language model."""
-    try:
-        with safe_open(state_path(cfg), "pt") as file:
-            about = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError, TypeError, KeyError) as error:
-        raise UserError(f"cannot resume from {state_path(cfg)}: {getattr(error, 'strerror', None) or error}; leave --resume out to start anew") from None
-    now = {**dataclasses.asdict(cfg), **dataclasses.asdict(config)}
-    for name, value in now.items():
-        if name not in FREE_TO_CHANGE and about["config"].get(name) != value:
-            raise UserError(f"{cfg.out} was trained with --{name} {about['config'].get(name)}, not {value}: resume with that, or choose another --out")
-    if about["backbone"] != backbone:
-        raise UserError(f"{cfg.out} was trained on another language model than --backbone: resume with that one, or choose another --out")
-    if about["robots"] != list(policy.embodiments):
-        raise UserError(f"{cfg.out} was trained on {', '.join(about['robots'])}, --data has {', '.join(policy.embodiments)}: choose another --out")
-    moments = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, i, kind = name.split(".")
-            moments.setdefault(int(i), {})[kind] = tensor
-    for owner, module in (("policy", policy), ("ema", ema)):
-        module.load_state_dict({name.removeprefix(f"{owner}."): tensor for name, tensor in tensors.items() if name.startswith(f"{owner}.")})
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    return about["step"], about["seconds"]
+    save_state(cfg, {"policy": policy, "ema": blm.policy}, optimizer, about)
 
 
 def start_log(path, step):
@@ -306,7 +268,17 @@ def train(cfg, config):
     blm.policy = copy.deepcopy(policy).requires_grad_(False)             # the moving average
     parameters, averages = list(policy.parameters()), list(blm.policy.parameters())
     optimizer = make_optimizer((policy,), cfg)
-    step, seconds = load(cfg, config, backbone, policy, blm.policy, optimizer) if cfg.resume else (0, 0.0)
+    def check_origin(before):
+        if before["backbone"] != backbone:
+            raise UserError(f"{cfg.out} was trained on another language model than --backbone: resume with that one, or choose another --out")
+        if before["robots"] != list(policy.embodiments):
+            raise UserError(f"{cfg.out} was trained on {', '.join(before['robots'])}, --data has {', '.join(policy.embodiments)}: choose another --out")
+
+    step, seconds = 0, 0.0
+    if cfg.resume:
+        flags = {**dataclasses.asdict(cfg), **dataclasses.asdict(config)}
+        done = load_state(cfg, {"policy": policy, "ema": blm.policy}, optimizer, flags, FREE_TO_CHANGE, check_origin)
+        step, seconds = done["step"], done["seconds"]
 
     def batch_of(step):
         """This process's rows of a step, and over all processes what the losses are divided by. Noise is drawn for all rows, then shared out."""

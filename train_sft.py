@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import trange
 
-from cli import UserError, atomic, choose, parse, pick_device, run
+from cli import UserError, atomic, choose, parse, pick_device, run, write_json
 from data import corpus as corpora
 from vlm import PRESETS, SYSTEM_PROMPT, VLM, Tokenizer, chat, collate, process_images, read_json, train_tokenizer
 
@@ -340,30 +340,34 @@ def save(cfg, model, heads, optimizer, tokenizer, step, figures, seconds):
               "minutes": round(seconds / 60, 1), "figures": figures, "intent_layer": cfg.intent_layer, "config": dataclasses.asdict(cfg)}
     if cfg.backbone and (before := Path(cfg.backbone) / "training.json").exists():
         record["started_from"] = read_json(before)
-    with atomic(Path(cfg.out) / "training.json") as path:
-        path.write_text(json.dumps(record, indent=2) + "\n")
-    tensors = {f"{owner}.{name}": tensor.detach().cpu() for owner, module in (("model", model), ("heads", heads))
-               for name, tensor in module.state_dict().items()}
+    write_json(Path(cfg.out) / "training.json", record)
+    save_state(cfg, {"model": model, "heads": heads}, optimizer, record)
+
+
+def save_state(cfg, owners, optimizer, record):
+    """All that resuming needs: the modules {owner: module} and the optimiser's moments as tensors, `record` (with "config") in the header."""
+    tensors = {f"{owner}.{name}": tensor for owner, module in owners.items() for name, tensor in module.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items():
-        tensors.update({f"optimizer.{i}.{name}": torch.as_tensor(value).cpu() for name, value in state.items()})
+        tensors.update({f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in state.items()})
     with atomic(state_path(cfg)) as path:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"state": json.dumps(record)})
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"state": json.dumps(record)})
 
 
-def load(cfg, model, heads, optimizer):
-    """Put the saved state back; returns (step, seconds trained). UserError if there is none, or if it was trained with other flags."""
+def load_state(cfg, owners, optimizer, flags, free, check=lambda record: None):
+    """Put the saved state back and return its record. UserError if there is none, or if a flag that is not `free` to change differs, or `check` raises one."""
     try:
         with safe_open(state_path(cfg), "pt") as file:
             record = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TypeError, KeyError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot resume from {state_path(cfg)}: {reason}; leave --resume out to start anew") from None
-    for name, value in dataclasses.asdict(cfg).items():
-        if name not in FREE_TO_CHANGE and record["config"].get(name) != value:
+    for name, value in flags.items():
+        if name not in free and record["config"].get(name) != value:
             before = record["config"].get(name)
-            raise UserError(f"{cfg.out} was trained with --{name} {before}, not {value}: resume with the same, or choose another --out")
-    for owner, module in (("model", model), ("heads", heads)):
+            raise UserError(f"{cfg.out} was trained with --{name} {before}, not {value}: resume with that, or choose another --out")
+    check(record)
+    for owner, module in owners.items():
         module.load_state_dict({name.removeprefix(f"{owner}."): tensor for name, tensor in tensors.items() if name.startswith(f"{owner}.")})
     moments = {}
     for name, tensor in tensors.items():
@@ -371,7 +375,7 @@ def load(cfg, model, heads, optimizer):
             _, i, kind = name.split(".")
             moments.setdefault(int(i), {})[kind] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    return record["step"], 60 * record["minutes"]
+    return record
 
 
 # ---- the run
@@ -424,7 +428,10 @@ def train(cfg):
     model.to(device), heads.to(device)
     optimizer = make_optimizer((model, heads), cfg)
     parameters = [p for p in (*model.parameters(), *heads.parameters()) if p.requires_grad]
-    step, seconds = load(cfg, model, heads, optimizer) if cfg.resume else (0, 0.0)
+    step, seconds = 0, 0.0
+    if cfg.resume:
+        done = load_state(cfg, {"model": model, "heads": heads}, optimizer, dataclasses.asdict(cfg), FREE_TO_CHANGE)
+        step, seconds = done["step"], 60 * done["minutes"]
     share = (0.0 if cfg.backbone else 0.6) if cfg.dense_fraction < 0 else cfg.dense_fraction
     dense_steps = int(share * cfg.steps) if cfg.dense_weight else 0
 

@@ -15,14 +15,6 @@ CORPUS = ["push the cube to the goal", "Where is the red cube?", '{"point_2d": [
 ROBOTS = {"panda": (17, 8), "widowx": (16, 7)}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def small_blm(seed=0, policy=True):
     """Random weights, of a size at which pictures and words matter."""
     torch.manual_seed(seed)

@@ -9,15 +9,6 @@ ROBOTS = {"long": (7, 5), "short": (5, 3)}          # state and action dims; the
 T, L, WIDTH = 4, 9, 24
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
-
-
 def small_policy(fitted=True, **changes):
     """Tiny, and with no parameter at zero, so that every path matters."""
     torch.manual_seed(1)

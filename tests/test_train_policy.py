@@ -22,14 +22,6 @@ SIZES = {"panda": (17, 8), "widowx": (16, 7)}
 SMALL = dict(intent_layer=2, num_intent_queries=4, max_condition_tokens=96, hidden_size=16, num_layers=2, num_heads=2, action_horizon=4, num_future_tokens=2, future_layer=1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with demos/ (2 robots x 2 tasks x 3 episodes of 5 to 10 steps) and backbone/."""

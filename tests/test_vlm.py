@@ -17,14 +17,6 @@ CORPUS = ["Where is the red cube? It is left of the blue sphere.", '{"point_2d":
 GREY = tuple(int(255 * mean) for mean in CLIP_MEAN)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(CORPUS, vocab_size=300)
