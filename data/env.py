@@ -14,7 +14,7 @@ from cli import UserError, choose
 from data.robots import DEFAULTS, camera_axes, get_robot, robot_xml
 from data.tasks import TASKS
 
-CONTROL_HZ, SUBSTEPS = 20, 10
+CONTROL_HZ, SUBSTEPS = 20, 20
 IMAGE_SIZE = 128
 VIEWS = ("front", "wrist")
 INITIAL_NOISE = 0.02                                   # rad on every joint, as ManiSkill

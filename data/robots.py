@@ -18,6 +18,7 @@ import numpy as np
 from cli import choose
 
 SQUEEZE = -0.01          # m: the finger target that means "closed"; 10 mm beyond contact, as in ManiSkill, so that a held cube is pressed with 30 N
+FINGER_DAMPING = 75      # N s/m, of the joint and not of the servo: a servo at its force limit would not feel it, and would chatter for ever
 PAD_FRICTION = 1.15      # PhysX averages pads 2.0 and objects 0.3; MuJoCo takes the larger of the two, so the pads carry the average
 NUMBERS = json.loads((Path(__file__).parent / "robots.json").read_text())["robots"]
 ROBOTS = tuple(NUMBERS)
@@ -95,7 +96,7 @@ def finger_xml(robot, side):
     # the pad takes a lighter shade, to be seen
     return f'''<body name="{side}_finger" pos="0 0 0" quat="{"1 0 0 0" if side == "left" else "0 0 0 1"}" gravcomp="1">
       <inertial pos="0 0.01 {pad}" mass="{f["mass"]}" diaginertia="3e-5 3e-5 1e-5"/>
-      <joint name="{side}_finger" type="slide" axis="0 1 0" range="0 {robot.travel}" armature="0.05" damping="1"/>
+      <joint name="{side}_finger" type="slide" axis="0 1 0" range="0 {robot.travel}" armature="0.05" damping="{FINGER_DAMPING}" solreflimit="0.01 1" solimplimit="0.95 0.99 0.001"/>
       <geom type="box" pos="0 {back} {middle}" size="{hx} 0.006 {max(half, 0.004)}" rgba="{colour}" class="link"/>
       <geom type="box" pos="0 {back + 0.002} {pad}" size="{hx} 0.006 {hz}" rgba="{colour}" class="link"/>
       <geom name="{side}_pad" type="box" pos="0 {hy} {pad}" size="{hx} {hy} {hz}" rgba="0.45 0.45 0.48 1" friction="{PAD_FRICTION} 0.02 0.001" class="pad"/>
@@ -129,20 +130,21 @@ def robot_xml(robot, base_pos=(0.0, 0.0, 0.0)):
     body = f'<body name="base" pos="{row(base_pos)}">{capsules(robot.base["capsules"], robot.colour_accent)}{inner}</body>'
     servos = "".join(f'<position joint="joint{i + 1}" kp="{j["kp"]}" kv="{j["kd"]}" ctrlrange="{row(j["range"])}" forcerange="{-j["force_range"]} {j["force_range"]}"/>'
                      for i, j in enumerate(robot.joints))
-    f = robot.fingers          # one servo drives both fingers, coupled by an equality: twice one finger's force, and the grip stays centred
-    servos += (f'<position joint="left_finger" kp="{2 * f["kp"]}" kv="{0.2 * f["kp"]}" ctrlrange="{SQUEEZE} {robot.travel}" '
-               f'forcerange="{-2 * f["force"]} {2 * f["force"]}"/>')
+    f = robot.fingers          # one servo pulls a tendon that shares its force between the fingers; an equality keeps the grip centred
+    servos += (f'<position tendon="fingers" kp="{2 * f["kp"]}" ctrlrange="{SQUEEZE} {robot.travel}" forcerange="{-2 * f["force"]} {2 * f["force"]}"/>')
     links = ["base"] + [f"link{i + 1}" for i in range(robot.dof)] + ["hand"]
     # neighbours' capsules overlap at the joints; links more than three apart are checked against each other
     excluded = "".join(f'<exclude body1="{a}" body2="{b}"/>' for i, a in enumerate(links) for b in links[i + 1:i + 4])
     excluded += "".join(f'<exclude body1="{side}_finger" body2="{link}"/>' for side in ("left", "right") for link in links[-4:])
-    rest = f'''<actuator>{servos}</actuator>
+    excluded += '<exclude body1="left_finger" body2="right_finger"/>'      # their joints' limits keep them apart: pads pressed through each other would lock
+    rest = f'''<tendon><fixed name="fingers"><joint joint="left_finger" coef="0.5"/><joint joint="right_finger" coef="0.5"/></fixed></tendon>
+      <actuator>{servos}</actuator>
       <equality><joint joint1="right_finger" joint2="left_finger" polycoef="0 1 0 0 0" solref="0.005 1"/></equality>
       <contact>{excluded}</contact>'''
     return body, rest
 
 
-DEFAULTS = f'''<option timestep="0.005" integrator="implicitfast" cone="elliptic" impratio="10"/>
+DEFAULTS = f'''<option timestep="0.0025" integrator="implicitfast" cone="elliptic" impratio="10"/>
   <compiler angle="radian" autolimits="true"/>
   <default>
     <geom friction="0.3 0.005 0.0001" condim="3"/>
