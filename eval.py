@@ -45,10 +45,10 @@ class EvalConfig:
     out: str = ""                   # result file; default out/results/<what>.json
 
 
-def rollout(blm, env, seed, execute_steps=8, temperature=0.0, instruction=None, watch=None):
+def rollout(blm, env, seed, execute_steps=8, temperature=0.0, instruction=None, watch=None, max_steps=None):
     """One closed-loop episode of `blm` in `env` (made with render=False: pictures are drawn when the policy looks): returns {"success", "steps", "clipped", "act_s": mean seconds a chunk, "conditions"}.
 
-    Every `execute_steps` control steps the policy looks again. watch(env): called before every control step.
+    Every `execute_steps` control steps the policy looks again. watch(env): called before every control step. max_steps: stop sooner than the task does.
     """
     env.reset(seed, instruction=instruction)
     done = truncated = False
@@ -61,6 +61,7 @@ def rollout(blm, env, seed, execute_steps=8, temperature=0.0, instruction=None, 
             if watch:
                 watch(env)
             *_, done, truncated, info = env.step(action)
+            truncated = truncated or env.steps == max_steps
             if done or truncated:
                 break
     return {"success": bool(done), "steps": env.steps, "clipped": info["clipped"], "act_s": float(np.mean(times)),

@@ -102,24 +102,49 @@ def above(point, height):
 
 # ---- tasks as primitives (the order of ManiSkill's experts; what differs says why)
 
-def grasp(env, point, turns, close=SQUEEZE, clearance=0.06, tilts=TILTS):
-    """Open, go above, go down, close."""
-    open_ = env.robot.travel
-    return [Primitive("approach", open_, above(point, clearance), turns, tilts, straight=False),
-            Primitive("descend", open_, point, turns, slow=0.6, hold=2, keep_pose=True),
-            Primitive("grasp", close)]
+def hand_pose(env):
+    """(direction, tilt) in rad of the hand as it is: the arguments of tool_rotation that come nearest."""
+    _, closing, approach = env.data.site_xmat[env.tcp].reshape(3, 3).T
+    rest = tool_rotation(env.robot, 0.0, 0.0, 0.0)[1, 1]                 # -1, or +1 for a hand that rests the other way round
+    direction = np.arctan2(closing[0], -closing[1]) if rest < 0 else np.arctan2(-closing[0], closing[1])
+    return direction, np.arctan2(approach[:2] @ (np.cos(direction), np.sin(direction)), -approach[2])
 
 
-def retreat(env):
-    """Up and away first, if the hand is low and things went wrong before."""
-    tcp = env.data.site_xpos[env.tcp]
-    return [Primitive("retreat", env.robot.travel), Primitive("retreat", env.robot.travel, above(tcp, 0.06), straight=True)] if tcp[2] < 0.06 else []
+def hand_offset(env, point):
+    """(3,) m: a point as the hand sees it, in the tool's frame."""
+    return env.data.site_xmat[env.tcp].reshape(3, 3).T @ (point - env.data.site_xpos[env.tcp])
+
+
+def retreat(env, finger, low=0.06):
+    """Fingers there first, then up from the table, if the hand is low."""
+    tcp, steps = env.data.site_xpos[env.tcp], []
+    if abs(env.data.qpos[env.robot.dof] - max(finger, 0.0)) > 0.1 * env.robot.travel:
+        steps.append(Primitive("retreat", finger))
+    return steps + ([Primitive("retreat", finger, above(tcp, low - tcp[2] + 0.01), slow=0.8)] if tcp[2] < low else [])
+
+
+def grasp(env, name, point, turns, close=SQUEEZE, clearance=0.06, tilts=TILTS):
+    """Open, go above, go down, close: what of it is still to do, seen from where the hand is."""
+    if env.grasped(name):
+        return []
+    open_, offset = env.robot.travel, hand_offset(env, point)
+    astray = min(abs((hand_pose(env)[0] - azimuth_of(env, point) - turn + np.pi / 2) % np.pi - np.pi / 2) for turn in turns)
+    above_it = np.hypot(*offset[:2]) < 0.006 and astray < 0.15 and offset[2] < clearance + 0.02 and env.data.qpos[env.robot.dof] > 0.9 * open_
+    there = [] if above_it else retreat(env, open_) + [Primitive("approach", open_, above(point, clearance), turns, tilts, straight=False)]
+    return there + [Primitive("descend", open_, point, turns, slow=0.6, hold=2, keep_pose=True), Primitive("grasp", close)]
+
+
+def held_at(env, name, point):
+    """Where the TCP must be for the held body to be at `point`: it may sit askew in the hand."""
+    return point + env.data.site_xpos[env.tcp] - env.position(name) if env.grasped(name) else point
 
 
 def pick_cube(env):
     cube, goal = env.position("cube"), env.position("goal")
-    steps = grasp(env, cube, quarter_turns(yaw_of(env, "cube"), azimuth_of(env, cube)))
-    return steps + [Primitive("lift", SQUEEZE, above(cube, 0.04)), Primitive("carry", SQUEEZE, goal, hold=8)]
+    steps = grasp(env, "cube", cube, quarter_turns(yaw_of(env, "cube"), azimuth_of(env, cube)))
+    if steps or cube[2] < 0.04:
+        steps.append(Primitive("lift", SQUEEZE, above(held_at(env, "cube", cube), 0.04)))
+    return steps + [Primitive("carry", SQUEEZE, held_at(env, "cube", goal), hold=8)]
 
 
 def slide(direction):
@@ -130,30 +155,36 @@ def slide(direction):
         start = cube - (direction * 0.055, 0, 0)
         # the fingers' half thickness and the cube's half side stand between TCP and cube centre
         end = np.array([goal[0] - direction * (0.03 + 0.6 * region_radius(env.robot)), cube[1], start[2]])
-        return [Primitive("approach", 0.0, above(start, 0.07), turn, straight=False), Primitive("descend", 0.0, start, turn, slow=0.8, keep_pose=True),
-                Primitive("push" if direction > 0 else "pull", 0.0, end, turn, slow=0.7, hold=2)]
+        drive = Primitive("push" if direction > 0 else "pull", 0.0, end, turn, slow=0.7, hold=2)
+        behind, beside, over = (env.data.site_xpos[env.tcp] - cube) * (-direction, 1, 1)
+        if 0.02 < behind < 0.07 and max(abs(beside), abs(over)) < 0.01:
+            return [drive]
+        return retreat(env, 0.0) + [Primitive("approach", 0.0, above(start, 0.07), turn, straight=False),
+                                    Primitive("descend", 0.0, start, turn, slow=0.8, keep_pose=True), drive]
     return primitives
+
+
+def put(env, name, place, turns, lift, drop):
+    """Grasp a body, lift it by `lift`, carry it over `place`, lower it to `drop` above, let go and leave (m): what of it is still to do."""
+    at = env.position(name)
+    steps, to = grasp(env, name, at, turns), held_at(env, name, place)
+    over = not steps and np.hypot(*(at - place)[:2]) < 0.01
+    if steps or at[2] < place[2] + 0.03 and not over:
+        steps.append(Primitive("lift", SQUEEZE, above(held_at(env, name, at), lift)))
+    if not over:
+        steps.append(Primitive("carry", SQUEEZE, above(to, 0.05)))
+    return steps + [Primitive("place", SQUEEZE, above(to, drop), slow=0.5, hold=4),
+                    Primitive("release", env.robot.travel), Primitive("retreat", env.robot.travel, above(to, 0.065))]
 
 
 def stack_cube(env):
     a, b = env.position("cubeA"), env.position("cubeB")
-    turns = quarter_turns(yaw_of(env, "cubeA"), azimuth_of(env, a))
-    top = above(b, 0.04)
-    return grasp(env, a, turns) + [
-        Primitive("lift", SQUEEZE, above(a, 0.09)),
-        Primitive("carry", SQUEEZE, above(top, 0.05)),
-        Primitive("place", SQUEEZE, above(top, 0.003), slow=0.6, hold=3),
-        Primitive("release", env.robot.travel), Primitive("retreat", env.robot.travel, above(top, 0.07))]
+    return put(env, "cubeA", above(b, 0.04), quarter_turns(yaw_of(env, "cubeA"), azimuth_of(env, a)), lift=0.09, drop=0.003)
 
 
 def place_sphere(env):
-    ball, bin_ = env.position("sphere"), env.position("bin")
-    return grasp(env, ball, (0.0, np.pi / 4, -np.pi / 4)) + [
-        Primitive("lift", SQUEEZE, above(ball, 0.07)),
-        Primitive("carry", SQUEEZE, above(bin_, 0.07)),
-        # 9 mm above its rest instead of 27: a ball dropped from higher jumps out of walls that reach only its lower half
-        Primitive("place", SQUEEZE, above(bin_, 0.032), slow=0.5, hold=4),
-        Primitive("release", env.robot.travel), Primitive("retreat", env.robot.travel, above(bin_, 0.08))]
+    # 9 mm above its rest instead of 27: a ball dropped from higher jumps out of walls that reach only its lower half
+    return put(env, "sphere", above(env.position("bin"), 0.0225), (0.0, np.pi / 4, -np.pi / 4), lift=0.07, drop=0.0095)
 
 
 def lift_peg(env):
@@ -174,7 +205,7 @@ def lift_peg(env):
     point = peg + PEG_LEVER * outwards
     turn = np.arctan2(outwards[1], outwards[0]) - azimuth_of(env, point)
     # leaning back a little at first spares the xArm's wrist the last of its range when the peg stands
-    return grasp(env, point, (turn,), close=grip, tilts=(-0.25, 0.0, 0.3) if env.robot.name.startswith("xarm") else TILTS) + [
+    return grasp(env, "peg", point, (turn,), close=grip, tilts=(-0.25, 0.0, 0.3) if env.robot.name.startswith("xarm") else TILTS) + [
         Primitive("lift", grip, above(peg + PEG_LEVER / 2 * outwards, 0.23), (0.0,), tilts=(0.6, 0.3, 0.0) if env.robot.name != "panda" else TILTS, slow=0.8)]
 
 
@@ -238,7 +269,8 @@ class Planner:
             if end is None:
                 return None
             points = list(np.linspace(start, end, 8))
-        return None if any(self.collides(q, primitive.finger) for q in points) else np.array(points)
+        # where the arm is already is not asked: a hand that was pressed onto the table must be able to leave
+        return None if any(self.collides(q, primitive.finger) for q in points[1:]) else np.array(points)
 
     def timed(self, points, slow):
         """Targets (n, dof) at 20 Hz along the waypoints: minimum-jerk progress, peak joint and TCP speeds under the limits."""
@@ -253,7 +285,7 @@ class Planner:
 
     def plan(self, primitives):
         """[Segment] for the primitives from where the arm is; raises Infeasible. Tilts and turns are tried in order; the grasp's choice is kept as long as it can be."""
-        q, pose, segments = self.env.data.ctrl[:self.robot.dof].copy(), (0.0, 0.0), []
+        q, pose, segments = self.env.data.ctrl[:self.robot.dof].copy(), hand_pose(self.env), []
         for index, p in enumerate(primitives):
             if p.position is None:
                 path = np.repeat(q[None], FINGER_STEPS, axis=0)
@@ -285,19 +317,21 @@ class Planner:
 
 # ---- demonstrations
 
-def demonstrate(env, seed, noise=0.0, watch=None):
-    """Solve the layout of `seed`; returns a Demonstration, successful or not.
+def demonstrate(env, seed, noise=0.0, watch=None, reset=True):
+    """Solve the layout of `seed`, or with reset=False go on from where env is; returns a Demonstration, successful or not.
 
     noise: size (rad) of smooth disturbances of the executed joint targets while moving freely; the recorded actions stay clean, so that
     demonstrations show the way back (DART, arXiv 1703.09327). watch(env, phase): called before every control step.
     """
-    observation, _ = env.reset(seed)
+    if reset:
+        env.reset(seed)
+    env.steps, observation = 0, env.observe()
     rng, planner = np.random.default_rng([seed, 7]), Planner(env)
     states, actions, phases, images = [], [], [], []
     success, attempt, disturbance = False, 0, np.zeros(env.robot.dof)
     while not success and attempt < PLANS and env.steps < env.task.max_steps:
         try:
-            segments = planner.plan((retreat(env) if attempt else []) + PRIMITIVES[env.task.name](env))
+            segments = planner.plan(PRIMITIVES[env.task.name](env))
         except Infeasible:                                 # roll back: let go, and look again
             segments = planner.plan([Primitive("release", env.robot.travel)])
         attempt += 1

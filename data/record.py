@@ -1,6 +1,7 @@
 """Episodes: recorded from the expert, kept on disk, read at training speed, looked at.
 
     python -m data.record --robots all --tasks all --episodes 100 --seed 0 --workers 2
+    python -m data.record --policy out/policy                            corrections: a policy begins, the expert takes over (DAgger, arXiv 1011.0686)
     python -m data.record --show out/demos --out out/demos.png          a contact sheet (.png) or a moving picture (.gif)
 
 An episode is one safetensors file, <folder>/<robot>-<task>-<seed>.safetensors, L control steps at 20 Hz long:
@@ -16,7 +17,7 @@ import multiprocessing
 import os
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,11 @@ from data.env import TabletopEnv
 from data.expert import demonstrate
 from data.robots import ROBOTS
 from data.tasks import TASKS
+from eval import rollout
 
 VERSION = 1
 JPEG_QUALITY = 92
+CORRECTION_SEED = 500_000
 
 
 @dataclass
@@ -43,6 +46,7 @@ class RecordConfig:
     seed: int = 0            # first layout seed; evaluation uses seeds from 1,000,000 on
     workers: int = 2         # processes
     noise: float = 0.015     # rad, smooth disturbance of what is executed (never of what is recorded)
+    policy: str = ""         # model folder: corrections, in which this policy begins and the expert takes over; their seeds start 500,000 later
     out: str = "out/demos"   # folder of episodes; with --show the picture to draw
     show: str = ""           # draw this folder (or file) of episodes instead of recording
 
@@ -67,18 +71,40 @@ def write_episode(path, demonstration, robot, task, seed, noise):
         save_file(tensors, temporary, metadata={"episode": json.dumps(header)})
 
 
+def correction(blm, env, seed, noise):
+    """A Demonstration that begins where `blm` got to in some number of steps: what to do about its own mistakes. None if it was done by then."""
+    render, env.render = env.render, False                 # the policy draws only what it looks at
+    steps = int(np.random.default_rng([seed, 11]).integers(10, env.task.max_steps - 10))
+    done = rollout(blm, env, seed, max_steps=steps)["success"]
+    env.render = render
+    return None if done else demonstrate(env, seed, noise, reset=False)
+
+
+def load_policy(folder):
+    """The BLM of a worker: on the CPU, since pictures are drawn and joints moved between any two looks."""
+    import torch                                           # not needed, and slow to load, where the expert works alone
+    from model import BLM
+    torch.set_num_threads(1)
+    return BLM.from_pretrained(folder)
+
+
 def record_cell(job):
-    """Record one slice of a cell; yields nothing, returns (robot, task, kept, failed seeds). Seeds count up from the slice's start until enough succeed."""
+    """Record one slice of a cell: (robot, task, kept, failed seeds). Seeds count up from the slice's start until enough succeed."""
     robot, task, config, first, step = job
-    folder, env, kept, failed, seed = Path(config.out), None, 0, [], config.seed + first
+    folder, env, blm, kept, failed, seed = Path(config.out), None, None, 0, [], config.seed + first
     wanted = len(range(first, config.episodes, step))
     while kept < wanted:
         path = folder / f"{robot}-{task}-{seed}.safetensors"
         if not path.exists():
             env = env or TabletopEnv(robot, task)
-            demonstration = demonstrate(env, seed, config.noise)
-            if not demonstration.success:
-                failed.append(seed)
+            if config.policy:
+                blm = blm or load_policy(config.policy)
+                demonstration = correction(blm, env, seed, config.noise)
+            else:
+                demonstration = demonstrate(env, seed, config.noise)
+            if demonstration is None or not demonstration.success:
+                if demonstration:
+                    failed.append(seed)
                 if len(failed) > 20 + wanted:
                     raise UserError(f"the expert fails on {robot} {task}: {len(failed)} layouts of {len(failed) + kept}")
                 seed += step
@@ -96,13 +122,17 @@ def record(config):
     robots, tasks = choose_many(config.robots, ROBOTS, "robot"), choose_many(config.tasks, TASKS, "task")
     if config.episodes < 1 or config.workers < 1:
         raise UserError(f"--episodes {config.episodes} and --workers {config.workers} must be at least 1")
+    if config.policy:
+        load_policy(config.policy)                         # a bad folder is told here, once
+        config = replace(config, seed=config.seed + CORRECTION_SEED)
     with atomic(Path(config.out) / ".writable"):
         pass
     (Path(config.out) / ".writable").unlink()
     # slices of ten interleaved seeds, so that the work divides well and the files do not depend on the number of workers
     slices = max(1, config.episodes // 10)
     jobs = [(r, t, config, first, slices) for t in tasks for r in robots for first in range(slices)]
-    failures = {}
+    counts = Path(config.out) / "failures.json"
+    failures = json.loads(counts.read_text()) if counts.exists() else {}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with multiprocessing.get_context("spawn").Pool(config.workers) as pool, tqdm(total=len(robots) * len(tasks) * config.episodes, unit="episode") as bar:
         for robot, task, kept, failed in pool.imap_unordered(guarded, jobs):
@@ -111,8 +141,8 @@ def record(config):
             failures.setdefault(f"{robot}-{task}", []).extend(failed)
             bar.update(kept)
             bar.set_postfix(failed=sum(map(len, failures.values())))
-    with atomic(Path(config.out) / "failures.json") as temporary:
-        temporary.write_text(json.dumps({cell: sorted(seeds) for cell, seeds in sorted(failures.items())}, indent=1))
+    with atomic(counts) as temporary:
+        temporary.write_text(json.dumps({cell: sorted(set(seeds)) for cell, seeds in sorted(failures.items())}, indent=1))
     return failures
 
 

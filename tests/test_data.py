@@ -7,8 +7,8 @@ import pytest
 from cli import UserError
 from data.corpus import CLASSES, CLUTTER, Corpus, look, make_shard, project
 from data.env import CONTROL_HZ, TabletopEnv
-from data.expert import demonstrate, tool_rotation
-from data.record import Episode, RecordConfig, load_episodes, record, write_episode
+from data.expert import Planner, demonstrate, grasp, tool_rotation
+from data.record import Episode, RecordConfig, correction, load_episodes, record, write_episode
 from data.robots import ROBOTS, SQUEEZE, get_kinematics, get_robot
 from data.tasks import PEG_LENGTH, TASKS
 
@@ -62,6 +62,49 @@ def test_a_held_cube_stays_held_while_the_arm_moves():
     env, held = TabletopEnv("widowx", "PickCube", render=False), []
     demonstrate(env, 3, watch=lambda env, phase: phase == "carry" and held.append(env.grasped("cube")))
     assert len(held) > 5 and all(held)
+
+
+@pytest.mark.parametrize("robot", ROBOTS)
+def test_fingers_close_on_nothing_and_open_again(robot):
+    env = TabletopEnv(robot, "PushCube", render=False)
+    env.reset(0)
+    dof, travel = env.robot.dof, env.robot.travel
+    for _ in range(2):
+        for target, rest in ((SQUEEZE, 0.0), (travel, travel)):
+            settle(env, 12, target)
+            assert np.abs(env.data.qpos[dof:dof + 2] - rest).max() < 1.5e-3 and np.abs(env.data.qvel[dof:dof + 2]).max() < 0.01
+
+
+@pytest.mark.parametrize("robot", ROBOTS)
+def test_a_grip_is_steady(robot):
+    env, fingers = TabletopEnv(robot, "StackCube", render=False), []
+    demonstrate(env, 1, watch=lambda env, phase: phase == "carry" and fingers.append(env.data.qpos[env.robot.dof:env.robot.dof + 2].copy()))
+    assert len(fingers) > 5 and np.ptp(fingers, axis=0).max() < 1e-3 and np.abs(np.mean(fingers, axis=0) - 0.02).max() < 1.5e-3
+
+
+@pytest.mark.parametrize("robot", ROBOTS)
+def test_the_expert_goes_on_from_a_missed_grasp(robot):
+    env = TabletopEnv(robot, "PickCube", render=False)
+    env.reset(3)
+    for segment in Planner(env).plan(grasp(env, "cube", env.position("cube") + (0.0, 0.065, 0.0), (0.0,))):
+        for action in segment.actions:
+            env.step(action)
+    assert not env.grasped("cube")
+    demonstration = demonstrate(env, 3, reset=False)
+    assert demonstration.success and demonstration.phases[0] == "retreat" and demonstration.actions[0, -1] == np.float32(env.robot.travel)
+
+
+def test_corrections_begin_where_the_policy_was():
+    env, asked = TabletopEnv("widowx", "PickCube", render=False), []
+
+    class Lazy:                                            # leans to one side and stays there
+        def act(self, observation, robot, temperature, seed):
+            asked.append(seed)
+            return np.tile(np.append(env.robot.home + (0.3, 0, 0, 0, 0, 0), 0.0), (16, 1))
+
+    demonstration = correction(Lazy(), env, 5, 0.0)
+    assert demonstration.success and abs(demonstration.states[0, 0] - 0.3) < 0.02 and demonstration.phases[0] == "retreat"
+    assert asked[0] == [5, 0] and asked[-1][1] >= 8 and len(demonstration.states) <= env.task.max_steps
 
 
 def settle(env, steps=6, finger=None):

@@ -58,6 +58,7 @@ MISTAKES = [
     (evaluation, "physical --robots panda,widowy", "unknown robot 'widowy'"),
     (evaluation, "expert --episodes -1", "--episodes -1"),
     (data.record, "--robots pandas", "unknown robot"),
+    (data.record, "--policy {tmp}/nowhere --out {tmp}/o", "nowhere"),
     (data.record, "--tasks Juggle", "unknown task"),
     (data.record, "--episodes 0", "at least 1"),
     (data.record, "--out /proc/nowhere", "cannot write"),
