@@ -2,6 +2,7 @@
 
     python train_policy.py                                     `nano`, on a laptop: reads out/sft (or weights/nano) and out/demos, writes out/policy
     python train_policy.py --resume                            goes on where a stopped run saved last
+    python -m data.record --policy out/policy && python train_policy.py --resume --steps 16000      learns from its own mistakes, corrected by the expert
     torchrun --nproc_per_node 8 train_policy.py --batch_size 512     the same on several GPUs: processes share the rows of a step
 
 A frozen model says the same of the same frame every time, so what its block k says is computed once, every `frame_stride` control steps of each
@@ -10,7 +11,7 @@ made from: another model or other demonstrations never meet a stale file, more d
 
 A row is a frame t of an episode: hidden states at t and at t + T, state at t, actions t .. t + T - 1. Past the end the last action is held, since an
 episode ends where its task is done and an arm that was never shown to stay there drifts on; there is no future.
-Rows of a step are balanced over cells (robot, task) and depend on (seed, step) alone, as does all noise: resuming skips and repeats nothing.
+Rows of a step depend on (seed, step) alone, as does all noise: resuming skips and repeats nothing.
 
 Written to --out: a whole model folder (model.py) with the moving average of the weights, log.jsonl, and state.safetensors to resume from.
 Letters: B rows of a step, R rows of all episodes, L tokens, Dc width of the language model, T action horizon, A and S action and state dims.
@@ -56,13 +57,13 @@ class TrainConfig:
     ema: float = 0.999             # decay of the moving average of the weights, which is what is shipped
     state_noise: float = 0.02      # added to the normalised state in training, in deviations: the policy must look, not count
     frame_stride: int = 4          # control steps between frames that are trained on; must divide the action horizon
-    held_out: float = 0.04         # share of each cell's episodes, its last ones, for validation
+    held_out: int = 25             # one episode in so many of each cell is for validation; 0: none
     eval_every: int = 1000         # steps
     eval_rows: int = 512           # validation rows for the figures
     save_every: int = 500          # steps
     seed: int = 0                  # of weights, rows and noise
     device: str = "auto"           # auto, cpu, cuda or mps
-    resume: bool = False           # go on from the state in --out; with more --steps, train it longer
+    resume: bool = False           # go on from the state in --out; with more --steps longer, with more episodes in --data (corrections) on those too
 
 
 FREE_TO_CHANGE = {"steps", "out", "data", "cache", "backbone", "device", "resume", "eval_every", "eval_rows", "save_every"}     # when resuming
@@ -115,10 +116,10 @@ def cache_intents(blm, episodes, cfg, intent_layer, backbone, rank=0, world=1):
 class Demos:
     """All rows in memory, except the hidden states, which stay on disk until a batch asks for them.
 
-    embodiments {robot: (state_dim, action_dim)}; cells [(robot, task)]; train and held_out {cell: row numbers}.
+    embodiments {robot: (state_dim, action_dim)}; cells [(robot, task)]; train: row numbers; held_out {cell: row numbers}.
     """
 
-    def __init__(self, episodes, hidden, config, stride, held_out):
+    def __init__(self, episodes, hidden, config, stride, every):
         self.hidden, T = hidden, config.action_horizon
         self.ahead = T // stride                                         # frames until the future
         self.embodiments = {}
@@ -137,25 +138,23 @@ class Demos:
             state, action = episodes[i].state[j * stride], episodes[i].action[j * stride:j * stride + T]
             action = np.pad(action, ((0, T - len(action)), (0, 0)), mode="edge")      # past the end the arm holds still: that is what "done" looks like
             self.state[row, :len(state)], self.action[row, :, :action.shape[1]], self.valid[row] = state, action, True
-        self.train, self.held_out, first = {}, {}, np.searchsorted(self.where[:, 0], np.arange(len(episodes) + 1))
-        for cell in self.cells:
+        first, trained, self.held_out = np.searchsorted(self.where[:, 0], np.arange(len(episodes) + 1)), [], {}
+        rows_of = lambda members: np.concatenate([np.arange(first[i], first[i + 1]) for i in members] or [np.zeros(0, int)])
+        for cell in self.cells:                                          # new episodes come last, so those set aside stay so
             members = [i for i, e in enumerate(episodes) if (e.robot, e.task) == cell]
-            kept = len(members) - (max(1, round(held_out * len(members))) if held_out and len(members) > 1 else 0)
-            for which, part in ((self.train, members[:kept]), (self.held_out, members[kept:])):
-                which[cell] = np.concatenate([np.arange(first[i], first[i + 1]) for i in part] or [np.zeros(0, int)])
+            aside = (members[every - 1::every] or members[-1:]) if every and len(members) > 1 else []
+            trained, self.held_out[cell] = trained + [i for i in members if i not in aside], rows_of(aside)
+        self.train = rows_of(sorted(trained))
 
     def statistics(self, policy):
         """Fit the policy's normaliser to the training rows."""
-        rows = np.sort(np.concatenate(list(self.train.values())))
         for index in range(len(self.embodiments)):
-            own = rows[self.embodiment[rows] == index]
+            own = self.train[self.embodiment[self.train] == index]
             policy.normaliser.fit(index, *(torch.from_numpy(array[own]) for array in (self.state, self.action, self.valid)))
 
     def rows_of_step(self, seed, step, batch_size):
-        """(B,) row numbers, a function of (seed, step): as many of every cell as of any other, uniform within."""
-        rng = np.random.default_rng([seed, step])
-        turns = np.concatenate([rng.permutation(len(self.cells)) for _ in range(-(-batch_size // len(self.cells)))])[:batch_size]
-        return np.array([rng.choice(self.train[self.cells[turn]]) for turn in turns])
+        """(B,) row numbers, a function of (seed, step): any frame as likely as any other, so the longer and harder tasks weigh more."""
+        return np.random.default_rng([seed, step]).choice(self.train, batch_size)
 
     def __getitem__(self, rows):
         """The batch that Policy.forward describes, for row numbers (B,)."""
@@ -249,6 +248,8 @@ def train(cfg, config):
         raise UserError(f"--batch_size {cfg.batch_size} must be a multiple of the {world} processes")
     if cfg.frame_stride < 1 or config.action_horizon % cfg.frame_stride:
         raise UserError(f"--frame_stride {cfg.frame_stride} must divide --action_horizon {config.action_horizon}: the future is a cached frame too")
+    if cfg.held_out < 0 or cfg.held_out == 1:
+        raise UserError(f"--held_out {cfg.held_out} must be 0, or at least 2: one episode in so many is not trained on")
     if state_path(cfg).exists() and not cfg.resume:
         raise UserError(f"{cfg.out} already holds a training run: add --resume to go on, or choose another --out")
     folder, blm = load_backbone(cfg, device)
@@ -268,17 +269,19 @@ def train(cfg, config):
     blm.policy = copy.deepcopy(policy).requires_grad_(False)             # the moving average
     parameters, averages = list(policy.parameters()), list(blm.policy.parameters())
     optimizer = make_optimizer((policy,), cfg)
+
     def check_origin(before):
         if before["backbone"] != backbone:
             raise UserError(f"{cfg.out} was trained on another language model than --backbone: resume with that one, or choose another --out")
         if before["robots"] != list(policy.embodiments):
             raise UserError(f"{cfg.out} was trained on {', '.join(before['robots'])}, --data has {', '.join(policy.embodiments)}: choose another --out")
 
-    step, seconds = 0, 0.0
+    step, seconds, before = 0, 0.0, []
     if cfg.resume:
         flags = {**dataclasses.asdict(cfg), **dataclasses.asdict(config)}
         done = load_state(cfg, {"policy": policy, "ema": blm.policy}, optimizer, flags, FREE_TO_CHANGE, check_origin)
         step, seconds = done["step"], done["seconds"]
+        before = [*done.get("before", []), {name: done[name] for name in ("command", "step", "episodes")}]
 
     def batch_of(step):
         """This process's rows of a step, and over all processes what the losses are divided by. Noise is drawn for all rows, then shared out."""
@@ -302,9 +305,9 @@ def train(cfg, config):
         return losses
 
     def about():
-        rows = {name: sum(map(len, part.values())) for name, part in (("train", demos.train), ("held_out", demos.held_out))}
-        return {"stage": "policy", "command": "python " + shlex.join(sys.argv), "seed": cfg.seed, "step": step, "steps": cfg.steps,
-                "seconds": round(time.time() - begun, 1), "episodes": len(episodes), "rows": rows, "cells": len(demos.cells),
+        rows = {"train": len(demos.train), "held_out": sum(map(len, demos.held_out.values()))}
+        return {"stage": "policy", "before": before, "command": "python " + shlex.join(sys.argv), "seed": cfg.seed, "step": step,
+                "steps": cfg.steps, "seconds": round(time.time() - begun, 1), "episodes": len(episodes), "rows": rows, "cells": len(demos.cells),
                 "robots": list(demos.embodiments), "backbone": backbone, "figures": figures,
                 "config": {**dataclasses.asdict(cfg), **dataclasses.asdict(config)}}
 
