@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from cli import UserError, atomic, choose, write_json
 from policy import Policy, PolicyConfig
-from vlm import VLM, Tokenizer, chat, collate, process_images, read_json
+from vlm import VLM, Tokenizer, chat, collate, find_folder, process_images, read_json
 
 VIEWS = ("front", "wrist")
 VERSION = 1                              # of policy.json
@@ -60,12 +60,25 @@ class BLM:
 
     # ---- digital space
 
-    def answer(self, images, question, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=None):
-        """The reply to `question` about `images` (PIL or uint8 (height, width, 3), maybe none), greedy at temperature 0. UserError if nothing is asked."""
+    def answer(self, images, question, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=None, stream=None):
+        """The reply to `question` about `images` (PIL or uint8 (height, width, 3), maybe none), greedy at temperature 0. UserError if nothing is asked.
+
+        stream(text) is called with every new piece of the reply, as it comes.
+        """
         if not question.strip():
             raise UserError("the question is empty: ask something, as in --ask \"Where is the red cube?\"")
         batch = self.prompt([images], [question])
-        made = self.vlm.generate(**batch, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        ids, said = [], ""
+
+        def piece(tokens):
+            nonlocal said
+            ids.append(int(tokens[0]))
+            text = self.tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):                             # half a character: its other bytes are still to come
+                said, new = text, text[len(said):]
+                stream(new)
+
+        made = self.vlm.generate(**batch, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stream=stream and piece)
         return self.tokenizer.decode(made[0])
 
     def prompt(self, images, texts):
@@ -90,7 +103,7 @@ class BLM:
         The one place where the prompt for acting is made: `act` and the cache of train_policy.py both call it. num_layers is k where no policy is yet.
         """
         batch = self.prompt(images, instructions)
-        hidden = self.vlm(**batch, num_layers=num_layers or self.policy.config.intent_layer).hidden_states
+        hidden = self.vlm(**batch, num_layers=num_layers or self.policy.config.intent_layer).hidden_states[-1]
         return hidden, batch["attention_mask"].bool()
 
     def act(self, observation, robot, temperature=0.0, seed=None):
@@ -118,12 +131,13 @@ class BLM:
     # ---- the folder
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu"):
-        """The model in `folder`, with its policy if it has one. UserError on anything missing, broken, or from another model; nothing stays at random."""
-        folder = Path(folder)
+    def from_pretrained(cls, path_or_repo_id, device="cpu", dtype=torch.float32):
+        """The model in a folder or on the hub, with its policy if it has one; dtype is the language model's. UserError on anything missing, broken, or
+        from another model; nothing stays at random."""
+        folder = find_folder(path_or_repo_id)
         if not folder.is_dir():
             raise UserError(f"no model folder {folder}; name one with --weights, or train one with `python train_sft.py` and `python train_policy.py`")
-        vlm, tokenizer = VLM.from_pretrained(folder, device), Tokenizer.from_pretrained(folder)
+        vlm, tokenizer = VLM.from_pretrained(folder, device, dtype), Tokenizer.from_pretrained(folder)
         if len(tokenizer) > vlm.config.vocab_size:
             raise UserError(f"{folder / 'tokenizer.json'} has {len(tokenizer)} tokens, the model {vlm.config.vocab_size}: take both from one folder")
         here = [(folder / name).exists() for name in ("policy.json", "policy.safetensors")]

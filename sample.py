@@ -131,8 +131,8 @@ def main():
         observation, _ = TabletopEnv(robots[0], tasks[0]).reset(config.seed)
         images = [observation["images"][view] for view in VIEWS]
     start = time.time()
-    print(blm.answer(images, config.ask))
-    print(f"({time.time() - start:.2f} s)")
+    blm.answer(images, config.ask, stream=lambda text: print(text, end="", flush=True))
+    print(f"\n({time.time() - start:.2f} s)")
 
 
 if __name__ == "__main__":

@@ -39,14 +39,14 @@ from data import record
 from model import BLM, backbone_hash, load_training
 from policy import PRESETS, Policy, PolicyConfig
 from train_sft import add_gradients, learning_rate, load_state, make_optimizer, save_state, start_processes, state_path
-from vlm import VLM, Tokenizer
+from vlm import VLM, Tokenizer, find_folder
 
 
 @dataclass
 class TrainConfig:
     data: str = "out/demos"        # folder of demonstrations; recorded if it is not there
     out: str = "out/policy"        # folder for the model
-    backbone: str = ""             # model folder of the frozen language model; empty: out/sft if it is there, else weights/nano
+    backbone: str = ""             # folder or hub name of the frozen language model; empty: out/sft if it is there, else weights/nano
     cache: str = "out/intents"     # folder for the language model's hidden states
     steps: int = 8000              # optimiser steps
     batch_size: int = 64           # rows a step, over all processes
@@ -233,7 +233,7 @@ def start_log(path, step):
 
 def load_backbone(cfg, device):
     """(folder, BLM without a policy), frozen."""
-    folder = Path(cfg.backbone or ("out/sft" if Path("out/sft/model.safetensors").exists() else "weights/nano"))
+    folder = find_folder(cfg.backbone or ("out/sft" if Path("out/sft/model.safetensors").exists() else "weights/nano"))
     if not folder.is_dir():
         raise UserError(f"no language model in {folder}: train one with `python train_sft.py`, or name a folder with --backbone")
     blm = BLM(VLM.from_pretrained(folder, device).requires_grad_(False), Tokenizer.from_pretrained(folder))

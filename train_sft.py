@@ -3,7 +3,7 @@
     python train_sft.py                                        `nano` from nothing, on a laptop
     python train_sft.py --resume                               goes on where a stopped run saved last
     torchrun --nproc_per_node 8 train_sft.py --batch_size 256  the same on several GPUs: processes share the rows of a step
-    python train_sft.py --backbone Qwen2.5-VL-3B-Instruct --lr 1e-5 --dense_weight 0       from downloaded weights
+    python train_sft.py --backbone Qwen/Qwen2.5-VL-3B-Instruct --lr 1e-5 --dense_weight 0       from the hub's weights
 
 A row is a scene: its pictures, then some of its questions and answers as one conversation; the cross-entropy is on answers alone. A model of
 4 M parameters that starts from nothing hardly learns to see from sparse words, so linear heads, thrown away afterwards, read what each 16-pixel
@@ -47,7 +47,7 @@ from vlm import PRESETS, SYSTEM_PROMPT, VLM, Tokenizer, chat, collate, process_i
 class SFTConfig:
     data: str = "out/corpus"       # folder of the corpus; made if it is not there
     out: str = "out/sft"           # folder for the model
-    backbone: str = ""             # start from this model folder (Qwen2.5-VL or nanoBLM) instead of from nothing
+    backbone: str = ""             # start from this folder or hub name (Qwen2.5-VL or nanoBLM) instead of from nothing
     model: str = "nano"            # sizes of a model from nothing
     steps: int = 3600              # optimiser steps
     batch_size: int = 32           # scenes a step, over all processes
@@ -181,11 +181,11 @@ def read(model, heads, batch, cfg, dense_only=False):
     one; None for what is not asked."""
     learned = batch["labels"][:, 1:] >= 0                                                            # token i predicts token i + 1
     places = F.pad(learned, (0, 1))
-    depth = {"num_layers": cfg.intent_layer} if dense_only else {"hidden_layer": cfg.intent_layer, "logits_at": places}
+    depth = {"num_layers": cfg.intent_layer} if dense_only else {"logits_at": places}
     out = model(*(batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")), **depth)
     dense = about = None
     if cfg.dense_weight:
-        tokens = out.hidden_states[batch["input_ids"] == model.config.image_token_id]
+        tokens = out.hidden_states[cfg.intent_layer][batch["input_ids"] == model.config.image_token_id]
         dense = heads(out.patch_features, tokens, batch["image_grid_thw"][0].tolist())
         if not dense_only:
             place = batch["answer_place"][:, 1:][learned]

@@ -12,14 +12,16 @@ Hugging Face transformers, which tests/test_vlm.py compares with.
 Letters: B batch, L tokens of a sequence, S keys (past and new), D width, H heads, G key/value heads, d width of a head, V vocabulary,
 P patches of all images, p patch side (pixels), m patches a token merges along a side, t h w an image's grid in frames and patches.
 Order of patches: `pixel_values` has them as Hugging Face does, m x m neighbours after one another, so that the merger is a reshape.
+"Vision inputs" are any of pixel_values (P, 3*2*p*p), image_grid_thw (n, 3), pixel_values_videos, video_grid_thw and second_per_grid_ts (n,).
 """
 import dataclasses
 import json
 import math
+import re
 import warnings
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import chain, groupby
+from itertools import chain, groupby, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer as FastTokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
-from cli import UserError, atomic
+from cli import UserError, atomic, write_json
 
 # ---- configuration
 
@@ -130,6 +132,13 @@ class VLMConfig:
         kind = {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "hidden_act": "silu"}
         return {**kind, **flat, "vision_config": vision}
 
+    def processor_dict(self):
+        """What goes into preprocessor_config.json: how the hub's processors make `pixel_values`."""
+        vision = self.vision_config
+        return {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor", "min_pixels": self.min_pixels,
+                "max_pixels": self.max_pixels, "patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size,
+                "merge_size": vision.spatial_merge_size, "image_mean": CLIP_MEAN.tolist(), "image_std": CLIP_STD.tolist()}
+
 
 QWEN_PIXELS = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 16384}     # the hub's preprocessor_config.json
 SPECIAL_FIELDS = {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>", "vision_start_token_id": "<|vision_start|>",
@@ -205,6 +214,25 @@ def process_images(images, config):
         values.append(np.broadcast_to(patches[:, :, None], (*patches.shape[:2], frames, p, p)).reshape(len(patches), -1))
         grids += [[1, group.shape[1] // p, group.shape[2] // p]] * len(group)
     return torch.from_numpy(np.concatenate(values)), torch.tensor(grids)
+
+
+def process_videos(videos, config):
+    """Videos, each a list of frames as `process_images` takes them, to pixel_values_videos (P, 3*2*p*p) and video_grid_thw (n, 3).
+
+    Two frames share a patch; an odd one at the end is shown twice. Hugging Face's processor also picks frames and limits the pixels of a whole video:
+    here the caller picks (two a second is what Qwen saw), and every frame has an image's limits.
+    """
+    frames, p = config.vision_config.temporal_patch_size, config.vision_config.patch_size
+    grids, values = [], []
+    for video in videos:
+        video = [*video, *[video[-1]] * (-len(video) % frames)]
+        pixels, grid = process_images(video, config)
+        if len({tuple(row) for row in grid.tolist()}) > 1:
+            raise UserError("the frames of a video must have one size")
+        grids.append([len(video) // frames, *grid[0, 1:].tolist()])
+        still = rearrange(pixels, "(t f n) (c g q) -> t f n c g q", f=frames, t=len(video) // frames, c=3, g=frames)[..., 0, :]
+        values.append(rearrange(still, "t f n c q -> (t n) (c f q)"))
+    return torch.cat(values), torch.tensor(grids)
 
 
 # ---- blocks that both sides share
@@ -323,7 +351,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, config.hidden_size, kernel, stride=kernel, bias=False)
 
     def forward(self, pixel_values):
-        return F.linear(pixel_values, self.proj.weight.flatten(1))
+        return F.linear(pixel_values.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
 
 
 class PatchMerger(nn.Module):
@@ -353,8 +381,8 @@ class VisionTransformer(nn.Module):
         half = config.hidden_size // config.num_heads // 2                       # half of a head turns with the row, half with the column
         inverse = 10000.0 ** (-torch.arange(0, half, 2, device=pixel_values.device, dtype=torch.float32) / half)
         angles = (rows_columns[..., None] * inverse).permute(1, 0, 2).flatten(1)[:, None, None]       # (P, 1, 1, d/2): for [q, k] and heads
-        cos, sin = angles.cos().to(pixel_values.dtype), angles.sin().to(pixel_values.dtype)
         x = self.patch_embed(pixel_values[order])
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, frames if i in config.fullatt_block_indexes else windows)
         m2 = config.spatial_merge_size ** 2
@@ -364,28 +392,42 @@ class VisionTransformer(nn.Module):
 
 # ---- LLM
 
-def mrope_positions(input_ids, attention_mask, image_grid_thw, config, seconds_per_grid=1.0):
-    """M-RoPE positions (3, B, L): time, row, column. Text counts on all three alike; an image's tokens all start at the next position and count
-    along their own axis; the text behind goes on at the largest position + 1. Frames of a video are tokens_per_second x seconds_per_grid apart.
-    Grids are taken in reading order of the batch; padding (attention_mask 0) gets 0."""
+def mrope_positions(input_ids, attention_mask, config, image_grid_thw=None, video_grid_thw=None, second_per_grid_ts=None):
+    """M-RoPE positions (3, B, L): time, row, column. Text counts on all three alike; a picture's tokens all start at the next position and count along
+    their own axis; the text behind goes on at the largest position + 1. Grid frames of a video are tokens_per_second x second_per_grid_ts apart.
+
+    Grids are taken in reading order of the batch; padding (attention_mask 0) gets 0. ValueError if they do not fit the text. As transformers 4 and
+    vLLM have it; transformers 5 goes on behind a video at start + max(h, w) / m, which for a long one is before its end.
+    """
     ids = input_ids.cpu().numpy()
     real = np.ones_like(ids, bool) if attention_mask is None else attention_mask.cpu().numpy().astype(bool)
-    grids = iter([] if image_grid_thw is None else image_grid_thw.tolist())
+    images, videos = (iter([] if grid is None else grid.tolist()) for grid in (image_grid_thw, video_grid_thw))
+    seconds = iter([] if second_per_grid_ts is None else np.asarray(second_per_grid_ts, np.float64).tolist())
     m, vision_ids = config.vision_config.spatial_merge_size, (config.image_token_id, config.video_token_id)
     positions = np.zeros((3, *ids.shape), np.int64)
     for b, row in enumerate(ids):
         row, parts, at, start = row[real[b]], [], 0, 0                           # at: token reached, start: its position
         seen = np.flatnonzero(np.isin(row, vision_ids))
         while len(seen):
-            text, (t, h, w) = seen[0] - at, next(grids)
-            pace = int(config.vision_config.tokens_per_second * seconds_per_grid) if row[seen[0]] == config.video_token_id else 1
-            parts += [np.broadcast_to(np.arange(start, start + text), (3, text)),
-                      np.indices((t, h // m, w // m)).reshape(3, -1) * [[pace], [1], [1]] + start + text]
+            moving = row[seen[0]] == config.video_token_id
+            text, (t, h, w) = seen[0] - at, next(videos if moving else images, (0, 0, 0))
             tokens = t * (h // m) * (w // m)
+            if not t or len(seen) < tokens or row[seen[tokens - 1]] != row[seen[0]]:
+                raise ValueError(f"row {b} has {len(seen)} places left for image or video tokens, the next picture has {tokens}")
+            axes = np.indices((t, h // m, w // m)).reshape(3, -1)
+            axes[0] = axes[0] * config.vision_config.tokens_per_second * (next(seconds, 1.0) if moving else 0)
+            parts += [np.broadcast_to(np.arange(start, start + text), (3, text)), axes + start + text]
             at, start, seen = seen[0] + tokens, max(p.max() for p in parts if p.size) + 1, seen[tokens:]
         parts.append(np.broadcast_to(np.arange(start, start + len(row) - at), (3, len(row) - at)))
         positions[:, b, real[b]] = np.concatenate(parts, axis=1)
     return torch.from_numpy(positions).to(input_ids.device)
+
+
+@lru_cache(maxsize=16)
+def rotary_tables(head_dim, theta, sections, device):
+    """Of each rotary pair of a head: its axis (d/2,), 0 time, 1 row, 2 column, and its frequency (d/2,)."""
+    pairs = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    return torch.repeat_interleave(torch.arange(3), torch.tensor(sections)).to(device), theta ** (-pairs / head_dim)
 
 
 def attention_mask_for(L, S, real, device):
@@ -402,20 +444,19 @@ def attention_mask_for(L, S, real, device):
 
 
 class Cache:
-    """Keys and values (B, G, S, d) of the tokens so far, a pair for each layer, and where the next token of each row stands."""
+    """Keys and values of the tokens so far, written into one buffer (B, G, `size`, d) a layer; and where the next token of each row stands."""
 
-    def __init__(self):
-        self.layers, self.next_position = {}, None
-
-    @property
-    def length(self):
-        return self.layers[0][0].shape[2] if self.layers else 0
+    def __init__(self, size):
+        self.size, self.length, self.layers, self.next_position = size, 0, {}, None
 
     def append(self, layer, k, v):
-        if layer in self.layers:
-            k, v = (torch.cat([past, new], dim=2) for past, new in zip(self.layers[layer], (k, v)))
-        self.layers[layer] = k, v
-        return k, v
+        """Keys and values (B, G, L, d) of new tokens to those of all tokens, (B, G, S, d); `length` is moved on by whoever runs all layers."""
+        if layer not in self.layers:
+            self.layers[layer] = [new.new_empty(*new.shape[:2], self.size, new.shape[3]) for new in (k, v)]
+        end = self.length + k.shape[2]
+        for buffer, new in zip(self.layers[layer], (k, v)):
+            buffer[:, :, self.length:end] = new
+        return [buffer[:, :, :end] for buffer in self.layers[layer]]
 
 
 class Attention(nn.Module):
@@ -423,20 +464,22 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.heads, self.head_dim = layer, config.num_attention_heads, config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x, cos, sin, mask, cache):
-        q, k, v = (rearrange(proj(x), "B L (h d) -> B h L d", d=self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)                          # q (B, H, L, d); k and v (B, G, L, d)
+        # views, not einops, and one rotation for queries and keys: a new token's step is so short that calls are what it costs
+        split = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                # (B, L, h d) to (B, h, L, d)
+        turned = apply_rotary(split(torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1)), cos, sin)
+        q, k, v = turned[:, :self.heads], turned[:, self.heads:], split(self.v_proj(x))      # q (B, H, L, d); k and v (B, G, L, d)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                                            # (B, G, S, d)
         causal = mask is None and q.shape[2] == k.shape[2] > 1
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
-        return self.o_proj(rearrange(y, "B H L d -> B L (H d)"))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
@@ -465,7 +508,7 @@ class TextModel(nn.Module):
 @dataclass
 class VLMOutput:
     logits: torch.Tensor | None            # (B, L, V), or (n, V) for the n places of `logits_at`; None with num_layers
-    hidden_states: torch.Tensor            # (B, L, D) behind the last block run, or behind `hidden_layer`; before the final norm
+    hidden_states: list                    # (B, L, D) each: [k] behind block k of those that ran, [0] the embeddings; all before the final norm
     patch_features: torch.Tensor | None    # (P, D of the ViT) behind its last block, images in order, row by row
     last_hidden_state: torch.Tensor | None = None      # (B, L, D) or (n, D) behind the final norm: what the logits are read from
 
@@ -481,73 +524,85 @@ class VLM(nn.Module):
 
     def rotary(self, positions):
         """cos and sin (B, 1, L, d/2) of positions (3, B, L): a head's rotary pairs are shared out among time, row and column."""
-        axis = torch.repeat_interleave(torch.arange(3), torch.tensor(self.config.mrope_section)).to(positions.device)      # (d/2,)
-        pairs = torch.arange(0, self.config.head_dim, 2, device=positions.device, dtype=torch.float32)
-        angles = positions[axis].movedim(0, -1) * self.config.rope_theta ** (-pairs / self.config.head_dim)                # (B, L, d/2)
+        axis, frequency = rotary_tables(self.config.head_dim, self.config.rope_theta, self.config.mrope_section, positions.device)
+        angles = positions[axis].movedim(0, -1)[:, None] * frequency                                                        # (B, 1, L, d/2)
         dtype = self.model.norm.weight.dtype
-        return angles[:, None].cos().to(dtype), angles[:, None].sin().to(dtype)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def forward(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, num_layers=None, hidden_layer=None,
-                logits_at=None, cache=None, position_ids=None):
-        """input_ids (B, L), attention_mask (B, S) 1 on real tokens, pixel_values (P, 3*2*p*p), image_grid_thw (n, 3) to a VLMOutput.
+    def look(self, x, input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw):
+        """Embeddings (B, L, D) with what the ViT makes of images and videos in their places, and its patch features (P, D of the ViT), images first."""
+        pairs = [pair for pair in ((pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw)) if pair[0] is not None]
+        tokens, features = self.visual(*(torch.cat(both) for both in zip(*pairs)))
+        images = 0 if pixel_values is None else len(pixel_values) // self.config.vision_config.spatial_merge_size ** 2
+        for token_id, some in ((self.config.image_token_id, tokens[:images]), (self.config.video_token_id, tokens[images:])):
+            places = input_ids == token_id
+            if int(places.sum()) != len(some):
+                raise ValueError(f"the text has {int(places.sum())} places for tokens of images or videos, the pictures make {len(some)}")
+            x = x.masked_scatter(places[..., None], some) if len(some) else x
+        return x, features
 
-        num_layers=k runs the first k blocks only (no logits). hidden_layer=k returns the hidden states of block k beside the logits.
-        logits_at (B, L) bool: logits of these places only. With a cache, input_ids are the new tokens, attention_mask covers the past too.
+    def forward(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, pixel_values_videos=None, video_grid_thw=None,
+                second_per_grid_ts=None, num_layers=None, logits_at=None, cache=None, position_ids=None):
+        """input_ids (B, L), attention_mask (B, S) 1 on real tokens, vision inputs, to a VLMOutput.
+
+        num_layers=k runs the first k blocks only (no logits). logits_at (B, L) bool: logits of these places only. With a cache, input_ids are the
+        new tokens, attention_mask covers the past too. ValueError if pictures do not fill the places that the text has for them.
         """
-        past, B, L = 0 if cache is None else cache.length, *input_ids.shape
+        past, L = 0 if cache is None else cache.length, input_ids.shape[1]
         if position_ids is None and past:
             position_ids = (cache.next_position[:, None] + torch.arange(L, device=input_ids.device)).expand(3, -1, -1)
         elif position_ids is None:
-            position_ids = mrope_positions(input_ids, attention_mask, image_grid_thw, self.config)
-        if cache is not None:
-            cache.next_position = position_ids.amax(dim=(0, 2)) + 1
+            position_ids = mrope_positions(input_ids, attention_mask, self.config, image_grid_thw, video_grid_thw, second_per_grid_ts)
         x, patch_features = self.model.embed_tokens(input_ids), None
-        if pixel_values is not None:
-            tokens, patch_features = self.visual(pixel_values, image_grid_thw)
-            places = (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
-            assert places.sum() == len(tokens), f"{places.sum()} image tokens in the text, {len(tokens)} in the images"
-            x = x.masked_scatter(places[..., None], tokens)
-        mask = attention_mask_for(L, past + L, attention_mask, x.device)
-        cos, sin = self.rotary(position_ids)
-        hidden = None
-        for i, layer in enumerate(self.model.layers[:num_layers], start=1):
-            x = layer(x, cos, sin, mask, cache)
-            hidden = x if i == hidden_layer else hidden
+        if pixel_values is not None or pixel_values_videos is not None:
+            x, patch_features = self.look(x, input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
+        mask, (cos, sin), hidden = attention_mask_for(L, past + L, attention_mask, x.device), self.rotary(position_ids), [x]
+        for layer in self.model.layers[:num_layers]:
+            hidden.append(layer(hidden[-1], cos, sin, mask, cache))
+        if cache is not None:
+            cache.length, cache.next_position = past + L, position_ids.amax(dim=(0, 2)) + 1
         if num_layers is not None:
-            return VLMOutput(None, x, patch_features)
-        chosen = self.model.norm(x if logits_at is None else x[logits_at])
+            return VLMOutput(None, hidden, patch_features)
+        chosen = self.model.norm(hidden[-1] if logits_at is None else hidden[-1][logits_at])
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return VLMOutput(F.linear(chosen, head.weight), x if hidden is None else hidden, patch_features, chosen)
+        return VLMOutput(F.linear(chosen, head.weight), hidden, patch_features, chosen)
 
     @torch.no_grad()
-    def generate(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, max_new_tokens=128, temperature=0.0, top_p=1.0,
-                 seed=None):
-        """Continue left-padded prompts (B, L) until <|im_end|>: a list of B lists of token ids, the end not among them.
+    def generate(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=None,
+                 stop_token_ids=None, stream=None, **videos):
+        """Continue left-padded prompts (B, L) with their vision inputs until a stop token: a list of B lists of token ids, the stop not among them.
 
         temperature 0 takes the likeliest token; else the smallest set of tokens with probability top_p is drawn from, reproducibly with a seed.
+        stop_token_ids: <|im_end|> and <|endoftext|> unless given. stream(tokens (B,)) is called for every step; rows that are done repeat a stop.
         """
-        assert attention_mask is None or attention_mask[:, -1].all(), "generation needs padding on the left"
-        cache, real = Cache(), torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if attention_mask is not None and not attention_mask[:, -1].all():
+            raise ValueError("generation needs padding on the left")
+        config, (B, L) = self.config, input_ids.shape
+        stops = torch.tensor(stop_token_ids or (config.eos_token_id, config.bos_token_id), device=input_ids.device)
+        cache = Cache(L + max_new_tokens)
+        real = None if attention_mask is None or attention_mask.all() else F.pad(attention_mask, (0, max_new_tokens), value=1)
         generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
         last = torch.zeros_like(input_ids, dtype=torch.bool)
         last[:, -1] = True
-        logits = self(input_ids, real, pixel_values, image_grid_thw, logits_at=last, cache=cache).logits                    # (B, V)
-        made, running = [], torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        logits = self(input_ids, attention_mask, pixel_values, image_grid_thw, **videos, logits_at=last, cache=cache).logits      # (B, V)
+        made, running = [], torch.ones(B, dtype=torch.bool, device=input_ids.device)
         for i in range(max_new_tokens):
             token = logits.argmax(-1) if temperature == 0 else draw(logits / temperature, top_p, generator)
-            token = torch.where(running, token, self.config.eos_token_id)
-            running &= token != self.config.eos_token_id
+            token = torch.where(running, token, stops[0])
+            running &= ~torch.isin(token, stops)
             made.append(token)
+            if stream is not None:
+                stream(token)
             if i + 1 == max_new_tokens or not running.any():
                 break
-            real = F.pad(real, (0, 1), value=1)
-            logits = self(token[:, None], real, cache=cache).logits[:, 0]
-        rows = torch.stack(made, dim=1).tolist()
-        return [row[:row.index(self.config.eos_token_id)] if self.config.eos_token_id in row else row for row in rows]
+            logits = self(token[:, None], real if real is None else real[:, :cache.length + 1], cache=cache).logits[:, 0]
+        ends = stops.tolist()
+        return [list(takewhile(lambda token: token not in ends, row)) for row in torch.stack(made, dim=1).tolist()]
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
-        """The model in `folder` (config.json and model.safetensors, or the hub's shards). UserError on what is missing or broken."""
+    def from_pretrained(cls, path_or_repo_id, device="cpu", dtype=torch.float32):
+        """The model in a folder (config.json and model.safetensors, one or in shards) or on the hub. UserError on what is missing or broken."""
+        folder = find_folder(path_or_repo_id)
         config = load_config(folder)
         with torch.device("meta"):                                               # shapes only: 7 B random numbers would be thrown away
             model = cls(config)
@@ -555,10 +610,13 @@ class VLM(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder, dtype=None):
-        """Write config.json and model.safetensors, each whole or not at all; dtype float16 halves the file."""
+        """Write config.json, preprocessor_config.json and model.safetensors, each whole or not at all; dtype float16 halves the file.
+
+        transformers and vLLM load the folder as it is, with the tokenizer's files beside.
+        """
         weights = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in self.state_dict().items()}
-        with atomic(Path(folder) / "config.json") as path:
-            path.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        write_json(Path(folder) / "config.json", {**self.config.to_dict(), "dtype": str(dtype or self.model.norm.weight.dtype).removeprefix("torch.")})
+        write_json(Path(folder) / "preprocessor_config.json", self.config.processor_dict())
         with atomic(Path(folder) / "model.safetensors") as path:
             save_file(weights, path, metadata={"format": "pt"})
 
@@ -583,6 +641,18 @@ QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
                   "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 SYSTEM_PROMPT = "You are a helpful assistant."
+# `chat` below in Jinja, for the tools that read a checkpoint's tokenizer_config.json
+CHAT_TEMPLATE = """{%- if messages[0]['role'] != 'system' %}<|im_start|>system
+""" + SYSTEM_PROMPT + """<|im_end|>
+{% endif %}
+{%- for message in messages %}<|im_start|>{{ message['role'] }}
+{% if message['content'] is string %}{{ message['content'] }}
+{%- else %}{%- for item in message['content'] %}
+{%- if item['type'] in ('image', 'video') %}<|vision_start|><|{{ item['type'] }}_pad|><|vision_end|>{% else %}{{ item['text'] }}{% endif %}
+{%- endfor %}{%- endif %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 
 
 class Tokenizer:
@@ -608,8 +678,8 @@ class Tokenizer:
         return self.fast.decode(list(ids), skip_special_tokens=True)
 
     @classmethod
-    def from_pretrained(cls, folder):
-        path = Path(folder) / "tokenizer.json"
+    def from_pretrained(cls, path_or_repo_id):
+        path = find_folder(path_or_repo_id) / "tokenizer.json"
         try:
             return cls(FastTokenizer.from_str(path.read_text(encoding="utf-8")))
         except UserError as error:
@@ -618,8 +688,11 @@ class Tokenizer:
             raise UserError(f"cannot read the tokenizer {path}: {getattr(error, 'strerror', None) or error}") from None
 
     def save_pretrained(self, folder):
+        """Write tokenizer.json, and tokenizer_config.json for transformers and vLLM, each whole or not at all."""
         with atomic(Path(folder) / "tokenizer.json") as path:
             path.write_text(self.fast.to_str(pretty=True), encoding="utf-8")
+        write_json(Path(folder) / "tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+                                                            "chat_template": CHAT_TEMPLATE})
 
 
 def train_tokenizer(texts, vocab_size=1024):
@@ -688,6 +761,20 @@ def collate(rows, pad_id, side="left"):
 
 # ---- loading
 
+def find_folder(path_or_repo_id):
+    """The folder itself if it is there; else, for a name like Qwen/Qwen2.5-VL-3B-Instruct, the hub's files on this disk, fetched if they are not there yet."""
+    folder, name = Path(path_or_repo_id), str(path_or_repo_id)
+    if folder.exists() or folder.parts[0] in (".", "..") or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or Path(folder.parts[0]).exists():
+        return folder
+    from huggingface_hub import snapshot_download                                # slow to load, and rarely needed
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = "no connection to the hub, and no copy on this disk" if isinstance(error, LocalEntryNotFoundError) else str(error).split("\n")[0]
+        raise UserError(f"there is no folder {name}, and no such model from the hub: {reason}") from None
+
+
 def read_json(path):
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -721,20 +808,25 @@ def weight_files(folder):
 
 
 def load_weights(model, paths, device="cpu", dtype=torch.float32):
-    """Put the safetensors files `paths` into `model`, a tensor at a time: every name and every shape must match, so nothing is left at random."""
+    """Put the safetensors files `paths` into `model`: every name and every shape must match, so nothing is left at random.
+
+    Tensors are copied one by one, each from a mapping of its own: what was read of the file is let go of at once, and memory peaks at the weights and
+    one tensor.
+    """
     wanted, found = model.state_dict(), {}
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():
-                    if name == "lm_head.weight" and name not in wanted:
-                        continue                                                 # tied: some savers store the embedding twice
-                    if name not in wanted:
-                        raise UserError(f"{path} does not fit config.json: unexpected tensor {name}")
-                    shape = file.get_slice(name).get_shape()
-                    if list(wanted[name].shape) != shape:
-                        raise UserError(f"{path} does not fit config.json: {name} has shape {shape}, wanted {list(wanted[name].shape)}")
-                    found[name] = file.get_tensor(name).to(device, dtype)
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+            if "lm_head.weight" not in wanted:
+                shapes.pop("lm_head.weight", None)                               # tied: some savers store the embedding twice
+            for name, shape in shapes.items():
+                if name not in wanted:
+                    raise UserError(f"{path} does not fit config.json: unexpected tensor {name}")
+                if list(wanted[name].shape) != shape:
+                    raise UserError(f"{path} does not fit config.json: {name} has shape {shape}, wanted {list(wanted[name].shape)}")
+                with safe_open(path, "pt") as file:
+                    found[name] = file.get_tensor(name).to(device, dtype, copy=True)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read weights {path}: {getattr(error, 'strerror', None) or error}; is the file complete?") from None
     missing = sorted(wanted.keys() - found.keys())

@@ -1,4 +1,5 @@
 """vlm.py keeps its promises: equal to transformers, cached = uncached, padding moves nothing, nothing half-loaded, errors in one line."""
+import copy
 import dataclasses
 import json
 
@@ -9,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cli import UserError
-from vlm import (CLIP_MEAN, SPECIAL_TOKENS, VLM, Cache, Tokenizer, VisionConfig, VLMConfig, chat, collate, load_image, mrope_positions,
-                 process_images, train_tokenizer)
+from vlm import (CHAT_TEMPLATE, CLIP_MEAN, SPECIAL_TOKENS, VLM, Cache, Tokenizer, VisionConfig, VLMConfig, chat, collate, load_image, mrope_positions,
+                 process_images, process_videos, train_tokenizer)
 
 CORPUS = ["Where is the red cube? It is left of the blue sphere.", '{"point_2d": [41, 57], "label": "red cube"}',
           "system\nYou are a helpful assistant.\nuser\nassistant\n", "Pick up the cube, then stack it on the green one."] * 3
@@ -25,8 +26,8 @@ def tokenizer():
 def small_config(tokenizer, **changes):
     vision = VisionConfig(depth=3, hidden_size=32, intermediate_size=40, num_heads=2, out_hidden_size=48, patch_size=8, window_size=32,
                           fullatt_block_indexes=[1])
-    return VLMConfig(hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, mrope_section=(2, 2, 2),
-                     min_pixels=16 * 16, max_pixels=128 * 128, vision_config=vision, **changes).for_tokenizer(tokenizer)
+    sizes = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, mrope_section=(2, 2, 2))
+    return VLMConfig(**{**sizes, **changes}, min_pixels=16 * 16, max_pixels=128 * 128, vision_config=vision).for_tokenizer(tokenizer)
 
 
 def random_model(config, seed=0):
@@ -44,56 +45,91 @@ def picture(height, width, seed=0):
 
 
 def prompts(tokenizer, config, side="left"):
-    """Three prompts of different lengths: two non-square pictures, none, one with partial windows; and their pictures."""
-    images = [[picture(48, 96), picture(80, 32, 1)], [], [picture(112, 80, 2)]]
-    rows, pixels, grids = [], [], []
-    for i, few in enumerate(images):
-        if few:
-            values, grid = process_images(few, config)
-            pixels, grids = [*pixels, values], [*grids, grid]
-        content = [{"type": "image"} for _ in few] + [{"type": "text", "text": "Where is the red cube?" * (i + 1)}]
-        rows.append(chat(tokenizer, [{"role": "user", "content": content}], grid.tolist() if few else ()))
+    """Three prompts of different lengths, with their vision inputs: two non-square pictures and a video; nothing; a picture with partial windows."""
+    seen = [([picture(48, 96), picture(80, 32, 1)], [[picture(32, 48, seed) for seed in range(3, 6)]]), ([], []), ([picture(112, 80, 2)], [])]
+    rows, pixels, grids, clips = [], [], [], ()
+    for i, (images, videos) in enumerate(seen):
+        now = []
+        if images:
+            values, grid = process_images(images, config)
+            pixels, grids, now = [*pixels, values], [*grids, grid], grid.tolist()
+        if videos:
+            clips = process_videos(videos, config)
+            now = [*now, *clips[1].tolist()]
+        content = [{"type": "image"} for _ in images] + [{"type": "video"} for _ in videos] + [{"type": "text", "text": "Where is the red cube?" * (i + 1)}]
+        rows.append(chat(tokenizer, [{"role": "user", "content": content}], now))
     batch = collate(rows, config.bos_token_id, side)
     batch.pop("labels")
-    return {**batch, "pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
+    return {**batch, "pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids), "pixel_values_videos": clips[0], "video_grid_thw": clips[1],
+            "second_per_grid_ts": torch.tensor([0.5])}
 
 
 def token_types(batch, config):
-    return (batch["input_ids"] == config.image_token_id).int()                   # transformers 5 uses plain positions in silence without them
+    """0 text, 1 image, 2 video: transformers 5 uses plain positions in silence without them."""
+    return (batch["input_ids"] == config.image_token_id).int() + 2 * (batch["input_ids"] == config.video_token_id).int()
+
+
+SHAPES = {"tied, grouped": {"tie_word_embeddings": True}, "untied, multi-head": {"tie_word_embeddings": False, "num_key_value_heads": 4}}
 
 
 @pytest.fixture(scope="module")
 def reference(tokenizer, tmp_path_factory):
-    """{tied: (our model, transformers' model loaded from our folder)}"""
+    """{shape: (our model, transformers' model loaded from our folder)}"""
     transformers = pytest.importorskip("transformers", reason="parity tests compare with transformers: pip install transformers")
     pairs = {}
-    for tied in (True, False):
-        model, folder = random_model(small_config(tokenizer, tie_word_embeddings=tied)), tmp_path_factory.mktemp("model")
+    for shape, changes in SHAPES.items():
+        model, folder = random_model(small_config(tokenizer, **changes)), tmp_path_factory.mktemp("model")
         model.save_pretrained(folder)
         theirs, report = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
         assert not report["missing_keys"] and not report["unexpected_keys"]
-        pairs[tied] = model, theirs.eval()
+        pairs[shape] = model, theirs.eval()
     return pairs
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_logits_and_hidden_states_match_transformers(reference, tokenizer, tied, side):
-    ours, theirs = reference[tied]
-    assert ("lm_head.weight" in ours.state_dict()) != tied
+def test_logits_and_hidden_states_match_transformers(reference, tokenizer, shape, side):
+    ours, theirs = reference[shape]
+    assert ("lm_head.weight" in ours.state_dict()) == shape.startswith("untied")
     batch = prompts(tokenizer, ours.config, side)
     with torch.no_grad():
         expected = theirs(**batch, mm_token_type_ids=token_types(batch, ours.config), output_hidden_states=True)
         real = batch["attention_mask"].bool()
-        for k in (1, 2, 3):
-            found = ours(**batch, hidden_layer=k)
-            torch.testing.assert_close(found.hidden_states[real], expected.hidden_states[k][real], atol=1e-4, rtol=1e-4)
+        found = ours(**batch)
+        for k in range(4):                                                       # theirs of the last block are behind the norm
+            torch.testing.assert_close(found.hidden_states[k][real], expected.hidden_states[k][real], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found.last_hidden_state[real], expected.hidden_states[4][real], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found.logits[real], expected.logits[real], atol=1e-4, rtol=1e-4)
         assert expected.logits.std() > 0.1                                       # the comparison is of numbers, not of zeros
 
 
+def by_formula(config):
+    """Weights that any version of torch makes alike: sines."""
+    model = VLM(config).eval()
+    for i, (name, parameter) in enumerate(sorted(model.named_parameters())):
+        wave = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * 0.7 + i).float().view(parameter.shape)
+        parameter.data = wave * (0.3 if parameter.ndim == 1 else 1.4 * parameter[0].numel() ** -0.5) + ("norm" in name or "ln_q" in name)
+    return model
+
+
+# of the prompts below, last token's first four logits; transformers 5.23 gives the same to 1e-4 (GOLDEN is what keeps us honest where it is not installed)
+GOLDEN = [0.7416, -0.1870, -0.5263, 0.7928]
+
+
+def test_golden_values(tokenizer):
+    config = small_config(tokenizer)
+    model, (height, width) = by_formula(config), (48, 80)
+    image = (128 + 100 * np.sin(np.arange(height * width * 3) * 0.013)).astype(np.uint8).reshape(height, width, 3)
+    (pixels, grids), (frames, clips) = process_images([image], config), process_videos([[image[:32, :48], image[16:, :48], image[:32, 32:]]], config)
+    ids = torch.tensor([[1, 2, *[config.image_token_id] * int(grids[0].prod() // 4), 3, *[config.video_token_id] * int(clips[0].prod() // 4), 4, 5, 6]])
+    with torch.no_grad():
+        out = model(ids, pixel_values=pixels, image_grid_thw=grids, pixel_values_videos=frames, video_grid_thw=clips)
+    found = [round(float(x), 4) for x in out.logits[0, -1, :4]]
+    assert np.allclose(found, GOLDEN, atol=2e-4), found
+
+
 def test_vit_and_merger_match_transformers(reference, tokenizer):
-    ours, theirs = reference[True]
+    ours, theirs = reference["tied, grouped"]
     values, grids = process_images([picture(48, 96), picture(80, 112, 1), picture(64, 64, 2), picture(64, 64, 3)], ours.config)
     values, grids = torch.cat([values, torch.randn(2 * 6 * 10, values.shape[1])]), torch.cat([grids, torch.tensor([[2, 6, 10]])])      # a video too
     with torch.no_grad():
@@ -117,22 +153,24 @@ def test_patch_features_are_in_raster_order(tokenizer):
 
 
 def test_mrope_positions_match_transformers(reference, tokenizer):
-    ours, theirs = reference[True]
+    ours, theirs = reference["tied, grouped"]
     batch = prompts(tokenizer, ours.config)
-    found = mrope_positions(batch["input_ids"], batch["attention_mask"], batch["image_grid_thw"], ours.config)
-    expected = theirs.model.get_rope_index(batch["input_ids"], token_types(batch, ours.config), image_grid_thw=batch["image_grid_thw"],
-                                           attention_mask=batch["attention_mask"])[0]
+    grids = {name: batch[name] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
+    found = mrope_positions(batch["input_ids"], batch["attention_mask"], ours.config, **grids)
+    expected = theirs.model.get_rope_index(batch["input_ids"], token_types(batch, ours.config), attention_mask=batch["attention_mask"], **grids)[0]
     assert torch.equal(found, expected)
-    video, grid = tokenizer.special["<|video_pad|>"], torch.tensor([[3, 4, 6]])
+    video, grid = ours.config.video_token_id, torch.tensor([[3, 4, 6]])
     ids = torch.tensor([[5, 6, *[video] * 18, 7, 8]])
-    expected = theirs.model.get_rope_index(ids, 2 * (ids == video).int(), video_grid_thw=grid, second_per_grid_ts=torch.tensor([1.5]))[0]
-    found = mrope_positions(ids, None, grid, ours.config, seconds_per_grid=1.5)
-    assert torch.equal(found[:, :, :-2], expected[:, :, :-2])
-    assert (found[:, 0, -2:] == found[:, 0, :-2].max() + torch.tensor([1, 2])).all()     # as transformers 4; 5 goes on at max(h, w), behind the time
+    for seconds in (1.5, 0.75):                                                  # a fraction is kept: 0, 1.5 and 3 positions, rounded down
+        expected = theirs.model.get_rope_index(ids, 2 * (ids == video).int(), video_grid_thw=grid, second_per_grid_ts=torch.tensor([seconds]))[0]
+        found = mrope_positions(ids, None, ours.config, video_grid_thw=grid, second_per_grid_ts=[seconds])
+        assert torch.equal(found[:, :, :-2], expected[:, :, :-2])
+        assert (found[:, 0, -2:] == found[:, 0, :-2].max() + torch.tensor([1, 2])).all()     # as transformers 4; 5 goes on at max(h, w), behind the time
+    assert found[0, 0, [2, 8, 14, -2]].tolist() == [2, 3, 5, 6]
 
 
 def test_greedy_generation_matches_transformers(reference, tokenizer):
-    ours, theirs = reference[True]
+    ours, theirs = reference["tied, grouped"]
     batch = prompts(tokenizer, ours.config)
     found = ours.generate(**batch, max_new_tokens=12)
     types = token_types(batch, ours.config)
@@ -147,11 +185,67 @@ def test_greedy_generation_matches_transformers(reference, tokenizer):
 
 
 def test_checkpoint_saved_by_transformers_loads(reference, tokenizer, tmp_path):
-    ours, theirs = reference[False]
+    ours, theirs = reference["untied, multi-head"]
     theirs.save_pretrained(tmp_path)
     again = VLM.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), ours.state_dict().values()))
     assert dataclasses.replace(again.config, min_pixels=0, max_pixels=0) == dataclasses.replace(ours.config, min_pixels=0, max_pixels=0)
+
+
+def test_bf16_shards_of_transformers_load_with_the_same_logits(reference, tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours, theirs = reference["tied, grouped"]
+    copy.deepcopy(theirs).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2 and "text_config" in json.loads((tmp_path / "config.json").read_text())
+    again, batch = VLM.from_pretrained(tmp_path), prompts(tokenizer, ours.config)
+    theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = theirs(**batch, mm_token_type_ids=token_types(batch, ours.config)).logits
+        real = batch["attention_mask"].bool()
+        torch.testing.assert_close(again(**batch).logits[real], expected[real], atol=1e-4, rtol=1e-4)
+    half = VLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        near = (half(**batch).logits[real].float() - expected[real]).abs()
+    assert near.mean() < 0.05 * expected[real].std()
+
+
+def test_transformers_reads_a_saved_folder_with_its_tokenizer_and_processor(reference, tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours, _ = reference["tied, grouped"]
+    ours.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where is 12 red?\n"}]}, {"role": "assistant", "content": "left"},
+            {"role": "user", "content": "And now?"}]
+    found = theirs.apply_chat_template(talk, tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert found == chat(tokenizer, talk, [(1, 2, 2)])[0] and theirs.eos_token == "<|im_end|>" and theirs.pad_token == "<|endoftext|>"
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    expected = processor(images=[Image.fromarray(picture(70, 90))], return_tensors="pt")
+    values, grids = process_images([picture(70, 90)], ours.config)
+    assert torch.equal(grids, expected["image_grid_thw"])
+    torch.testing.assert_close(values, expected["pixel_values"], atol=1e-5, rtol=0)
+
+
+def test_hub_names_are_fetched_and_their_absence_is_one_line(tokenizer, tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    model = random_model(small_config(tokenizer))
+    model.save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append(name) or str(tmp_path))
+    again = VLM.from_pretrained("Qwen/Qwen2.5-VL-3B-Instruct")
+    assert asked == ["Qwen/Qwen2.5-VL-3B-Instruct"] and torch.equal(again.model.norm.weight, model.model.norm.weight)
+
+    def absent(name, allow_patterns):
+        raise LocalEntryNotFoundError("several lines\nof advice")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
+    with pytest.raises(UserError, match="no folder Qwen/Nothing.*no connection"):
+        VLM.from_pretrained("Qwen/Nothing")
+    for local in ("tests/nowhere", "./Qwen/Nothing", "/Qwen/Nothing", "Qwen"):     # these are folders that are not there: nothing is asked of the hub
+        with pytest.raises(UserError, match="cannot read"):
+            VLM.from_pretrained(local)
 
 
 @pytest.mark.parametrize("size", [(50, 70), (64, 64), (300, 30), (9, 40), (500, 400)])
@@ -166,12 +260,15 @@ def test_processor_matches_transformers(tokenizer, size):
         torch.testing.assert_close(values, expected["pixel_values"], atol=1e-5, rtol=0)
 
 
-TEMPLATE = ("{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"           # the hub's, less numbers
-            "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-            "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
-            "{% for content in message['content'] %}{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-            "{% elif content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}"
-            "{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+def test_videos_pair_their_frames(tokenizer):
+    config, (a, b) = small_config(tokenizer), (picture(32, 48), picture(32, 48, 1))
+    values, grids = process_videos([[a, a, b]], config)                           # the odd frame at the end is shown twice, as a still picture is
+    stills, still_grids = process_images([a, b], config)
+    assert grids.tolist() == [[2, *still_grids[0, 1:].tolist()]] and torch.equal(values, stills)
+    mixed = process_videos([[a, b]], config)[0].view(-1, 3, 2, 64)
+    assert torch.equal(mixed[:, :, 0], stills[:24].view(-1, 3, 2, 64)[:, :, 0]) and torch.equal(mixed[:, :, 1], stills[24:].view(-1, 3, 2, 64)[:, :, 1])
+    with pytest.raises(UserError, match="one size"):
+        process_videos([[a, picture(64, 48)]], config)
 
 
 @pytest.mark.parametrize("answer", [True, False])
@@ -183,7 +280,7 @@ def test_chat_matches_qwen_template(tokenizer, answer):
     for messages in (talk, [{"role": "system", "content": "Be brief."}, *talk], talk[2:3], [{"role": "user", "content": [{"type": "video"}]}]):
         grids = [(1, 2, 2)] * sum(item["type"] != "text" for m in messages if not isinstance(m["content"], str) for item in m["content"])
         ids, labels = chat(tokenizer, messages, grids, answer=answer)
-        text = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE).render(messages=messages, add_generation_prompt=answer)
+        text = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(CHAT_TEMPLATE).render(messages=messages, add_generation_prompt=answer)
         obeying = tokenizer.fast.from_str(tokenizer.fast.to_str())
         obeying.encode_special_tokens = False
         assert ids == obeying.encode(text).ids
@@ -216,7 +313,7 @@ def test_cached_equals_uncached_and_padding_moves_nothing(tokenizer):
     longer = {**batch, "input_ids": torch.cat([batch["input_ids"], extra], 1),
               "attention_mask": torch.cat([batch["attention_mask"], torch.ones(3, 5)], 1)}
     with torch.no_grad():
-        whole, cache = model(**longer), Cache()
+        whole, cache = model(**longer), Cache(L + 5)
         model(**batch, cache=cache)
         parts = [model(extra[:, :2], longer["attention_mask"][:, :L + 2], cache=cache).logits]                   # two at once, then one by one
         parts += [model(extra[:, i:i + 1], longer["attention_mask"][:, :L + 1 + i], cache=cache).logits for i in range(2, 5)]
@@ -234,8 +331,8 @@ def test_first_k_blocks_equal_hidden_states_of_the_full_run(tokenizer):
     batch = prompts(tokenizer, model.config)
     with torch.no_grad():
         for k in (1, 3, 4):
-            first, full = model(**batch, num_layers=k), model(**batch, hidden_layer=k)
-            assert first.logits is None and torch.equal(first.hidden_states, full.hidden_states)
+            first, full = model(**batch, num_layers=k), model(**batch)
+            assert first.logits is None and len(first.hidden_states) == k + 1 and torch.equal(first.hidden_states[k], full.hidden_states[k])
             assert torch.equal(first.patch_features, full.patch_features)
         some = torch.rand(batch["input_ids"].shape) > 0.7
         torch.testing.assert_close(model(**batch, logits_at=some).logits, full.logits[some])
@@ -245,6 +342,22 @@ def test_every_parameter_gets_gradient(tokenizer):
     model = random_model(small_config(tokenizer))
     model(**prompts(tokenizer, model.config)).logits.square().mean().backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0 and "k_proj.bias" not in name]
+
+
+def test_generation_stops_streams_and_needs_left_padding(tokenizer):
+    model = random_model(small_config(tokenizer))
+    batch, steps = prompts(tokenizer, model.config), []
+    found = model.generate(**batch, max_new_tokens=8, stop_token_ids=[-1], stream=lambda tokens: steps.append(tokens.tolist()))
+    assert [len(row) for row in found] == [8, 8, 8] and torch.equal(torch.tensor(steps).T, torch.tensor(found))
+    stop = found[0][3]
+    assert model.generate(**batch, max_new_tokens=8, stop_token_ids=[stop, 299])[0] == found[0][:found[0].index(stop)]
+    with pytest.raises(ValueError, match="left"):
+        model.generate(**prompts(tokenizer, model.config, "right"))
+    for grids, said in ((batch["image_grid_thw"][:1], "places left"), (batch["image_grid_thw"] * torch.tensor([1, 2, 1]), "places left"),
+                        (torch.cat([batch["image_grid_thw"]] * 2), "pictures make")):
+        with pytest.raises(ValueError, match=said):
+            model(batch["input_ids"], pixel_values=torch.randn(int(grids.prod(1).sum()), batch["pixel_values"].shape[1]), image_grid_thw=grids,
+                  pixel_values_videos=batch["pixel_values_videos"], video_grid_thw=batch["video_grid_thw"])
 
 
 def test_sampling_with_a_seed_repeats(tokenizer):

@@ -1,0 +1,160 @@
+"""How fast the parts are, each beside its peer or its limit on this machine.
+
+    python bench.py vlm          vlm.py against Hugging Face transformers (pip install -r requirements-test.txt), the same random weights in both
+
+Every figure is the median of runs that take turns, ours and theirs, since machines are noisy. Results are printed and written as JSON.
+"""
+import os
+import platform
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cli import UserError, choose, parse, pick_device, run, write_json
+from vlm import PRESETS, VLM, VisionConfig, VLMConfig, process_images
+
+GENERATED = 32
+
+
+@dataclass
+class BenchConfig:
+    runs: int = 7                # timed runs of each side
+    threads: int = 0             # CPU threads; 0: all cores
+    device: str = "auto"         # auto, cpu, cuda or mps
+    out: str = ""                # result file; default out/results/bench-<what>.json
+
+
+LARGER = VLMConfig(vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=9, num_attention_heads=8, num_key_value_heads=2,
+                   mrope_section=(8, 12, 12), min_pixels=224 * 224, max_pixels=224 * 224, bos_token_id=8000, eos_token_id=8001, vision_start_token_id=8002,
+                   vision_end_token_id=8003, image_token_id=8004, video_token_id=8005,
+                   vision_config=VisionConfig(depth=6, hidden_size=384, intermediate_size=1024, num_heads=6, out_hidden_size=512, patch_size=14,
+                                              window_size=56, fullatt_block_indexes=(2, 5)))
+
+
+def median_ms(sides, runs, sync):
+    """Median milliseconds of each function of `sides`, which take turns; the first round is not counted."""
+    times = [[] for _ in sides]
+    for i in range(runs + 1):
+        for side, seconds in zip(sides, times):
+            start = time.perf_counter()
+            side()
+            sync()
+            seconds.append(time.perf_counter() - start)
+    return [1000 * float(np.median(seconds[1:])) for seconds in times]
+
+
+def limits(device, sync, n=2048):
+    """(GFLOP/s of a float32 matrix product, GB/s of a copy): what this machine can do."""
+    a, b = torch.randn(n, n, device=device), torch.randn(1 << 26, device=device)
+    product, copy = median_ms([lambda: a @ a, lambda: b.clone()], 5, sync)
+    return 2 * n ** 3 / product / 1e6, 2 * b.nbytes / copy / 1e6
+
+
+def prompt(config, batch, text=72, seed=0):
+    """A batch of one picture and `text` tokens each; token types for transformers, which uses plain positions in silence without them."""
+    rng, side = np.random.default_rng(seed), int(config.min_pixels ** 0.5)
+    pixel_values, grids = process_images([rng.integers(0, 255, (side, side, 3), dtype=np.uint8) for _ in range(batch)], config)
+    places = int(grids[0].prod()) // config.vision_config.spatial_merge_size ** 2
+    words = torch.from_numpy(rng.integers(0, min(config.bos_token_id, config.eos_token_id), (batch, text)))
+    ids = torch.cat([torch.full((batch, 1), config.vision_start_token_id), torch.full((batch, places), config.image_token_id),
+                     torch.full((batch, 1), config.vision_end_token_id), words], dim=1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixel_values, "image_grid_thw": grids}
+
+
+def flops(model, batch):
+    """Of one forward pass: two for each weight and token, and attention's two products."""
+    config, vision = model.config, model.config.vision_config
+    weights = lambda module: sum(p.numel() for p in module.parameters() if p.ndim > 1)
+    (B, L), patches, merge = batch["input_ids"].shape, len(batch["pixel_values"]), vision.spatial_merge_size ** 2
+    each = patches // B
+    see = patches * (weights(model.visual.patch_embed) + weights(model.visual.blocks)) + patches // merge * weights(model.visual.merger)
+    window = min(each, (vision.window_size // vision.patch_size) ** 2)
+    for i in range(vision.depth):
+        see += 2 * patches * vision.hidden_size * (each if i in vision.fullatt_block_indexes else window)
+    read = B * L * (weights(model.model.layers) + model.model.embed_tokens.weight.numel()) + config.num_hidden_layers * B * L * L * config.hidden_size
+    return 2 * (see + read)
+
+
+def bench_vlm(config):
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("bench.py vlm needs transformers: pip install -r requirements-test.txt") from None
+    transformers.logging.set_verbosity_error()
+    device = pick_device(config.device)
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    peak, bandwidth = limits(device, sync)
+    rows = []
+    for size, shape in tqdm((("nano", PRESETS["nano"]), ("ten times nano", LARGER)), desc="sizes"):
+        torch.manual_seed(0)
+        with tempfile.TemporaryDirectory() as folder:
+            VLM(shape).save_pretrained(folder)
+            ours = VLM.from_pretrained(folder, device)
+            theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+        parameters = sum(p.numel() for p in ours.parameters())
+        for batch_size in (1, 8, 16):
+            batch = {name: tensor.to(device) for name, tensor in prompt(shape, batch_size).items()}
+            more, L = {"mm_token_type_ids": (batch["input_ids"] == shape.image_token_id).int()}, batch["input_ids"].shape[1]
+
+            @torch.no_grad()
+            def prefill(model, **more):
+                return model(**batch, **more).logits
+
+            def train(model, **more):
+                logits = model(**batch, **more).logits[:, :-1]
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten()).backward()
+                model.zero_grad(set_to_none=True)
+
+            def continue_ours():
+                ours.generate(**batch, max_new_tokens=GENERATED, stop_token_ids=[-1])
+
+            def continue_theirs():
+                theirs.generate(**batch, **more, max_new_tokens=GENERATED, min_new_tokens=GENERATED, do_sample=False, pad_token_id=shape.bos_token_id)
+
+            assert torch.allclose(prefill(ours), prefill(theirs, **more), atol=1e-4)
+            jobs = {1: [("prefill", lambda: prefill(ours), lambda: prefill(theirs, **more)), ("generate", continue_ours, continue_theirs)],
+                    8: [("generate", continue_ours, continue_theirs)],
+                    16: [("prefill", lambda: prefill(ours), lambda: prefill(theirs, **more)), ("train", lambda: train(ours), lambda: train(theirs, **more))]}
+            for what, mine, peer in jobs[batch_size]:
+                ms, peer_ms = median_ms([mine, peer], config.runs, sync)
+                row = {"size": size, "parameters": parameters, "what": what, "batch": batch_size, "tokens": L, "ms": round(ms, 2), "transformers_ms": round(peer_ms, 2),
+                       "ratio": round(peer_ms / ms, 2)}
+                if what == "generate":                     # the prompt counted as well, as a user waits for it; all weights are read once a token
+                    row["tokens_per_s"] = round(1000 * GENERATED * batch_size / ms, 1)
+                    row["of_bandwidth"] = round(4 * parameters * GENERATED / ms / 1e6 / bandwidth, 3)
+                else:
+                    row["of_peak"] = round((3 if what == "train" else 1) * flops(ours, batch) / ms / 1e6 / peak, 3)
+                rows.append(row)
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") if os.path.exists("/proc/cpuinfo") else platform.processor()
+    machine = {"device": torch.cuda.get_device_name() if device.type == "cuda" else cpu, "threads": torch.get_num_threads(), "torch": torch.__version__,
+               "transformers": transformers.__version__, "matrix_product_gflops": round(peak, 1), "copy_gb_s": round(bandwidth, 1)}
+    print("\n" + ", ".join(f"{name} {value}" for name, value in machine.items()) + "\n")
+    print("| size | what | batch | ours ms | transformers ms | times as fast | of this machine's limit |\n" + "|---" * 7 + "|")
+    for row in rows:
+        limit = f"{100 * row['of_peak']:.0f}% of matrix peak" if "of_peak" in row else f"{100 * row['of_bandwidth']:.0f}% of bandwidth, {row['tokens_per_s']:.0f} tokens/s"
+        print(f"| {row['size']}, {row['parameters'] / 1e6:.1f} M | {row['what']} | {row['batch']} | {row['ms']:.1f} | {row['transformers_ms']:.1f} | {row['ratio']:.2f} | {limit} |")
+    return {"what": "vlm", "machine": machine, "rows": rows}
+
+
+BENCHES = {"vlm": bench_vlm}
+
+
+def main():
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise UserError(f"say what to time: python bench.py {' | '.join(BENCHES)}")
+    what = choose(sys.argv[1], BENCHES, "benchmark")
+    config = parse(BenchConfig, description=__doc__.split("\n")[0], argv=sys.argv[2:])
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    result = BENCHES[what](config)
+    out = config.out or f"out/results/bench-{what}.json"
+    write_json(out, result)
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    run(main)
