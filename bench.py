@@ -96,7 +96,7 @@ def bench_vlm(config):
             VLM(shape).save_pretrained(folder)
             ours = VLM.from_pretrained(folder, device)
             theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-        parameters = sum(p.numel() for p in ours.parameters())
+        parameters, read = (sum(p.numel() for p in part.parameters()) for part in (ours, ours.model))
         for batch_size in (1, 8, 16):
             batch = {name: tensor.to(device) for name, tensor in prompt(shape, batch_size).items()}
             more, L = {"mm_token_type_ids": (batch["input_ids"] == shape.image_token_id).int()}, batch["input_ids"].shape[1]
@@ -124,9 +124,9 @@ def bench_vlm(config):
                 ms, peer_ms = median_ms([mine, peer], config.runs, sync)
                 row = {"size": size, "parameters": parameters, "what": what, "batch": batch_size, "tokens": L, "ms": round(ms, 2), "transformers_ms": round(peer_ms, 2),
                        "ratio": round(peer_ms / ms, 2)}
-                if what == "generate":                     # the prompt counted as well, as a user waits for it; all weights are read once a token
+                if what == "generate":                     # the prompt counted as well, as a user waits for it; the LLM's weights are read once a token
                     row["tokens_per_s"] = round(1000 * GENERATED * batch_size / ms, 1)
-                    row["of_bandwidth"] = round(4 * parameters * GENERATED / ms / 1e6 / bandwidth, 3)
+                    row["of_bandwidth"] = round(4 * read * GENERATED / ms / 1e6 / bandwidth, 3)
                 else:
                     row["of_peak"] = round((3 if what == "train" else 1) * flops(ours, batch) / ms / 1e6 / peak, 3)
                 rows.append(row)

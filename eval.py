@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,13 +47,14 @@ class EvalConfig:
 
 
 def rollout(blm, env, seed, execute_steps=8, temperature=0.0, instruction=None, watch=None, max_steps=None):
-    """One closed-loop episode of `blm` in `env` (made with render=False: pictures are drawn when the policy looks): returns {"success", "steps", "clipped", "act_s": mean seconds a chunk, "conditions"}.
+    """One closed-loop episode of `blm` in `env`: {"success", "steps", "clipped", "act_s": mean seconds a chunk, "reason": why it failed, or ""}.
 
-    Every `execute_steps` control steps the policy looks again. watch(env): called before every control step. max_steps: stop sooner than the task does.
+    Every `execute_steps` control steps the policy looks again, and only then are pictures drawn: make env with render=False. watch(env): called before
+    every control step. max_steps: stop sooner than the task does.
     """
     env.reset(seed, instruction=instruction)
     done = truncated = False
-    times = []
+    times, held, body = [], [], next(iter(env.task.labels))
     while not (done or truncated):
         observation, start = env.observe(render=True), time.perf_counter()
         chunk = blm.act(observation, env.robot.name, temperature, seed=[seed, env.steps])
@@ -62,10 +64,17 @@ def rollout(blm, env, seed, execute_steps=8, temperature=0.0, instruction=None, 
                 watch(env)
             *_, done, truncated, info = env.step(action)
             truncated = truncated or env.steps == max_steps
+            held.append(env.grasped(body))
             if done or truncated:
                 break
-    return {"success": bool(done), "steps": env.steps, "clipped": info["clipped"], "act_s": float(np.mean(times)),
-            "conditions": {name: bool(value) for name, value in info["conditions"].items()}}
+    return {"success": bool(done), "steps": env.steps, "clipped": info["clipped"], "act_s": float(np.mean(times)), "reason": "" if done else why(env.task, held)}
+
+
+def why(task, held):
+    """Why an episode of `task` failed, from whether its object was held after each step."""
+    if task.name in ("PushCube", "PullCube"):
+        return "missed the target"
+    return "never grasped" if not any(held) else "held to the end" if held[-1] else "let go elsewhere"
 
 
 def wilson(successes, n, z=1.96):
@@ -111,10 +120,11 @@ def physical(what, config):
             bar.update(len(results))
     cells = {}
     for (robot, task), results in sorted(episodes.items()):
-        wins, low_high = sum(e["success"] for e in results), None
-        low_high = wilson(wins, len(results))
-        cells.setdefault(robot, {})[task] = {"success": wins / len(results), "episodes": len(results), "interval": [round(x, 3) for x in low_high],
-                                             "mean_steps": float(np.mean([e["steps"] for e in results])), "failed_seeds": sorted(e["seed"] for e in results if not e["success"])}
+        results.sort(key=lambda e: e["seed"])
+        wins = sum(e["success"] for e in results)
+        cells.setdefault(robot, {})[task] = {"success": wins / len(results), "episodes": len(results), "interval": [round(x, 3) for x in wilson(wins, len(results))],
+                                             "mean_steps": float(np.mean([e["steps"] for e in results])),
+                                             "failures": {e["seed"]: e.get("reason", "") for e in results if not e["success"]}}
     mean = float(np.mean([c["success"] for row in cells.values() for c in row.values()]))
     result = {"what": what, "mean": mean, "cells": cells, "command": shlex.join(["python", *sys.argv]), "seconds": round(time.time() - start),
               "config": {k: v for k, v in asdict(config).items() if k not in ("corpus", "scenes", "out")}}
@@ -122,6 +132,7 @@ def physical(what, config):
         flat = [e for results in episodes.values() for e in results]
         result["act_ms"] = 1000 * float(np.mean([e["act_s"] for e in flat]))
         result["clipped_steps"] = int(sum(e["clipped"] for e in flat))
+        result["reasons"] = dict(Counter(e["reason"] for e in flat if not e["success"]).most_common())
     print(table(result, robots, tasks))
     return result
 
@@ -139,6 +150,8 @@ def table(result, robots, tasks):
     n = sum(c["episodes"] for row in result["cells"].values() for c in row.values())
     lines.append(f"\nmean {100 * result['mean']:.2f}% over {len(robots) * len(tasks)} cells, {n} episodes"
                  + (" (in brackets: BLM1 in ManiSkill, another simulator; its mean 75.83%)" if result["what"] == "physical" else ""))
+    if result.get("reasons"):
+        lines.append("failures: " + ", ".join(f"{reason} {count}" for reason, count in result["reasons"].items()))
     return "\n".join(lines)
 
 

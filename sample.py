@@ -76,7 +76,7 @@ def act(blm, config, robot, task):
     for seed in range(config.seed, config.seed + config.episodes):
         start = time.time()
         frames, result = play(blm, env, seed, config, GIF_SIZE)
-        outcome = "success" if result["success"] else "not done: " + ", ".join(name for name, value in result["conditions"].items() if not value)
+        outcome = "success" if result["success"] else f"not done: {result['reason']}"
         title, last = f"{env.robot.display_name}: {env.instruction}", frames[-1][1]
         path = Path(config.out) / f"{robot}-{task}-{seed}.gif"
         save_gif(path, [caption(picture, [env.robot.display_name, env.instruction, f"{step / CONTROL_HZ:.1f} s" + (f"   {outcome}" if step == last else "")],

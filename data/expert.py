@@ -100,8 +100,6 @@ def above(point, height):
     return np.array([point[0], point[1], point[2] + height])
 
 
-# ---- tasks as primitives (the order of ManiSkill's experts; what differs says why)
-
 def hand_pose(env):
     """(direction, tilt) in rad of the hand as it is: the arguments of tool_rotation that come nearest."""
     _, closing, approach = env.data.site_xmat[env.tcp].reshape(3, 3).T
@@ -114,6 +112,8 @@ def hand_offset(env, point):
     """(3,) m: a point as the hand sees it, in the tool's frame."""
     return env.data.site_xmat[env.tcp].reshape(3, 3).T @ (point - env.data.site_xpos[env.tcp])
 
+
+# ---- tasks as primitives (the order of ManiSkill's experts; what differs says why)
 
 def retreat(env, finger, low=0.06):
     """Fingers there first, then up from the table, if the hand is low."""

@@ -11,6 +11,7 @@ from data.expert import Planner, demonstrate, grasp, tool_rotation
 from data.record import Episode, RecordConfig, correction, load_episodes, record, write_episode
 from data.robots import ROBOTS, SQUEEZE, get_kinematics, get_robot
 from data.tasks import PEG_LENGTH, TASKS
+from eval import rollout, why
 
 import mujoco  # isort: skip, data chooses the GL first
 
@@ -94,17 +95,31 @@ def test_the_expert_goes_on_from_a_missed_grasp(robot):
     assert demonstration.success and demonstration.phases[0] == "retreat" and demonstration.actions[0, -1] == np.float32(env.robot.travel)
 
 
+class Lazy:
+    """A policy that leans to one side and stays there."""
+
+    def __init__(self):
+        self.asked = []
+
+    def act(self, observation, robot, temperature, seed):
+        self.asked.append(seed)
+        return np.tile(np.append(get_robot(robot).home + (0.3, 0, 0, 0, 0, 0), 0.0), (16, 1))
+
+
 def test_corrections_begin_where_the_policy_was():
-    env, asked = TabletopEnv("widowx", "PickCube", render=False), []
-
-    class Lazy:                                            # leans to one side and stays there
-        def act(self, observation, robot, temperature, seed):
-            asked.append(seed)
-            return np.tile(np.append(env.robot.home + (0.3, 0, 0, 0, 0, 0), 0.0), (16, 1))
-
-    demonstration = correction(Lazy(), env, 5, 0.0)
+    env, lazy = TabletopEnv("widowx", "PickCube", render=False), Lazy()
+    demonstration = correction(lazy, env, 5, 0.0)
     assert demonstration.success and abs(demonstration.states[0, 0] - 0.3) < 0.02 and demonstration.phases[0] == "retreat"
-    assert asked[0] == [5, 0] and asked[-1][1] >= 8 and len(demonstration.states) <= env.task.max_steps
+    assert lazy.asked[0] == [5, 0] and lazy.asked[-1][1] >= 8 and len(demonstration.states) <= env.task.max_steps
+
+
+def test_a_rollout_looks_every_few_steps_and_says_why_it_failed():
+    env, lazy = TabletopEnv("widowx", "StackCube", render=False), Lazy()
+    result = rollout(lazy, env, 5, execute_steps=6, max_steps=20)
+    assert not result["success"] and result["steps"] == 20 and result["reason"] == "never grasped" and [step for _, step in lazy.asked] == [0, 6, 12, 18]
+    for held, reason in (([0, 1, 1], "held to the end"), ([0, 1, 0], "let go elsewhere")):
+        assert why(env.task, held) == reason
+    assert why(TASKS["PushCube"], [0]) == "missed the target"
 
 
 def settle(env, steps=6, finger=None):

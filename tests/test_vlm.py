@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cli import UserError
+from conftest import ROOT
 from vlm import (CHAT_TEMPLATE, CLIP_MEAN, SPECIAL_TOKENS, VLM, Cache, Tokenizer, VisionConfig, VLMConfig, chat, collate, load_image, mrope_positions,
                  process_images, process_videos, train_tokenizer)
 
@@ -456,3 +457,18 @@ def test_pictures_of_any_mode_open(tmp_path):
     exif[0x0112] = 6                                                             # taken with the camera on its side
     Image.new("RGB", (6, 4)).save(tmp_path / "turned.jpg", exif=exif)
     assert load_image(tmp_path / "turned.jpg").size == (4, 6)
+
+
+def test_the_shipped_weights_load_in_transformers():
+    transformers = pytest.importorskip("transformers")
+    folder = ROOT / "weights" / "nano"
+    ours, tokenizer = VLM.from_pretrained(folder), Tokenizer.from_pretrained(folder)
+    theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    pixels, grids = process_images([picture(128, 128)], ours.config)
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where is the red cube?"}]}]
+    ids = torch.tensor([chat(tokenizer, talk, grids.tolist())[0]])
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, pixel_values=pixels, image_grid_thw=grids, mm_token_type_ids=(ids == ours.config.image_token_id).int()).logits
+        torch.testing.assert_close(ours(ids, pixel_values=pixels, image_grid_thw=grids).logits, expected, atol=1e-4, rtol=1e-4)
+    words = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(talk[:1], tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert words == chat(tokenizer, talk, [(1, 2, 2)])[0]
