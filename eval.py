@@ -2,10 +2,13 @@
 
     python eval.py expert                          the planner that makes the demonstrations, 50 layouts a cell
     python eval.py physical --weights weights/nano the policy: camera pictures, joint state and an instruction in wordings it was not trained on
+    python eval.py conditions --episodes 10        the policy again, with the light, the camera and so on changed, one thing at a time
     python eval.py digital --weights weights/nano  questions about validation scenes: answers right, and how far points are off
 
-Layout seeds start at 1,000,000, beyond every demonstration; the same seeds give the same table. Results are written as JSON.
+Layout seeds start at 1,000,000, beyond every demonstration; the same seeds give the same table. Results are written as JSON, tables of cells as a heat
+map too. An evaluation that was stopped goes on where it was, if nothing about it has changed.
 """
+import hashlib
 import json
 import multiprocessing
 import os
@@ -13,14 +16,15 @@ import shlex
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from cli import UserError, atomic, choose, choose_many, parse, pick_device, run
-from data.env import TabletopEnv, front_pixel
+from data.env import CONDITIONS, CONTROL_HZ, TabletopEnv, front_pixel
 from data.expert import demonstrate
 from data.robots import ROBOTS, get_robot
 from data.tasks import TASKS
@@ -38,6 +42,8 @@ class EvalConfig:
     episodes: int = 20              # episodes for each robot and task
     seed: int = EVALUATION_SEED     # first layout seed
     execute_steps: int = 8          # control steps of a chunk that are carried out before the policy looks again
+    condition: str = ""             # physical: change one thing: lighting, table, camera, outside, noise or distractor (data/env.py)
+    failures: str = ""              # physical: folder for GIFs of the failed episodes, sorted by reason; empty: none are drawn
     temperature: float = 0.0        # of the noise a chunk flows from; 0 is deterministic
     workers: int = 2                # processes
     device: str = "auto"            # auto, cpu, cuda or mps
@@ -47,14 +53,14 @@ class EvalConfig:
 
 
 def rollout(blm, env, seed, execute_steps=8, temperature=0.0, instruction=None, watch=None, max_steps=None):
-    """One closed-loop episode of `blm` in `env`: {"success", "steps", "clipped", "act_s": mean seconds a chunk, "reason": why it failed, or ""}.
+    """One closed-loop episode of `blm` in `env`: {"success", "steps", "clipped", "jerk": rad/s^3, "act_s": mean seconds a chunk, "reason": why not, or ""}.
 
     Every `execute_steps` control steps the policy looks again, and only then are pictures drawn: make env with render=False. watch(env): called before
     every control step. max_steps: stop sooner than the task does.
     """
     env.reset(seed, instruction=instruction)
     done = truncated = False
-    times, held, body = [], [], next(iter(env.task.labels))
+    times, held, states, body = [], [], [env.state()], next(iter(env.task.labels))
     while not (done or truncated):
         observation, start = env.observe(render=True), time.perf_counter()
         chunk = blm.act(observation, env.robot.name, temperature, seed=[seed, env.steps])
@@ -65,9 +71,16 @@ def rollout(blm, env, seed, execute_steps=8, temperature=0.0, instruction=None, 
             *_, done, truncated, info = env.step(action)
             truncated = truncated or env.steps == max_steps
             held.append(env.grasped(body))
+            states.append(env.state())
             if done or truncated:
                 break
-    return {"success": bool(done), "steps": env.steps, "clipped": info["clipped"], "act_s": float(np.mean(times)), "reason": "" if done else why(env.task, held)}
+    return {"success": bool(done), "steps": env.steps, "clipped": info["clipped"], "jerk": jerk(states, env.robot.dof), "act_s": float(np.mean(times)),
+            "reason": "" if done else why(env.task, held)}
+
+
+def jerk(states, dof):
+    """Mean absolute third difference of the joint angles in `states` (L, S), rad/s^3: how rough a motion is."""
+    return float(np.abs(np.diff(np.array(states)[:, :dof], 3, axis=0)).mean() * CONTROL_HZ ** 3) if len(states) > 3 else 0.0
 
 
 def why(task, held):
@@ -91,14 +104,46 @@ def work(job):
     what, config, robot, task, seeds = job
     if what == "expert":
         env = TabletopEnv(robot, task, render=False)
-        return robot, task, [{"seed": s, "success": bool(d.success), "steps": len(d.states)} for s, d in ((s, demonstrate(env, s)) for s in seeds)]
+        made = [(s, demonstrate(env, s)) for s in seeds]
+        return robot, task, [{"seed": s, "success": bool(d.success), "steps": len(d.states), "jerk": jerk(d.states, env.robot.dof), "reason": ""} for s, d in made]
     import torch
     from model import BLM
     torch.set_num_threads(1)
-    blm, env = BLM.from_pretrained(config.weights, config.device), TabletopEnv(robot, task, render=False, held_out=True)
+    blm, env = BLM.from_pretrained(config.weights, config.device), TabletopEnv(robot, task, render=False, held_out=True, condition=config.condition)
     results = [{"seed": s, **rollout(blm, env, s, config.execute_steps, config.temperature)} for s in seeds]
     env.close()
     return robot, task, results
+
+
+def episodes_of(what, config, robots, tasks):
+    """{(robot, task): [one dict an episode]}, from all processes. What is done stays beside the result file until all is done."""
+    path = Path(config.out)
+    path, jobs, found = path.with_name(f".{path.name}.part"), {}, []
+    for task in tasks:
+        for robot in robots:
+            for first in range(config.seed, config.seed + config.episodes, 10):
+                jobs[robot, task, first] = (what, config, robot, task, range(first, min(first + 10, config.seed + config.episodes)))
+    about = {name: value for name, value in asdict(config).items() if name not in ("workers", "out", "failures", "corpus", "scenes")}
+    if what == "physical":
+        files = sorted(Path(config.weights).glob("*.safetensors"))
+        about["weights"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if not file.name.startswith("state")]
+    if path.exists():
+        head, *found = (json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
+        found = [(tuple(key), results) for key, results in found if tuple(key) in jobs] if head == about else []
+    with atomic(path) as temporary:                        # half a line, or another evaluation's, goes away
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in (about, *found)))
+    episodes, left = {}, [job for key, job in jobs.items() if key not in dict(found)]
+    for (robot, task, _), results in found:
+        episodes.setdefault((robot, task), []).extend(results)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    total, done = len(robots) * len(tasks) * config.episodes, sum(map(len, episodes.values()))
+    with multiprocessing.get_context("spawn").Pool(config.workers) as pool, tqdm(total=total, initial=done, unit="episode") as bar, open(path, "a") as part:
+        for robot, task, results in pool.imap_unordered(work, left):
+            part.write(json.dumps([[robot, task, results[0]["seed"]], results]) + "\n")
+            part.flush()
+            episodes.setdefault((robot, task), []).extend(results)
+            bar.update(len(results))
+    return {cell: sorted(results, key=lambda e: e["seed"]) for cell, results in sorted(episodes.items())}
 
 
 def physical(what, config):
@@ -106,35 +151,62 @@ def physical(what, config):
     robots, tasks = choose_many(config.robots, ROBOTS, "robot"), choose_many(config.tasks, TASKS, "task")
     if config.episodes < 1 or config.workers < 1:
         raise UserError(f"--episodes {config.episodes} and --workers {config.workers} must be at least 1")
+    if config.condition:
+        choose(config.condition, CONDITIONS, "condition")
     if what == "physical":
         from model import BLM
         config.device = str(pick_device(config.device))
-        BLM.from_pretrained(config.weights)                # a bad folder is told here, once
-    jobs = [(what, config, r, t, range(config.seed + first, min(config.seed + first + 10, config.seed + config.episodes)))
-            for t in tasks for r in robots for first in range(0, config.episodes, 10)]
-    episodes, start = {}, time.time()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with multiprocessing.get_context("spawn").Pool(config.workers) as pool, tqdm(total=len(robots) * len(tasks) * config.episodes, unit="episode") as bar:
-        for robot, task, results in pool.imap_unordered(work, jobs):
-            episodes.setdefault((robot, task), []).extend(results)
-            bar.update(len(results))
-    cells = {}
-    for (robot, task), results in sorted(episodes.items()):
-        results.sort(key=lambda e: e["seed"])
-        wins = sum(e["success"] for e in results)
-        cells.setdefault(robot, {})[task] = {"success": wins / len(results), "episodes": len(results), "interval": [round(x, 3) for x in wilson(wins, len(results))],
-                                             "mean_steps": float(np.mean([e["steps"] for e in results])),
-                                             "failures": {e["seed"]: e.get("reason", "") for e in results if not e["success"]}}
-    mean = float(np.mean([c["success"] for row in cells.values() for c in row.values()]))
-    result = {"what": what, "mean": mean, "cells": cells, "command": shlex.join(["python", *sys.argv]), "seconds": round(time.time() - start),
-              "config": {k: v for k, v in asdict(config).items() if k not in ("corpus", "scenes", "out")}}
+        blm, start = BLM.from_pretrained(config.weights, config.device), time.time()        # a bad folder is told here, once
+    else:
+        start = time.time()
+    episodes, cells = episodes_of(what, config, robots, tasks), {}
+    for (robot, task), results in episodes.items():
+        wins = [e for e in results if e["success"]]
+        cells.setdefault(robot, {})[task] = {"success": len(wins) / len(results), "episodes": len(results),
+                                             "interval": [round(x, 3) for x in wilson(len(wins), len(results))],
+                                             "seconds_to_success": round(float(np.mean([e["steps"] for e in wins])) / CONTROL_HZ, 2) if wins else None,
+                                             "jerk": round(float(np.mean([e["jerk"] for e in results])), 1),
+                                             "failures": {e["seed"]: e["reason"] for e in results if not e["success"]}}
+    flat = [e for results in episodes.values() for e in results]
+    wins = [e for e in flat if e["success"]]
+    result = {"what": what, "mean": float(np.mean([c["success"] for row in cells.values() for c in row.values()])),
+              "interval": [round(x, 4) for x in wilson(len(wins), len(flat))], "cells": cells, "episodes": len(flat),
+              "seconds_to_success": round(float(np.mean([e["steps"] for e in wins])) / CONTROL_HZ, 2) if wins else None,
+              "jerk": round(float(np.mean([e["jerk"] for e in flat])), 1), "command": shlex.join(["python", *sys.argv]), "seconds": round(time.time() - start),
+              "config": {k: v for k, v in asdict(config).items() if k not in ("corpus", "scenes", "out", "failures")}}
     if what == "physical":
-        flat = [e for results in episodes.values() for e in results]
         result["act_ms"] = 1000 * float(np.mean([e["act_s"] for e in flat]))
-        result["clipped_steps"] = int(sum(e["clipped"] for e in flat))
+        result["clipped_steps"] = {kind: sum(e["clipped"][kind] for e in flat) for kind in ("limits", "speed")} | {"of": sum(e["steps"] for e in flat)}
         result["reasons"] = dict(Counter(e["reason"] for e in flat if not e["success"]).most_common())
     print(table(result, robots, tasks))
+    if what == "physical" and config.failures:
+        draw_failures(blm, config, cells)
     return result
+
+
+def draw_failures(blm, config, cells):
+    """A GIF of every failed episode, as <failures>/<reason>/<robot>-<task>-<seed>.gif: run once more, which gives the same."""
+    from sample import draw_episode
+    failed = [(robot, task, seed, reason) for robot, row in cells.items() for task, cell in row.items() for seed, reason in cell["failures"].items()]
+    for robot, task, seed, reason in tqdm(failed, unit="picture"):
+        env = TabletopEnv(robot, task, render=False, held_out=True, condition=config.condition)
+        draw_episode(blm, env, seed, Path(config.failures) / reason.replace(" ", "_"), config.execute_steps)
+        env.close()
+
+
+def conditions(config):
+    """The table of cells once as it is and once under each condition of data/env.py; prints the means, returns all results."""
+    found, out = {}, Path(config.out)
+    for name in ("", *CONDITIONS):
+        print(f"\n{name or 'unchanged'}: {CONDITIONS.get(name, 'as in the demonstrations')}")
+        found[name or "unchanged"] = physical("physical", replace(config, condition=name, out=str(out.with_name(f"{out.stem}-{name or 'unchanged'}.json"))))
+    tasks = choose_many(config.tasks, TASKS, "task")
+    print("\n| condition | " + " | ".join(tasks) + " | mean |\n" + "|---" * (len(tasks) + 2) + "|")
+    for name, result in found.items():
+        columns = [np.mean([row[task]["success"] for row in result["cells"].values()]) for task in tasks]
+        print(f"| {name} | " + " | ".join(f"{100 * x:.0f}" for x in (*columns, result["mean"])) + " |")
+    return {"what": "conditions", "means": {name: result["mean"] for name, result in found.items()}, "about": CONDITIONS,
+            "command": shlex.join(["python", *sys.argv]), "conditions": found}
 
 
 def table(result, robots, tasks):
@@ -153,6 +225,27 @@ def table(result, robots, tasks):
     if result.get("reasons"):
         lines.append("failures: " + ", ".join(f"{reason} {count}" for reason, count in result["reasons"].items()))
     return "\n".join(lines)
+
+
+def heat_map(result, path, wide=118, high=44, left=84):
+    """The table as a picture (PNG): red is 0%, green 100%; below each figure its 95% interval."""
+    rows = result["cells"]
+    tasks = list(next(iter(rows.values())))
+    image = Image.new("RGB", (left + wide * len(tasks), high * (len(rows) + 1)), "white")
+    draw = ImageDraw.Draw(image)
+    for j, task in enumerate(tasks):
+        draw.text((left + wide * (j + 0.5), high / 2), task, fill="black", anchor="mm", font_size=14)
+    for i, (robot, row) in enumerate(rows.items(), start=1):
+        draw.text((left / 2, high * (i + 0.5)), robot, fill="black", anchor="mm", font_size=14)
+        for j, cell in enumerate(row.values()):
+            x, y, p = left + wide * j, high * i, cell["success"]
+            shade = tuple(int(a + (b - a) * q) for q in [2 * p if p < 0.5 else 2 * p - 1]
+                          for a, b in zip(*(((215, 90, 80), (250, 235, 170)) if p < 0.5 else ((250, 235, 170), (90, 170, 100)))))
+            draw.rectangle((x + 1, y + 1, x + wide - 2, y + high - 2), fill=shade)
+            draw.text((x + wide / 2, y + 15), f"{100 * p:.0f}", fill="black", anchor="mm", font_size=16)
+            draw.text((x + wide / 2, y + 32), "{:.0f} to {:.0f}".format(*(100 * x for x in cell["interval"])), fill="black", anchor="mm", font_size=11)
+    with atomic(path) as temporary:
+        image.save(temporary)
 
 
 def digital(config):
@@ -204,20 +297,25 @@ def overlap(given, answer):
 
 
 def main():
+    kinds = ("expert", "physical", "conditions", "digital")
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         if "--help" in sys.argv or "-h" in sys.argv:
             print(__doc__)
             parse(EvalConfig, argv=["--help"])
-        raise UserError("say what to evaluate: python eval.py expert | physical | digital")
-    what = choose(sys.argv[1], ["expert", "physical", "digital"], "evaluation")
+        raise UserError(f"say what to evaluate: python eval.py {' | '.join(kinds)}")
+    what = choose(sys.argv[1], kinds, "evaluation")
     config = parse(EvalConfig, description=__doc__.split("\n")[0], argv=sys.argv[2:])
+    config.out = config.out or f"out/results/{what}.json"
     if what == "expert" and "--episodes" not in " ".join(sys.argv):
         config.episodes = 50
-    result = digital(config) if what == "digital" else physical(what, config)
-    out = Path(config.out or f"out/results/{what}.json")
-    with atomic(out) as temporary:
+    result = digital(config) if what == "digital" else conditions(config) if what == "conditions" else physical(what, config)
+    with atomic(config.out) as temporary:
         temporary.write_text(json.dumps(result, indent=1))
-    print(f"written to {out}")
+    if what in ("expert", "physical"):
+        heat_map(result, Path(config.out).with_suffix(".png"))
+    for part in Path(config.out).parent.glob(f".{Path(config.out).stem}*.part"):
+        part.unlink()
+    print(f"written to {config.out}")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def save_gif(path, frames):
                           duration=[1000 * FRAMES_EVERY // CONTROL_HZ] * (len(frames) - 1) + [1500])
 
 
-def play(blm, env, seed, config, size):
+def play(blm, env, seed, size, execute_steps, instruction=""):
     """One closed-loop episode, watched: (frames [(picture, control step)], result of `rollout`)."""
     from eval import rollout
     frames = []
@@ -65,9 +65,19 @@ def play(blm, env, seed, config, size):
         if env.steps % FRAMES_EVERY == 0:
             frames.append((env.draw("render", size, pretty=True), env.steps))
 
-    result = rollout(blm, env, seed, config.execute_steps, instruction=config.instruction or None, watch=watch)
+    result = rollout(blm, env, seed, execute_steps, instruction=instruction or None, watch=watch)
     frames.append((env.draw("render", size, pretty=True), env.steps))
     return frames, result
+
+
+def draw_episode(blm, env, seed, folder, execute_steps, instruction=""):
+    """One closed-loop episode as a GIF, <folder>/<robot>-<task>-<seed>.gif: (path, result of `rollout`, outcome in words)."""
+    frames, result = play(blm, env, seed, GIF_SIZE, execute_steps, instruction)
+    outcome = "success" if result["success"] else f"not done: {result['reason']}"
+    last, path = frames[-1][1], Path(folder) / f"{env.robot.name}-{env.task.name}-{seed}.gif"
+    save_gif(path, [caption(picture, [env.robot.display_name, env.instruction, f"{step / CONTROL_HZ:.1f} s" + (f"   {outcome}" if step == last else "")],
+                            INK if step < last else GREEN if result["success"] else RED) for picture, step in frames])
+    return path, result, outcome
 
 
 def act(blm, config, robot, task):
@@ -75,14 +85,9 @@ def act(blm, config, robot, task):
     env, wins = TabletopEnv(robot, task, render=False, held_out=True), 0
     for seed in range(config.seed, config.seed + config.episodes):
         start = time.time()
-        frames, result = play(blm, env, seed, config, GIF_SIZE)
-        outcome = "success" if result["success"] else f"not done: {result['reason']}"
-        title, last = f"{env.robot.display_name}: {env.instruction}", frames[-1][1]
-        path = Path(config.out) / f"{robot}-{task}-{seed}.gif"
-        save_gif(path, [caption(picture, [env.robot.display_name, env.instruction, f"{step / CONTROL_HZ:.1f} s" + (f"   {outcome}" if step == last else "")],
-                                INK if step < last else GREEN if result["success"] else RED) for picture, step in frames])
+        path, result, outcome = draw_episode(blm, env, seed, config.out, config.execute_steps, config.instruction)
         wins += result["success"]
-        print(f"{title}\n  {outcome} after {result['steps'] / CONTROL_HZ:.1f} s; act {1000 * result['act_s']:.0f} ms a chunk, "
+        print(f"{env.robot.display_name}: {env.instruction}\n  {outcome} after {result['steps'] / CONTROL_HZ:.1f} s; act {1000 * result['act_s']:.0f} ms a chunk, "
               f"{time.time() - start:.1f} s in all; drawn in {path}")
     if config.episodes > 1:
         print(f"{wins} of {config.episodes} done")
@@ -94,7 +99,7 @@ def mosaic(blm, config, robots, tasks):
     for robot in robots:
         for task in tasks:
             env = TabletopEnv(robot, task, render=False, held_out=True)
-            frames, result = play(blm, env, config.seed, config, TILE)
+            frames, result = play(blm, env, config.seed, TILE, config.execute_steps, config.instruction)
             env.close()
             wins += result["success"]
             print(f"{robot:8s}{task:16s}{'success' if result['success'] else 'not done'} after {result['steps'] / CONTROL_HZ:.1f} s")

@@ -4,6 +4,7 @@ reset(seed) -> observation, info;  step(action (A,)) -> observation, reward, ter
 Observation: {"images": {"front", "wrist"}: (128, 128, 3) uint8, "state": (S,) float32, "instruction": str}; order and units of state and action: data/robots.py.
 Deterministic given the seed. The policy's view is this and nothing else; `position`, `rotation` and the like serve success tests, the expert and the corpus.
 """
+import copy
 import os
 from functools import cache
 
@@ -12,12 +13,20 @@ import numpy as np
 
 from cli import UserError, choose
 from data.robots import DEFAULTS, camera_axes, get_robot, robot_xml
-from data.tasks import TASKS
+from data.tasks import TASKS, reachable
 
 CONTROL_HZ, SUBSTEPS = 20, 20
 IMAGE_SIZE = 128
 VIEWS = ("front", "wrist")
 INITIAL_NOISE = 0.02                                   # rad on every joint, as ManiSkill
+CONDITIONS = {                                         # what `condition` changes, each alone; never part of the demonstrations
+    "lighting": "half the light, from the other side",
+    "table": "a grey-blue table top",
+    "camera": "front camera 2 cm and 3 degrees off, another way in every episode",
+    "outside": "objects moved together, until one lies 2 cm outside the region of the demonstrations",
+    "noise": "8 of 255 on every pixel, 0.005 rad and m on every number of the state",
+    "distractor": "a yellow cube, at least 10 cm from everything else",
+}
 
 
 def camera_xml(name, eye, target, fov):
@@ -79,16 +88,75 @@ class Camera:
         return np.where(ids[..., 1] == mujoco.mjtObj.mjOBJ_GEOM, ids[..., 0], -1)
 
 
+# ---- changed conditions
+
+def repaint(model, condition):
+    """What a condition changes once and for all, in a model of its own."""
+    if condition == "lighting":
+        model.vis.headlight.ambient[:], model.vis.headlight.diffuse[:] = 0.17, 0.17
+        model.light_diffuse[:], model.light_dir[:] = 0.3, (0.6, 0.5, -0.6)
+    elif condition == "table":
+        model.geom("table").rgba[:] = 0.45, 0.5, 0.58, 1
+    elif condition == "distractor":
+        cube = model.geom("clutter0")
+        body = model.body("clutter0").id
+        cube.rgba[:], cube.contype[:], cube.conaffinity[:] = (0.95, 0.8, 0.1, 1), 1, 1
+        model.body_contype[body], model.body_conaffinity[body] = 1, 1
+
+
+def turn_camera(model, original, rng, shift=0.02, angle=np.radians(3)):
+    """The front camera of `original` moved by `shift` (m) and turned by `angle` (rad), both in directions drawn from `rng`."""
+    camera, before = model.camera("front"), original.camera("front")
+    way, axis = (v / np.linalg.norm(v) for v in rng.normal(size=(2, 3)))
+    camera.pos[:] = before.pos + shift * way
+    mujoco.mju_mulQuat(camera.quat, before.quat, np.array([np.cos(angle / 2), *(np.sin(angle / 2) * axis)]))
+
+
+@cache
+def region(robot_name, task_name, samples=2000):
+    """(low, high): corners (m) of the box in which a task's first object starts, from this many layouts."""
+    task, rng = TASKS[task_name], np.random.default_rng(0)
+    seen = np.array([task.spawn(get_robot(robot_name), rng)[next(iter(task.labels))][0][:2] for _ in range(samples)])
+    return seen.min(0), seen.max(0)
+
+
+def outside(robot, task, layout, rng, distance=0.02):
+    """The layout shifted as a whole along one axis, until its first object lies `distance` (m) outside the box where it starts in the demonstrations.
+
+    Which of the box's edges is drawn from `rng`, among those where all objects stay in reach.
+    """
+    (low, high), at = region(robot.name, task.name), np.array(layout[next(iter(task.labels))][0][:2])
+    shifts = [np.eye(2)[axis] * (edge[axis] + way * distance - at[axis]) for axis in (0, 1) for edge, way in ((low, -1), (high, 1))]
+    for shift in rng.permutation(shifts):
+        moved = {body: ((x + shift[0], y + shift[1], z), yaw) for body, ((x, y, z), yaw) in layout.items()}
+        if reachable(robot, *(position[:2] for position, _ in moved.values())):
+            return moved
+    return layout
+
+
+def aside(robot, layout, rng, least=0.1):
+    """A spot (m) in the spawn square for one more cube, `least` from all objects; nearer only where there is no such spot."""
+    others = np.array([position[:2] for position, _ in layout.values()])
+    spots = rng.uniform(-1, 1, (100, 2)) * (robot.spawn_half_size + 0.05)
+    far = np.linalg.norm(spots[:, None] - others, axis=-1).min(1)
+    return (*spots[np.argmax(far >= least) if (far >= least).any() else np.argmax(far)], 0.02)
+
+
 class TabletopEnv:
-    """`robot` at the table with `task` to do. `held_out` takes the wordings kept for evaluation; `render=False` leaves the images out.
+    """`robot` at the table with `task` to do. `held_out` takes the wordings kept for evaluation; `render=False` leaves the images out;
+    `condition` names one of CONDITIONS, with layouts and wordings as without it, except for what it changes.
 
     Raises UserError on an unknown robot or task, and ValueError on an action of the wrong shape or not finite.
     """
 
-    def __init__(self, robot="widowx", task="PickCube", render=True, held_out=False, clutter=0):
+    def __init__(self, robot="widowx", task="PickCube", render=True, held_out=False, clutter=0, condition=""):
         self.robot, self.task = get_robot(robot), TASKS[choose(task, TASKS, "task")]
         self.render, self.wordings = render, self.task.held_out if held_out else self.task.instructions
-        self.model = compiled(robot, task, clutter)
+        self.model = self.original = compiled(robot, task, max(clutter, int(condition == "distractor")))
+        self.condition = condition and choose(condition, CONDITIONS, "condition")
+        if condition:
+            self.model = copy.copy(self.model)         # it will be changed
+            repaint(self.model, condition)
         self.data = mujoco.MjData(self.model)
         self.base = np.array([-self.robot.base_to_spawn_centre, 0.0, 0.0])
         self.tcp = self.model.site("tcp").id
@@ -103,6 +171,13 @@ class TabletopEnv:
         rng = np.random.default_rng([seed, list(TASKS).index(self.task.name)])
         mujoco.mj_resetData(self.model, self.data)
         layout = self.task.spawn(self.robot, rng)
+        changes = np.random.default_rng([seed, 5])     # apart, so that the rest is drawn alike under every condition
+        if self.condition == "outside":
+            layout = outside(self.robot, self.task, layout, changes)
+        elif self.condition == "distractor":
+            layout["clutter0"] = (aside(self.robot, layout, changes), changes.uniform(0, np.pi))
+        elif self.condition == "camera":
+            turn_camera(self.model, self.original, changes)
         for name, (position, yaw) in layout.items():
             self.place(name, position, yaw)
         dof = self.robot.dof
@@ -111,19 +186,21 @@ class TabletopEnv:
         self.set_arm(qpos, self.robot.travel)
         wording = self.wordings[rng.integers(len(self.wordings))]
         self.instruction = wording if instruction is None else instruction
-        self.steps = self.clipped = 0
+        self.steps, self.clipped, self.sensor = 0, {"limits": 0, "speed": 0}, np.random.default_rng([seed, 7])
         mujoco.mj_forward(self.model, self.data)
         return self.observe(), {"layout": layout}
 
     def step(self, action):
-        """Drive the servos to `action` for one control step (0.05 s). Targets beyond joint, finger or velocity limits are clipped, and counted in info["clipped"]."""
+        """Drive the servos to `action` for one control step (0.05 s). Targets beyond joint, finger or velocity limits are clipped, and steps counted in info["clipped"]."""
         action = np.asarray(action, float)
         if action.shape != (self.robot.action_dim,) or not np.isfinite(action).all():
             raise ValueError(f"action for {self.robot.name} must be {self.robot.action_dim} finite numbers, got {action}")
         dof, before = self.robot.dof, self.data.ctrl.copy()
-        target = self.robot.clip(action)
-        target[:dof] = np.clip(target[:dof], before[:dof] - self.max_speed_step, before[:dof] + self.max_speed_step)
-        self.clipped += bool(np.abs(target - action).max() > 1e-6)
+        inside = self.robot.clip(action)
+        target = inside.copy()
+        target[:dof] = np.clip(inside[:dof], before[:dof] - self.max_speed_step, before[:dof] + self.max_speed_step)
+        self.clipped["limits"] += bool(np.abs(inside - action)[:dof].max() > 1e-6)     # fingers are sent to their end stops on purpose
+        self.clipped["speed"] += bool(np.abs(target - inside).max() > 1e-6)
         for i in range(1, SUBSTEPS + 1):               # the target slides there within the step, so the servos see no jumps
             self.data.ctrl[:dof] = before[:dof] + (target[:dof] - before[:dof]) * i / SUBSTEPS
             self.data.ctrl[dof] = target[dof]
@@ -144,7 +221,11 @@ class TabletopEnv:
     def observe(self, render=None):
         """The observation now; `render` overrides the env's own choice, for a policy that looks only every few steps."""
         images = {view: self.draw(view) for view in VIEWS} if (self.render if render is None else render) else {}
-        return {"images": images, "state": self.state(), "instruction": self.instruction}
+        state = self.state()
+        if self.condition == "noise":
+            images = {view: np.clip(image + self.sensor.normal(0, 8, image.shape), 0, 255).astype(np.uint8) for view, image in images.items()}
+            state = state + self.sensor.normal(0, 0.005, state.shape).astype(np.float32)
+        return {"images": images, "state": state, "instruction": self.instruction}
 
     def draw(self, view, size=IMAGE_SIZE, **how):
         if size not in self.cameras:

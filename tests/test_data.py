@@ -209,7 +209,7 @@ def test_actions_are_clipped_counted_and_checked():
     env = TabletopEnv("widowx", "PickCube", render=False)
     env.reset(0)
     *_, info = env.step(np.append(np.full(6, 9.0), 1.0))
-    assert info["clipped"] == 1 and (env.data.ctrl[:6] - env.robot.home <= env.robot.velocity_limit / CONTROL_HZ + 0.1).all()
+    assert info["clipped"] == {"limits": 1, "speed": 1} and (env.data.ctrl[:6] - env.robot.home <= env.robot.velocity_limit / CONTROL_HZ + 0.1).all()
     assert env.data.ctrl[6] == env.robot.travel
     for bad in (np.zeros(3), np.full(7, np.nan)):
         with pytest.raises(ValueError):
