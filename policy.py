@@ -42,6 +42,7 @@ class PolicyConfig:
     num_future_tokens: int = 8        # M; each predicts the mean of N / M intent tokens
     future_layer: int = 4             # the future tokens are read behind this many blocks: about three quarters, as FLARE
     future_loss_weight: float = 0.2   # FLARE's
+    blind: bool = False               # no intent at all: what a robot can do by its state alone, for comparison
 
     def __post_init__(self):
         if self.hidden_size % (2 * self.num_heads):
@@ -294,7 +295,8 @@ class Policy(nn.Module):
 
     def intent(self, hidden, mask):
         """Hidden states (B, L, Dc) of block k, mask (B, L) bool, to the intent (B, N, D)."""
-        return self.perceiver(hidden.float(), mask)
+        intent = self.perceiver(hidden.float(), mask)
+        return torch.zeros_like(intent) if self.config.blind else intent
 
     def look_at(self, intent):
         """Keys and values of the even blocks: they depend on the intent alone, so a chunk needs them once, not once an Euler step."""

@@ -3,6 +3,7 @@
     python train_policy.py                                     `nano`, on a laptop: reads out/sft (or weights/nano) and out/demos, writes out/policy
     python train_policy.py --resume                            goes on where a stopped run saved last
     python -m data.record --policy out/policy && python train_policy.py --resume --steps 16000      learns from its own mistakes, corrected by the expert
+    python train_policy.py --robots widowx --start out/three --out out/four --steps 600      a robot that out/three lacks: only its own layers are trained
     torchrun --nproc_per_node 8 train_policy.py --batch_size 512     the same on several GPUs: processes share the rows of a step
 
 A frozen model says the same of the same frame every time, so what its block k says is computed once, every `frame_stride` control steps of each
@@ -24,6 +25,7 @@ import math
 import shlex
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +36,12 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm, trange
 
-from cli import UserError, atomic, parse, run, write_json
+from cli import UserError, atomic, choose_many, parse, run, write_json
 from data import record
+from data.robots import ROBOTS
+from data.tasks import TASKS
 from model import BLM, backbone_hash, load_training
-from policy import PRESETS, Policy, PolicyConfig
+from policy import PRESETS, EmbodimentLinear, Policy, PolicyConfig
 from train_sft import add_gradients, learning_rate, load_state, make_optimizer, save_state, start_processes, state_path
 from vlm import VLM, Tokenizer, find_folder
 
@@ -46,6 +50,10 @@ from vlm import VLM, Tokenizer, find_folder
 class TrainConfig:
     data: str = "out/demos"        # folder of demonstrations; recorded if it is not there
     out: str = "out/policy"        # folder for the model
+    robots: str = "all"            # comma-separated robots to learn from, or all
+    tasks: str = "all"             # comma-separated tasks to learn from, or all
+    demonstrations: int = 0        # episodes of each robot and task, those of the lowest seeds; 0: all
+    start: str = ""                # model folder whose policy to begin with; of robots that it lacks, only their own layers are trained
     backbone: str = ""             # folder or hub name of the frozen language model; empty: out/sft if it is there, else weights/nano
     cache: str = "out/intents"     # folder for the language model's hidden states
     steps: int = 8000              # optimiser steps
@@ -116,13 +124,13 @@ def cache_intents(blm, episodes, cfg, intent_layer, backbone, rank=0, world=1):
 class Demos:
     """All rows in memory, except the hidden states, which stay on disk until a batch asks for them.
 
-    embodiments {robot: (state_dim, action_dim)}; cells [(robot, task)]; train: row numbers; held_out {cell: row numbers}.
+    embodiments {robot: (state_dim, action_dim)}, `known` ones first; cells [(robot, task)]; train: row numbers; held_out {cell: row numbers}.
     """
 
-    def __init__(self, episodes, hidden, config, stride, every):
+    def __init__(self, episodes, hidden, config, stride, every, known=()):
         self.hidden, T = hidden, config.action_horizon
         self.ahead = T // stride                                         # frames until the future
-        self.embodiments = {}
+        self.embodiments = dict(known)
         for episode in episodes:
             sizes = episode.state.shape[1], episode.action.shape[1]
             if self.embodiments.setdefault(episode.robot, sizes) != sizes:
@@ -147,10 +155,12 @@ class Demos:
         self.train = rows_of(sorted(trained))
 
     def statistics(self, policy):
-        """Fit the policy's normaliser to the training rows."""
-        for index in range(len(self.embodiments)):
+        """Fit the policy's normaliser to the training rows, for robots that have none yet."""
+        for index in np.unique(self.embodiment[self.train]):
             own = self.train[self.embodiment[self.train] == index]
-            policy.normaliser.fit(index, *(torch.from_numpy(array[own]) for array in (self.state, self.action, self.valid)))
+            if policy.normaliser.fitted[index]:
+                continue
+            policy.normaliser.fit(int(index), *(torch.from_numpy(array[own]) for array in (self.state, self.action, self.valid)))
 
     def rows_of_step(self, seed, step, batch_size):
         """(B,) row numbers, a function of (seed, step): any frame as likely as any other, so the longer and harder tasks weigh more."""
@@ -184,9 +194,10 @@ def evaluate(policy, demos, cfg, device):
         return {}
     rows = np.concatenate([cell[np.linspace(0, len(cell) - 1, min(share, len(cell))).astype(int)] for cell in cells])
     sizes = [size for _, size in demos.embodiments.values()]
-    fingers = [demos.action[demos.embodiment == e, :, size - 1][demos.valid[demos.embodiment == e]] for e, size in enumerate(sizes)]
-    finger = torch.tensor(sizes, device=device) - 1
-    halfway = torch.tensor([(targets.min() + targets.max()) / 2 for targets in fingers], device=device)
+    finger, halfway = torch.tensor(sizes, device=device) - 1, torch.zeros(len(sizes), device=device)
+    for e in np.unique(demos.embodiment):
+        targets = demos.action[demos.embodiment == e, :, sizes[e] - 1]
+        halfway[e] = float(targets.min() + targets.max()) / 2
     generator, sums = torch.Generator().manual_seed(0), {}
 
     def tally(name, total, n):
@@ -231,6 +242,34 @@ def start_log(path, step):
 
 # ---- the run
 
+def chosen(episodes, cfg, known):
+    """The episodes that cfg asks for; with robots among them that `known` lacks, only theirs."""
+    robots, tasks, count, kept = choose_many(cfg.robots, ROBOTS, "robot"), choose_many(cfg.tasks, TASKS, "task"), Counter(), []
+    new = {episode.robot for episode in episodes if episode.robot in robots} - known.keys()
+    for episode in episodes:                                             # sorted by cell, then seed
+        cell = episode.robot, episode.task
+        if episode.robot in (new or robots) and episode.task in tasks and (count[cell] < cfg.demonstrations or not cfg.demonstrations):
+            count[cell] += 1
+            kept.append(episode)
+    if not kept:
+        raise UserError(f"{cfg.data} holds no episodes of --robots {cfg.robots} and --tasks {cfg.tasks}: record them with `python -m data.record --out {cfg.data}`")
+    return kept
+
+
+def begin_with(policy, old):
+    """Give `policy` the weights and statistics of `old`, whose robots are the first of its own; the layers of further robots stay as they are, and
+    only those will be trained."""
+    new, weights = len(policy.embodiments) > len(old.embodiments), policy.state_dict()
+    for name, before in old.state_dict().items():
+        weights[name][tuple(map(slice, before.shape))] = before.to(weights[name].device)
+    if new:
+        policy.requires_grad_(False)
+        for module in policy.modules():
+            if isinstance(module, EmbodimentLinear):
+                module.requires_grad_(True)
+    return new
+
+
 def load_backbone(cfg, device):
     """(folder, BLM without a policy), frozen."""
     folder = find_folder(cfg.backbone or ("out/sft" if Path("out/sft/model.safetensors").exists() else "weights/nano"))
@@ -259,16 +298,26 @@ def train(cfg, config):
         record.ensure(cfg.data)
     if world > 1:
         dist.barrier()
-    episodes, backbone = record.load_episodes(cfg.data), backbone_hash(blm.vlm, config.intent_layer)
+    backbone, old = backbone_hash(blm.vlm, config.intent_layer), None
+    if cfg.start:
+        started = BLM.from_pretrained(cfg.start)
+        old = started.policy
+        if old is None or old.config != config:
+            raise UserError(f"--start {cfg.start} holds {'no policy' if old is None else 'a policy of other sizes than the flags say'}: name another folder")
+        if backbone_hash(started.vlm, config.intent_layer) != backbone:
+            raise UserError(f"--start {cfg.start} reads another language model than {folder}: name its own with --backbone")
+    known = old.embodiments if old else {}
+    episodes = chosen(record.load_episodes(cfg.data), cfg, known)
     hidden = cache_intents(blm, episodes, cfg, config.intent_layer, backbone, rank, world)
-    demos = Demos(episodes, hidden, config, cfg.frame_stride, cfg.held_out)
+    demos = Demos(episodes, hidden, config, cfg.frame_stride, cfg.held_out, known)
     torch.manual_seed(cfg.seed)
     policy = Policy(config, blm.vlm.config.hidden_size, demos.embodiments)
+    only_new = old is not None and begin_with(policy, old)
     demos.statistics(policy)
     policy.to(device)
     blm.policy = copy.deepcopy(policy).requires_grad_(False)             # the moving average
     parameters, averages = list(policy.parameters()), list(blm.policy.parameters())
-    optimizer = make_optimizer((policy,), cfg)
+    optimizer = make_optimizer((policy,), dataclasses.replace(cfg, weight_decay=0.0) if only_new else cfg)       # it would shrink the others' layers
 
     def check_origin(before):
         if before["backbone"] != backbone:

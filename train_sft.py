@@ -363,8 +363,8 @@ def load_state(cfg, owners, optimizer, flags, free, check=lambda record: None):
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot resume from {state_path(cfg)}: {reason}; leave --resume out to start anew") from None
     for name, value in flags.items():
-        if name not in free and record["config"].get(name) != value:
-            before = record["config"].get(name)
+        before = record["config"].get(name, value)                       # a flag that came later: the run had its default
+        if name not in free and before != value:
             raise UserError(f"{cfg.out} was trained with --{name} {before}, not {value}: resume with that, or choose another --out")
     check(record)
     for owner, module in owners.items():

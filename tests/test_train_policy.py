@@ -174,6 +174,32 @@ def test_the_cache_is_computed_once_and_never_stale(made, monkeypatch):
 
 def test_mistakes_are_told(made, tmp_path):
     for changes, config, word in (({"frame_stride": 3}, {}, "--frame_stride"), ({"backbone": "nowhere"}, {}, "train_sft.py"), ({"resume": True}, {}, "cannot resume"), ({"held_out": 1}, {}, "--held_out"),
-                                  ({}, {"intent_layer": 4}, "--intent_layer")):
+                                  ({}, {"intent_layer": 4}, "--intent_layer"), ({"robots": "xarm6"}, {}, "no episodes"), ({"start": "nowhere"}, {}, "nowhere")):
         with pytest.raises(UserError, match=word):
             train(flags(made, tmp_path / "none", **changes), PolicyConfig(**{**SMALL, **config}))
+
+
+def test_a_new_robot_trains_its_own_layers_alone(made, tmp_path):
+    train(flags(made, tmp_path / "one", robots="panda"), PolicyConfig(**SMALL))
+    train(flags(made, tmp_path / "two", robots="widowx", start=str(tmp_path / "one"), demonstrations=2), PolicyConfig(**SMALL))
+    one, two = BLM.from_pretrained(tmp_path / "one"), BLM.from_pretrained(tmp_path / "two")
+    assert list(one.policy.embodiments) == ["panda"] and list(two.policy.embodiments) == ["panda", "widowx"]
+    assert two.training["policy"]["episodes"] == 4                       # two tasks, the two lowest seeds of each
+    before, after = one.policy.state_dict(), two.policy.state_dict()
+    changed = {name for name, tensor in after.items() if tensor.shape != before[name].shape}
+    assert changed and all(torch.equal(after[name][tuple(map(slice, old.shape))], old) for name, old in before.items())
+    episode = load_episodes(made / "demos")[0]
+    seen = {"images": dict(zip(("front", "wrist"), episode.images(0))), "state": episode.state[0], "instruction": episode.instruction}
+    assert episode.robot == "panda" and np.array_equal(one.act(seen, "panda"), two.act(seen, "panda"))
+    start = load_file(tmp_path / "two" / "state.safetensors")
+    moments = [tensor for name, tensor in start.items() if name.endswith("exp_avg")]
+    assert moments and all((tensor[0] == 0).all() and (tensor[1] != 0).any() for tensor in moments if tensor.ndim)
+    with pytest.raises(UserError, match="other sizes"):
+        train(flags(made, tmp_path / "three", start=str(tmp_path / "one")), PolicyConfig(**{**SMALL, "num_layers": 3}))
+
+
+def test_a_policy_that_goes_on_from_another_trains_all(made, tmp_path):
+    train(flags(made, tmp_path / "one"), PolicyConfig(**SMALL))
+    train(flags(made, tmp_path / "two", start=str(tmp_path / "one"), tasks="PushCube"), PolicyConfig(**SMALL))
+    before, after = (BLM.from_pretrained(tmp_path / name).policy.state_dict() for name in ("one", "two"))
+    assert all(torch.equal(before[name], after[name]) == name.startswith("normaliser.") for name in ("normaliser.state_mean", "blocks.0.mlp.1.weight"))
