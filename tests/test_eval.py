@@ -1,0 +1,136 @@
+"""Evaluation and experiments: what a condition changes and what it leaves, resuming, pictures of results, rows that are run once."""
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cli
+import eval as evaluation
+import experiments
+import train_policy
+from conftest import ROOT
+from data.env import CONDITIONS, CONTROL_HZ, TabletopEnv
+from data.robots import ROBOTS
+from data.tasks import TASKS
+from policy import PRESETS, PolicyConfig
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_condition_changes_what_it_says_and_no_more(condition):
+    plain, changed = TabletopEnv("panda", "StackCube"), TabletopEnv("panda", "StackCube", condition=condition)
+    (before, told), (seen, new) = plain.reset(3), changed.reset(3)
+    again = changed.reset(3)[0]
+    assert all(np.array_equal(seen["images"][view], again["images"][view]) for view in seen["images"]) and np.array_equal(seen["state"], again["state"])
+    assert not np.array_equal(seen["images"]["front"], before["images"]["front"]) and seen["instruction"] == before["instruction"]
+    assert np.array_equal(plain.reset(3)[0]["images"]["front"], before["images"]["front"])             # the shared model is as it was
+    moved = {name: np.subtract(new["layout"][name][0], told["layout"][name][0]) for name in told["layout"]}
+    if condition == "outside":
+        assert np.allclose(moved["cubeA"], moved["cubeB"]) and moved["cubeA"][2] == 0
+        drawn = np.array([TASKS["StackCube"].spawn(plain.robot, np.random.default_rng(seed))["cubeA"][0] for seed in range(2000)])
+        beyond = np.maximum(drawn.min(0) - new["layout"]["cubeA"][0], new["layout"]["cubeA"][0] - drawn.max(0))[:2].max()
+        assert 0.015 < beyond < 0.025
+    else:
+        assert all((shift == 0).all() for shift in moved.values())
+    difference = np.abs(seen["state"] - before["state"])
+    assert difference.max() == 0 if condition != "noise" else 0 < difference.max() < 0.03
+    if condition == "camera":
+        shift = changed.model.camera("front").pos - plain.model.camera("front").pos
+        turn = 2 * np.arccos(abs(changed.model.camera("front").quat @ plain.model.camera("front").quat))
+        assert np.isclose(np.linalg.norm(shift), 0.02) and np.isclose(np.degrees(turn), 3, atol=1e-3)
+    if condition == "distractor":
+        cube = new["layout"]["clutter0"][0]
+        assert all(np.hypot(*np.subtract(cube, place)[:2]) >= 0.1 for place, _ in told["layout"].values())
+
+
+def test_an_arm_stops_at_the_distractor():
+    env = TabletopEnv("panda", "PushCube", render=False, condition="distractor")
+    env.reset(0)
+    env.place("clutter0", env.data.geom_xpos[env.pads[0]])
+    env.step(np.append(env.data.ctrl[:7], 0.04))
+    assert any(env.model.geom("clutter0").id in contact.geom for contact in env.data.contact)
+
+
+def test_an_unknown_condition_is_told():
+    with pytest.raises(cli.UserError, match="unknown condition 'cam'.*lighting"):
+        TabletopEnv("panda", "StackCube", condition="cam")
+
+
+def test_jerk():
+    t = np.arange(50) / CONTROL_HZ
+    states = np.zeros((50, 17))
+    states[:, 0] = t ** 3                                                # third derivative 6, in one joint of two
+    states[:, 9] = 100 * t ** 3                                          # no joint
+    assert np.isclose(evaluation.jerk(states, 2), 3)
+    assert evaluation.jerk(states[:3], 2) == 0
+
+
+def test_an_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    config = evaluation.EvalConfig(robots="widowx", tasks="PushCube", episodes=12, workers=1, out=str(tmp_path / "r.json"))
+    part, ran = tmp_path / ".r.json.part", []
+    whole = evaluation.physical("expert", config)
+    lines = part.read_text().splitlines(keepends=True)
+    assert len(lines) == 3 and whole["episodes"] == 12
+    here = lambda *args: type("Pool", (), {"__enter__": lambda self: self, "__exit__": lambda *a: None,
+                                           "imap_unordered": lambda self, f, jobs: (ran.append(job) or f(job) for job in jobs)})()
+    monkeypatch.setattr(evaluation.multiprocessing, "get_context", lambda kind: type("Context", (), {"Pool": here}))
+    part.write_text("".join(lines)[:-20])                                # killed while it wrote its last line
+    same = evaluation.physical("expert", config)
+    assert len(ran) == 1 and len(ran[0][-1]) in (2, 10) and same["cells"] == whole["cells"]
+    assert part.read_text().splitlines(keepends=True) == lines
+    evaluation.physical("expert", replace(config, seed=config.seed + 1, episodes=2))        # another evaluation: nothing of the old one counts
+    assert len(ran) == 2 and len(part.read_text().splitlines()) == 2
+
+
+def test_pictures_of_results(tmp_path):
+    from model import BLM
+    result = {"cells": {robot: {task: {"success": 0.5, "interval": [0.4, 0.6]} for task in TASKS} for robot in ROBOTS}}
+    evaluation.heat_map(result, tmp_path / "map.png")
+    assert np.asarray(Image.open(tmp_path / "map.png")).std() > 10
+    config = evaluation.EvalConfig(failures=str(tmp_path / "failures"))
+    evaluation.draw_failures(BLM.from_pretrained(ROOT / "weights" / "nano"), config, {"widowx": {"PushCube": {"failures": {1000000: "never grasped"}}}})
+    with Image.open(tmp_path / "failures" / "never_grasped" / "widowx-PushCube-1000000.gif") as picture:
+        assert picture.n_frames > 3
+
+
+@pytest.mark.parametrize("name", experiments.ROWS)
+def test_commands_of_experiments_are_right(name):
+    config, steps = experiments.ExperimentConfig(backbone=str(ROOT / "weights" / "nano")), 0
+    for train, evaluate, result in experiments.commands(name, config):
+        flags, sizes = cli.parse(train_policy.TrainConfig, PolicyConfig, presets=PRESETS, argv=train[2:])
+        measured = cli.parse(evaluation.EvalConfig, argv=evaluate[3:])
+        assert flags.out == measured.weights and measured.out == result and (flags.robots, flags.tasks) == (measured.robots, measured.tasks)
+        steps += flags.steps
+        assert sizes.blind == (name == "blind") and sizes.intent_layer == (5 if name == "last_block" else 3)
+    assert abs(steps - config.steps * (0.3 if name[0] == "a" else 1)) <= 24
+
+
+def test_a_row_is_run_once(tmp_path, monkeypatch, capsys):
+    done = []
+
+    def do(command):
+        done.append(command[1])
+        if command[1] == "train_policy.py":
+            folder = Path(command[command.index("--out") + 1])
+            folder.mkdir(parents=True)
+            (folder / "training.json").write_text(json.dumps({"policy": {"step": int(command[command.index("--steps") + 1]), "seconds": 60}}))
+        else:
+            robots, n = command[command.index("--robots") + 1], int(command[command.index("--episodes") + 1])
+            cells = {robot: {task: {"success": 0.5, "episodes": n} for task in TASKS} for robot in (ROBOTS if robots == "all" else robots.split(","))}
+            Path(command[command.index("--out") + 1]).write_text(json.dumps({"cells": cells, "seconds": 60}))
+
+    monkeypatch.setattr(experiments, "do", do)
+    argv = ["experiments.py", "--rows", "per_robot,full", "--out", str(tmp_path / "e"), "--results", str(tmp_path / "r.json"), "--backbone", str(ROOT / "weights/nano")]
+    monkeypatch.setattr(sys, "argv", argv)
+    experiments.main()
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert len(done) == 10 and list(found["rows"]) == ["full", "per_robot"] and found["rows"]["full"]["mean"] == 0.5 and found["rows"]["per_robot"]["minutes"] == 8
+    assert "| full |" in capsys.readouterr().out
+    experiments.main()
+    assert len(done) == 10
+    monkeypatch.setattr(sys, "argv", [*argv, "--steps", "7"])
+    with pytest.raises(cli.UserError, match="2000 steps"):
+        experiments.main()
