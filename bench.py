@@ -1,6 +1,7 @@
 """How fast the parts are, each beside its peer or its limit on this machine.
 
     python bench.py vlm          vlm.py against Hugging Face transformers (pip install -r requirements-test.txt), the same random weights in both
+    python bench.py policy       Stage II's step with hidden states cached and computed anew; acting; a head as large as a peer's, beside its figures
 
 Every figure is the median of runs that take turns, ours and theirs, since machines are noisy. Results are printed and written as JSON.
 """
@@ -16,6 +17,10 @@ import torch
 from tqdm import tqdm
 
 from cli import UserError, choose, parse, pick_device, run, write_json
+from data.robots import ROBOTS, get_robot
+from model import BLM, VIEWS
+from policy import Policy, PolicyConfig
+from train_policy import TrainConfig
 from vlm import PRESETS, VLM, VisionConfig, VLMConfig, process_images
 
 GENERATED = 32
@@ -130,9 +135,7 @@ def bench_vlm(config):
                 else:
                     row["of_peak"] = round((3 if what == "train" else 1) * flops(ours, batch) / ms / 1e6 / peak, 3)
                 rows.append(row)
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") if os.path.exists("/proc/cpuinfo") else platform.processor()
-    machine = {"device": torch.cuda.get_device_name() if device.type == "cuda" else cpu, "threads": torch.get_num_threads(), "torch": torch.__version__,
-               "transformers": transformers.__version__, "matrix_product_gflops": round(peak, 1), "copy_gb_s": round(bandwidth, 1)}
+    machine = {**about_machine(device), "transformers": transformers.__version__, "matrix_product_gflops": round(peak, 1), "copy_gb_s": round(bandwidth, 1)}
     print("\n" + ", ".join(f"{name} {value}" for name, value in machine.items()) + "\n")
     print("| size | what | batch | ours ms | transformers ms | times as fast | of this machine's limit |\n" + "|---" * 7 + "|")
     for row in rows:
@@ -141,7 +144,77 @@ def bench_vlm(config):
     return {"what": "vlm", "machine": machine, "rows": rows}
 
 
-BENCHES = {"vlm": bench_vlm}
+def about_machine(device):
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") if os.path.exists("/proc/cpuinfo") else platform.processor()
+    return {"device": torch.cuda.get_device_name() if device.type == "cuda" else cpu, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+# lerobot's port of the GR00T N1.5 head: 10.9 M parameters, 88 condition tokens, 16 steps ahead, 4 Euler steps, float32, on a machine like this one, two cores
+PEER = {"chunk": (121, 141), "train": (650, 780)}    # ms: a chunk at batch 1, a training step at batch 16
+PEER_SIZED = PolicyConfig(hidden_size=320, num_layers=6, num_heads=8, future_layer=4)
+
+
+def rows_of(policy, n, tokens, device):
+    """A batch of random rows, as Policy.forward wants them."""
+    generator, T, A = torch.Generator().manual_seed(0), policy.config.action_horizon, policy.action_dim
+    normal = lambda *shape: torch.randn(*shape, generator=generator)
+    batch = {"hidden": normal(n, tokens, policy.condition_size), "future_hidden": normal(n, tokens, policy.condition_size), "state": normal(n, policy.state_dim),
+             "action": normal(n, T, A), "embodiment": torch.arange(n) % len(policy.embodiments)}
+    masks = {"mask": torch.ones(n, tokens, dtype=torch.bool), "action_valid": torch.ones(n, T, dtype=torch.bool), "future_valid": torch.ones(n, dtype=torch.bool)}
+    batch |= masks | {"future_mask": masks["mask"]}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def bench_policy(config):
+    device, n = pick_device(config.device), TrainConfig.batch_size
+    sync, rng = torch.cuda.synchronize if device.type == "cuda" else lambda: None, np.random.default_rng(0)
+    blm = BLM.from_pretrained("weights/nano", device)
+    pictures = [[rng.integers(0, 255, (128, 128, 3), dtype=np.uint8) for _ in VIEWS] for _ in range(2 * n)]
+    instruction = "stack the red cube on the green cube"
+    tokens = blm.intent_states(pictures[:1], [instruction])[0].shape[1]
+
+    def stepper(policy, batch):
+        optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
+
+        def step(**more):
+            policy({**batch, **more})["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return step
+
+    def trainable(config, condition_size):
+        policy = Policy(config, condition_size, {robot: (get_robot(robot).state_dim, get_robot(robot).action_dim) for robot in ROBOTS}).to(device)
+        policy.normaliser.fitted[:] = True
+        return policy
+
+    policy = trainable(blm.policy.config, blm.vlm.config.hidden_size)
+    step = stepper(policy, rows_of(policy, n, tokens, device))
+
+    def anew():                                      # a frame and the one T steps later, as train_policy.py would without its cache; pictures are there already
+        now, later = (blm.intent_states(part, [instruction] * n)[0] for part in (pictures[:n], pictures[n:]))
+        step(hidden=now, future_hidden=later)
+
+    cached_ms, anew_ms = median_ms([step, anew], config.runs, sync)
+    robot = ROBOTS[0]
+    seen = {"images": dict(zip(VIEWS, pictures[0])), "state": np.zeros(get_robot(robot).state_dim, np.float32), "instruction": instruction}
+    act_ms, = median_ms([lambda: blm.act(seen, robot)], 5 * config.runs, sync)
+    head = trainable(PEER_SIZED, 320)
+    small, large = rows_of(head, 1, 88, device), rows_of(head, 16, 88, device)
+    chunk_ms, train_ms = median_ms([lambda: head.sample(small["hidden"], small["mask"], small["state"], small["embodiment"]), stepper(head, large)], config.runs, sync)
+    size = sum(p.numel() for p in head.parameters()) / 1e6
+    rows = [{"what": f"Stage II, a step of {n} rows from cached hidden states", "ms": cached_ms, "beside": [anew_ms], "beside_what": "computed anew"},
+            {"what": "act, one chunk", "ms": act_ms, "beside": [], "beside_what": ""},
+            {"what": f"a head of {size:.1f} M, 88 tokens: one chunk", "ms": chunk_ms, "beside": PEER["chunk"], "beside_what": "GR00T N1.5's head in lerobot"},
+            {"what": f"a head of {size:.1f} M, 88 tokens: a training step of 16", "ms": train_ms, "beside": PEER["train"], "beside_what": "GR00T N1.5's head in lerobot"}]
+    machine = about_machine(device)
+    print("\n" + ", ".join(f"{name} {value}" for name, value in machine.items()) + "\n\n| what | ms | beside, ms | times as fast |\n" + "|---" * 4 + "|")
+    for row in rows:
+        row["ratio"] = [round(other / row["ms"], 2) for other in row["beside"]]
+        print(f"| {row['what']} | {row['ms']:.1f} | {row['beside_what']} {' to '.join(f'{x:.0f}' for x in row['beside'])} | {' to '.join(map(str, row['ratio']))} |")
+    return {"what": "policy", "machine": machine, "rows": rows}
+
+
+BENCHES = {"vlm": bench_vlm, "policy": bench_policy}
 
 
 def main():
