@@ -149,16 +149,16 @@ def episodes_of(what, config, robots, tasks):
 def physical(what, config):
     """Run all cells, print the table, return the result as a dict."""
     robots, tasks = choose_many(config.robots, ROBOTS, "robot"), choose_many(config.tasks, TASKS, "task")
+    if what == "physical":
+        from model import BLM
+        config.device = str(pick_device(config.device))
+        blm = BLM.from_pretrained(config.weights, config.device)                             # a bad folder is told here, once
+        robots = robots_of(blm, config.robots)
     if config.episodes < 1 or config.workers < 1:
         raise UserError(f"--episodes {config.episodes} and --workers {config.workers} must be at least 1")
     if config.condition:
         choose(config.condition, CONDITIONS, "condition")
-    if what == "physical":
-        from model import BLM
-        config.device = str(pick_device(config.device))
-        blm, start = BLM.from_pretrained(config.weights, config.device), time.time()        # a bad folder is told here, once
-    else:
-        start = time.time()
+    start = time.time()
     episodes, cells = episodes_of(what, config, robots, tasks), {}
     for (robot, task), results in episodes.items():
         wins = [e for e in results if e["success"]]
@@ -182,6 +182,17 @@ def physical(what, config):
     if what == "physical" and config.failures:
         draw_failures(blm, config, cells)
     return result
+
+
+def robots_of(blm, names):
+    """The robots called `names`, or all those that `blm` was trained on. UserError if it was not trained on one of them, or cannot act at all."""
+    if blm.policy is None:
+        raise UserError("this model folder has no policy.safetensors: it answers, but does not act; train a policy with `python train_policy.py`")
+    robots, known = choose_many(names, ROBOTS, "robot"), blm.policy.embodiments
+    strange = [robot for robot in robots if robot not in known]
+    if strange and names != "all":
+        raise UserError(f"this model was not trained on {', '.join(strange)}, but on {', '.join(known)}")
+    return [robot for robot in robots if robot in known]
 
 
 def draw_failures(blm, config, cells):
@@ -213,7 +224,7 @@ def table(result, robots, tasks):
     """The paper's table, ours: markdown, success in %, the paper's ManiSkill figure in brackets where the policy is meant."""
     def entry(robot, task):
         mine = f"{100 * result['cells'][robot][task]['success']:.0f}"
-        return f"{mine} ({PAPER[robot][list(TASKS).index(task)]})" if result["what"] == "physical" else mine
+        return f"{mine} ({PAPER[robot][list(TASKS).index(task)]})" if result["what"] == "physical" and robot in PAPER else mine
 
     lines = ["| robot | " + " | ".join(tasks) + " | mean |", "|---" * (len(tasks) + 2) + "|"]
     for robot in robots:

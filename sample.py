@@ -128,6 +128,8 @@ def main():
     from model import BLM
     blm = BLM.from_pretrained(config.weights, pick_device(config.device))
     if not config.ask:
+        from eval import robots_of
+        robots = robots_of(blm, config.robot)
         return act(blm, config, robots[0], tasks[0]) if len(robots) == len(tasks) == 1 else mosaic(blm, config, robots, tasks)
     if config.image:
         from vlm import load_image

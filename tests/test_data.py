@@ -1,15 +1,18 @@
 """The data engine: kinematics against published poses, success tests both ways, determinism, the expert in every cell, episode files."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import data.robots
 from cli import UserError
+from data.add_robot import convert, with_entry
 from data.corpus import CLASSES, CLUTTER, Corpus, look, make_shard, project
 from data.env import CONTROL_HZ, TabletopEnv
 from data.expert import Planner, demonstrate, grasp, tool_rotation
 from data.record import Episode, RecordConfig, correction, load_episodes, record, write_episode
-from data.robots import ROBOTS, SQUEEZE, get_kinematics, get_robot
+from data.robots import DEFAULTS, ROBOTS, SQUEEZE, Kinematics, Robot, get_kinematics, get_robot, robot_xml
 from data.tasks import PEG_LENGTH, TASKS
 from eval import rollout, why
 
@@ -283,3 +286,49 @@ def test_corpus_tells_the_truth(tmp_path):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="broken corpus"):
         Corpus(tmp_path, "train")
+
+
+# ---- another arm, from its MJCF file
+
+def mjcf_of(robot, folder):
+    """An MJCF file of an arm that is here already, with a site at its flange; its first link hangs from a body without a joint, as bases do elsewhere."""
+    body, rest = robot_xml(robot)
+    flange = body.replace('<site name="tcp"', '<site name="attachment_site"/><site name="tcp"')
+    path = folder / f"{robot.name}.xml"
+    path.write_text(f'<mujoco>{DEFAULTS}<worldbody><body name="stand" pos="0 0 0.1" quat="0 0 0 1"><body pos="0 0 -0.1" quat="0 0 0 1">{flange}</body></body></worldbody>{rest}</mujoco>')
+    return path
+
+
+@pytest.mark.parametrize("name", ROBOTS)
+def test_an_arm_from_its_mjcf_file_is_the_same_arm(name, tmp_path):
+    robot = get_robot(name)
+    entry = convert(mjcf_of(robot, tmp_path), "attachment_site", name, 2.0)
+    made, known = Kinematics(Robot(name, entry)), get_kinematics(name)
+    for qpos in np.random.default_rng(0).uniform(*robot.joint_range.T, (5, robot.dof)):
+        for a, b in zip(made.forward(qpos), known.forward(qpos)):
+            assert np.allclose(a, b, atol=1e-6)
+    for mine, joint in zip(entry["joints"], robot.joints):
+        assert (mine["kp"], mine["kd"], mine["force_range"]) == (joint["kp"], joint["kd"], joint["force_range"]) and mine["capsules"]
+    assert np.isclose(sum(j["mass"] for j in entry["joints"]), sum(j["mass"] for j in robot.joints) + robot.hand["mass"], atol=1e-3)
+    assert np.allclose(entry["reach"], robot.reach, atol=0.05) and abs(entry["base_to_spawn_centre"] - robot.base_to_spawn_centre) < 0.06
+
+
+def test_a_new_entry_works_and_leaves_the_others_alone(tmp_path, monkeypatch):
+    entry, text = convert(mjcf_of(get_robot("xarm6"), tmp_path), "attachment_site", "xarm6", 2.0), (Path(data.robots.__file__).parent / "robots.json").read_text()
+    made = json.loads(with_entry(text, "mine", entry))
+    assert list(made["robots"]) == [*ROBOTS, "mine"] and {name: made["robots"][name] for name in ROBOTS} == json.loads(text)["robots"]
+    monkeypatch.setattr(data.robots, "ROBOTS", (*ROBOTS, "mine"))
+    monkeypatch.setitem(data.robots.NUMBERS, "mine", made["robots"]["mine"])
+    assert demonstrate(TabletopEnv("mine", "StackCube", render=False), 0).success
+
+
+def test_arms_that_cannot_be_added_are_told(tmp_path):
+    path = mjcf_of(get_robot("panda"), tmp_path)
+    with pytest.raises(UserError, match="no site 'flange'.*attachment_site, tcp"):
+        convert(path, "flange", "panda", 2.0)
+    path.write_text(path.read_text().replace('name="joint3"', 'name="joint3" type="slide"'))
+    with pytest.raises(UserError, match="link3 must have one hinge joint"):
+        convert(path, "attachment_site", "panda", 2.0)
+    path.write_text("<mujoco><worldbody/>")
+    with pytest.raises(UserError, match="cannot read"):
+        convert(path, "attachment_site", "panda", 2.0)

@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 import cli
+import data.add_robot
 import data.corpus
 import data.record
 import eval as evaluation
+import experiments
 import sample
 import train_policy
 import train_sft
@@ -57,6 +59,11 @@ MISTAKES = [
     (evaluation, "physical --weights {tmp}/nowhere", "nowhere"),
     (evaluation, "physical --robots panda,widowy", "unknown robot 'widowy'"),
     (evaluation, "expert --episodes -1", "--episodes -1"),
+    (evaluation, "physical --condition fog", "unknown condition 'fog'.*lighting"),
+    (experiments, "--rows blnd", "unknown row 'blnd'.*did you mean blind"),
+    (data.add_robot, "", "say which arm"),
+    (data.add_robot, "--mjcf {tmp}/file.txt --name new", "cannot read"),
+    (data.add_robot, "--mjcf {tmp}/file.txt --name panda", "there is such a robot already"),
     (data.record, "--robots pandas", "unknown robot"),
     (data.record, "--policy {tmp}/nowhere --out {tmp}/o", "nowhere"),
     (data.record, "--tasks Juggle", "unknown task"),

@@ -1,0 +1,40 @@
+#!/bin/sh
+# From an empty folder to the table of 24 cells: demonstrations, corpus, Stage I, Stage II, two rounds of corrections, evaluation.
+#
+#   sh speedrun.sh                  two CPU cores: about five hours
+#   sh speedrun.sh --budget gpu     one GPU and sixteen cores: the same steps, evaluated after each round
+#
+# Everything goes to out/speedrun; what is there already is not done again, so a run that was stopped goes on when it is started again.
+set -e
+budget=cpu
+[ "$1" = "--budget" ] && budget=$2
+[ "$budget" = cpu ] || [ "$budget" = gpu ] || { echo "error: unknown budget '$budget', choose from: cpu, gpu" >&2; exit 2; }
+out=out/speedrun
+workers=$(nproc)
+mkdir -p $out
+[ -f $out/begun ] || date +%s > $out/begun
+
+said() {                            # said <name> <command>: run it once, and tell the minutes since the beginning
+    [ -f "$out/$1.done" ] && return
+    name=$1; shift
+    echo "+ $*"
+    "$@"
+    touch "$out/$name.done"
+    echo "$(( ($(date +%s) - $(cat $out/begun)) / 60 )) minutes: $name" | tee -a $out/times.txt
+}
+resume() { [ -f "$1/state.safetensors" ] && echo --resume; true; }
+
+hard=PickCube,StackCube,PlaceSphere,LiftPegUpright
+said demonstrations python -m data.record --out $out/demos --workers "$workers"
+said corpus python -m data.corpus --out $out/corpus --workers "$workers"
+said stage1 python train_sft.py --data $out/corpus --out $out/sft $(resume $out/sft)
+policy="python train_policy.py --data $out/demos --backbone $out/sft --cache $out/intents --out $out/policy"
+said stage2 $policy --steps 9000 $(resume $out/policy)
+[ "$budget" = gpu ] && said table1 python eval.py physical --weights $out/policy --workers "$workers" --out $out/physical-1.json
+said corrections1 python -m data.record --policy $out/policy --tasks $hard --episodes 70 --out $out/demos --workers "$workers"
+said stage2b $policy --resume --steps 15000
+[ "$budget" = gpu ] && said table2 python eval.py physical --weights $out/policy --workers "$workers" --out $out/physical-2.json
+said corrections2 python -m data.record --policy $out/policy --tasks $hard --seed 10000 --episodes 50 --out $out/demos --workers "$workers"
+said stage2c $policy --resume --steps 20000
+said table python eval.py physical --weights $out/policy --episodes 50 --workers "$workers" --out $out/physical.json
+cat $out/times.txt
