@@ -76,7 +76,7 @@ def do(command):
 
 def experiment(name, config):
     """Train and evaluate a row: its entry of the result file."""
-    cells, seconds, listed = {}, 0.0, commands(name, config)
+    cells, seconds, figures, listed = {}, 0.0, [], commands(name, config)
     for train, evaluate, result in listed:
         folder, steps = Path(train[train.index("--out") + 1]), int(train[train.index("--steps") + 1])
         begun = folder / "training.json"
@@ -85,13 +85,14 @@ def experiment(name, config):
         if not Path(result).exists():
             do(evaluate)
         measured = json.loads(Path(result).read_text())
-        seconds += json.loads(begun.read_text())["policy"]["seconds"] + measured["seconds"]
+        trained = json.loads(begun.read_text())["policy"]
+        seconds, figures = seconds + trained["seconds"] + measured["seconds"], figures + [trained["figures"]]
         for robot, row in measured["cells"].items():
             cells.setdefault(robot, {}).update({task: [round(cell["success"] * cell["episodes"]), cell["episodes"]] for task, cell in row.items()})
     flat = [cell for row in cells.values() for cell in row.values()]
     wins, n = map(sum, zip(*flat))
     return {"about": ROWS[name][0], "mean": sum(w / e for w, e in flat) / len(flat), "interval": [round(x, 3) for x in wilson(wins, n)], "cells": cells,
-            "minutes": round(seconds / 60, 1), "commands": [shlex.join(command) for pair in listed for command in pair[:2]]}
+            "validation": {key: round(sum(f[key] for f in figures) / len(figures), 5) for key in figures[0]}, "minutes": round(seconds / 60, 1), "commands": [shlex.join(command) for pair in listed for command in pair[:2]]}
 
 
 def table(found):

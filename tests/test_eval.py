@@ -116,7 +116,7 @@ def test_a_row_is_run_once(tmp_path, monkeypatch, capsys):
         if command[1] == "train_policy.py":
             folder = Path(command[command.index("--out") + 1])
             folder.mkdir(parents=True)
-            (folder / "training.json").write_text(json.dumps({"policy": {"step": int(command[command.index("--steps") + 1]), "seconds": 60}}))
+            (folder / "training.json").write_text(json.dumps({"policy": {"step": int(command[command.index("--steps") + 1]), "seconds": 60, "figures": {"val_flow": 0.1}}}))
         else:
             robots, n = command[command.index("--robots") + 1], int(command[command.index("--episodes") + 1])
             cells = {robot: {task: {"success": 0.5, "episodes": n} for task in TASKS} for robot in (ROBOTS if robots == "all" else robots.split(","))}
