@@ -3,7 +3,7 @@
     python eval.py expert                          the planner that makes the demonstrations, 50 layouts a cell
     python eval.py physical --weights weights/nano the policy: camera pictures, joint state and an instruction in wordings it was not trained on
     python eval.py conditions --episodes 10        the policy again, with the light, the camera and so on changed, one thing at a time
-    python eval.py digital --weights weights/nano  questions about validation scenes: answers right, and how far points are off
+    python eval.py digital --weights weights/nano  questions about validation scenes, 17 categories, beside chance and beside noise for pictures
 
 Layout seeds start at 1,000,000, beyond every demonstration; the same seeds give the same table. Results are written as JSON, tables of cells as a heat
 map too. An evaluation that was stopped goes on where it was, if nothing about it has changed.
@@ -21,11 +21,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from cli import UserError, atomic, choose, choose_many, parse, pick_device, run
 from data.env import CONDITIONS, CONTROL_HZ, TabletopEnv, front_pixel
 from data.expert import demonstrate
+from data.questions import CATEGORIES
 from data.robots import ROBOTS, get_robot
 from data.tasks import TASKS
 
@@ -48,7 +49,8 @@ class EvalConfig:
     workers: int = 2                # processes
     device: str = "auto"            # auto, cpu, cuda or mps
     corpus: str = "out/corpus"      # digital: the corpus whose validation scenes are asked
-    scenes: int = 400               # digital: how many of them
+    questions: int = 50             # digital: how many of each category in wordings that training saw, and as many in others
+    base: str = ""                  # digital: another model folder to stand beside, such as the one before Stage I
     out: str = ""                   # result file; default out/results/<what>.json
 
 
@@ -123,7 +125,7 @@ def episodes_of(what, config, robots, tasks):
         for robot in robots:
             for first in range(config.seed, config.seed + config.episodes, 10):
                 jobs[robot, task, first] = (what, config, robot, task, range(first, min(first + 10, config.seed + config.episodes)))
-    about = {name: value for name, value in asdict(config).items() if name not in ("workers", "out", "failures", "corpus", "scenes")}
+    about = {name: value for name, value in asdict(config).items() if name not in ("workers", "out", "failures", "corpus", "questions", "base")}
     if what == "physical":
         files = sorted(Path(config.weights).glob("*.safetensors"))
         about["weights"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if not file.name.startswith("state")]
@@ -173,7 +175,7 @@ def physical(what, config):
               "interval": [round(x, 4) for x in wilson(len(wins), len(flat))], "cells": cells, "episodes": len(flat),
               "seconds_to_success": round(float(np.mean([e["steps"] for e in wins])) / CONTROL_HZ, 2) if wins else None,
               "jerk": round(float(np.mean([e["jerk"] for e in flat])), 1), "command": shlex.join(["python", *sys.argv]), "seconds": round(time.time() - start),
-              "config": {k: v for k, v in asdict(config).items() if k not in ("corpus", "scenes", "out", "failures")}}
+              "config": {k: v for k, v in asdict(config).items() if k not in ("corpus", "questions", "base", "out", "failures")}}
     if what == "physical":
         result["act_ms"] = 1000 * float(np.mean([e["act_s"] for e in flat]))
         result["clipped_steps"] = {kind: sum(e["clipped"][kind] for e in flat) for kind in ("limits", "speed")} | {"of": sum(e["steps"] for e in flat)}
@@ -260,41 +262,97 @@ def heat_map(result, path, wide=118, high=44, left=84):
 
 
 def digital(config):
-    """Ask the validation scenes' questions and read the answers: accuracy by kind of answer, pointing error in pixels and centimetres on the front view."""
+    """Ask held-back scenes' questions of each category: of the model, of the model with noise for pictures ("blind"), and of a base model if one is named.
+
+    Accuracy by category, in wordings that training saw and in those that it did not, beside chance; pointing error in pixels, and in centimetres on the front view.
+    """
     import torch
     from data.corpus import Corpus, ensure
     from model import BLM
     torch.set_num_threads(os.cpu_count() or 1)
     ensure(config.corpus)
-    blm, corpus = BLM.from_pretrained(config.weights, pick_device(config.device)), Corpus(config.corpus, "val")
-    right, asked, pixels, metres = {}, {}, [], []
-    for i in tqdm(np.random.default_rng(config.seed).permutation(len(corpus))[:config.scenes], unit="scene"):
+    corpus, asked, device = Corpus(config.corpus, "val"), [], pick_device(config.device)
+    left = {(category, held_out): config.questions for category in CATEGORIES for held_out in (False, True)}
+    for i in np.random.default_rng(config.seed).permutation(len(corpus)):
         scene = corpus[int(i)]
-        for question, answer in scene["turns"]:
-            given = blm.answer(scene["images"], question)
-            kind = "point" if "point_2d" in answer else "box" if "bbox_2d" in answer else "yes/no" if answer in ("yes", "no") else "words"
-            asked[kind] = asked.get(kind, 0) + 1
-            if kind == "point":
-                try:
-                    error = np.hypot(*np.subtract(json.loads(given)["point_2d"], json.loads(answer)["point_2d"]))
-                except (ValueError, KeyError, TypeError):
-                    error = np.inf                         # no point in the answer: a miss
-                pixels.append(error)
-                if "front" in question:
-                    metres.append(error * front_pixel(get_robot(scene["robot"])))
-                right[kind] = right.get(kind, 0) + (error <= 4)
-            elif kind == "box":
-                right[kind] = right.get(kind, 0) + (overlap(given, answer) >= 0.5)
-            else:
-                right[kind] = right.get(kind, 0) + (given.strip() == answer)
-    result = {"what": "digital", "scenes": config.scenes, "point_error_px_median": float(np.median(pixels)),
-              "point_error_cm_median": 100 * float(np.median(metres)), "points": len(pixels),
-              "accuracy": {kind: {"right": int(right[kind]), "asked": asked[kind], "interval": [round(x, 3) for x in wilson(right[kind], asked[kind])]} for kind in asked},
-              "command": shlex.join(["python", *sys.argv])}
-    for kind, row in result["accuracy"].items():
-        print(f"{kind:8s} {100 * row['right'] / row['asked']:5.1f}% of {row['asked']}" + {"point": " within 4 px", "box": " with IoU >= 0.5"}.get(kind, ""))
+        for question in scene["questions"]:
+            key = question["category"], question["held_out"]
+            if left[key]:
+                left[key] -= 1
+                asked.append((scene, question))
+    asked.sort(key=lambda pair: (len(pair[0]["images"]), len(pair[1]["question"])))      # alike in length, so little padding
+    noise = np.random.default_rng(config.seed)
+    blind = [[noise.integers(0, 256, image.shape, dtype=np.uint8) for image in scene["images"]] for scene, _ in asked]
+    pictures, questions = [scene["images"] for scene, _ in asked], [question["question"] for _, question in asked]
+    given = {}
+    for name, folder, seen in (("model", config.weights, pictures), ("blind", config.weights, blind), ("base", config.base, pictures)):
+        if folder:
+            blm = BLM.from_pretrained(folder, device)
+            given[name] = [reply for start in trange(0, len(asked), 64, desc=name) for reply in blm.answers(seen[start:start + 64], questions[start:start + 64], 96)]
+    right = {name: np.array([is_right(question, reply) for (_, question), reply in zip(asked, replies)]) for name, replies in given.items()}
+    category, held_out = np.array([q["category"] for _, q in asked]), np.array([q["held_out"] for _, q in asked])
+    chance, rows = np.array([q["chance"] for _, q in asked]), {}
+    for name in CATEGORIES:
+        own = category == name
+        if own.any():
+            rows[name] = {"asked": int(own.sum()), "chance": float(chance[own].mean()), **{who: float(found[own].mean()) for who, found in right.items()},
+                          "interval": [round(x, 3) for x in wilson(int(right["model"][own].sum()), int(own.sum()))],
+                          **{wording: float(right["model"][own & (held_out == new)].mean()) for wording, new in (("seen", False), ("held_out", True)) if (own & (held_out == new)).any()}}
+    mean = lambda key: float(np.mean([row[key] for row in rows.values() if key in row]))
+    points = [(scene, question, reply) for (scene, question), reply in zip(asked, given["model"]) if question["category"] == "point"]
+    errors = [distance(reply, question["answer"]) for _, question, reply in points]
+    front = [error * front_pixel(get_robot(scene["robot"])) for (scene, question, _), error in zip(points, errors) if "front" in question["question"]]
+    result = {"what": "digital", "mean": mean("model"), "blind_mean": mean("blind"), "chance_mean": mean("chance"), **({"base_mean": mean("base")} if config.base else {}),
+              "seen_mean": mean("seen"), "held_out_mean": mean("held_out"), "categories": rows, "asked": len(asked),
+              "point_error_px_median": float(np.median(errors)), "point_error_cm_median": 100 * float(np.median(front)), "command": shlex.join(["python", *sys.argv])}
+    print(digital_table(result))
     print(f"pointing error, median: {result['point_error_px_median']:.1f} px of 128; {result['point_error_cm_median']:.1f} cm in the front view")
     return result
+
+
+def digital_table(result):
+    """Markdown: a row a category, in %."""
+    names = [name for name in ("chance", "blind", "base", "model") if f"{name}_mean" in result or name == "model"]
+    lines = ["| category | asked | " + " | ".join(names) + " | 95% interval | seen / new wording |", "|---" * (len(names) + 4) + "|"]
+    for name, row in result["categories"].items():
+        low, high = row["interval"]
+        lines.append(f"| {name} | {row['asked']} | " + " | ".join(f"{100 * row[who]:.0f}" for who in names) + f" | {100 * low:.0f} to {100 * high:.0f} | "
+                     + " / ".join(f"{100 * row[kind]:.0f}" for kind in ("seen", "held_out") if kind in row) + " |")
+    means = " | ".join(f"{100 * result['mean' if who == 'model' else f'{who}_mean']:.1f}" for who in names)
+    return "\n".join([*lines, f"| mean | {result['asked']} | {means} | | {100 * result['seen_mean']:.1f} / {100 * result['held_out_mean']:.1f} |"])
+
+
+def is_right(question, reply):
+    """Points: within 5 px, half a cube in the front view. Boxes: an intersection over union of 0.5. All else: the very words."""
+    if question["form"] == "point":
+        return distance(reply, question["answer"]) <= 5
+    return overlap(reply, question["answer"]) >= 0.5 if question["form"] == "box" else reply.strip() == question["answer"]
+
+
+def distance(given, answer):
+    """Pixels between the points of two answers; infinite if one has none."""
+    try:
+        return float(np.hypot(*np.subtract(json.loads(given)["point_2d"], json.loads(answer)["point_2d"])))
+    except (ValueError, KeyError, TypeError):
+        return np.inf
+
+
+def bars(result, path, wide=900, row=44, left=110):
+    """The digital table as a picture (PNG): a group of bars a category, the model's with its 95% interval."""
+    names, colours = [name for name in ("chance", "blind", "base", "model") if name == "model" or f"{name}_mean" in result], {"chance": "#bbbbbb", "blind": "#d08770", "base": "#e0b84c", "model": "#4c8c5c"}
+    image = Image.new("RGB", (wide, row * len(result["categories"]) + 40), "white")
+    draw, x = ImageDraw.Draw(image), lambda p: left + p * (wide - left - 20)
+    for i, name in enumerate(names):
+        draw.text((left + 110 * i, 12), name, fill=colours[name], font_size=16)
+    for i, (category, values) in enumerate(result["categories"].items()):
+        top, each = 40 + row * i, (row - 6) / len(names)
+        draw.text((left - 8, top + row / 2 - 3), category, fill="black", anchor="rm", font_size=14)
+        for j, name in enumerate(names):
+            draw.rectangle((left, top + each * j, x(values[name]), top + each * (j + 1) - 2), fill=colours[name])
+        low, high = map(x, values["interval"])
+        draw.line((low, top + each * (len(names) - 0.5) - 1, high, top + each * (len(names) - 0.5) - 1), fill="black", width=2)
+    with atomic(path) as temporary:
+        image.save(temporary)
 
 
 def overlap(given, answer):
@@ -322,8 +380,8 @@ def main():
     result = digital(config) if what == "digital" else conditions(config) if what == "conditions" else physical(what, config)
     with atomic(config.out) as temporary:
         temporary.write_text(json.dumps(result, indent=1))
-    if what in ("expert", "physical"):
-        heat_map(result, Path(config.out).with_suffix(".png"))
+    if what != "conditions":
+        (bars if what == "digital" else heat_map)(result, Path(config.out).with_suffix(".png"))
     for part in Path(config.out).parent.glob(f".{Path(config.out).stem}*.part"):
         part.unlink()
     print(f"written to {config.out}")

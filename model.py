@@ -81,8 +81,16 @@ class BLM:
         made = self.vlm.generate(**batch, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stream=stream and piece)
         return self.tokenizer.decode(made[0])
 
-    def prompt(self, images, texts):
-        """Pictures and a text for each row, as user turns that wait for an answer, padded on the right: the language model's inputs, on its device."""
+    def answers(self, images, questions, max_new_tokens=128, batch_size=16):
+        """`answer`, greedy, for many: images and a question for each row, to a list of replies."""
+        made = []
+        for start in range(0, len(questions), batch_size):
+            part = slice(start, start + batch_size)
+            made += self.vlm.generate(**self.prompt(images[part], questions[part], side="left"), max_new_tokens=max_new_tokens)
+        return [self.tokenizer.decode(ids) for ids in made]
+
+    def prompt(self, images, texts, side="right"):
+        """Pictures and a text for each row, as user turns that wait for an answer, padded on one side: the language model's inputs, on its device."""
         flat = [image for row in images for image in row]
         pixels, grids = process_images(flat, self.vlm.config) if flat else (None, None)
         listed, merge = iter([] if grids is None else grids.tolist()), self.vlm.config.vision_config.spatial_merge_size
@@ -90,7 +98,7 @@ class BLM:
         for row, text in zip(images, texts, strict=True):
             content = [*({"type": "image"} for _ in row), {"type": "text", "text": text}]
             rows.append(chat(self.tokenizer, [{"role": "user", "content": content}], [next(listed) for _ in row], merge))
-        padded = collate(rows, self.vlm.config.bos_token_id, side="right")
+        padded = collate(rows, self.vlm.config.bos_token_id, side)
         batch = {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"], "pixel_values": pixels, "image_grid_thw": grids}
         return {name: tensor.to(self.device) for name, tensor in batch.items() if tensor is not None}
 

@@ -1,18 +1,20 @@
 """Stage I's corpus: pictures from the simulator, and questions whose answers are its true state.
 
-    python -m data.corpus --scenes 18000 --workers 2            (train; 800 scenes for validation beside it)
+    python -m data.corpus --scenes 24000 --workers 2            (train; a thirtieth of it for validation beside it)
 
-A scene is one moment of one robot and task: a random layout and arm pose with spare cubes around ("still"), or a moment of the expert at work
-("working"). It has one picture (front) or two (front, wrist), four to eight question-answer turns about them, and dense targets for the base stage:
+A scene is one of two things, half of each:
+    a picture    front, or front and wrist: a random layout with spare cubes around, the arm anywhere, now and then ready to grasp or nearly so
+    a clip       four front views in order: an attempt at the task, by the expert or with one of four faults, as a whole or up to the end of a step
+It has at most ten questions (data/questions.py) and, for the base stage, dense targets of every picture:
     patch_class  (V, 8, 8) int     what a patch shows, index into CLASSES, 0 = nothing named
     patch_offset (V, 8, 8, 3)      that object's centre minus the patch's centre (in patches, x to the right, y down), and its camera depth (m) minus 0.6
-Coordinates in answers are pixels of the 128 x 128 picture, as Qwen2.5-VL's absolute ones: {"point_2d": [x, y], "label": ...}, {"bbox_2d": [x1, y1, x2, y2], ...}.
-Files: <folder>/<split>/<shard>.safetensors with images (n, 128, 128, 3) uint8, first (scenes + 1), the targets, and the turns as JSON in the header.
-Validation scenes come from seeds, and questions in wordings, that training never sees.
+Files: <folder>/<split>/<shard>.safetensors with images (n, 128, 128, 3) uint8, first (scenes + 1), the targets, and the questions as JSON in the header.
+Validation scenes come from seeds that training never sees; their questions are asked twice, in wordings that it sees and in those that it does not.
 """
 import json
 import multiprocessing
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,54 +26,24 @@ from tqdm import tqdm
 
 from cli import UserError, atomic, parse, run
 from data.env import IMAGE_SIZE, VIEWS, TabletopEnv
-from data.expert import demonstrate, tool_rotation
-from data.robots import ROBOTS, get_kinematics
+from data.expert import PEG_LEVER, PRIMITIVES, Infeasible, Planner, azimuth_of, hand_offset, quarter_turns, tool_rotation, yaw_of
+from data.questions import CAUSES, STEP_TEXT, Asker
+from data.robots import ROBOTS, get_kinematics, get_robot
 from data.tasks import TASKS
 
 GRID = 8                                                      # patches a side of nano's ViT
 SPARE = {"yellow cube": (0.95, 0.85, 0.1, 1), "purple cube": (0.55, 0.15, 0.65, 1), "orange cube": (1, 0.5, 0.05, 1), "white cube": (0.95, 0.95, 0.95, 1)}
 LABELS = sorted({label for task in TASKS.values() for label in task.labels.values()} | set(SPARE))
+COLOURS = {label: label.split()[0] if " " in label else None for label in LABELS}
+GRASPED = [label for label in LABELS if "cube" in label or label in ("blue ball", "peg")]
 CLASSES = ["nothing", "gripper", *LABELS]
-SHARD, CLUTTER = 250, 3
+SHARD, CLUTTER, MOST_QUESTIONS = 250, 3, 10
 VALIDATION_SEED = 2_000_000
-NEXT = {"approach": "move above the {}", "descend": "lower the gripper", "grasp": "close the gripper", "lift": "lift the {}", "carry": "carry the {}",
-        "place": "set the {} down", "release": "open the gripper", "push": "push the {} forward", "pull": "pull the {} back", "turn": "turn the {} upright"}
-# the last wording of each question is kept for validation
-WORDINGS = {
-    "exists": ("Is there a {}?", "Can you see a {}?", "Is a {} on the table?", "Do you see a {}?", "Is a {} in the picture?", "Does a {} lie on the table?",
-               "Is there a {} in view?", "Does the picture show a {}?"),
-    "list": ("What is on the table?", "Which objects do you see?", "Name the objects.", "What objects are there?", "List the objects.", "What do you see on the table?",
-             "Name everything that lies on the table.", "List everything on the table."),
-    "count": ("How many cubes are there?", "Count the cubes.", "How many cubes do you see?", "How many cubes are on the table?", "Give the number of cubes.",
-              "How many cubes does the picture show?", "Count the cubes on the table.", "What is the number of cubes?"),
-    "colour": ("What colour is the object nearest to the robot?", "Which colour has the object closest to the robot?", "Name the colour of the object nearest to the robot.",
-               "What is the colour of the nearest object?", "Which colour is the object closest to the robot?", "What colour has the nearest object?",
-               "Tell the colour of the object nearest to the robot.", "The object nearest to the robot has which colour?"),
-    "side": ("Is the {} left or right of the {}?", "On which side of the {1} is the {0}, left or right?", "Does the {} lie to the left or to the right of the {}?",
-             "Left or right: where is the {} from the {}?", "Is the {} on the left or on the right of the {}?", "To which side of the {1} lies the {0}, left or right?",
-             "Do you find the {} left or right of the {}?", "Seen from {1}, is the {0} left or right?"),
-    "nearest": ("Which object is nearest to the robot?", "What lies closest to the robot?", "Name the object nearest to the robot.", "What is nearest to the robot?",
-                "Which object lies closest to the robot?", "What object is closest to the robot?", "Name what lies nearest to the robot.", "Which thing is closest to the robot?"),
-    "point": ("Point to the {} in the {} view.", "Where is the {} in the {} view? Give a point.", "Locate the {} in the {} view with a point.", "Give a point on the {} in the {} view.",
-              "Mark the {} in the {} view with a point.", "Point at the {} in the {} view.", "Show where the {} is in the {} view, as a point.", "Show a point on the {} in the {} view."),
-    "box": ("Give the box of the {} in the {} view.", "Draw a box around the {} in the {} view.", "Where is the {} in the {} view? Give a box.", "Locate the {} in the {} view with a box.",
-            "Mark the {} in the {} view with a box.", "Put a box around the {} in the {} view.", "Show where the {} is in the {} view, as a box.", "Frame the {} in the {} view with a box."),
-    "task": ("What is the robot doing?", "Which task is this?", "What task does the robot work on?", "What is the robot at work on?", "What does the robot do?", "Which task does the robot do?",
-             "Name this task.", "Name the task of the robot."),
-    "next": ("The task: {}. What comes next?", "To {}, what is the next step?", "The robot shall {}. What should it do now?", "The task: {}. What is the next step?",
-             "What should the robot do now to {}?", "What comes next, to {}?", "The robot is told to {}. Which step is next?", "In order to {}, which step follows?"),
-    "success": ("The task: {}. Is it done?", "Did the robot {}?", "Is this finished: {}?", "The robot shall {}. Is it done?", "The task: {}. Has the robot finished?", "Is it done: {}?",
-                "The robot was told to {}. Did it succeed?", "Has the robot managed to {}?"),
-    "holding": ("Is the gripper holding something?", "Does the robot hold an object?", "Is something in the gripper?", "Is the robot holding an object?", "Does the gripper hold anything?",
-                "Is there an object in the gripper?", "Has the gripper grasped something?", "Has the robot grasped anything?"),
-    "robot": ("Which robot is this?", "Name the robot.", "What robot do you see?", "What robot is this?", "Which robot do you see?", "What is the name of this robot?",
-              "Which robot is at work?", "Which arm is it?"),
-}
 
 
 @dataclass
 class CorpusConfig:
-    scenes: int = 18000        # training scenes, spread over all robots and tasks
+    scenes: int = 24000        # training scenes, spread over all robots and tasks
     seed: int = 0              # first seed
     workers: int = 2           # processes
     out: str = "out/corpus"    # folder
@@ -89,7 +61,7 @@ def project(env, view, point):
 
 
 def look(env, view, spare):
-    """The picture, its dense targets, and {label: (x1, y1, x2, y2, pixels)} of what it shows. spare {body: label}."""
+    """The picture, its dense targets, and {label: (x1, y1, x2, y2, pixels, x, y of its centre)} of what it shows. spare {body: label}."""
     names = {**env.task.labels, **spare}
     label_of = np.zeros(env.model.ngeom + 1, int)             # the last entry serves id -1, the sky
     centres = {1: env.data.site_xpos[env.tcp]}
@@ -116,68 +88,32 @@ def look(env, view, spare):
     seen = {}
     for c in np.unique(classes[classes > 1]):
         ys, xs = np.nonzero(classes == c)
-        seen[CLASSES[c]] = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1, len(xs))
+        seen[CLASSES[c]] = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1, len(xs), *project(env, view, centres[c])[:2])
     return picture, patch_class, patch_offset, seen
 
 
-# ---- questions
+# ---- scenes
 
-def questions(env, views, spare, phase, done, rng, held_out):
-    """Every question that this moment allows, as {category: [(question, answer)]}. views {name: what `look` saw there}."""
-    def ask(category, *words):
-        wordings = WORDINGS[category]
-        return (wordings[-1] if held_out else wordings[rng.integers(len(wordings) - 1)]).format(*words)
-
-    bodies = {label: body for body, label in {**env.task.labels, **spare}.items()}
-    seen = views["front"]
-    visible = [label for label in LABELS if seen.get(label, (0,) * 5)[4] >= 6]
-    where = {label: env.position(bodies[label]) for label in visible}
-    found = {"robot": [(ask("robot"), env.robot.display_name)]}
-    absent = [label for label in LABELS if label not in bodies]
-    found["exists"] = [(ask("exists", label), "yes") for label in visible] + [(ask("exists", label), "no") for label in rng.permutation(absent)[:max(1, len(visible))]]
-    if visible:
-        found["list"] = [(ask("list"), ", ".join(f"{'an' if label[0] in 'aeiou' else 'a'} {label}" for label in visible))]
-    found["count"] = [(ask("count"), str(sum("cube" in label for label in visible)))]
-    if all(seen.get(label, (0,) * 5)[4] >= 6 for label in bodies):       # only where nothing hides
-        order = sorted(visible, key=lambda label: where[label][0])
-        if len(order) > 1 and where[order[1]][0] - where[order[0]][0] > 0.025:
-            found["nearest"] = [(ask("nearest"), order[0])]
-            if order[0].split()[0] not in ("target", "bin", "peg"):
-                found["colour"] = [(ask("colour"), order[0].split()[0])]
-    pairs = [(a, b) for a in visible for b in visible if a != b and abs(seen[a][0] + seen[a][2] - seen[b][0] - seen[b][2]) > 12]
-    found["side"] = [(ask("side", a, b), "left" if seen[a][0] + seen[a][2] < seen[b][0] + seen[b][2] else "right") for a, b in pairs]
-    found["point"], found["box"] = [], []
-    for view, shown in views.items():
-        for label, (x1, y1, x2, y2, pixels) in shown.items():
-            x, y, _ = project(env, view, env.position(bodies[label]))
-            if pixels >= 8 and 0 <= x < IMAGE_SIZE and 0 <= y < IMAGE_SIZE:
-                found["point"].append((ask("point", label, view), json.dumps({"point_2d": [int(x), int(y)], "label": label})))
-                found["box"].append((ask("box", label, view), json.dumps({"bbox_2d": [x1, y1, x2, y2], "label": label})))
-    if phase is not None:
-        first, wording = list(env.task.labels.values())[0], env.task.instructions[rng.integers(len(env.task.instructions))]
-        found["task"] = [(ask("task"), env.task.instructions[0])]
-        found["success"] = [(ask("success", wording), "yes" if done else "no")]
-        if not done and phase in NEXT:
-            found["next"] = [(ask("next", wording), NEXT[phase].format(first))]
-    held = any(env.grasped(name) for name in env.task.labels if env.model.body(name).mocapid[0] < 0)
-    found["holding"] = [(ask("holding"), "yes" if held else "no")]
-    return {category: items for category, items in found.items() if items}
+def scene_of(env, shots, spare, asked, rng):
+    """A scene of `shots` [(view, look's result)]: images, targets, and up to MOST_QUESTIONS of what was asked."""
+    mixed, ranks = [asked[i] for i in rng.permutation(len(asked))], Counter()
+    for question in mixed:                                   # one of each category first, then a second of each
+        question["rank"] = ranks[question["category"]] = ranks[question["category"]] + 1
+    chosen = sorted(mixed, key=lambda question: question.pop("rank"))[:MOST_QUESTIONS]
+    return [shot[0] for shot in shots], [shot[1] for shot in shots], [shot[2] for shot in shots], chosen
 
 
-def describe(env, spare, phase, done, rng, held_out):
-    """One scene: images, targets and turns. Two pictures in seven of ten scenes; pointing in every one, since control lives on it."""
-    shown = VIEWS if rng.random() < 0.7 else VIEWS[:1]
-    looks = {view: look(env, view, spare) for view in shown}
-    found = questions(env, {view: seen for view, (*_, seen) in looks.items()}, spare, phase, done, rng, held_out)
-    turns = [q for category in ("point", "box") for q in rng.permutation(found.pop(category, np.empty((0, 2), object)))[:2].tolist()]
-    for category in rng.permutation(list(found))[:5]:
-        turns.append(found[category][rng.integers(len(found[category]))])
-    turns = [list(map(str, turns[i])) for i in rng.permutation(len(turns))]
-    return [looks[v][0] for v in shown], [looks[v][1] for v in shown], [looks[v][2] for v in shown], turns
+def grasp_point(env, label, body):
+    """Where to grasp a body: its centre, or a place on the outer half of the peg."""
+    at = env.position(body)
+    if label != "peg":
+        return at
+    axis = env.rotation(body)[:, 0]
+    return at + PEG_LEVER * axis * np.sign(axis @ (at - env.base))
 
 
-def still(env, seed, rng, held_out):
-    """A layout with spare cubes around and the arm anywhere above it."""
+def picture(env, seed, rng, asker):
+    """A layout with spare cubes, and the arm anywhere above it, or with its fingers around something, or nearly."""
     env.reset(seed)
     s, spare, taken = env.robot.scale, {}, [env.position(name)[:2] for name in env.task.labels]
     for i, label in enumerate(rng.permutation(list(SPARE))[:rng.integers(CLUTTER + 1)]):
@@ -187,64 +123,165 @@ def still(env, seed, rng, held_out):
             env.model.geom(f"clutter{i}").rgba[:] = SPARE[label]
             spare[f"clutter{i}"] = str(label)
             taken.append(xy)
+    mujoco.mj_forward(env.model, env.data)
+    bodies = {label: body for body, label in {**env.task.labels, **spare}.items()}
+    pose_arm(env, {label: body for label, body in bodies.items() if label in GRASPED}, rng)
+    views = VIEWS if rng.random() < 0.7 else VIEWS[:1]
+    looks = {view: look(env, view, spare) for view in views}
+    grasps = {label: (ready(env, label, body), project(env, "front", grasp_point(env, label, body))[:2]) for label, body in bodies.items() if label in GRASPED}
+    asked = asker.picture({view: shot[3] for view, shot in looks.items()}, list(bodies), {label: env.position(body) for label, body in bodies.items()}, COLOURS, grasps,
+                          (env.robot.display_name, env.robot.dof, [get_robot(name).display_name for name in ROBOTS]), sum("cube" in label for label in env.task.labels.values()))
+    for i in range(CLUTTER):
+        env.place(f"clutter{i}", (0.1 * i, 0, -0.5))
+    return scene_of(env, list(looks.values()), spare, asked, rng)
+
+
+def pose_arm(env, bodies, rng):
+    """The arm anywhere above the table; in four of ten scenes its open fingers around one of `bodies`, or some centimetres beside or above it."""
+    s, finger = env.robot.scale, rng.uniform(0, env.robot.travel)
     centre = np.array([env.robot.base_to_spawn_centre, 0, 0])
     for _ in range(5):
         position = centre + rng.uniform((-0.13, -0.13, 0.03), (0.13, 0.13, 0.3)) * (s, s, 0.7 if s < 1 else 1)
-        rotation = tool_rotation(env.robot, np.arctan2(position[1], position[0]), rng.normal(0, 0.4), rng.choice([0.0, 0.3]))
+        turn, tilt = rng.normal(0, 0.4), rng.choice([0.0, 0.3])
+        if bodies and rng.random() < 0.4:
+            label = rng.choice(sorted(bodies))
+            at = grasp_point(env, label, bodies[label])
+            turn, tilt, finger = quarter_turns(yaw_of(env, bodies[label]), azimuth_of(env, at))[0], 0.0, env.robot.travel
+            away = rng.uniform(0.035, 0.06) * [np.array([np.cos(a), np.sin(a), 0.3]) for a in [rng.uniform(0, 2 * np.pi)]][0] if rng.random() < 0.5 else rng.normal(0, 0.003, 3)
+            position = at - env.base + away
+        rotation = tool_rotation(env.robot, np.arctan2(position[1], position[0]), turn, tilt)
         qpos = get_kinematics(env.robot.name).inverse(position, rotation, env.robot.home)
         if qpos is not None:
-            env.set_arm(qpos, rng.uniform(0, env.robot.travel))
+            env.set_arm(qpos, finger)
             break
     mujoco.mj_forward(env.model, env.data)
-    scene = describe(env, spare, None, False, rng, held_out)
-    for i in range(CLUTTER):
-        env.place(f"clutter{i}", (0.1 * i, 0, -0.5))
-    return [scene]
 
 
-def working(env, seed, rng, held_out, moments=4):
-    """The expert at work, caught at some moments and at its end."""
-    scenes, wanted = [], set(rng.integers(1, 90, moments).tolist())
+def ready(env, label, body):
+    """True if closing the gripper now would grasp the body: it stands open around the place where it should."""
+    along, across, down = np.abs(hand_offset(env, grasp_point(env, label, body)))
+    return bool(along < 0.012 and across < 0.015 and down < 0.02 and env.data.qpos[env.robot.dof] > 0.028 and not (env.model.body(body).mocapid[0] < 0 and env.grasped(body)))
 
-    def watch(env, phase):
-        if env.steps in wanted:
-            scenes.append(describe(env, {}, phase, False, rng, held_out))
 
-    if demonstrate(env, seed, 0.015, watch).success:
-        scenes.append(describe(env, {}, "done", True, rng, held_out))
-    return scenes
+# ---- attempts
+
+def faults_of(task):
+    """What can go wrong in a task: nothing is grasped to be pushed, and the peg is set down wherever it stands."""
+    return CAUSES if task.name in ("PickCube", "StackCube", "PlaceSphere") else ("missed", "stopped") if task.name in ("PushCube", "PullCube") else CAUSES[:3]
+
+
+def attempt(env, seed, rng, fault):
+    """The expert's plan, carried out once with a `fault` or, with None, as often as it takes: ([(qpos, phase)] of every control step, success)."""
+    env.reset(seed)
+    planner, trace, done, shift = Planner(env), [], False, np.append(rng.choice([-1, 1], 2) * rng.uniform(0.035, 0.05, 2), 0)
+    late = rng.uniform(0.3, 0.8)                             # where in its step a dropped thing is let go
+    for _ in range(1 if fault in ("missed", "dropped", "stopped") else 4):
+        try:
+            plan = PRIMITIVES[env.task.name](env)
+            for step in plan:
+                if step.position is not None and (fault == "missed" and step.name in ("approach", "descend", "push", "pull")
+                                                  or fault == "beside" and step.name in ("carry", "place", "retreat") and len(plan) > 2):
+                    step.position = step.position + shift
+            segments = planner.plan(plan)
+        except Infeasible:
+            break
+        if fault == "stopped":
+            segments = segments[:rng.integers(1, max(2, len(segments)))]
+        for segment in segments:
+            for i, action in enumerate(segment.actions):
+                if fault == "dropped" and (segment.name == "carry" or segment.name == "lift" and env.task.name == "LiftPegUpright") and i > late * len(segment.actions):
+                    action = np.append(action[:-1], env.robot.travel)
+                trace.append((env.data.qpos.copy(), segment.name))
+                *_, done, truncated, _ = env.step(action)
+                if done or truncated:
+                    trace.append((env.data.qpos.copy(), segment.name))
+                    return trace, bool(done)
+            if fault == "dropped" and segment.name == "carry":
+                break
+        if fault:
+            break
+    for _ in range(8):                                       # what was let go comes to rest
+        *_, done, _, _ = env.step(np.append(env.data.ctrl[:env.robot.dof], env.data.ctrl[env.robot.dof]))
+    trace.append((env.data.qpos.copy(), trace[-1][1] if trace else "approach"))
+    return trace, bool(done)
+
+
+def clips(env, seed, rng, asker):
+    """Some scenes of one attempt: as a whole, up to the ends of two of its steps, and two pictures with two that may follow."""
+    causes = faults_of(env.task)
+    fault = rng.choice(causes) if rng.random() < 0.5 else None
+    trace, success = attempt(env, seed, rng, fault)
+    if len(trace) < 24 or success == (fault is not None):    # a fault that did no harm, or an expert that failed
+        return []
+    label, wording = next(iter(env.task.labels.values())), env.task.instructions[rng.integers(len(env.task.instructions))]
+
+    def shots(times):
+        found = []
+        for t in times:
+            env.data.qpos[:], env.data.qvel[:] = trace[t][0], 0
+            mujoco.mj_forward(env.model, env.data)
+            found.append(look(env, "front", {}))
+        return found
+
+    names, tasks = [phase for _, phase in trace], [task.instructions[0] for task in TASKS.values()]
+    last, dof = len(trace) - 1, env.robot.dof
+    times = np.linspace(0, last, 4).astype(int)
+    still = rng.random() < 0.25                              # the same picture four times over: nothing moves
+    if still:
+        times = np.full(4, rng.integers(last))
+    moved = bool(np.abs(trace[times[-1]][0][:dof] - trace[times[0]][0][:dof]).max() > 0.05)
+    questions = asker.whole(env.task.instructions[0], tasks, wording, label, success, fault, causes, moved)
+    scenes = [scene_of(env, shots(times), {}, [q for q in questions if q["category"] == "embodiment"] if still else questions, rng)]
+    ends = [t for t in range(8, last) if names[t] != names[t + 1] and names[t] in STEP_TEXT]
+    if fault is None and names.count("approach") and len(set(names)) == len([1 for a, b in zip(names, names[1:]) if a != b]) + 1:     # each step once: no second try
+        order = list(dict.fromkeys(names))
+        for t in rng.permutation(ends)[:2]:
+            scenes.append(scene_of(env, shots(np.linspace(max(0, t - 24), t, 4).astype(int)), {}, asker.within(env.task.instructions[0], wording, label, order, order.index(names[t])), rng))
+    t, step = int(rng.integers(8, max(9, last - 8))), 8
+    if last >= 24 and np.abs(trace[min(t + step, last)][0] - trace[t][0]).max() > 0.05:
+        third = rng.random() < 0.5
+        other = t - 2 * step if t >= 2 * step and rng.random() < 0.7 else min(t + 5 * step, last)
+        candidates = [min(t + step, last), other]
+        scenes.append(scene_of(env, shots([t - step, t, *(candidates if third else candidates[::-1])]), {}, asker.future(third), rng))
+    return [scene for scene in scenes if scene[3]]
 
 
 # ---- shards
 
 def make_shard(job):
-    """Write one shard of `count` scenes of one cell; returns how many are there."""
-    path, robot, task, seed, count, held_out = job
+    """Write one shard of `count` scenes of one cell; returns how many are there. Validation shards ask every question in seen and in held-out wordings."""
+    path, robot, task, seed, count, validation = job
     if path.exists():
         return count
-    env, scenes = TabletopEnv(robot, task, render=False, held_out=held_out, clutter=CLUTTER), []
+    env, scenes = TabletopEnv(robot, task, render=False, clutter=CLUTTER), []
+    draw, askers = np.random.default_rng([seed, 13]), []
+    askers = [Asker(draw, held_out) for held_out in ((False, True) if validation else (False,))]
     while len(scenes) < count:
-        rng = np.random.default_rng([seed, 11])
-        make = still if rng.random() < 0.75 else working     # a "working" seed gives several scenes, so that they make up half
-        scenes += make(env, seed, rng, held_out)
+        for asker in askers:
+            rng = np.random.default_rng([seed, 11])
+            made = [picture(env, seed, rng, asker)] if seed % 4 else clips(env, seed, rng, asker)     # a clip's seed gives two or three scenes: half of all
+            for scene in made:
+                for question in scene[3]:
+                    question["held_out"] = asker.held_out
+            scenes += made
         seed += 1
     env.close()
     scenes = scenes[:count]
     tensors = {"images": np.concatenate([np.stack(s[0]) for s in scenes]), "patch_class": np.concatenate([np.stack(s[1]) for s in scenes]).astype(np.uint8),
                "patch_offset": np.concatenate([np.stack(s[2]) for s in scenes]).astype(np.float16), "first": np.cumsum([0] + [len(s[0]) for s in scenes])}
     with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata={"turns": json.dumps([s[3] for s in scenes]), "robot": robot, "task": task, "classes": json.dumps(CLASSES)})
+        save_file(tensors, temporary, metadata={"questions": json.dumps([s[3] for s in scenes]), "robot": robot, "task": task, "classes": json.dumps(CLASSES)})
     return count
 
 
 def make(config):
-    """Render what is missing of config.scenes training scenes and 800 validation scenes; the result does not depend on the number of workers."""
+    """Render what is missing of config.scenes training scenes, and a thirtieth for validation; the result does not depend on the number of workers."""
     cells, jobs = [(r, t) for t in TASKS for r in ROBOTS], []
     shards = max(1, round(config.scenes / len(cells) / SHARD))
     for c, (robot, task) in enumerate(cells):
         base = config.seed + 10_000 * c
         jobs += [(Path(config.out) / "train" / f"{robot}-{task}-{i:03d}.safetensors", robot, task, base + 300 * i, SHARD, False) for i in range(shards)]
-        jobs.append((Path(config.out) / "val" / f"{robot}-{task}-000.safetensors", robot, task, VALIDATION_SEED + base, 34, True))
+        jobs.append((Path(config.out) / "val" / f"{robot}-{task}-000.safetensors", robot, task, VALIDATION_SEED + base, max(20, config.scenes // 30 // len(cells)), True))
     # shards are drawn out of order, so that a corpus cut short is balanced
     jobs = [jobs[i] for i in np.random.default_rng(0).permutation(len(jobs))]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -264,7 +301,8 @@ def ensure(folder):
 class Corpus:
     """Scenes of a split ("train" or "val"), read from memory-mapped shards.
 
-    corpus[i] -> {"images": [(128, 128, 3) uint8], "turns": [(question, answer)], "patch_class": (V, 8, 8), "patch_offset": (V, 8, 8, 3), "robot": str}.
+    corpus[i] -> {"images": [(128, 128, 3) uint8], "turns": [(question, answer)], "questions": the same with category, form and chance,
+    "patch_class": (V, 8, 8), "patch_offset": (V, 8, 8, 3), "robot": str}.
     """
     num_classes = len(CLASSES)
 
@@ -276,28 +314,28 @@ class Corpus:
         for path in paths:
             try:
                 file = safe_open(path, "numpy")
-                turns, first = json.loads(file.metadata()["turns"]), file.get_tensor("first")
+                questions, first = json.loads(file.metadata()["questions"]), file.get_tensor("first")
             except Exception as error:
                 raise UserError(f"broken corpus file {path} ({type(error).__name__}: {error}); delete it and run `python -m data.corpus --out {folder}` again") from None
             if file.metadata()["classes"] != json.dumps(CLASSES):
                 raise UserError(f"{path} was made for other object classes; delete {folder} and run `python -m data.corpus --out {folder}` again")
-            self.scenes += [(len(self.files), int(a), int(b), t) for a, b, t in zip(first, first[1:], turns)]
+            self.scenes += [(len(self.files), int(a), int(b), t) for a, b, t in zip(first, first[1:], questions)]
             self.files.append(file)
 
     def __len__(self):
         return len(self.scenes)
 
     def __getitem__(self, i):
-        number, a, b, turns = self.scenes[i]
+        number, a, b, questions = self.scenes[i]
         images, classes, offsets = (self.files[number].get_slice(name)[a:b] for name in ("images", "patch_class", "patch_offset"))
-        return {"images": list(images), "turns": [tuple(t) for t in turns], "patch_class": classes.astype(np.int64), "patch_offset": offsets.astype(np.float32),
-                "robot": self.files[number].metadata()["robot"]}
+        return {"images": list(images), "turns": [(q["question"], q["answer"]) for q in questions], "questions": questions,
+                "patch_class": classes.astype(np.int64), "patch_offset": offsets.astype(np.float32), "robot": self.files[number].metadata()["robot"]}
 
 
 def texts(corpus):
     """Every string of the corpus, every instruction, and the chat template's own words, for the tokenizer."""
     words = [*(w for task in TASKS.values() for w in task.instructions), "system\nYou are a helpful assistant.", "user\n", "assistant\n"]
-    return [text for *_, turns in corpus.scenes for turn in turns for text in turn] + words * 100
+    return [q[part] for *_, questions in corpus.scenes for q in questions for part in ("question", "answer")] + words * 100
 
 
 def main():
