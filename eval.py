@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
 from tqdm import tqdm, trange
 
 from cli import UserError, atomic, choose, choose_many, parse, pick_device, run
@@ -29,6 +28,7 @@ from data.expert import demonstrate
 from data.questions import CATEGORIES
 from data.robots import ROBOTS, get_robot
 from data.tasks import TASKS
+from plot import bars, heat_map
 
 EVALUATION_SEED = 1_000_000
 # BLM1, arXiv 2510.24161: success (%) over 50 episodes a cell, one set of weights, in ManiSkill; columns in the order of TASKS
@@ -240,27 +240,6 @@ def table(result, robots, tasks):
     return "\n".join(lines)
 
 
-def heat_map(result, path, wide=118, high=44, left=84):
-    """The table as a picture (PNG): red is 0%, green 100%; below each figure its 95% interval."""
-    rows = result["cells"]
-    tasks = list(next(iter(rows.values())))
-    image = Image.new("RGB", (left + wide * len(tasks), high * (len(rows) + 1)), "white")
-    draw = ImageDraw.Draw(image)
-    for j, task in enumerate(tasks):
-        draw.text((left + wide * (j + 0.5), high / 2), task, fill="black", anchor="mm", font_size=14)
-    for i, (robot, row) in enumerate(rows.items(), start=1):
-        draw.text((left / 2, high * (i + 0.5)), robot, fill="black", anchor="mm", font_size=14)
-        for j, cell in enumerate(row.values()):
-            x, y, p = left + wide * j, high * i, cell["success"]
-            shade = tuple(int(a + (b - a) * q) for q in [2 * p if p < 0.5 else 2 * p - 1]
-                          for a, b in zip(*(((215, 90, 80), (250, 235, 170)) if p < 0.5 else ((250, 235, 170), (90, 170, 100)))))
-            draw.rectangle((x + 1, y + 1, x + wide - 2, y + high - 2), fill=shade)
-            draw.text((x + wide / 2, y + 15), f"{100 * p:.0f}", fill="black", anchor="mm", font_size=16)
-            draw.text((x + wide / 2, y + 32), "{:.0f} to {:.0f}".format(*(100 * x for x in cell["interval"])), fill="black", anchor="mm", font_size=11)
-    with atomic(path) as temporary:
-        image.save(temporary)
-
-
 def digital(config):
     """Ask held-back scenes' questions of each category: of the model, of the model with noise for pictures ("blind"), and of a base model if one is named.
 
@@ -335,24 +314,6 @@ def distance(given, answer):
         return float(np.hypot(*np.subtract(json.loads(given)["point_2d"], json.loads(answer)["point_2d"])))
     except (ValueError, KeyError, TypeError):
         return np.inf
-
-
-def bars(result, path, wide=900, row=44, left=110):
-    """The digital table as a picture (PNG): a group of bars a category, the model's with its 95% interval."""
-    names, colours = [name for name in ("chance", "blind", "base", "model") if name == "model" or f"{name}_mean" in result], {"chance": "#bbbbbb", "blind": "#d08770", "base": "#e0b84c", "model": "#4c8c5c"}
-    image = Image.new("RGB", (wide, row * len(result["categories"]) + 40), "white")
-    draw, x = ImageDraw.Draw(image), lambda p: left + p * (wide - left - 20)
-    for i, name in enumerate(names):
-        draw.text((left + 110 * i, 12), name, fill=colours[name], font_size=16)
-    for i, (category, values) in enumerate(result["categories"].items()):
-        top, each = 40 + row * i, (row - 6) / len(names)
-        draw.text((left - 8, top + row / 2 - 3), category, fill="black", anchor="rm", font_size=14)
-        for j, name in enumerate(names):
-            draw.rectangle((left, top + each * j, x(values[name]), top + each * (j + 1) - 2), fill=colours[name])
-        low, high = map(x, values["interval"])
-        draw.line((low, top + each * (len(names) - 0.5) - 1, high, top + each * (len(names) - 0.5) - 1), fill="black", width=2)
-    with atomic(path) as temporary:
-        image.save(temporary)
 
 
 def overlap(given, answer):

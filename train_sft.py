@@ -1,20 +1,23 @@
-"""Stage I: teach the vision-language model to look, point and answer, on questions about the simulator's scenes.
+"""Stage I: teach the vision-language model to look, point and answer, on questions about the simulator's scenes and on any conversations of your own.
 
-    python train_sft.py                                        `nano` from nothing, on a laptop
+    python train_sft.py                                        `nano`, on a laptop: first the base model, from nothing, then Stage I on top of it
+    python train_sft.py --preset base                          the base model alone: it sees, points, and follows instructions
     python train_sft.py --resume                               goes on where a stopped run saved last
+    python train_sft.py --data out/corpus:3,mine.jsonl:1       a mixture: of every four rows, three from the corpus and one from your file
     torchrun --nproc_per_node 8 train_sft.py --batch_size 256  the same on several GPUs: processes share the rows of a step
-    python train_sft.py --backbone Qwen/Qwen2.5-VL-3B-Instruct --lr 1e-5 --dense_weight 0       from the hub's weights
+    python train_sft.py --backbone Qwen/Qwen2.5-VL-3B-Instruct --data mine.jsonl --lr 1e-4 --lora_rank 16 --dense_weight 0       from the hub's weights
 
-A row is a scene: its pictures, then some of its questions and answers as one conversation; the cross-entropy is on answers alone. A model of
-4 M parameters that starts from nothing hardly learns to see from sparse words, so linear heads, thrown away afterwards, read what each 16-pixel
-patch shows and where that object's centre is: one from the ViT, one from the hidden states of block k, which is what the policy will read. Rotary
-positions tell a patch only where others are; the second head also asks for the place in the picture, which is what coordinates in answers are.
-A third head reads the place that an answer is about from the tokens of that answer: digits follow soon after.
-The first `dense_fraction` of the steps trains them alone, on pictures without text and through k blocks only, several times as fast.
+A row is a conversation: a corpus scene with some of its questions, or a record of a JSON lines file (data/chats.py). Rows of a step are packed end to
+end, none seeing another, so nothing is spent on padding; the cross-entropy is on answers alone. A model of 4 M parameters that starts from nothing
+hardly learns to see from sparse words, so linear heads, thrown away afterwards, read what each 16-pixel patch shows and where that object's centre is:
+one from the ViT, one from the hidden states of block k, which is what the policy will read. Rotary positions tell a patch only where others are; the
+second head also asks for the place in the picture, which is what coordinates in answers are. A third head reads the place that an answer is about from
+the tokens of that answer: digits follow soon after. The first `dense_fraction` of the steps trains the heads alone, on pictures without text and through
+k blocks only, several times as fast.
 
-Written to --out: config.json, model.safetensors (float16), tokenizer.json, training.json (command, figures), log.jsonl,
+Written to --out: config.json, model.safetensors (float16), tokenizer.json, training.json (command, figures), log.jsonl and its picture loss.png,
 and state.safetensors to resume from.
-Letters: B rows, L tokens, P patches of all pictures, C classes, m patches a token merges along a side.
+Letters: B rows, L tokens of all rows, P patches of the pictures that have dense targets, C classes, m patches a token merges along a side.
 """
 import dataclasses
 import json
@@ -25,7 +28,9 @@ import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -38,32 +43,41 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import trange
 
-from cli import UserError, atomic, choose, parse, pick_device, run, write_json
+from cli import UserError, atomic, choose, choose_many, parse, pick_device, run, write_json
 from data import corpus as corpora
-from vlm import PRESETS, SYSTEM_PROMPT, VLM, Tokenizer, chat, collate, process_images, read_json, train_tokenizer
+from data import general
+from data.chats import Chats
+from model import BLM
+from plot import curves
+from vlm import PRESETS as SIZES
+from vlm import SYSTEM_PROMPT, VLM, Tokenizer, chat, process_images, process_videos, read_json, train_tokenizer
 
 
 @dataclass
 class SFTConfig:
-    data: str = "out/corpus"       # folder of the corpus; made if it is not there
+    data: str = "out/corpus:3,out/general/train.jsonl:1"       # corpus folders and JSON lines files, each with its weight; these two are made if they are not there
+    categories: str = "all"        # categories of the corpus's questions, comma-separated, or all
+    on_bad: str = "refuse"         # records of a JSON lines file that cannot be used: refuse, or skip and count
     out: str = "out/sft"           # folder for the model
-    backbone: str = ""             # start from this folder or hub name (Qwen2.5-VL or nanoBLM) instead of from nothing
+    backbone: str = "out/base"     # start from this folder or hub name (Qwen2.5-VL or nanoBLM); empty: from nothing
     model: str = "nano"            # sizes of a model from nothing
+    train: str = "vision,merger,llm"       # parts that are trained
+    lora_rank: int = 0             # train low-rank additions to the LLM's matrices instead of those; merged when saved; 0: off
+    frozen_blocks: int = 0         # freeze the ViT, the embeddings and so many LLM blocks: a policy that reads the last of them stays valid (with --dense_weight 0)
     steps: int = 3600              # optimiser steps
-    batch_size: int = 32           # scenes a step, over all processes
-    micro_batch: int = 32          # scenes in memory at once; smaller needs less memory and gives the same gradient
+    batch_size: int = 32           # rows a step, over all processes
+    micro_batch: int = 32          # rows in memory at once; smaller needs less memory and gives the same gradient
     questions: int = 4             # at most so many questions of a scene in a step, drawn anew each time
-    lr: float = 1.5e-3             # peak learning rate; about 1e-5 for downloaded weights
+    lr: float = 1.0e-3             # peak learning rate; about 1e-5 for downloaded weights, 1e-4 with LoRA
     warmup: int = 100              # steps
     weight_decay: float = 0.05     # on matrices
     grad_clip: float = 1.0         # largest norm of a step's gradient
-    frozen_blocks: int = 0         # freeze the ViT, the embeddings and so many LLM blocks: a policy that reads the last of them stays valid (with --dense_weight 0)
     intent_layer: int = 3          # k: the LLM block that the second dense head (and later the policy) reads
     dense_weight: float = 1.0      # weight of the dense loss beside that of the answers; 0 for none
-    dense_fraction: float = -1.0   # share of the steps with the dense loss alone; -1: 0.6 from nothing, 0 with --backbone
+    dense_fraction: float = 0.0    # share of the steps with the dense loss alone
     vocab_size: int = 1024         # byte-level pieces of the tokenizer of a model from nothing
     eval_every: int = 300          # steps
-    eval_scenes: int = 128         # validation scenes for the figures by teacher forcing
+    eval_rows: int = 128           # validation rows of each source for the figures by teacher forcing
     point_scenes: int = 48         # validation scenes for generated points
     save_every: int = 300          # steps
     seed: int = 0                  # of weights, rows and questions
@@ -71,20 +85,67 @@ class SFTConfig:
     resume: bool = False           # go on from the state in --out; with more --steps, train it longer
 
 
-FREE_TO_CHANGE = {"steps", "out", "data", "device", "resume", "eval_every", "eval_scenes", "point_scenes", "save_every", "micro_batch"}     # when resuming
+PRESETS = {"embodied": SFTConfig(), "base": SFTConfig(categories="attribute,existence,point,box", out="out/base", backbone="", lr=1.5e-3, dense_fraction=0.6)}
+FREE_TO_CHANGE = {"steps", "out", "data", "on_bad", "device", "resume", "eval_every", "eval_rows", "point_scenes", "save_every", "micro_batch"}     # when resuming
+PARTS = ("vision", "merger", "llm")
 NOTHING_WEIGHT = 0.25                        # most patches show nothing
 PLACE_SCALE = (1.0, 1.0, 10.0, 1.0, 1.0)     # patches, patches, decimetres, patches, patches: errors of like size
 ANSWER_PLACE_WEIGHT = 0.3                    # beside the words' own loss; at 1 it drowns them
 LARGEST_OFFSET = 4.0                         # patches: a centre beside or behind the camera projects to hundreds, and one such row would drown a step
+BLOCK = 100                                  # rows that hold the mixture exactly
+VALIDATION = 50                              # one record in so many of a JSON lines file is not trained on
 
 
 # ---- rows
 
-def rows_of_step(step, scenes, seed, batch_size):
-    """The (row number, scene) pairs of a step, a function of (seed, step) alone: each epoch is one shuffle, and nothing is skipped or repeated."""
-    numbers = np.arange(step * batch_size, (step + 1) * batch_size)
-    shuffles = {epoch: np.random.default_rng([seed, epoch]).permutation(scenes) for epoch in set((numbers // scenes).tolist())}
-    return [(int(n), int(shuffles[n // scenes][n % scenes])) for n in numbers]
+class Mixture:
+    """The sources of --data and how their rows are mixed. A row is (number, source, index); every row of a step depends on (seed, number) alone."""
+
+    def __init__(self, cfg):
+        self.seed, self.sources, weights = cfg.seed, [], []
+        for part in cfg.data.split(","):
+            path, _, weight = part.strip().rpartition(":") if re.search(r":[\d.]+$", part.strip()) else (part.strip(), "", "1")
+            self.sources.append(Chats(path, cfg.on_bad) if path.endswith(".jsonl") else corpora.Corpus(path, "train", cfg.categories))
+            weights.append(float(weight))
+        if not sum(weights) > 0:
+            raise UserError(f"--data {cfg.data}: the weights must not all be zero")
+        self.weights = np.array(weights)
+        self.dense = np.array([isinstance(source, corpora.Corpus) for source in self.sources])
+        self.chosen = [np.arange(len(source)) if dense else np.array([i for i in range(len(source)) if i % VALIDATION or len(source) < VALIDATION])
+                       for source, dense in zip(self.sources, self.dense)]
+
+    def validation(self, source):
+        """(what to read from, its validation rows) of a source."""
+        if self.dense[source]:
+            corpus = self.sources[source].validation()
+            return corpus, range(len(corpus))
+        chats = self.sources[source]
+        return chats, range(0, len(chats), VALIDATION) if len(chats) >= VALIDATION else range(0)
+
+    @lru_cache(maxsize=8)
+    def block(self, block, dense_only):
+        """(BLOCK,) the source of each row of a block, in a shuffled order, as near to the weights as whole numbers allow."""
+        weights = self.weights * self.dense if dense_only else self.weights
+        exact = BLOCK * weights / weights.sum()
+        counts = np.floor(exact).astype(int)
+        counts[np.argsort(counts - exact, kind="stable")[:BLOCK - counts.sum()]] += 1
+        return np.random.default_rng([self.seed, 7, block]).permutation(np.repeat(np.arange(len(counts)), counts))
+
+    @lru_cache(maxsize=16)
+    def shuffle(self, source, epoch):
+        return np.random.default_rng([self.seed, source, epoch]).permutation(self.chosen[source])
+
+    def rows_of_step(self, step, batch_size, dense_only=False):
+        """The (number, source, index) rows of a step: each epoch of a source is one shuffle, and nothing is skipped or repeated."""
+        rows = []
+        for number in range(step * batch_size, (step + 1) * batch_size):
+            block, at = divmod(number, BLOCK)
+            order = self.block(block, dense_only)
+            source = order[at]
+            place = block * int((order == source).sum()) + int((order[:at] == source).sum())
+            epoch, i = divmod(place, len(self.chosen[source]))
+            rows.append((number, int(source), int(self.shuffle(source, epoch)[i])))
+        return rows
 
 
 def conversation(images, turns):
@@ -94,52 +155,61 @@ def conversation(images, turns):
     return [{"role": "user", "content": [*pictures, {"type": "text", "text": turns[0][0]}] if turns else pictures}, *messages[1:]]
 
 
-def make_batch(corpus, rows, tokenizer, config, cfg, dense_only=False):
-    """Tensors of (row number, scene) pairs: the VLM's inputs padded on the right, labels (B, L), and row by row
-    patch_class (P,), patch_place (P, 5): the object's centre from the patch's (x, y in patches, depth in m) and from the picture's (x, y in patches),
-    and patch_located (P,), True where that is to be learned; and answer_place (B, L, 2), what a point or box in an answer is about (x, y in patches
-    from the picture's centre), on the answer's tokens, NaN elsewhere.
+def read_row(source, number, index, cfg, dense_only=False):
+    """(messages, [("image" | "video", what)], scene or None) of a row; `number` chooses which questions are asked, and None asks all as they stand."""
+    found = source[index]
+    if "messages" in found:
+        return found["messages"], found["media"], None
+    turns = [] if dense_only else found["turns"]
+    if number is not None:
+        turns = [turns[i] for i in np.random.default_rng([cfg.seed, 1, number]).permutation(len(turns))[:cfg.questions]]
+    return conversation(len(found["images"]), turns), [("image", image) for image in found["images"]], found
 
-    Row numbers choose which questions are asked and in which order; None asks all as they stand, as evaluation does.
+
+def make_batch(rows, tokenizer, config, cfg):
+    """Rows as `read_row` gives them, packed: input_ids and labels (1, L), the VLM's vision inputs and `segments`, the length of each row; and of the
+    pictures of corpus scenes, which come first, row by row patch_class (P,), patch_place (P, 5): the object's centre from the patch's (x, y in patches,
+    depth in m) and from the picture's (x, y in patches), patch_located (P,), True where that is to be learned; and answer_place (1, L, 2), what a point
+    or box in an answer is about (x, y in patches from the picture's centre), on the answer's tokens, NaN elsewhere.
     """
-    scenes, images, talks = [corpus[scene] for _, scene in rows], [], []
-    for (number, _), scene in zip(rows, scenes):
-        turns = [] if dense_only else scene["turns"]
-        if number is not None:
-            turns = [turns[i] for i in np.random.default_rng([cfg.seed, 1, number]).permutation(len(turns))[:cfg.questions]]
-        talks.append(conversation(len(scene["images"]), turns))
-        images += scene["images"]
-    pixel_values, grids = process_images(images, config)
-    listed, counts = iter(grids.tolist()), [len(scene["images"]) for scene in scenes]
+    rows = sorted(rows, key=lambda row: row[2] is None)                                              # dense ones first
+    flat = {kind: [what for _, media, _ in rows for k, what in media if k == kind] for kind in ("image", "video")}
+    batch, grids = {}, {}
+    for kind, name, process in (("image", "", process_images), ("video", "_videos", process_videos)):
+        if flat[kind]:
+            batch[f"pixel_values{name}"], batch[f"{kind}_grid_thw"] = process(flat[kind], config)
+            grids[kind] = iter(batch[f"{kind}_grid_thw"].tolist())
     merge = config.vision_config.spatial_merge_size
-    texts = [chat(tokenizer, talk, [next(listed) for _ in range(n)], merge, answer=False) for talk, n in zip(talks, counts)]
-    batch, dense = collate(texts, config.bos_token_id, side="right"), {}
-    if cfg.dense_weight:
+    texts = [chat(tokenizer, messages, [next(grids[kind]) for kind, _ in media], merge, answer=False) for messages, media, _ in rows]
+    batch |= {name: torch.tensor([[token for text in texts for token in text[i]]]) for i, name in enumerate(("input_ids", "labels"))}
+    batch["segments"] = [len(ids) for ids, _ in texts]
+    scenes = [scene for _, _, scene in rows if scene is not None]
+    if cfg.dense_weight and scenes:
         classes = np.concatenate([scene["patch_class"] for scene in scenes])                       # (n, 8, 8)
-        if classes.shape[1:] != tuple(grids[0, 1:].tolist()):
-            raise UserError(f"the corpus describes {classes.shape[1]} x {classes.shape[2]} patches a picture, this model has "
-                            f"{grids[0, 1]} x {grids[0, 2]}: add --dense_weight 0")
+        t, h, w = batch["image_grid_thw"][0].tolist()
+        if classes.shape[1:] != (h, w):
+            raise UserError(f"the corpus describes {classes.shape[1]} x {classes.shape[2]} patches a picture, this model has {h} x {w}: add --dense_weight 0")
         offsets = np.concatenate([scene["patch_offset"] for scene in scenes])
         located = (classes > 0) & (np.abs(offsets[..., :2]).max(-1) <= LARGEST_OFFSET)
         rows_columns = np.indices(classes.shape[1:], np.float32) + 0.5
         lattice = np.stack([rows_columns[1] - classes.shape[2] / 2, rows_columns[0] - classes.shape[1] / 2], -1)      # patches' centres from the picture's
         places = np.concatenate([offsets, offsets[..., :2] + lattice], -1)
-        answers = [[turn["content"] for turn in talk if turn["role"] == "assistant"] for talk in talks]
-        dense = {"patch_class": torch.from_numpy(classes).flatten(), "patch_place": torch.from_numpy(places).flatten(0, 2),
-                 "patch_located": torch.from_numpy(located).flatten(),
-                 "answer_place": answer_places(batch["labels"], answers, images[0].shape[:2], config.vision_config.patch_size)}
-    return {**batch, "pixel_values": pixel_values, "image_grid_thw": grids, **dense}
+        batch |= {"patch_class": torch.from_numpy(classes).flatten(), "patch_place": torch.from_numpy(places).flatten(0, 2), "patch_located": torch.from_numpy(located).flatten(),
+                  "answer_place": torch.cat([answer_places(text[1], row, config.vision_config.patch_size) for text, row in zip(texts, rows)])[None]}
+    return batch
 
 
-def answer_places(labels, answers, size, patch):
-    """labels (B, L) and each row's answers, pictures of size (height, width), to (B, L, 2); see make_batch."""
-    learned, places = labels >= 0, torch.full((*labels.shape, 2), torch.nan)
-    number = begins(learned).cumsum(1) - 1                                                           # which answer a token belongs to
-    for row, texts in enumerate(answers):
-        found = [place_in(text) for text in texts]
-        known = torch.tensor([[math.nan] * 2 if xy is None else [(xy[0] - size[1] / 2) / patch, (xy[1] - size[0] / 2) / patch] for xy in found])
-        if learned[row].any():
-            places[row, learned[row]] = known[number[row, learned[row]]]
+def answer_places(labels, row, patch):
+    """labels, a row's list, and the row, to (len(labels), 2); see make_batch."""
+    messages, media, scene = row
+    learned, places = torch.tensor(labels) >= 0, torch.full((len(labels), 2), torch.nan)
+    if scene is None or not learned.any():
+        return places
+    height, width = media[0][1].shape[:2]
+    found = [place_in(message["content"]) for message in messages if message["role"] == "assistant"]
+    known = torch.tensor([[math.nan] * 2 if xy is None else [(xy[0] - width / 2) / patch, (xy[1] - height / 2) / patch] for xy in found])
+    number = begins(learned[None])[0].cumsum(0) - 1                                                  # which answer a token belongs to
+    places[learned] = known[number[learned]]
     return places
 
 
@@ -153,6 +223,10 @@ def place_in(text):
     found = re.search(r'"(?:point|bbox)_2d": \[(\d+(?:, \d+){1,3})\]', text)
     numbers = [] if found is None else [int(n) for n in found[1].split(", ")]
     return np.array(numbers, np.float32).reshape(-1, 2).mean(0) if len(numbers) in (2, 4) else None
+
+
+def move(batch, device):
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
 # ---- losses
@@ -176,17 +250,21 @@ class DenseHeads(nn.Module):
         return [guess.tensor_split([self.num_classes], dim=1) for guess in (self.vit(patch_features), tokens)]
 
 
+INPUTS = ("input_ids", "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "segments")
+
+
 def read(model, heads, batch, cfg, dense_only=False):
     """One pass: answer logits (n, V) with their labels (n,), what DenseHeads returns, and the guessed and true places (n', 2) of answers that have
     one; None for what is not asked."""
-    learned = batch["labels"][:, 1:] >= 0                                                            # token i predicts token i + 1
+    learned = batch["labels"][:, 1:] >= 0                                                            # token i predicts token i + 1, of its own row: rows begin unlearned
     places = F.pad(learned, (0, 1))
     depth = {"num_layers": cfg.intent_layer} if dense_only else {"logits_at": places}
-    out = model(*(batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")), **depth)
+    out = model(**{name: batch[name] for name in INPUTS if name in batch}, **depth)
     dense = about = None
-    if cfg.dense_weight:
-        tokens = out.hidden_states[cfg.intent_layer][batch["input_ids"] == model.config.image_token_id]
-        dense = heads(out.patch_features, tokens, batch["image_grid_thw"][0].tolist())
+    if "patch_class" in batch:
+        patches = len(batch["patch_class"])
+        tokens = out.hidden_states[cfg.intent_layer][batch["input_ids"] == model.config.image_token_id][:patches // heads.merge ** 2]
+        dense = heads(out.patch_features[:patches], tokens, batch["image_grid_thw"][0].tolist())
         if not dense_only:
             place = batch["answer_place"][:, 1:][learned]
             placed = place.isfinite().all(-1)
@@ -238,8 +316,8 @@ def answers_right(logits, labels, first):
 
 
 @torch.no_grad()
-def evaluate(model, heads, corpus, tokenizer, cfg, device, dense_only=False):
-    """Figures on validation scenes: dense accuracy and errors, exact answers by teacher forcing, error of generated points (pixels)."""
+def evaluate(model, heads, mixture, tokenizer, cfg, device, dense_only=False):
+    """Figures on validation rows of all sources: dense accuracy and errors, exact answers by teacher forcing, error of generated points (pixels)."""
     model.eval()
     config, sums = model.config, {}
 
@@ -247,61 +325,105 @@ def evaluate(model, heads, corpus, tokenizer, cfg, device, dense_only=False):
         total, n = sums.get(name, (0.0, 0))
         sums[name] = total + float(values.sum()), n + values.numel()
 
-    chosen = np.linspace(0, len(corpus) - 1, min(cfg.eval_scenes, len(corpus))).astype(int).tolist()
-    for i in range(0, len(chosen), cfg.micro_batch):
-        batch = make_batch(corpus, [(None, scene) for scene in chosen[i:i + cfg.micro_batch]], tokenizer, config, cfg, dense_only)
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        logits, labels, dense, about = read(model, heads, batch, cfg, dense_only)
-        if not dense_only:
-            learned = batch["labels"] >= 0
-            first = begins(learned)[:, 1:][learned[:, 1:]]
-            right = answers_right(logits, labels, first)
-            json_like = torch.tensor([tokenizer.decode([int(token)]).startswith("{") for token in labels[first]], device=device)
-            tally("exact_words", right[~json_like].float()), tally("exact_coordinates", right[json_like].float())
-            tally("answer_loss", F.cross_entropy(logits, labels, reduction="none"))
-            if about:
-                tally("answer_place_error_px", (about[0] - about[1]).norm(dim=-1) * config.vision_config.patch_size)
-        if dense:
-            named, located, patch = batch["patch_class"] > 0, batch["patch_located"], config.vision_config.patch_size
-            for name, (shown, place) in zip(("vit", "llm"), dense):
-                hit, size = shown.argmax(-1) == batch["patch_class"], place.shape[1]
-                error = place[located] / torch.tensor(PLACE_SCALE[:size], device=device) - batch["patch_place"][located, :size]
-                tally(f"patch_accuracy_{name}", hit.float()), tally(f"object_accuracy_{name}", hit[named].float())
-                tally(f"centre_error_px_{name}", error[:, :2].norm(dim=-1) * patch), tally(f"depth_error_cm_{name}", error[:, 2].abs() * 100)
-                if size > 3:
-                    tally(f"place_error_px_{name}", error[:, 3:].norm(dim=-1) * patch)
+    for number, is_dense in enumerate(mixture.dense):
+        source, rows = mixture.validation(number)
+        if not len(rows) or dense_only and not is_dense:
+            continue
+        chosen = [rows[i] for i in np.linspace(0, len(rows) - 1, min(cfg.eval_rows, len(rows))).astype(int)]
+        for i in range(0, len(chosen), cfg.micro_batch):
+            batch = move(make_batch([read_row(source, None, row, cfg, dense_only) for row in chosen[i:i + cfg.micro_batch]], tokenizer, config, cfg), device)
+            logits, labels, dense, about = read(model, heads, batch, cfg, dense_only)
+            if not dense_only:
+                learned = batch["labels"] >= 0
+                first = begins(learned)[:, 1:][learned[:, 1:]]
+                right = answers_right(logits, labels, first)
+                json_like = torch.tensor([tokenizer.decode([int(token)]).startswith("{") for token in labels[first]], device=device)
+                kind = "words" if is_dense else "general"
+                tally(f"exact_{kind}", right[~json_like].float()), tally("exact_coordinates" if is_dense else "exact_general", right[json_like].float())
+                tally("answer_loss", F.cross_entropy(logits, labels, reduction="none"))
+                if about:
+                    tally("answer_place_error_px", (about[0] - about[1]).norm(dim=-1) * config.vision_config.patch_size)
+            if dense:
+                named, located, patch = batch["patch_class"] > 0, batch["patch_located"], config.vision_config.patch_size
+                for name, (shown, place) in zip(("vit", "llm"), dense):
+                    hit, size = shown.argmax(-1) == batch["patch_class"], place.shape[1]
+                    error = place[located] / torch.tensor(PLACE_SCALE[:size], device=device) - batch["patch_place"][located, :size]
+                    tally(f"patch_accuracy_{name}", hit.float()), tally(f"object_accuracy_{name}", hit[named].float())
+                    tally(f"centre_error_px_{name}", error[:, :2].norm(dim=-1) * patch), tally(f"depth_error_cm_{name}", error[:, 2].abs() * 100)
+                    if size > 3:
+                        tally(f"place_error_px_{name}", error[:, 3:].norm(dim=-1) * patch)
     figures = {name: round(total / n, 4) for name, (total, n) in sums.items() if n}
-    if not dense_only:
-        figures.update(pointing(model, corpus, tokenizer, cfg, device))
+    if not dense_only and mixture.dense.any():
+        figures.update(pointing(model, mixture.validation(int(mixture.dense.argmax()))[0], tokenizer, cfg))
     model.train()
     return figures
 
 
-def pointing(model, corpus, tokenizer, cfg, device):
+def pointing(model, corpus, tokenizer, cfg):
     """Ask for points and measure them: the median error in pixels of those that parse, the share within 8 pixels of all, the share that parses."""
     asked = []
     for scene in np.linspace(0, len(corpus) - 1, min(4 * cfg.point_scenes, len(corpus))).astype(int).tolist():
         turn = next((turn for turn in corpus[scene]["turns"] if "point_2d" in turn[1]), None)
         if turn and len(asked) < cfg.point_scenes:
-            asked.append((corpus[scene]["images"], turn))
-    errors = []
-    for i in range(0, len(asked), cfg.micro_batch):
-        part = asked[i:i + cfg.micro_batch]
-        values, grids = process_images([image for images, _ in part for image in images], model.config)
-        listed = iter(grids.tolist())
-        texts = [chat(tokenizer, conversation(len(images), [turn])[:1], [next(listed) for _ in images], model.config.vision_config.spatial_merge_size)
-                 for images, turn in part]
-        batch = {**collate(texts, model.config.bos_token_id), "pixel_values": values, "image_grid_thw": grids}
-        inputs = (batch[name].to(device) for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw"))
-        made = model.generate(*inputs, max_new_tokens=48)
-        for ids, (_, (_, answer)) in zip(made, part):
-            text = tokenizer.decode(ids)
-            point = place_in(text) if "point_2d" in text else None
-            errors.append(np.inf if point is None else float(np.linalg.norm(point - place_in(answer))))
-    errors = np.array(errors)
+            asked.append((corpus[scene]["images"], *turn))
+    if not asked:
+        return {}
+    images, questions, answers = zip(*asked)
+    replies = BLM(model, tokenizer).answers(list(images), list(questions), max_new_tokens=48)
+    errors = np.array([np.linalg.norm(place_in(reply) - place_in(answer)) if "point_2d" in reply and place_in(reply) is not None else np.inf
+                       for reply, answer in zip(replies, answers)])
     parsed = errors[np.isfinite(errors)]
-    found = {"point_within_8px": float((errors <= 8).mean()), "point_parsed": len(parsed) / len(errors)} if len(errors) else {}
+    found = {"point_within_8px": float((errors <= 8).mean()), "point_parsed": len(parsed) / len(errors)}
     return {**found, **({"point_error_px": float(np.median(parsed))} if len(parsed) else {})}
+
+
+# ---- low-rank additions
+
+class LoRA(nn.Module):
+    """A frozen linear layer plus a trained B A of low rank, at first zero; scale 2 as usual with alpha = 2 rank (arXiv 2106.09685)."""
+    SCALE = 2.0
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.a = nn.Parameter(torch.empty(rank, linear.in_features, dtype=linear.weight.dtype))
+        self.b = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=linear.weight.dtype))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def forward(self, x):
+        return self.linear(x) + self.SCALE * F.linear(F.linear(x, self.a), self.b)
+
+    def merged(self):
+        """The same function as a plain linear layer of its own."""
+        linear = nn.Linear(self.linear.in_features, self.linear.out_features, self.linear.bias is not None, device=self.b.device, dtype=self.b.dtype)
+        with torch.no_grad():
+            linear.weight.copy_(self.linear.weight + self.SCALE * self.b @ self.a)
+            if linear.bias is not None:
+                linear.bias.copy_(self.linear.bias)
+        return linear
+
+
+def add_lora(model, rank):
+    """Put LoRA around every linear layer of the LLM's blocks; only those additions stay trainable there."""
+    model.model.requires_grad_(False)
+    if model.lm_head is not None:
+        model.lm_head.requires_grad_(False)
+    for layer in model.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, module in list(part.named_children()):
+                if isinstance(module, nn.Linear):
+                    setattr(part, name, LoRA(module, rank))
+
+
+@contextmanager
+def merged(model):
+    """The model with every LoRA as a plain layer, so that it is saved as what it is."""
+    found = [(parent, name, module) for parent in model.modules() for name, module in parent.named_children() if isinstance(module, LoRA)]
+    for parent, name, module in found:
+        setattr(parent, name, module.merged())
+    yield model
+    for parent, name, module in found:
+        setattr(parent, name, module)
 
 
 # ---- optimiser, checkpoint
@@ -334,7 +456,8 @@ def state_path(cfg):
 
 def save(cfg, model, heads, optimizer, tokenizer, step, figures, seconds):
     """The model folder and the training state, each file whole or absent; the state comes last, so that it never names weights that are not there."""
-    model.save_pretrained(cfg.out, dtype=torch.float16)
+    with merged(model):
+        model.save_pretrained(cfg.out, dtype=torch.float16)
     tokenizer.save_pretrained(cfg.out)
     record = {"stage": "sft", "command": "python " + shlex.join(sys.argv), "seed": cfg.seed, "step": step, "steps": cfg.steps,
               "minutes": round(seconds / 60, 1), "figures": figures, "intent_layer": cfg.intent_layer, "config": dataclasses.asdict(cfg)}
@@ -392,15 +515,43 @@ def start_processes(cfg):
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def start_model(cfg, corpus):
-    """(model, tokenizer): from --backbone, or from nothing with a tokenizer learned from the corpus."""
+def start_model(cfg, mixture):
+    """(model, tokenizer): from --backbone, or from nothing with a tokenizer learned from the data."""
     torch.manual_seed(cfg.seed)
     if cfg.backbone:
         return VLM.from_pretrained(cfg.backbone).train(), Tokenizer.from_pretrained(cfg.backbone)
-    texts = corpora.texts(corpus)
+    texts = [text for source in mixture.sources for text in source.texts()]
     frame = f"system\n{SYSTEM_PROMPT}\nuser\nassistant\n"                                             # in every row, so worth whole tokens
     tokenizer = train_tokenizer([*texts[::max(1, len(texts) // 50_000)], *[frame] * 1000], cfg.vocab_size)
-    return VLM(PRESETS[choose(cfg.model, PRESETS, "model")].for_tokenizer(tokenizer)), tokenizer
+    return VLM(SIZES[choose(cfg.model, SIZES, "model")].for_tokenizer(tokenizer)), tokenizer
+
+
+def choose_parts(model, cfg):
+    """Leave only what cfg trains with gradients. UserError if that cannot be."""
+    parts, blocks = choose_many(cfg.train, PARTS, "part"), model.config.num_hidden_layers
+    if cfg.frozen_blocks and (not cfg.frozen_blocks < blocks or cfg.dense_weight):
+        raise UserError(f"--frozen_blocks {cfg.frozen_blocks} must leave some of the {blocks} blocks to train, and goes with --dense_weight 0")
+    model.requires_grad_(False)
+    for name, module in (("vision", model.visual), ("llm", model.model), ("llm", model.lm_head)):
+        if name in parts and module is not None:
+            module.requires_grad_(True)
+    model.visual.merger.requires_grad_("merger" in parts)
+    if cfg.lora_rank:
+        add_lora(model, cfg.lora_rank)
+    if cfg.frozen_blocks:
+        for part in (model.visual, model.model.embed_tokens, model.model.layers[:cfg.frozen_blocks]):
+            part.requires_grad_(False)
+
+
+def ensure_data(cfg):
+    """Make the corpus and the general instructions where --data names them and they are not there."""
+    paths = [re.sub(r":[\d.]+$", "", part.strip()) for part in cfg.data.split(",")]
+    for path in paths:
+        if Path(path) == Path(general.GeneralConfig.out) / "train.jsonl" and not Path(path).exists():
+            print(f"no general instructions in {general.GeneralConfig.out}: writing them")
+            general.make(general.GeneralConfig())
+        elif not path.endswith(".jsonl"):
+            corpora.ensure(path)
 
 
 def train(cfg):
@@ -410,21 +561,19 @@ def train(cfg):
         raise UserError(f"--batch_size {cfg.batch_size} must be a multiple of the {world} processes")
     if state_path(cfg).exists() and not cfg.resume:
         raise UserError(f"{cfg.out} already holds a training run: add --resume to go on, or choose another --out")
+    choose(cfg.on_bad, ("refuse", "skip"), "--on_bad")
     if rank == 0:
-        corpora.ensure(cfg.data)
+        ensure_data(cfg)
     if world > 1:
         dist.barrier()
-    corpus, validation = (corpora.Corpus(cfg.data, split) for split in ("train", "val"))
-    model, tokenizer = start_model(cfg, corpus)
+    mixture = Mixture(cfg)
+    if cfg.dense_weight and not mixture.dense.any():
+        raise UserError(f"--data {cfg.data} has no corpus, so there are no dense targets: add --dense_weight 0")
+    model, tokenizer = start_model(cfg, mixture)
     if not 1 <= cfg.intent_layer <= model.config.num_hidden_layers:
         raise UserError(f"--intent_layer {cfg.intent_layer}: this model has blocks 1 to {model.config.num_hidden_layers}")
-    if cfg.frozen_blocks:
-        if not cfg.frozen_blocks < model.config.num_hidden_layers or cfg.dense_weight:
-            raise UserError(f"--frozen_blocks {cfg.frozen_blocks} must leave some of the {model.config.num_hidden_layers} blocks to train, and goes with --dense_weight 0")
-        model.requires_grad_(False)
-        for part in (model.model.layers[cfg.frozen_blocks:], model.model.norm):
-            part.requires_grad_(True)
-    heads = DenseHeads(model.config, corpus.num_classes)
+    choose_parts(model, cfg)
+    heads = DenseHeads(model.config, corpora.Corpus.num_classes)
     model.to(device), heads.to(device)
     optimizer = make_optimizer((model, heads), cfg)
     parameters = [p for p in (*model.parameters(), *heads.parameters()) if p.requires_grad]
@@ -432,20 +581,21 @@ def train(cfg):
     if cfg.resume:
         done = load_state(cfg, {"model": model, "heads": heads}, optimizer, dataclasses.asdict(cfg), FREE_TO_CHANGE)
         step, seconds = done["step"], 60 * done["minutes"]
-    share = (0.0 if cfg.backbone else 0.6) if cfg.dense_fraction < 0 else cfg.dense_fraction
-    dense_steps = int(share * cfg.steps) if cfg.dense_weight else 0
+    dense_steps = int(cfg.dense_fraction * cfg.steps) if cfg.dense_weight else 0
 
     def batches_of(step):
-        rows = rows_of_step(step, len(corpus), cfg.seed, cfg.batch_size)[rank::world]
+        rows = mixture.rows_of_step(step, cfg.batch_size, step < dense_steps)[rank::world]
         parts = [rows[i:i + cfg.micro_batch] for i in range(0, len(rows), cfg.micro_batch)]
-        return [make_batch(corpus, part, tokenizer, model.config, cfg, step < dense_steps) for part in parts]
+        return [make_batch([read_row(mixture.sources[source], number, index, cfg, step < dense_steps) for number, source, index in part], tokenizer, model.config, cfg)
+                for part in parts]
 
     def gradients(batches, dense_only):
         """Leaves the step's gradient in the parameters; returns the losses as floats."""
-        batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+        batches = [move(batch, device) for batch in batches]
         totals, sums = count(batches), {}
         for batch in batches:
-            found = losses(model, heads, batch, totals, cfg, dense_only)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                found = losses(model, heads, batch, totals, cfg, dense_only)
             found["loss"].backward()
             sums = {name: sums.get(name, 0) + value.detach() for name, value in found.items()}
         if world > 1:
@@ -464,7 +614,9 @@ def train(cfg):
 
     if rank == 0:
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{millions:.1f} M parameters, {len(corpus)} scenes, {cfg.steps - step} steps of {cfg.batch_size}, {world} process(es)")
+        trained = sum(p.numel() for p in parameters) / 1e6
+        print(f"{millions:.1f} M parameters, {trained:.1f} M trained with the heads, {sum(map(len, mixture.sources))} rows, {cfg.steps - step} steps of {cfg.batch_size}, "
+              f"{world} process(es)")
     kinds = [(max(0, dense_steps - step), dense_steps - 1), (cfg.steps - max(step, dense_steps), cfg.steps - 1)]
     paces = [(number, measure(at)) for number, at in kinds if number > 0]
     if rank == 0 and paces:
@@ -489,7 +641,7 @@ def train(cfg):
         if rank == 0:
             due = done % cfg.eval_every == 0 or done == cfg.steps
             if due:
-                figures = evaluate(model, heads, validation, tokenizer, cfg, device, dense_only)
+                figures = evaluate(model, heads, mixture, tokenizer, cfg, device, dense_only)
                 print(f"\nstep {done}: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
             if due or done % 10 == 0 or done == 1:
                 line = {"step": done, "lr": learning_rate(step, cfg), **{name: round(float(value), 5) for name, value in last.items()},
@@ -500,6 +652,8 @@ def train(cfg):
             if done % cfg.save_every == 0 or done == cfg.steps:
                 save(cfg, model, heads, optimizer, tokenizer, done, figures, time.perf_counter() - begun)
     loader.shutdown()
+    if rank == 0:
+        curves(Path(cfg.out) / "log.jsonl", Path(cfg.out) / "loss.png")
     if world > 1:
         dist.barrier()                                                                               # the last files are written
         dist.destroy_process_group()
@@ -507,7 +661,11 @@ def train(cfg):
 
 
 def main():
-    cfg = parse(SFTConfig, description="Stage I: train the vision-language model on questions about scenes.")
+    cfg = parse(SFTConfig, presets=PRESETS, description="Stage I: train the vision-language model on questions about scenes, and on conversations of your own.")
+    base = PRESETS["base"].out
+    if cfg.backbone == base and not (Path(base) / "model.safetensors").exists():
+        print(f"no base model in {base}: training it first (`python train_sft.py --preset base`)")
+        train(dataclasses.replace(PRESETS["base"], device=cfg.device, resume=state_path(PRESETS["base"]).exists()))
     train(cfg)
 
 

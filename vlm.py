@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer as FastTokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from cli import UserError, atomic, write_json
 
@@ -460,7 +461,10 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with M-RoPE. x (B, L, D), cos and sin (B, 1, L, d/2), mask (B or 1, 1, L, S) or None: see attention_mask_for."""
+    """Grouped-query self-attention with M-RoPE. x (B, L, D), cos and sin (B, 1, L, d/2), mask (B or 1, 1, L, S) or None: see attention_mask_for.
+
+    segments: lengths of texts that share the row and do not see each other, or None.
+    """
 
     def __init__(self, config, layer):
         super().__init__()
@@ -470,15 +474,19 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, mask, cache):
+    def forward(self, x, cos, sin, mask, cache, segments=None):
         # views, not einops, and one rotation for queries and keys: a new token's step is so short that calls are what it costs
         split = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                # (B, L, h d) to (B, h, L, d)
         turned = apply_rotary(split(torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1)), cos, sin)
         q, k, v = turned[:, :self.heads], turned[:, self.heads:], split(self.v_proj(x))      # q (B, H, L, d); k and v (B, G, L, d)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                                            # (B, G, S, d)
-        causal = mask is None and q.shape[2] == k.shape[2] > 1
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+        if segments is None:
+            causal = mask is None and q.shape[2] == k.shape[2] > 1
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+        else:                                                                                # no mask is as fast as none, and no padding is computed
+            parts = zip(*(tensor.split(segments, dim=2) for tensor in (q, k, v)))
+            y = torch.cat([F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts], dim=2)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -490,8 +498,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(self, x, cos, sin, mask, cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x, cos, sin, mask, cache, segments=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, segments)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -542,23 +550,27 @@ class VLM(nn.Module):
         return x, features
 
     def forward(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, pixel_values_videos=None, video_grid_thw=None,
-                second_per_grid_ts=None, num_layers=None, logits_at=None, cache=None, position_ids=None):
+                second_per_grid_ts=None, num_layers=None, logits_at=None, cache=None, position_ids=None, segments=None):
         """input_ids (B, L), attention_mask (B, S) 1 on real tokens, vision inputs, to a VLMOutput.
 
         num_layers=k runs the first k blocks only (no logits). logits_at (B, L) bool: logits of these places only. With a cache, input_ids are the
-        new tokens, attention_mask covers the past too. ValueError if pictures do not fill the places that the text has for them.
+        new tokens, attention_mask covers the past too. segments: lengths of texts packed into one row (B = 1), each with its own positions, none seeing
+        another. ValueError if pictures do not fill the places that the text has for them.
         """
         past, L = 0 if cache is None else cache.length, input_ids.shape[1]
         if position_ids is None and past:
             position_ids = (cache.next_position[:, None] + torch.arange(L, device=input_ids.device)).expand(3, -1, -1)
         elif position_ids is None:
-            position_ids = mrope_positions(input_ids, attention_mask, self.config, image_grid_thw, video_grid_thw, second_per_grid_ts)
+            texts = input_ids if segments is None else pad_sequence(input_ids[0].split(segments), batch_first=True, padding_value=-1)
+            real = attention_mask if segments is None else (texts >= 0).int()
+            position_ids = mrope_positions(texts, real, self.config, image_grid_thw, video_grid_thw, second_per_grid_ts)
+            position_ids = position_ids if segments is None else position_ids[:, texts >= 0][:, None]
         x, patch_features = self.model.embed_tokens(input_ids), None
         if pixel_values is not None or pixel_values_videos is not None:
             x, patch_features = self.look(x, input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         mask, (cos, sin), hidden = attention_mask_for(L, past + L, attention_mask, x.device), self.rotary(position_ids), [x]
         for layer in self.model.layers[:num_layers]:
-            hidden.append(layer(hidden[-1], cos, sin, mask, cache))
+            hidden.append(layer(hidden[-1], cos, sin, mask, cache, segments))
         if cache is not None:
             cache.length, cache.next_position = past + L, position_ids.amax(dim=(0, 2)) + 1
         if num_layers is not None:

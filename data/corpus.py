@@ -24,10 +24,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from cli import UserError, atomic, parse, run
+from cli import UserError, atomic, choose_many, parse, run
 from data.env import IMAGE_SIZE, VIEWS, TabletopEnv
 from data.expert import PEG_LEVER, PRIMITIVES, Infeasible, Planner, azimuth_of, hand_offset, quarter_turns, tool_rotation, yaw_of
-from data.questions import CAUSES, STEP_TEXT, Asker
+from data.questions import CATEGORIES, CAUSES, STEP_TEXT, Asker
 from data.robots import ROBOTS, get_kinematics, get_robot
 from data.tasks import TASKS
 
@@ -306,7 +306,8 @@ class Corpus:
     """
     num_classes = len(CLASSES)
 
-    def __init__(self, folder, split):
+    def __init__(self, folder, split, categories="all"):
+        self.folder, self.categories, chosen = folder, categories, set(choose_many(categories, CATEGORIES, "category"))
         paths = sorted((Path(folder) / split).glob("*.safetensors"))
         if not paths:
             raise UserError(f"no {split} corpus in {folder}; make it with `python -m data.corpus --out {folder}`")
@@ -319,8 +320,18 @@ class Corpus:
                 raise UserError(f"broken corpus file {path} ({type(error).__name__}: {error}); delete it and run `python -m data.corpus --out {folder}` again") from None
             if file.metadata()["classes"] != json.dumps(CLASSES):
                 raise UserError(f"{path} was made for other object classes; delete {folder} and run `python -m data.corpus --out {folder}` again")
-            self.scenes += [(len(self.files), int(a), int(b), t) for a, b, t in zip(first, first[1:], questions)]
+            asked = [[question for question in scene if question["category"] in chosen] for scene in questions]
+            self.scenes += [(len(self.files), int(a), int(b), some) for a, b, some in zip(first, first[1:], asked) if some]
             self.files.append(file)
+
+    def validation(self):
+        """The validation split of the same folder and categories."""
+        return Corpus(self.folder, "val", self.categories)
+
+    def texts(self):
+        """Every string of the questions and answers, every instruction, and the chat template's own words, for a tokenizer."""
+        words = [*(w for task in TASKS.values() for w in task.instructions), "system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+        return [q[part] for *_, questions in self.scenes for q in questions for part in ("question", "answer")] + words * 100
 
     def __len__(self):
         return len(self.scenes)
@@ -330,12 +341,6 @@ class Corpus:
         images, classes, offsets = (self.files[number].get_slice(name)[a:b] for name in ("images", "patch_class", "patch_offset"))
         return {"images": list(images), "turns": [(q["question"], q["answer"]) for q in questions], "questions": questions,
                 "patch_class": classes.astype(np.int64), "patch_offset": offsets.astype(np.float32), "robot": self.files[number].metadata()["robot"]}
-
-
-def texts(corpus):
-    """Every string of the corpus, every instruction, and the chat template's own words, for the tokenizer."""
-    words = [*(w for task in TASKS.values() for w in task.instructions), "system\nYou are a helpful assistant.", "user\n", "assistant\n"]
-    return [q[part] for *_, questions in corpus.scenes for q in questions for part in ("question", "answer")] + words * 100
 
 
 def main():

@@ -12,6 +12,7 @@ import cli
 import eval as evaluation
 import experiments
 import train_policy
+from plot import heat_map
 from conftest import ROOT
 from data.env import CONDITIONS, CONTROL_HZ, TabletopEnv
 from data.robots import ROBOTS
@@ -88,7 +89,7 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatch):
 def test_pictures_of_results(tmp_path):
     from model import BLM
     result = {"cells": {robot: {task: {"success": 0.5, "interval": [0.4, 0.6]} for task in TASKS} for robot in ROBOTS}}
-    evaluation.heat_map(result, tmp_path / "map.png")
+    heat_map(result, tmp_path / "map.png")
     assert np.asarray(Image.open(tmp_path / "map.png")).std() > 10
     config = evaluation.EvalConfig(failures=str(tmp_path / "failures"))
     evaluation.draw_failures(BLM.from_pretrained(ROOT / "weights" / "nano"), config, {"widowx": {"PushCube": {"failures": {1000000: "never grasped"}}}})

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import train_sft
 from cli import UserError
-from train_sft import DenseHeads, SFTConfig, make_batch, rows_of_step, train
-from vlm import PRESETS, VLM, Tokenizer, VisionConfig, VLMConfig, train_tokenizer
+from train_sft import DenseHeads, LoRA, Mixture, SFTConfig, add_lora, make_batch, merged, read_row, train
+from vlm import PRESETS, VLM, Tokenizer, VisionConfig, VLMConfig, collate, train_tokenizer
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
@@ -23,8 +24,14 @@ class Corpus:
     """Twelve scenes with one coloured square each, of the corpus's own shapes."""
     num_classes = 4
 
-    def __init__(self, folder="", split="train"):
+    def __init__(self, folder="", split="train", categories="all"):
         pass
+
+    def validation(self):
+        return self
+
+    def texts(self):
+        return [text for i in range(len(self)) for turn in self[i]["turns"] for text in turn]
 
     def __len__(self):
         return 12
@@ -41,10 +48,6 @@ class Corpus:
         return {"images": list(images), "turns": turns, "patch_class": classes, "patch_offset": offsets}
 
 
-def texts(corpus):
-    return [text for i in range(len(corpus)) for turn in corpus[i]["turns"] for text in turn]
-
-
 TINY = VLMConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, mrope_section=(4, 4, 4),
                  vision_config=VisionConfig(depth=2, hidden_size=48, intermediate_size=96, num_heads=2, out_hidden_size=48,
                                             fullatt_block_indexes=[1]))
@@ -52,7 +55,7 @@ TINY = VLMConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_
 
 def patch(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", TINY)
-    for name, value in (("Corpus", Corpus), ("texts", texts), ("ensure", lambda folder: None)):
+    for name, value in (("Corpus", Corpus), ("ensure", lambda folder: None)):
         monkeypatch.setattr(train_sft.corpora, name, value)
 
 
@@ -66,21 +69,26 @@ def tiny(monkeypatch):
 
 
 def config(out, **changes):
-    flags = {"model": "tiny", "steps": 6, "batch_size": 4, "warmup": 2, "intent_layer": 2, "vocab_size": 300, "eval_every": 100, "eval_scenes": 4,
-             "point_scenes": 2, "save_every": 3, "device": "cpu", "dense_fraction": 0.34}
+    flags = {"model": "tiny", "steps": 6, "batch_size": 4, "warmup": 2, "intent_layer": 2, "vocab_size": 300, "eval_every": 100, "eval_rows": 4,
+             "point_scenes": 2, "save_every": 3, "device": "cpu", "dense_fraction": 0.34, "data": "corpus", "backbone": ""}
     return SFTConfig(**{**flags, "out": str(out), **changes})
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(texts(Corpus()), 300)
+    return train_tokenizer(Corpus().texts(), 300)
+
+
+def batch_of(rows, tokenizer, cfg, dense_only=False, corpus=None, model=TINY):
+    """make_batch of (number, scene) pairs of the corpus."""
+    return make_batch([read_row(corpus or Corpus(), number, scene, cfg, dense_only) for number, scene in rows], tokenizer, model.for_tokenizer(tokenizer), cfg)
 
 
 def test_labels_cover_answers_and_their_end_only(tokenizer):
     corpus, cfg = Corpus(), SFTConfig(questions=2)
-    batch = make_batch(corpus, [(5, 0), (6, 1)], tokenizer, TINY.for_tokenizer(tokenizer), cfg)
-    for scene, ids, labels in zip((0, 1), batch["input_ids"], batch["labels"]):
-        text = tokenizer.fast.decode(ids[ids != TINY.bos_token_id].tolist(), skip_special_tokens=False)
+    batch = batch_of([(5, 0), (6, 1)], tokenizer, cfg)
+    for scene, ids, labels in zip((0, 1), *(batch[name][0].split(batch["segments"]) for name in ("input_ids", "labels"))):
+        text = tokenizer.fast.decode(ids.tolist(), skip_special_tokens=False)
         learned = tokenizer.fast.decode([i for i in labels.tolist() if i >= 0], skip_special_tokens=False).split("<|im_end|>")[:-1]
         asked = [(question, answer) for question, answer in corpus[scene]["turns"] if question in text]
         assert len(learned) == 2 == len(asked) and set(learned) == {answer for _, answer in asked}
@@ -90,18 +98,88 @@ def test_labels_cover_answers_and_their_end_only(tokenizer):
 
 
 def test_rows_of_a_step_depend_on_seed_and_step_alone(tokenizer):
-    rows = [rows_of_step(step, 12, seed=3, batch_size=5) for step in range(12)]
-    assert rows[7] == rows_of_step(7, 12, seed=3, batch_size=5) != rows_of_step(7, 12, seed=4, batch_size=5)
-    order = [scene for step in rows for _, scene in step]
+    mixture, other = (Mixture(SFTConfig(data="corpus", seed=seed)) for seed in (3, 4))
+    rows = [mixture.rows_of_step(step, 5) for step in range(12)]
+    assert rows[7] == mixture.rows_of_step(7, 5) != other.rows_of_step(7, 5)
+    order = [scene for step in rows for _, _, scene in step]
     assert all(sorted(order[i:i + 12]) == list(range(12)) for i in range(0, 60, 12))        # each epoch has each scene once
     assert order[:12] != order[12:24]
-    model = TINY.for_tokenizer(tokenizer)
-    a, b, c = (make_batch(Corpus(), [(number, 0)], tokenizer, model, SFTConfig(questions=2))["input_ids"].tolist() for number in (0, 0, 12))
+    a, b, c = (batch_of([(number, 0)], tokenizer, SFTConfig(questions=2))["input_ids"].tolist() for number in (0, 0, 12))
     assert a == b != c                                                                       # other questions in another epoch
 
 
+def chats_file(path, n, **more):
+    path.write_text("".join(json.dumps({"messages": [{"role": "user", "content": f"Repeat: {i}."}, {"role": "assistant", "content": str(i)}], **more}) + "\n" for i in range(n)))
+    return path
+
+
+def test_a_mixture_holds_its_weights(tmp_path):
+    chats_file(tmp_path / "mine.jsonl", 120)
+    mixture = Mixture(SFTConfig(data=f"corpus:3, {tmp_path / 'mine.jsonl'}:1"))
+    rows = [row for step in range(40) for row in mixture.rows_of_step(step, 10)]
+    assert [sum(source == 1 for _, source, _ in rows[i:i + 100]) for i in range(0, 400, 100)] == [25] * 4
+    seen = [index for _, source, index in rows if source == 1]
+    assert len(seen) == 100 == len(set(seen)) and not {0, 50, 100} & set(seen)              # one in fifty is for validation
+    assert list(mixture.validation(1)[1]) == [0, 50, 100]
+    assert all(source == 0 for _, source, _ in mixture.rows_of_step(0, 100, dense_only=True))
+
+
+def test_packing_changes_nothing(tokenizer, tmp_path):
+    """The same rows padded, each in a line of its own: the same loss and gradients."""
+    torch.manual_seed(0)
+    cfg, model = SFTConfig(dense_weight=0), VLM(TINY.for_tokenizer(tokenizer))
+    chats_file(tmp_path / "mine.jsonl", 3)
+    mixture = Mixture(SFTConfig(data=f"corpus:1,{tmp_path / 'mine.jsonl'}:1"))
+    rows = [read_row(mixture.sources[source], number, index, cfg) for number, source, index in mixture.rows_of_step(0, 6)]
+    packed = make_batch(rows, tokenizer, model.config, cfg)
+    assert len(set(packed["segments"])) > 2
+    parts = [[part.tolist() for part in packed[name][0].split(packed["segments"])] for name in ("input_ids", "labels")]
+    padded = {**collate(list(zip(*parts)), model.config.bos_token_id, side="right"), **{name: packed[name] for name in ("pixel_values", "image_grid_thw")}}
+    found = []
+    for batch in (packed, padded):
+        model.zero_grad()
+        loss = train_sft.losses(model, None, batch, train_sft.count([batch]), cfg, False)["loss"]
+        loss.backward()
+        found.append((float(loss), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    assert abs(found[0][0] - found[1][0]) < 1e-5 and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[0][1], found[1][1]))
+
+
+def test_lora_starts_as_nothing_trains_alone_and_is_merged_when_saved(tmp_path):
+    train(config(tmp_path / "base", steps=2))
+    train(config(tmp_path / "tuned", backbone=str(tmp_path / "base"), lora_rank=2, steps=3, train="merger", dense_weight=0.0, dense_fraction=0.0, lr=1e-2))
+    base, tuned = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "tuned"))
+    assert base.keys() == tuned.keys()
+    moved = {name for name in base if not torch.equal(base[name], tuned[name])}
+    assert moved and all(name.startswith("visual.merger") or name.endswith("_proj.weight") and name.startswith("model.layers") for name in moved)
+    model, tokenizer = VLM.from_pretrained(tmp_path / "base"), Tokenizer.from_pretrained(tmp_path / "base")
+    batch = batch_of([(0, 1)], tokenizer, SFTConfig())
+    inputs = {name: batch[name] for name in train_sft.INPUTS if name in batch}
+    before = model(**inputs).logits
+    add_lora(model, 2)
+    assert torch.equal(model(**inputs).logits, before)
+    for module in model.modules():
+        if isinstance(module, LoRA):
+            torch.nn.init.normal_(module.b, std=0.1)
+    changed = model(**inputs).logits
+    with merged(model):
+        assert not any(isinstance(module, LoRA) for module in model.modules())
+        assert torch.allclose(model(**inputs).logits, changed, atol=1e-5)
+    assert torch.equal(model(**inputs).logits, changed) and not torch.allclose(changed, before, atol=1e-3)
+
+
+def test_only_the_chosen_parts_are_trained(tmp_path):
+    train(config(tmp_path / "base", steps=2))
+    for parts, prefixes in (("vision", ("visual.patch", "visual.blocks")), ("merger", ("visual.merger",)), ("llm", ("model.",))):
+        train(config(tmp_path / parts, backbone=str(tmp_path / "base"), train=parts, steps=2, dense_fraction=0.0))
+        base, tuned = (load_file(tmp_path / name / "model.safetensors") for name in ("base", parts))
+        moved = {name for name in base if not torch.equal(base[name], tuned[name])}
+        assert moved and all(name.startswith(prefixes) for name in moved), (parts, moved)
+    with pytest.raises(UserError, match="unknown part 'eyes'"):
+        train(config(tmp_path / "none", train="eyes"))
+
+
 def test_places_are_where_the_offsets_lead(tokenizer):
-    batch = make_batch(Corpus(), [(0, 3)], tokenizer, TINY.for_tokenizer(tokenizer), SFTConfig(), dense_only=True)
+    batch = batch_of([(0, 3)], tokenizer, SFTConfig(), dense_only=True)
     places, scene = batch["patch_place"].view(-1, 8, 8, 5), Corpus()[3]
     for view, row, column in zip(*np.nonzero(scene["patch_class"])):
         x, y = column + 0.5 + scene["patch_offset"][view, row, column, 0], row + 0.5 + scene["patch_offset"][view, row, column, 1]
@@ -109,13 +187,14 @@ def test_places_are_where_the_offsets_lead(tokenizer):
 
 
 def test_tokens_of_an_answer_know_its_place_and_only_they(tokenizer):
-    batch = make_batch(Corpus(), [(None, 3), (None, 4)], tokenizer, TINY.for_tokenizer(tokenizer), SFTConfig())
-    learned, places = batch["labels"] >= 0, batch["answer_place"]
-    number = (learned & ~torch.nn.functional.pad(learned, (1, 0))[:, :-1]).cumsum(1)                 # 1, 2, 3: what, where, is it red
-    for row, scene in ((0, 3), (1, 4)):
-        about = learned[row] & (number[row] == 2)
-        assert about.sum() > 3 and places[row, ~about].isnan().all()
-        assert np.allclose(places[row, about], (scene * 3 % 8 + 0.5 - 4, scene * 5 % 8 + 0.5 - 4))   # patches from the picture's centre
+    batch = batch_of([(None, 3), (None, 4)], tokenizer, SFTConfig())
+    rows = zip((3, 4), *(batch[name][0].split(batch["segments"]) for name in ("labels", "answer_place")))
+    for scene, labels, places in rows:
+        learned = labels >= 0
+        number = (learned & ~torch.nn.functional.pad(learned, (1, 0))[:-1]).cumsum(0)                # 1, 2, 3: what, where, is it red
+        about = learned & (number == 2)
+        assert about.sum() > 3 and places[~about].isnan().all()
+        assert np.allclose(places[about], (scene * 3 % 8 + 0.5 - 4, scene * 5 % 8 + 0.5 - 4))        # patches from the picture's centre
     assert train_sft.place_in('{"bbox_2d": [10, 20, 30, 60], "label": "bin"}').tolist() == [20, 40]
     for text in ("yes", "63, 100", '{"point_2d": [63], "label": "peg"}', '{"point_2d": [1, 2, 3]}'):
         assert train_sft.place_in(text) is None
@@ -131,7 +210,7 @@ def test_centres_behind_the_camera_do_not_reach_the_loss(tokenizer):
                 scene["patch_offset"][..., 0] += offset * i
                 return scene
 
-        batch = make_batch(Moved(), [(0, 0), (1, 1)], tokenizer, model.config, cfg, dense_only=True)
+        batch = batch_of([(0, 0), (1, 1)], tokenizer, cfg, dense_only=True, corpus=Moved())
         return float(train_sft.losses(model, heads, batch, train_sft.count([batch]), cfg, True)["loss"].detach())
 
     assert loss_with(500.0) == loss_with(-9.0) != loss_with(0.0)
@@ -150,7 +229,7 @@ def test_token_head_lays_its_patches_where_the_pixels_are():
 
 
 def test_overfits_a_few_scenes_and_the_folder_answers(tmp_path):
-    figures = train(config(tmp_path, steps=500, batch_size=6, lr=1e-2, eval_scenes=12, point_scenes=12, warmup=10, save_every=500,
+    figures = train(config(tmp_path, steps=500, batch_size=6, lr=1e-2, eval_rows=12, point_scenes=12, warmup=10, save_every=500,
                            dense_fraction=0.1))
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     answers = [line["answer"] for line in log if "answer" in line]
@@ -161,6 +240,7 @@ def test_overfits_a_few_scenes_and_the_folder_answers(tmp_path):
     record = json.loads((tmp_path / "training.json").read_text())
     assert record["figures"] == figures and record["step"] == 500 and "command" in record and record["seed"] == 0
     assert not any("head" in name for name in load_file(tmp_path / "model.safetensors"))
+    assert np.asarray(Image.open(tmp_path / "loss.png")).std() > 5
 
 
 def test_resume_is_bit_exact(tmp_path, monkeypatch):
@@ -190,7 +270,7 @@ def test_dense_stage_stops_at_block_k_and_micro_batches_change_nothing(tmp_path)
               config(tmp_path / "b", steps=2, dense_fraction=1.0, micro_batch=1)) if train(cfg) is not None]
     torch.manual_seed(0)
     frame = "system\nYou are a helpful assistant.\nuser\nassistant\n"
-    fresh = VLM(TINY.for_tokenizer(train_tokenizer([*texts(Corpus()), *[frame] * 1000], 300))).state_dict()
+    fresh = VLM(TINY.for_tokenizer(train_tokenizer([*Corpus().texts(), *[frame] * 1000], 300))).state_dict()
     moved = {name for name in fresh if not torch.equal(fresh[name], states[0][f"model.{name}"])}
     assert any(name.startswith("visual.blocks.0") for name in moved) and any(name.startswith("model.layers.1") for name in moved)
     assert not any(name.startswith("model.layers.2") for name in moved) and "model.norm.weight" not in moved
@@ -200,7 +280,7 @@ def test_dense_stage_stops_at_block_k_and_micro_batches_change_nothing(tmp_path)
 
 def test_backbone_starts_from_its_weights_without_a_dense_stage(tmp_path):
     train(config(tmp_path / "first", steps=2))
-    train(config(tmp_path / "second", backbone=str(tmp_path / "first"), steps=1, lr=0.0, weight_decay=0.0, dense_fraction=-1.0))
+    train(config(tmp_path / "second", backbone=str(tmp_path / "first"), steps=1, lr=0.0, weight_decay=0.0, dense_fraction=0.0))
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert "answer" in json.loads((tmp_path / "second" / "log.jsonl").read_text().splitlines()[0])

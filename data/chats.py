@@ -1,0 +1,153 @@
+"""Your own data: JSON lines of conversations with pictures and videos, in the two shapes that people have.
+
+    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What is this?"}]},
+                  {"role": "assistant", "content": "A cup."}]}                                                     content may be a plain string too
+    {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cup."}]}       LLaVA, ShareGPT
+
+"images", "video" and "videos" beside "image"; <video> beside <image>; a video is a folder of pictures, or a file that PIL can play (GIF, WebP). Paths
+start at the file's own folder and may not leave it. A bad record is told with its file and line: with on_bad="refuse" all of them at once, as an error;
+with "skip" they are counted and left out.
+"""
+import json
+from pathlib import Path
+
+from PIL import Image, ImageSequence
+
+from cli import UserError
+from vlm import load_image
+
+ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+MOST_TOLD = 5                    # bad records that an error names
+
+
+def normalise(record):
+    """(messages as `vlm.chat` takes them, [(kind, path)] of pictures and videos in their order); ValueError says what is wrong."""
+    if not isinstance(record, dict):
+        raise ValueError("it is no JSON object")
+    if "messages" in record:
+        turns = [(turn.get("role"), turn.get("content")) for turn in record["messages"]]
+        files = []
+    elif "conversations" in record:
+        turns = [(turn.get("from"), turn.get("value")) for turn in record["conversations"]]
+        listed = lambda kind: [record[kind]] if isinstance(record.get(kind), str) else list(record.get(kind) or record.get(f"{kind}s") or [])
+        files = {"image": listed("image"), "video": listed("video")}
+    else:
+        raise ValueError("it has neither \"messages\" nor \"conversations\"")
+    messages, media = [], []
+    for role, content in turns:
+        if role not in ROLES:
+            raise ValueError(f"unknown role {role!r}, choose from: {', '.join(ROLES)}")
+        if isinstance(content, str):
+            content = split(content, files, media) if files and ROLES[role] == "user" else [{"type": "text", "text": content}]
+        elif isinstance(content, list):
+            content = [one(item, media) for item in content]
+        else:
+            raise ValueError(f"a message of {role!r} has no content")
+        messages.append({"role": ROLES[role], "content": content})
+    if files and any(files.values()):
+        raise ValueError(f"it names {sum(map(len, files.values()))} more pictures or videos than <image> and <video> places in its text")
+    for message in messages:
+        if message["role"] == "assistant":
+            message["content"] = "".join(item.get("text", "") for item in message["content"])
+    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+        raise ValueError("it has no answer")
+    return messages, media
+
+
+def one(item, media):
+    """A content item of a chat message, its picture or video moved to `media`."""
+    kind = item.get("type") if isinstance(item, dict) else None
+    if kind == "text" and isinstance(item.get("text"), str):
+        return {"type": "text", "text": item["text"]}
+    if kind in ("image", "video") and isinstance(item.get(kind), str):
+        media.append((kind, item[kind]))
+        return {"type": kind}
+    raise ValueError(f"unknown content {json.dumps(item)[:60]}: text, image and video are known, the last two as a path")
+
+
+def split(text, files, media):
+    """LLaVA's text with <image> and <video> in it, as content items; its pictures move from `files` to `media`. Those without a place come first."""
+    items = []
+    if media == [] and not any(f"<{kind}>" in text for kind in files):
+        text = "".join(f"<{kind}>" * len(paths) for kind, paths in files.items()) + text
+    while text:
+        found = min(((text.find(f"<{kind}>"), kind) for kind in files if f"<{kind}>" in text), default=None)
+        before, text = (text, "") if found is None else (text[:found[0]], text[found[0] + len(found[1]) + 2:].lstrip("\n"))
+        if before:
+            items.append({"type": "text", "text": before})
+        if found is not None:
+            if not files[found[1]]:
+                raise ValueError(f"its text has more <{found[1]}> places than it names {found[1]}s")
+            media.append((found[1], files[found[1]].pop(0)))
+            items.append({"type": found[1]})
+    return items
+
+
+def load_media(kind, path):
+    """A picture (PIL), or a video's frames [PIL]. UserError if it cannot be read."""
+    if kind == "image":
+        return load_image(path)
+    if path.is_dir():
+        frames = [load_image(file) for file in sorted(path.iterdir()) if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
+    else:
+        try:
+            with Image.open(path) as film:
+                frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(film)]
+        except Exception as error:                   # Pillow raises whatever its readers raise
+            raise UserError(f"cannot play {path} ({type(error).__name__}); a video must be a folder of pictures, a GIF or a WebP: cut others into frames first") from None
+    if not frames:
+        raise UserError(f"no pictures in {path}")
+    return frames
+
+
+class Chats:
+    """The records of a JSON lines file: chats[i] -> {"messages", "media": [("image", PIL) | ("video", [PIL])]}."""
+
+    def __init__(self, path, on_bad="refuse"):
+        self.path, self.records, bad = Path(path), [], []
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        root = self.path.resolve().parent
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                messages, media = normalise(json.loads(line))
+                paths = [(kind, (root / name).resolve()) for kind, name in media]
+                for (_, name), (_, found) in zip(media, paths):
+                    if not found.is_relative_to(root):
+                        raise ValueError(f"{name} lies outside {self.path.parent}")
+                    if not found.exists():
+                        raise ValueError(f"{name} is not there")
+                    if not found.is_dir():
+                        with Image.open(found) as picture:               # its header; a broken body is told when it is read
+                            picture.size
+                self.records.append((number, messages, paths))
+            except (ValueError, OSError, TypeError, AttributeError) as error:
+                bad.append(f"{path}, line {number}: {error}")
+        if bad and on_bad == "refuse":
+            more = f", and {len(bad) - MOST_TOLD} more" if len(bad) > MOST_TOLD else ""
+            raise UserError("; ".join(bad[:MOST_TOLD]) + more + "; mend them, or leave them out with --on_bad skip")
+        if bad:
+            print(f"{path}: {len(bad)} of {len(bad) + len(self.records)} records left out; the first: {bad[0]}")
+        if not self.records:
+            raise UserError(f"{path} holds no conversations")
+        self.skipped = len(bad)
+
+    def texts(self):
+        """Every string of the conversations, for a tokenizer."""
+        for _, messages, _ in self.records:
+            for message in messages:
+                yield from [message["content"]] if isinstance(message["content"], str) else [item["text"] for item in message["content"] if item["type"] == "text"]
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        number, messages, media = self.records[i]
+        try:
+            return {"messages": messages, "media": [(kind, load_media(kind, path)) for kind, path in media]}
+        except UserError as error:
+            raise UserError(f"{self.path}, line {number}: {error}") from None
