@@ -51,6 +51,7 @@ class EvalConfig:
     corpus: str = "out/corpus"      # digital: the corpus whose validation scenes are asked
     questions: int = 50             # digital: how many of each category in wordings that training saw, and as many in others
     base: str = ""                  # digital: another model folder to stand beside, such as the one before Stage I
+    general: str = "out/general"    # digital: folder with the probes of instruction following
     out: str = ""                   # result file; default out/results/<what>.json
 
 
@@ -125,7 +126,7 @@ def episodes_of(what, config, robots, tasks):
         for robot in robots:
             for first in range(config.seed, config.seed + config.episodes, 10):
                 jobs[robot, task, first] = (what, config, robot, task, range(first, min(first + 10, config.seed + config.episodes)))
-    about = {name: value for name, value in asdict(config).items() if name not in ("workers", "out", "failures", "corpus", "questions", "base")}
+    about = {name: value for name, value in asdict(config).items() if name not in ("workers", "out", "failures", "corpus", "questions", "base", "general")}
     if what == "physical":
         files = sorted(Path(config.weights).glob("*.safetensors"))
         about["weights"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if not file.name.startswith("state")]
@@ -175,7 +176,7 @@ def physical(what, config):
               "interval": [round(x, 4) for x in wilson(len(wins), len(flat))], "cells": cells, "episodes": len(flat),
               "seconds_to_success": round(float(np.mean([e["steps"] for e in wins])) / CONTROL_HZ, 2) if wins else None,
               "jerk": round(float(np.mean([e["jerk"] for e in flat])), 1), "command": shlex.join(["python", *sys.argv]), "seconds": round(time.time() - start),
-              "config": {k: v for k, v in asdict(config).items() if k not in ("corpus", "questions", "base", "out", "failures")}}
+              "config": {k: v for k, v in asdict(config).items() if k not in ("corpus", "questions", "base", "general", "out", "failures")}}
     if what == "physical":
         result["act_ms"] = 1000 * float(np.mean([e["act_s"] for e in flat]))
         result["clipped_steps"] = {kind: sum(e["clipped"][kind] for e in flat) for kind in ("limits", "speed")} | {"of": sum(e["steps"] for e in flat)}
@@ -243,13 +244,17 @@ def table(result, robots, tasks):
 def digital(config):
     """Ask held-back scenes' questions of each category: of the model, of the model with noise for pictures ("blind"), and of a base model if one is named.
 
-    Accuracy by category, in wordings that training saw and in those that it did not, beside chance; pointing error in pixels, and in centimetres on the front view.
+    Accuracy by category, in wordings that training saw and in those that it did not, beside chance; pointing error in pixels, and in centimetres on the front
+    view; and retention: general instructions (data/general.py), answered by the model and by the base.
     """
     import torch
+    from data import general
+    from data.chats import Chats
     from data.corpus import Corpus, ensure
     from model import BLM
     torch.set_num_threads(os.cpu_count() or 1)
     ensure(config.corpus)
+    general.ensure(config.general)
     corpus, asked, device = Corpus(config.corpus, "val"), [], pick_device(config.device)
     left = {(category, held_out): config.questions for category in CATEGORIES for held_out in (False, True)}
     for i in np.random.default_rng(config.seed).permutation(len(corpus)):
@@ -263,11 +268,18 @@ def digital(config):
     noise = np.random.default_rng(config.seed)
     blind = [[noise.integers(0, 256, image.shape, dtype=np.uint8) for image in scene["images"]] for scene, _ in asked]
     pictures, questions = [scene["images"] for scene, _ in asked], [question["question"] for _, question in asked]
-    given = {}
+    given, probes = {}, [json.loads(line) for line in (Path(config.general) / "probes.jsonl").read_text().splitlines()]
+    chats, retention = Chats(Path(config.general) / "probes.jsonl"), {}
     for name, folder, seen in (("model", config.weights, pictures), ("blind", config.weights, blind), ("base", config.base, pictures)):
         if folder:
             blm = BLM.from_pretrained(folder, device)
             given[name] = [reply for start in trange(0, len(asked), 64, desc=name) for reply in blm.answers(seen[start:start + 64], questions[start:start + 64], 96)]
+            if name != "blind":
+                talks = [chats[i] for i in range(len(chats))]
+                replies = blm.answers([[picture for _, picture in talk["media"]] for talk in talks], [talk["messages"][0]["content"][-1]["text"] for talk in talks], 48)
+                hits = np.array([reply.strip() == talk["messages"][1]["content"] for reply, talk in zip(replies, talks)])
+                kinds = np.array([probe["kind"] for probe in probes])
+                retention[name] = {kind: float(hits[kinds == kind].mean()) for kind in general.KINDS} | {"mean": float(hits.mean())}
     right = {name: np.array([is_right(question, reply) for (_, question), reply in zip(asked, replies)]) for name, replies in given.items()}
     category, held_out = np.array([q["category"] for _, q in asked]), np.array([q["held_out"] for _, q in asked])
     chance, rows = np.array([q["chance"] for _, q in asked]), {}
@@ -282,9 +294,11 @@ def digital(config):
     errors = [distance(reply, question["answer"]) for _, question, reply in points]
     front = [error * front_pixel(get_robot(scene["robot"])) for (scene, question, _), error in zip(points, errors) if "front" in question["question"]]
     result = {"what": "digital", "mean": mean("model"), "blind_mean": mean("blind"), "chance_mean": mean("chance"), **({"base_mean": mean("base")} if config.base else {}),
-              "seen_mean": mean("seen"), "held_out_mean": mean("held_out"), "categories": rows, "asked": len(asked),
+              "seen_mean": mean("seen"), "held_out_mean": mean("held_out"), "categories": rows, "asked": len(asked), "retention": retention,
               "point_error_px_median": float(np.median(errors)), "point_error_cm_median": 100 * float(np.median(front)), "command": shlex.join(["python", *sys.argv])}
     print(digital_table(result))
+    for name, row in retention.items():
+        print(f"general instructions, {name}: " + ", ".join(f"{kind} {100 * value:.0f}%" for kind, value in row.items()))
     print(f"pointing error, median: {result['point_error_px_median']:.1f} px of 128; {result['point_error_cm_median']:.1f} cm in the front view")
     return result
 

@@ -547,9 +547,8 @@ def ensure_data(cfg):
     """Make the corpus and the general instructions where --data names them and they are not there."""
     paths = [re.sub(r":[\d.]+$", "", part.strip()) for part in cfg.data.split(",")]
     for path in paths:
-        if Path(path) == Path(general.GeneralConfig.out) / "train.jsonl" and not Path(path).exists():
-            print(f"no general instructions in {general.GeneralConfig.out}: writing them")
-            general.make(general.GeneralConfig())
+        if Path(path) == Path(general.GeneralConfig.out) / "train.jsonl":
+            general.ensure(general.GeneralConfig.out)
         elif not path.endswith(".jsonl"):
             corpora.ensure(path)
 

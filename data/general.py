@@ -109,6 +109,13 @@ def make(config):
             temporary.write_text("".join(json.dumps(line) + "\n" for line in rows))
 
 
+def ensure(folder):
+    """Write the default instructions into `folder` unless they are there."""
+    if not all((Path(folder) / f"{name}.jsonl").exists() for name in ("train", "probes")):
+        print(f"no general instructions in {folder}: writing them")
+        make(GeneralConfig(out=str(folder)))
+
+
 def main():
     config = parse(GeneralConfig, description="Write general instructions to replay, and probes of them.")
     make(config)
