@@ -1,5 +1,6 @@
 """The data engine: kinematics against published poses, success tests both ways, determinism, the expert in every cell, episode files."""
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import data.robots
 from cli import UserError
 from data.add_robot import convert, with_entry
-from data.corpus import CLASSES, CLUTTER, Corpus, look, make_shard, project
+from data.corpus import CLASSES, CLUTTER, MOST_QUESTIONS, Corpus, attempt, faults_of, look, make_shard, project
 from data.env import CONTROL_HZ, TabletopEnv
 from data.expert import Planner, demonstrate, grasp, tool_rotation
 from data.record import Episode, RecordConfig, correction, load_episodes, record, write_episode
@@ -268,13 +269,38 @@ def test_broken_episodes_are_named(tmp_path):
             load_episodes(tmp_path)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_attempts_end_as_they_should(task):
+    env = TabletopEnv("panda", task, render=False)
+    assert attempt(env, 0, np.random.default_rng(0), None)[1]
+    for fault in faults_of(TASKS[task]):
+        ended = [attempt(env, seed, np.random.default_rng(seed), fault) for seed in (0, 2)]
+        assert not all(success for _, success in ended) and all(len(trace) > 8 for trace, _ in ended)
+
+
 def test_corpus_tells_the_truth(tmp_path):
     path = tmp_path / "train" / "widowx-PickCube-000.safetensors"
-    make_shard((path, "widowx", "PickCube", 0, 6, False))
-    corpus = Corpus(tmp_path, "train")
-    assert len(corpus) == 6
-    scene = corpus[0]
-    assert scene["patch_class"].shape == (len(scene["images"]), 8, 8) and scene["patch_class"].max() < len(CLASSES) and len(scene["turns"]) >= 4
+    make_shard((path, "widowx", "PickCube", 0, 24, False))
+    corpus, asked = Corpus(tmp_path, "train"), Counter()
+    assert len(corpus) == 24 and {len(corpus[i]["images"]) for i in range(24)} == {1, 2, 4}
+    for scene in map(corpus.__getitem__, range(24)):
+        assert scene["patch_class"].shape == (len(scene["images"]), 8, 8) and scene["patch_class"].max() < len(CLASSES) and 1 <= len(scene["turns"]) <= MOST_QUESTIONS
+        asked.update(question["category"] for question in scene["questions"])
+        for question in scene["questions"]:
+            assert not question["held_out"] and 0 <= question["chance"] <= 0.5
+            if question["form"] in ("point", "box"):
+                label, numbers = json.loads(question["answer"])["label"], list(json.loads(question["answer"]).values())[0]
+                view = 1 if "wrist view" in question["question"] else 0
+                cells = np.argwhere(scene["patch_class"][view] == CLASSES.index(label)) * 16 + 8
+                x, y = numbers if len(numbers) == 2 else ((numbers[0] + numbers[2]) / 2, (numbers[1] + numbers[3]) / 2)
+                assert len(cells) == 0 or np.abs(cells[:, ::-1] - (x, y)).max(1).min() < 40    # near where the patches show it
+    assert {"point", "box", "existence", "embodiment", "affordance"} < asked.keys() and asked.keys() & {"task", "success", "past", "future"}
+    few = Corpus(tmp_path, "train", "point,box")
+    assert 0 < len(few) < 24 and {q["category"] for i in range(len(few)) for q in few[i]["questions"]} == {"point", "box"}
+    with pytest.raises(UserError, match="unknown category 'points'.*did you mean point"):
+        Corpus(tmp_path, "train", "points")
+    make_shard((tmp_path / "val" / path.name, "widowx", "PickCube", 2_000_000, 12, True))
+    assert {q["held_out"] for i in range(12) for q in corpus.validation()[i]["questions"]} == {False, True}
     env = TabletopEnv("widowx", "PickCube", render=False, clutter=CLUTTER)
     env.reset(4)
     picture, patch_class, patch_offset, seen = look(env, "front", {})
