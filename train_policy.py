@@ -82,7 +82,7 @@ JUDGED_STEPS = 8                                     # of a chunk: what eval.py 
 
 def episode_hash(episode):
     digest = hashlib.sha256(f"{episode.path.name} {episode.instruction}".encode())
-    for array in (episode.state, episode.action):
+    for array in (episode.state, episode.action, episode.offset):      # offsets tell other pictures of the same motion
         digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()[:16]
 

@@ -186,7 +186,7 @@ def attempt(env, seed, rng, fault):
         except Infeasible:
             break
         if fault == "stopped":
-            segments = segments[:rng.integers(1, max(2, len(segments)))]
+            segments = segments[:rng.integers(max(1, len(segments) // 2), max(2, len(segments)))]
         for segment in segments:
             for i, action in enumerate(segment.actions):
                 if fault == "dropped" and (segment.name == "carry" or segment.name == "lift" and env.task.name == "LiftPegUpright") and i > late * len(segment.actions):
@@ -211,7 +211,7 @@ def clips(env, seed, rng, asker):
     causes = faults_of(env.task)
     fault = rng.choice(causes) if rng.random() < 0.5 else None
     trace, success = attempt(env, seed, rng, fault)
-    if len(trace) < 24 or success == (fault is not None):    # a fault that did no harm, or an expert that failed
+    if len(trace) < 12 or success == (fault is not None):    # a fault that did no harm, or an expert that failed
         return []
     label, wording = next(iter(env.task.labels.values())), env.task.instructions[rng.integers(len(env.task.instructions))]
 
@@ -253,7 +253,7 @@ def make_shard(job):
     path, robot, task, seed, count, validation = job
     if path.exists():
         return count
-    env, scenes = TabletopEnv(robot, task, render=False, clutter=CLUTTER), []
+    env, scenes = TabletopEnv(robot, task, render=False, clutter=CLUTTER, varied=True), []
     draw, askers = np.random.default_rng([seed, 13]), []
     askers = [Asker(draw, held_out) for held_out in ((False, True) if validation else (False,))]
     while len(scenes) < count:

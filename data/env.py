@@ -19,7 +19,8 @@ CONTROL_HZ, SUBSTEPS = 20, 20
 IMAGE_SIZE = 128
 VIEWS = ("front", "wrist")
 INITIAL_NOISE = 0.02                                   # rad on every joint, as ManiSkill
-CONDITIONS = {                                         # what `condition` changes, each alone; never part of the demonstrations
+VARIED = 0.6                                           # share of the episodes whose light and table are drawn anew, where looks vary
+CONDITIONS = {                                         # what `condition` changes, each alone
     "lighting": "half the light, from the other side",
     "table": "a grey-blue table top",
     "camera": "front camera 2 cm and 3 degrees off, another way in every episode",
@@ -104,6 +105,19 @@ def repaint(model, condition):
         model.body_contype[body], model.body_conaffinity[body] = 1, 1
 
 
+def vary(model, original, rng):
+    """Another light and another table top for VARIED of the episodes, those of `original` for the others, drawn from `rng`."""
+    turn, height, grey = rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 2), rng.uniform(0.3, 0.8)
+    ambient, diffuse, light, tint = rng.uniform(0.15, 0.45), rng.uniform(0.15, 0.45), rng.uniform(0.2, 0.6), rng.normal(0, 0.06, 3)
+    if rng.random() < VARIED:
+        model.vis.headlight.ambient[:], model.vis.headlight.diffuse[:], model.light_diffuse[:] = ambient, diffuse, light
+        model.light_dir[:] = np.cos(turn), np.sin(turn), -height
+        model.geom("table").rgba[:3] = np.clip(grey + tint, 0.2, 0.9)
+    else:
+        model.vis.headlight.ambient[:], model.vis.headlight.diffuse[:] = original.vis.headlight.ambient, original.vis.headlight.diffuse
+        model.light_diffuse[:], model.light_dir[:], model.geom("table").rgba[:] = original.light_diffuse, original.light_dir, original.geom("table").rgba
+
+
 def turn_camera(model, original, rng, shift=0.02, angle=np.radians(3)):
     """The front camera of `original` moved by `shift` (m) and turned by `angle` (rad), both in directions drawn from `rng`."""
     camera, before = model.camera("front"), original.camera("front")
@@ -144,17 +158,18 @@ def aside(robot, layout, rng, least=0.1):
 
 class TabletopEnv:
     """`robot` at the table with `task` to do. `held_out` takes the wordings kept for evaluation; `render=False` leaves the images out;
-    `condition` names one of CONDITIONS, with layouts and wordings as without it, except for what it changes.
+    `varied` draws light and table anew for most episodes, for training; `condition` names one of CONDITIONS, with layouts and wordings as without it, except
+    for what it changes.
 
     Raises UserError on an unknown robot or task, and ValueError on an action of the wrong shape or not finite.
     """
 
-    def __init__(self, robot="widowx", task="PickCube", render=True, held_out=False, clutter=0, condition=""):
+    def __init__(self, robot="widowx", task="PickCube", render=True, held_out=False, clutter=0, condition="", varied=False):
         self.robot, self.task = get_robot(robot), TASKS[choose(task, TASKS, "task")]
         self.render, self.wordings = render, self.task.held_out if held_out else self.task.instructions
         self.model = self.original = compiled(robot, task, max(clutter, int(condition == "distractor")))
-        self.condition = condition and choose(condition, CONDITIONS, "condition")
-        if condition:
+        self.condition, self.varied = condition and choose(condition, CONDITIONS, "condition"), varied
+        if condition or varied:
             self.model = copy.copy(self.model)         # it will be changed
             repaint(self.model, condition)
         self.data = mujoco.MjData(self.model)
@@ -178,6 +193,8 @@ class TabletopEnv:
             layout["clutter0"] = (aside(self.robot, layout, changes), changes.uniform(0, np.pi))
         elif self.condition == "camera":
             turn_camera(self.model, self.original, changes)
+        if self.varied:
+            vary(self.model, self.original, np.random.default_rng([seed, 9]))
         for name, (position, yaw) in layout.items():
             self.place(name, position, yaw)
         dof = self.robot.dof

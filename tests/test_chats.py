@@ -21,9 +21,9 @@ SHAREGPT = {"image": "a.png", "conversations": [{"from": "human", "value": "<ima
 
 @pytest.fixture
 def folder(tmp_path):
-    for name, size in (("a.png", (40, 30)), ("b.png", (64, 64)), ("frames/1.png", (56, 56)), ("frames/2.png", (56, 56)), ("frames/3.png", (56, 56))):
+    for i, (name, size) in enumerate((("a.png", (40, 30)), ("b.png", (64, 64)), ("frames/1.png", (56, 56)), ("frames/2.png", (56, 56)), ("frames/3.png", (56, 56)))):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.fromarray(np.random.default_rng(len(name)).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(tmp_path / name)
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(tmp_path / name)
     stills = [Image.open(tmp_path / f"frames/{i}.png") for i in (1, 2, 3)]
     stills[0].save(tmp_path / "film.gif", save_all=True, append_images=stills[1:])
     (tmp_path / "broken.png").write_bytes((tmp_path / "b.png").read_bytes()[:200])
