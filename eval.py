@@ -31,6 +31,7 @@ from data.tasks import TASKS
 from plot import bars, heat_map
 
 EVALUATION_SEED = 1_000_000
+EXECUTE_STEPS = 12           # of a chunk that are carried out before the policy looks again: with fewer it may hesitate for ever where an arm starts slowly
 # BLM1, arXiv 2510.24161: success (%) over 50 episodes a cell, one set of weights, in ManiSkill; columns in the order of TASKS
 PAPER = {"panda": (86, 100, 100, 60, 96, 66), "xarm6": (92, 100, 100, 86, 94, 10), "xarm7": (72, 88, 100, 56, 78, 54), "widowx": (100, 68, 84, 44, 2, 84)}
 
@@ -42,7 +43,7 @@ class EvalConfig:
     tasks: str = "all"              # comma-separated tasks, or all
     episodes: int = 20              # episodes for each robot and task
     seed: int = EVALUATION_SEED     # first layout seed
-    execute_steps: int = 8          # control steps of a chunk that are carried out before the policy looks again
+    execute_steps: int = EXECUTE_STEPS     # control steps of a chunk that are carried out before the policy looks again
     condition: str = ""             # physical: change one thing: lighting, table, camera, outside, noise or distractor (data/env.py)
     failures: str = ""              # physical: folder for GIFs of the failed episodes, sorted by reason; empty: none are drawn
     temperature: float = 0.0        # of the noise a chunk flows from; 0 is deterministic
@@ -55,7 +56,7 @@ class EvalConfig:
     out: str = ""                   # result file; default out/results/<what>.json
 
 
-def rollout(blm, env, seed, execute_steps=8, temperature=0.0, instruction=None, watch=None, max_steps=None):
+def rollout(blm, env, seed, execute_steps=EXECUTE_STEPS, temperature=0.0, instruction=None, watch=None, max_steps=None):
     """One closed-loop episode of `blm` in `env`: {"success", "steps", "clipped", "jerk": rad/s^3, "act_s": mean seconds a chunk, "reason": why not, or ""}.
 
     Every `execute_steps` control steps the policy looks again, and only then are pictures drawn: make env with render=False. watch(env): called before

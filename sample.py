@@ -18,6 +18,7 @@ from cli import UserError, atomic, choose_many, parse, pick_device, run
 from data.env import CONTROL_HZ, VIEWS, TabletopEnv
 from data.robots import ROBOTS
 from data.tasks import TASKS
+from eval import EXECUTE_STEPS, robots_of, rollout
 
 GIF_SIZE, TILE, FRAMES_EVERY = 384, 144, 2          # pixels; control steps between two frames
 INK, GREEN, RED = (20, 20, 20), (0, 130, 0), (180, 0, 0)
@@ -32,7 +33,7 @@ class SampleConfig:
     episodes: int = 1                # episodes, with seeds counting up
     out: str = "out"                 # folder for the GIFs
     weights: str = "weights/nano"    # checkpoint folder
-    execute_steps: int = 8           # control steps of a chunk that are carried out before the policy looks again
+    execute_steps: int = EXECUTE_STEPS      # control steps of a chunk that are carried out before the policy looks again
     device: str = "auto"             # auto, cpu, cuda or mps
     ask: str = ""                    # a question to answer instead of acting
     image: str = ""                  # picture to ask about; empty: the scene of --robot, --task and --seed
@@ -58,7 +59,6 @@ def save_gif(path, frames):
 
 def play(blm, env, seed, size, execute_steps, instruction=""):
     """One closed-loop episode, watched: (frames [(picture, control step)], result of `rollout`)."""
-    from eval import rollout
     frames = []
 
     def watch(env):
@@ -128,7 +128,6 @@ def main():
     from model import BLM
     blm = BLM.from_pretrained(config.weights, pick_device(config.device))
     if not config.ask:
-        from eval import robots_of
         robots = robots_of(blm, config.robot)
         return act(blm, config, robots[0], tasks[0]) if len(robots) == len(tasks) == 1 else mosaic(blm, config, robots, tasks)
     if config.image:

@@ -40,6 +40,7 @@ from cli import UserError, atomic, choose_many, parse, run, write_json
 from data import record
 from data.robots import ROBOTS
 from data.tasks import TASKS
+from eval import EXECUTE_STEPS
 from model import BLM, backbone_hash, load_training
 from policy import PRESETS, EmbodimentLinear, Policy, PolicyConfig
 from train_sft import add_gradients, learning_rate, load_state, make_optimizer, save_state, start_processes, state_path
@@ -75,7 +76,6 @@ class TrainConfig:
 
 
 FREE_TO_CHANGE = {"steps", "out", "data", "cache", "backbone", "device", "resume", "eval_every", "eval_rows", "save_every"}     # when resuming
-JUDGED_STEPS = 8                                     # of a chunk: what eval.py carries out
 
 
 # ---- what the frozen model says of every frame
@@ -210,13 +210,13 @@ def evaluate(policy, demos, cfg, device):
         losses, valid, robot = policy(batch), policy.valid(batch), batch["embodiment"]
         for name, n in (("flow", valid.sum()), ("future", batch["future_valid"].sum())):
             tally(f"val_{name}", losses[name] * n, n)
-        made = policy.sample(batch["hidden"], batch["mask"], batch["state"], robot, torch.zeros_like(batch["noise"]))[:, :JUDGED_STEPS]
-        action, valid = batch["action"][:, :JUDGED_STEPS], valid[:, :JUDGED_STEPS]
+        made = policy.sample(batch["hidden"], batch["mask"], batch["state"], robot, torch.zeros_like(batch["noise"]))[:, :EXECUTE_STEPS]
+        action, valid = batch["action"][:, :EXECUTE_STEPS], valid[:, :EXECUTE_STEPS]
         joints = valid & policy.normaliser.joint_mask[robot][:, None]
         tally("joint_error_rad", (made - action).abs()[joints].sum(), joints.sum())
         place = finger[robot][:, None, None].expand(-1, action.shape[1], 1)
         sides = [x.gather(2, place)[..., 0] > halfway[robot][:, None] for x in (made, action)]
-        known = batch["action_valid"][:, :JUDGED_STEPS]
+        known = batch["action_valid"][:, :EXECUTE_STEPS]
         tally("finger_accuracy", (sides[0] == sides[1])[known].sum(), known.sum())
     policy.train()
     return {name: round(total / n, 5) for name, (total, n) in sums.items() if n}
