@@ -67,7 +67,7 @@ class VLMConfig:
     vocab_size: int = 1038
     hidden_size: int = 192
     intermediate_size: int = 384
-    num_hidden_layers: int = 5
+    num_hidden_layers: int = 7
     num_attention_heads: int = 6
     num_key_value_heads: int = 2
     rms_norm_eps: float = 1e-6

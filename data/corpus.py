@@ -1,6 +1,6 @@
 """Stage I's corpus: pictures from the simulator, and questions whose answers are its true state.
 
-    python -m data.corpus --scenes 24000 --workers 2            (train; a thirtieth of it for validation beside it)
+    python -m data.corpus --scenes 24000 --workers 2            (train; a fifteenth of it for validation beside it)
 
 A scene is one of two things, half of each:
     a picture    front, or front and wrist: a random layout with spare cubes around, the arm anywhere, now and then ready to grasp or nearly so
@@ -27,12 +27,13 @@ from tqdm import tqdm
 from cli import UserError, atomic, choose_many, parse, run
 from data.env import IMAGE_SIZE, VIEWS, TabletopEnv
 from data.expert import PEG_LEVER, PRIMITIVES, Infeasible, Planner, azimuth_of, hand_offset, quarter_turns, tool_rotation, yaw_of
-from data.questions import CATEGORIES, CAUSES, STEP_TEXT, Asker
+from data.questions import CATEGORIES, CAUSES, STEP_TEXT, Asker, equalise
 from data.robots import ROBOTS, get_kinematics, get_robot
-from data.tasks import TASKS
+from data.tasks import BLUE, GREEN, RED, TASKS
 
 GRID = 8                                                      # patches a side of nano's ViT
-SPARE = {"yellow cube": (0.95, 0.85, 0.1, 1), "purple cube": (0.55, 0.15, 0.65, 1), "orange cube": (1, 0.5, 0.05, 1), "white cube": (0.95, 0.95, 0.95, 1)}
+SPARE = {"yellow cube": (0.95, 0.85, 0.1, 1), "purple cube": (0.55, 0.15, 0.65, 1), "orange cube": (1, 0.5, 0.05, 1), "white cube": (0.95, 0.95, 0.95, 1),
+         "red cube": RED, "green cube": GREEN, "blue cube": BLUE}             # the last three where the task has none of its own
 LABELS = sorted({label for task in TASKS.values() for label in task.labels.values()} | set(SPARE))
 COLOURS = {label: label.split()[0] if " " in label else None for label in LABELS}
 GRASPED = [label for label in LABELS if "cube" in label or label in ("blue ball", "peg")]
@@ -116,7 +117,8 @@ def picture(env, seed, rng, asker):
     """A layout with spare cubes, and the arm anywhere above it, or with its fingers around something, or nearly."""
     env.reset(seed)
     s, spare, taken = env.robot.scale, {}, [env.position(name)[:2] for name in env.task.labels]
-    for i, label in enumerate(rng.permutation(list(SPARE))[:rng.integers(CLUTTER + 1)]):
+    others = [label for label in SPARE if label not in env.task.labels.values()]
+    for i, label in enumerate(rng.permutation(others)[:rng.integers(CLUTTER + 1)]):
         xy = rng.uniform((-0.2, -0.22), (0.15, 0.22)) * s
         if min(np.hypot(*(xy - other)) for other in taken) > 0.07:
             env.place(f"clutter{i}", (*xy, 0.02), rng.uniform(0, np.pi))
@@ -275,13 +277,13 @@ def make_shard(job):
 
 
 def make(config):
-    """Render what is missing of config.scenes training scenes, and a thirtieth for validation; the result does not depend on the number of workers."""
+    """Render what is missing of config.scenes training scenes, and a fifteenth for validation; the result does not depend on the number of workers."""
     cells, jobs = [(r, t) for t in TASKS for r in ROBOTS], []
     shards = max(1, round(config.scenes / len(cells) / SHARD))
     for c, (robot, task) in enumerate(cells):
         base = config.seed + 10_000 * c
         jobs += [(Path(config.out) / "train" / f"{robot}-{task}-{i:03d}.safetensors", robot, task, base + 300 * i, SHARD, False) for i in range(shards)]
-        jobs.append((Path(config.out) / "val" / f"{robot}-{task}-000.safetensors", robot, task, VALIDATION_SEED + base, max(20, config.scenes // 30 // len(cells)), True))
+        jobs.append((Path(config.out) / "val" / f"{robot}-{task}-000.safetensors", robot, task, VALIDATION_SEED + base, max(20, config.scenes // 15 // len(cells)), True))
     # shards are drawn out of order, so that a corpus cut short is balanced
     jobs = [jobs[i] for i in np.random.default_rng(0).permutation(len(jobs))]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -311,7 +313,7 @@ class Corpus:
         paths = sorted((Path(folder) / split).glob("*.safetensors"))
         if not paths:
             raise UserError(f"no {split} corpus in {folder}; make it with `python -m data.corpus --out {folder}`")
-        self.scenes, self.files = [], []
+        self.files, places, asked = [], [], []
         for path in paths:
             try:
                 file = safe_open(path, "numpy")
@@ -320,9 +322,10 @@ class Corpus:
                 raise UserError(f"broken corpus file {path} ({type(error).__name__}: {error}); delete it and run `python -m data.corpus --out {folder}` again") from None
             if file.metadata()["classes"] != json.dumps(CLASSES):
                 raise UserError(f"{path} was made for other object classes; delete {folder} and run `python -m data.corpus --out {folder}` again")
-            asked = [[question for question in scene if question["category"] in chosen] for scene in questions]
-            self.scenes += [(len(self.files), int(a), int(b), some) for a, b, some in zip(first, first[1:], asked) if some]
+            places += [(len(self.files), int(a), int(b)) for a, b in zip(first, first[1:])]
+            asked += [[question for question in scene if question["category"] in chosen] for scene in questions]
             self.files.append(file)
+        self.scenes = [(*place, some) for place, some in zip(places, equalise(asked)) if some]
 
     def validation(self):
         """The validation split of the same folder and categories."""

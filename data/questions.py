@@ -5,7 +5,7 @@ the question lists; "point" and "box", pixels as Qwen2.5-VL writes them: {"point
 chance: how often a guess among the possible answers is right, 0 where answers are open.
 
 `Asker.ask` keeps count of the answers given so far to everything that reads alike, and leaves out a question whose answer is ahead of its alternatives:
-whoever has only the text gains nothing from what is usual. The last two wordings of each question are held out for evaluation.
+whoever has only the text gains little from what is usual; of yes and no, which are guessed most easily, `equalise` leaves exactly as many. The last two wordings of each question are held out for evaluation.
 """
 import json
 from collections import Counter
@@ -107,6 +107,21 @@ def steps(names, label):
     return " ".join(f"{i}. {text}" for i, text in enumerate(texts, start=1))
 
 
+def equalise(scenes):
+    """Lists of questions without those "yes" or "no" that are one too many, among all that ask the same about other pictures."""
+    same = lambda question: (question["category"], question["about"], question.get("held_out"))
+    given = Counter((same(q), q["answer"]) for scene in scenes for q in scene if "about" in q)
+    left = {(alike, answer): min(given[alike, "yes"], given[alike, "no"]) for alike, _ in given for answer in ("yes", "no")}
+
+    def stays(question):
+        if "about" not in question:
+            return True
+        left[same(question), question["answer"]] -= 1
+        return left[same(question), question["answer"]] >= 0
+
+    return [[question for question in scene if stays(question)] for scene in scenes]
+
+
 class Asker:
     """Makes the questions of many scenes, in seen or held-out wordings; `rng` chooses wordings, forms and the order of options."""
 
@@ -133,7 +148,8 @@ class Asker:
             listed = [str(option) for option in self.rng.permutation(listed)]
             question += " " + " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, listed))
             return {"question": question, "answer": LETTERS[listed.index(answer)], "category": name.split()[0], "form": form, "chance": 1 / len(listed)}
-        return {"question": question, "answer": answer, "category": name.split()[0], "form": form, "chance": 1 / len(options) if options else 0.0}
+        made = {"question": question, "answer": answer, "category": name.split()[0], "form": form, "chance": 1 / len(options) if options else 0.0}
+        return made | {"about": " ".join(about)} if form == "yes/no" else made
 
     def closed(self, name, answer, options, words=(), about=(), balance=True):
         """As words or as a choice of letters, whichever the draw says; None with fewer than two options."""

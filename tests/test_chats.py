@@ -9,7 +9,7 @@ from PIL import Image
 from cli import UserError
 from data import general
 from data.chats import Chats, normalise
-from data.questions import CATEGORIES, HELD_OUT, WORDINGS, Asker
+from data.questions import CATEGORIES, HELD_OUT, WORDINGS, Asker, equalise
 from train_sft import SFTConfig, make_batch, read_row
 from vlm import PRESETS, VLM, train_tokenizer
 
@@ -94,7 +94,7 @@ def test_a_picture_that_breaks_off_is_told_when_it_is_read(folder):
 def test_general_instructions_are_right_and_probes_are_new(tmp_path):
     general.make(general.GeneralConfig(rows=600, probes=120, pictures=9, out=str(tmp_path)))
     train, probes = (Chats(tmp_path / f"{name}.jsonl") for name in ("train", "probes"))
-    asked = [{json.dumps(messages[0]) for _, messages, _ in chats.records} for chats in (train, probes)]
+    asked = [{json.dumps(json.loads(line)["messages"][0]) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()} for name in ("train", "probes")]
     assert len(train) == 600 and len(probes) == 120 and not asked[0] & asked[1]
     lines = [json.loads(line) for line in (tmp_path / "probes.jsonl").read_text().splitlines()]
     assert Counter(line["kind"] for line in lines) == dict.fromkeys(general.KINDS, 24) and 0.3 < np.mean([line["held_out"] for line in lines]) < 0.7
@@ -134,6 +134,12 @@ def test_answers_are_balanced_whatever_is_usual():
         elif question:
             seen[question["answer"]] += 1
     assert all(0.2 < letters[letter] / letters.total() < 0.47 for letter in "ABC") and all(0.2 < seen[word] / seen.total() < 0.47 for word in "abc")
+
+
+def test_yes_and_no_are_as_many_to_whatever_reads_alike():
+    question = lambda about, answer: {"category": "existence", "about": about, "answer": answer}
+    scenes = [[question("peg", "yes"), {"category": "point", "answer": "x"}], [question("peg", "yes"), question("bin", "no")], [question("peg", "no")]]
+    assert equalise(scenes) == [scenes[0], [], scenes[2]]
 
 
 def test_held_out_wordings_are_never_asked_in_training():

@@ -109,7 +109,7 @@ def test_rows_of_a_step_depend_on_seed_and_step_alone(tokenizer):
 
 
 def chats_file(path, n, **more):
-    path.write_text("".join(json.dumps({"messages": [{"role": "user", "content": f"Repeat: {i}."}, {"role": "assistant", "content": str(i)}], **more}) + "\n" for i in range(n)))
+    path.write_text("".join(json.dumps({"messages": [{"role": "user", "content": "Repeat: " + i * "!"}, {"role": "assistant", "content": str(i)}], **more}) + "\n" for i in range(n)))
     return path
 
 
@@ -229,7 +229,7 @@ def test_token_head_lays_its_patches_where_the_pixels_are():
 
 
 def test_overfits_a_few_scenes_and_the_folder_answers(tmp_path):
-    figures = train(config(tmp_path, steps=500, batch_size=6, lr=1e-2, eval_rows=12, point_scenes=12, warmup=10, save_every=500,
+    figures = train(config(tmp_path, steps=600, batch_size=6, lr=1e-2, eval_rows=12, point_scenes=12, warmup=10, save_every=600,
                            dense_fraction=0.1))
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     answers = [line["answer"] for line in log if "answer" in line]
@@ -238,7 +238,7 @@ def test_overfits_a_few_scenes_and_the_folder_answers(tmp_path):
     model, tokenizer = VLM.from_pretrained(tmp_path), Tokenizer.from_pretrained(tmp_path)
     assert len(tokenizer) == model.config.vocab_size
     record = json.loads((tmp_path / "training.json").read_text())
-    assert record["figures"] == figures and record["step"] == 500 and "command" in record and record["seed"] == 0
+    assert record["figures"] == figures and record["step"] == 600 and "command" in record and record["seed"] == 0
     assert not any("head" in name for name in load_file(tmp_path / "model.safetensors"))
     assert np.asarray(Image.open(tmp_path / "loss.png")).std() > 5
 
