@@ -4,6 +4,7 @@
     python eval.py physical --weights weights/nano the policy: camera pictures, joint state and an instruction in wordings it was not trained on
     python eval.py conditions --episodes 10        the policy again, with the light, the camera and so on changed, one thing at a time
     python eval.py digital --weights weights/nano  questions about validation scenes, 17 categories, beside chance and beside noise for pictures
+    python eval.py benchmark --name robovqa --data nvidia/Cosmos-Reason1-Benchmark --weights Qwen/Qwen2.5-VL-7B-Instruct        one of the paper's six
 
 Layout seeds start at 1,000,000, beyond every demonstration; the same seeds give the same table. Results are written as JSON, tables of cells as a heat
 map too. An evaluation that was stopped goes on where it was, if nothing about it has changed.
@@ -31,6 +32,7 @@ from data.tasks import TASKS
 from plot import bars, heat_map
 
 EVALUATION_SEED = 1_000_000
+ELSEWHERE = ("workers", "out", "failures", "corpus", "questions", "base", "general", "name", "data", "dtype")     # settings that no episode depends on
 EXECUTE_STEPS = 12           # of a chunk that are carried out before the policy looks again: with fewer it may hesitate for ever where an arm starts slowly
 # BLM1, arXiv 2510.24161: success (%) over 50 episodes a cell, one set of weights, in ManiSkill; columns in the order of TASKS
 PAPER = {"panda": (86, 100, 100, 60, 96, 66), "xarm6": (92, 100, 100, 86, 94, 10), "xarm7": (72, 88, 100, 56, 78, 54), "widowx": (100, 68, 84, 44, 2, 84)}
@@ -53,6 +55,9 @@ class EvalConfig:
     questions: int = 50             # digital: how many of each category in wordings that training saw, and as many in others
     base: str = ""                  # digital: another model folder to stand beside, such as the one before Stage I
     general: str = "out/general"    # digital: folder with the probes of instruction following
+    name: str = "robovqa"           # benchmark: robovqa, agibot, holoassist, robofail, egothink or sharerobot
+    data: str = ""                  # benchmark: its folder, or its name on the hub
+    dtype: str = "float32"          # benchmark: of the language model; bfloat16 for large ones on a GPU
     out: str = ""                   # result file; default out/results/<what>.json
 
 
@@ -127,7 +132,7 @@ def episodes_of(what, config, robots, tasks):
         for robot in robots:
             for first in range(config.seed, config.seed + config.episodes, 10):
                 jobs[robot, task, first] = (what, config, robot, task, range(first, min(first + 10, config.seed + config.episodes)))
-    about = {name: value for name, value in asdict(config).items() if name not in ("workers", "out", "failures", "corpus", "questions", "base", "general")}
+    about = {name: value for name, value in asdict(config).items() if name not in ELSEWHERE}
     if what == "physical":
         files = sorted(Path(config.weights).glob("*.safetensors"))
         about["weights"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if not file.name.startswith("state")]
@@ -177,7 +182,7 @@ def physical(what, config):
               "interval": [round(x, 4) for x in wilson(len(wins), len(flat))], "cells": cells, "episodes": len(flat),
               "seconds_to_success": round(float(np.mean([e["steps"] for e in wins])) / CONTROL_HZ, 2) if wins else None,
               "jerk": round(float(np.mean([e["jerk"] for e in flat])), 1), "command": shlex.join(["python", *sys.argv]), "seconds": round(time.time() - start),
-              "config": {k: v for k, v in asdict(config).items() if k not in ("corpus", "questions", "base", "general", "out", "failures")}}
+              "config": {k: v for k, v in asdict(config).items() if k not in ELSEWHERE}}
     if what == "physical":
         result["act_ms"] = 1000 * float(np.mean([e["act_s"] for e in flat]))
         result["clipped_steps"] = {kind: sum(e["clipped"][kind] for e in flat) for kind in ("limits", "speed")} | {"of": sum(e["steps"] for e in flat)}
@@ -304,6 +309,28 @@ def digital(config):
     return result
 
 
+def benchmark(config):
+    """One of the paper's six benchmarks (data/benchmarks.py), scored; and the paper's figures, which other weights and another judge made."""
+    import torch
+    from data import benchmarks
+    from model import BLM
+    torch.set_num_threads(os.cpu_count() or 1)
+    dtype = getattr(torch, choose(config.dtype, ("float32", "bfloat16", "float16"), "dtype"))
+    items, missing = benchmarks.read(config.name, config.data)
+    blm, replies = BLM.from_pretrained(config.weights, pick_device(config.device), dtype), []
+    for item in tqdm(items, unit="question"):
+        replies.append(blm.answer(item.load(), item.prompt(), 16 if item.options else 256))
+    before, after = benchmarks.PAPER[config.name]
+    result = {"what": "benchmark", "name": config.name, **benchmarks.score(items, replies), "missing": missing, "paper": {"before": before, "after": after},
+              "command": shlex.join(["python", *sys.argv]), "replies": replies}
+    measures = [name for name in ("accuracy", "exact", "soft") if name in result]
+    for category, row in [*result["categories"].items(), ("all", result)]:
+        print(f"{category:24s}" + "  ".join(f"{name} {100 * row[name]:.1f}%" for name in measures) + f"  of {row['asked']}")
+    print(f"{missing} questions left out for want of their pictures; the paper's figures: {before} before Stage I, {after} after"
+          + ("" if "accuracy" in result else "; those are a language model's judgement, which is milder than either of ours"))
+    return result
+
+
 def digital_table(result):
     """Markdown: a row a category, in %."""
     names = [name for name in ("chance", "blind", "base", "model") if f"{name}_mean" in result or name == "model"]
@@ -342,7 +369,7 @@ def overlap(given, answer):
 
 
 def main():
-    kinds = ("expert", "physical", "conditions", "digital")
+    kinds = ("expert", "physical", "conditions", "digital", "benchmark")
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         if "--help" in sys.argv or "-h" in sys.argv:
             print(__doc__)
@@ -350,13 +377,14 @@ def main():
         raise UserError(f"say what to evaluate: python eval.py {' | '.join(kinds)}")
     what = choose(sys.argv[1], kinds, "evaluation")
     config = parse(EvalConfig, description=__doc__.split("\n")[0], argv=sys.argv[2:])
-    config.out = config.out or f"out/results/{what}.json"
+    config.out = config.out or f"out/results/{config.name if what == 'benchmark' else what}.json"
     if what == "expert" and "--episodes" not in " ".join(sys.argv):
         config.episodes = 50
-    result = digital(config) if what == "digital" else conditions(config) if what == "conditions" else physical(what, config)
+    own = {"digital": digital, "conditions": conditions, "benchmark": benchmark}
+    result = own[what](config) if what in own else physical(what, config)
     with atomic(config.out) as temporary:
         temporary.write_text(json.dumps(result, indent=1))
-    if what != "conditions":
+    if what not in ("conditions", "benchmark"):
         (bars if what == "digital" else heat_map)(result, Path(config.out).with_suffix(".png"))
     for part in Path(config.out).parent.glob(f".{Path(config.out).stem}*.part"):
         part.unlink()

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from cli import UserError, atomic, choose, write_json
 from policy import Policy, PolicyConfig
-from vlm import VLM, Tokenizer, chat, collate, find_folder, process_images, read_json
+from vlm import VLM, Tokenizer, chat, collate, find_folder, process_images, process_videos, read_json
 
 VIEWS = ("front", "wrist")
 VERSION = 1                              # of policy.json
@@ -61,7 +61,8 @@ class BLM:
     # ---- digital space
 
     def answer(self, images, question, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=None, stream=None):
-        """The reply to `question` about `images` (PIL or uint8 (height, width, 3), maybe none), greedy at temperature 0. UserError if nothing is asked.
+        """The reply to `question` about `images` (PIL or uint8 (height, width, 3), a video as the list of its frames, two a second; maybe none), greedy at
+        temperature 0. UserError if nothing is asked.
 
         stream(text) is called with every new piece of the reply, as it comes.
         """
@@ -91,16 +92,20 @@ class BLM:
 
     def prompt(self, images, texts, side="right"):
         """Pictures and a text for each row, as user turns that wait for an answer, padded on one side: the language model's inputs, on its device."""
-        flat = [image for row in images for image in row]
-        pixels, grids = process_images(flat, self.vlm.config) if flat else (None, None)
-        listed, merge = iter([] if grids is None else grids.tolist()), self.vlm.config.vision_config.spatial_merge_size
+        config, batch, grids = self.vlm.config, {}, {}
+        kind = lambda item: "video" if isinstance(item, list) else "image"
+        for which, suffix, process in (("image", "", process_images), ("video", "_videos", process_videos)):
+            flat = [item for row in images for item in row if kind(item) == which]
+            if flat:
+                batch[f"pixel_values{suffix}"], batch[f"{which}_grid_thw"] = process(flat, config)
+                grids[which] = iter(batch[f"{which}_grid_thw"].tolist())
         rows = []
         for row, text in zip(images, texts, strict=True):
-            content = [*({"type": "image"} for _ in row), {"type": "text", "text": text}]
-            rows.append(chat(self.tokenizer, [{"role": "user", "content": content}], [next(listed) for _ in row], merge))
-        padded = collate(rows, self.vlm.config.bos_token_id, side)
-        batch = {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"], "pixel_values": pixels, "image_grid_thw": grids}
-        return {name: tensor.to(self.device) for name, tensor in batch.items() if tensor is not None}
+            content = [*({"type": kind(item)} for item in row), {"type": "text", "text": text}]
+            rows.append(chat(self.tokenizer, [{"role": "user", "content": content}], [next(grids[kind(item)]) for item in row], config.vision_config.spatial_merge_size))
+        padded = collate(rows, config.bos_token_id, side)
+        batch |= {name: padded[name] for name in ("input_ids", "attention_mask")}
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     # ---- physical space
 

@@ -4,11 +4,14 @@
                   {"role": "assistant", "content": "A cup."}]}                                                     content may be a plain string too
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cup."}]}       LLaVA, ShareGPT
 
-"images", "video" and "videos" beside "image"; <video> beside <image>; a video is a folder of pictures, or a file that PIL can play (GIF, WebP). Paths
-start at the file's own folder and may not leave it. A bad record is told with its file and line: with on_bad="refuse" all of them at once, as an error;
-with "skip" they are counted and left out.
+"images", "video" and "videos" beside "image"; <video> beside <image>; a video is a folder of pictures, a GIF or WebP, or a film that ffmpeg can play.
+Paths start at the file's own folder and may not leave it. A bad record is told with its file and line: with on_bad="refuse" all of them at once, as an
+error; with "skip" they are counted and left out.
 """
 import json
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
 from PIL import Image, ImageSequence
@@ -84,9 +87,11 @@ def split(text, files, media):
 
 
 def load_media(kind, path):
-    """A picture (PIL), or a video's frames [PIL]. UserError if it cannot be read."""
+    """A picture (PIL), or a video's frames [PIL]: of films like MP4 two a second, which takes the program ffmpeg. UserError if it cannot be read."""
     if kind == "image":
         return load_image(path)
+    if not path.is_dir() and path.suffix.lower() not in (".gif", ".webp"):
+        return load_film(path)
     if path.is_dir():
         frames = [load_image(file) for file in sorted(path.iterdir()) if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
     else:
@@ -94,10 +99,20 @@ def load_media(kind, path):
             with Image.open(path) as film:
                 frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(film)]
         except Exception as error:                   # Pillow raises whatever its readers raise
-            raise UserError(f"cannot play {path} ({type(error).__name__}); a video must be a folder of pictures, a GIF or a WebP: cut others into frames first") from None
+            raise UserError(f"cannot play {path} ({type(error).__name__})") from None
     if not frames:
         raise UserError(f"no pictures in {path}")
     return frames
+
+
+def load_film(path):
+    if shutil.which("ffmpeg") is None:
+        raise UserError(f"cannot play {path} without the program ffmpeg: install it (`apt-get install ffmpeg`), or cut films into folders of pictures, two a second")
+    with tempfile.TemporaryDirectory() as folder:
+        made = subprocess.run(["ffmpeg", "-v", "error", "-i", str(path), "-vf", "fps=2", f"{folder}/%06d.png"], capture_output=True, text=True)
+        if made.returncode or not any(Path(folder).iterdir()):
+            raise UserError(f"cannot play {path}: ffmpeg says {(made.stderr.strip().splitlines() or ['nothing, and makes no pictures'])[-1]}")
+        return load_media("video", Path(folder))
 
 
 class Chats:
@@ -116,12 +131,12 @@ class Chats:
             try:
                 messages, media = normalise(json.loads(line))
                 paths = [(kind, (root / name).resolve()) for kind, name in media]
-                for (_, name), (_, found) in zip(media, paths):
+                for (kind, name), (_, found) in zip(media, paths):
                     if not found.is_relative_to(root):
                         raise ValueError(f"{name} lies outside {self.path.parent}")
                     if not found.exists():
                         raise ValueError(f"{name} is not there")
-                    if not found.is_dir():
+                    if kind == "image":
                         with Image.open(found) as picture:               # its header; a broken body is told when it is read
                             picture.size
                 self.records.append((number, messages, paths))
