@@ -55,8 +55,8 @@ class Parser(argparse.ArgumentParser):
 
 def field_comments(config_class):
     """{field: the comment behind it in the source}: the flag's help."""
-    pairs = re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(config_class), re.M)
-    return dict(pairs)
+    sources = [inspect.getsource(part) for part in reversed(config_class.__mro__[:-1])]
+    return dict(pair for source in sources for pair in re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", source, re.M))
 
 
 def parse(*config_classes, presets=None, description=None, argv=None):

@@ -168,10 +168,10 @@ class BLM:
         if self.training:
             write_json(Path(folder) / "training.json", self.training)
 
-    def save_policy(self, folder, dtype=None):
-        """Write policy.safetensors and policy.json beside their language model."""
-        policy, weights = self.policy, {name for name, _ in self.policy.named_parameters()}
-        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}
+    def save_policy(self, folder, dtype=None, weights=None):
+        """Write policy.safetensors and policy.json beside their language model; weights {name: tensor} stand for the policy's own."""
+        policy, kept = self.policy, {name: tensor.detach().cpu().contiguous() for name, tensor in (weights or self.policy.state_dict()).items()}
+        weights = {name for name, _ in policy.named_parameters()}
         tensors = {name: tensor.to(dtype) if dtype and name in weights else tensor for name, tensor in kept.items()}
         with atomic(Path(folder) / "policy.safetensors") as path:
             save_file(tensors, path, metadata={"format": "pt"})

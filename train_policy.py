@@ -4,7 +4,7 @@
     python train_policy.py --resume                            goes on where a stopped run saved last
     python -m data.record --policy out/policy && python train_policy.py --resume --steps 16000      learns from its own mistakes, corrected by the expert
     python train_policy.py --robots widowx --start out/three --out out/four --steps 600      a robot that out/three lacks: only its own layers are trained
-    torchrun --nproc_per_node 8 train_policy.py --batch_size 512     the same on several GPUs: processes share the rows of a step
+    torchrun --nproc_per_node 8 train_policy.py --batch_size 512     the same on several GPUs (trainer.py); --fsdp shards a model that does not fit one
 
 A frozen model says the same of the same frame every time, so what its block k says is computed once, every `frame_stride` control steps of each
 episode, and kept: <cache>/<model>-k<k>-s<stride>/<episode>.npy, (frames, L, Dc) float16, memory-mapped. File names are hashes of what they were
@@ -14,27 +14,21 @@ A row is a frame t of an episode: hidden states at t and at t + T, state at t, a
 episode ends where its task is done and an arm that was never shown to stay there drifts on; there is no future.
 Rows of a step depend on (seed, step) alone, as does all noise: resuming skips and repeats nothing.
 
-Written to --out: a whole model folder (model.py) with the moving average of the weights, log.jsonl, and state.safetensors to resume from.
+Written to --out: a whole model folder (model.py) with the moving average of the weights, and what trainer.py writes.
 Letters: B rows of a step, R rows of all episodes, L tokens, Dc width of the language model, T action horizon, A and S action and state dims.
 """
 import copy
 import dataclasses
 import hashlib
-import json
-import math
 import shlex
 import sys
-import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import nn
-from tqdm import tqdm, trange
+from tqdm import trange
 
 from cli import UserError, atomic, choose_many, parse, run, write_json
 from data import record
@@ -43,12 +37,12 @@ from data.tasks import TASKS
 from eval import EXECUTE_STEPS
 from model import BLM, backbone_hash, load_training
 from policy import PRESETS, EmbodimentLinear, Policy, PolicyConfig
-from train_sft import add_gradients, learning_rate, load_state, make_optimizer, save_state, start_processes, state_path
+from trainer import Run, RunConfig, make_optimizer, shard, whole
 from vlm import VLM, Tokenizer, find_folder
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(RunConfig):
     data: str = "out/demos"        # folder of demonstrations; recorded if it is not there
     out: str = "out/policy"        # folder for the model
     robots: str = "all"            # comma-separated robots to learn from, or all
@@ -61,21 +55,15 @@ class TrainConfig:
     batch_size: int = 64           # rows a step, over all processes
     lr: float = 8e-4               # peak learning rate
     warmup: int = 200              # steps
-    weight_decay: float = 0.01     # on matrices
-    grad_clip: float = 1.0         # largest norm of a step's gradient
     ema: float = 0.999             # decay of the moving average of the weights, which is what is shipped
     state_noise: float = 0.02      # added to the normalised state in training, in deviations: the policy must look, not count
     frame_stride: int = 4          # control steps between frames that are trained on; must divide the action horizon
     held_out: int = 25             # one episode in so many of each cell is for validation; 0: none
-    eval_every: int = 1000         # steps
     eval_rows: int = 512           # validation rows for the figures
-    save_every: int = 500          # steps
-    seed: int = 0                  # of weights, rows and noise
-    device: str = "auto"           # auto, cpu, cuda or mps
-    resume: bool = False           # go on from the state in --out; with more --steps longer, with more episodes in --data (corrections) on those too
 
 
-FREE_TO_CHANGE = {"steps", "out", "data", "cache", "backbone", "device", "resume", "eval_every", "eval_rows", "save_every"}     # when resuming
+MOST_FRAMES = 64                                                         # that the language model sees at once
+FREE_TO_CHANGE = {"cache", "backbone", "eval_rows"}                      # when resuming, beside trainer.FREE
 
 
 # ---- what the frozen model says of every frame
@@ -96,26 +84,27 @@ def open_cache(path, frames, width):
     return found if found.ndim == 3 and found.dtype == np.float16 and (found.shape[0], found.shape[2]) == (frames, width) else None
 
 
-def cache_intents(blm, episodes, cfg, intent_layer, backbone, rank=0, world=1):
+def cache_intents(blm, episodes, cfg, intent_layer, backbone, run):
     """One array a training frame's hidden states live in, for each episode; computes what is missing, each process its share."""
     folder, stride = Path(cfg.cache) / f"{backbone}-k{intent_layer}-s{cfg.frame_stride}", cfg.frame_stride
     wanted = [(e, folder / f"{episode_hash(e)}.npy", range(0, len(e), stride)) for e in episodes]
     width = blm.vlm.config.hidden_size
-    missing = [(e, path, frames) for e, path, frames in wanted[rank::world] if open_cache(path, len(frames), width) is None]
-    if missing and rank == 0:
+    missing = [(e, path, frames) for e, path, frames in wanted[run.rank::run.world] if open_cache(path, len(frames), width) is None]
+    jobs = [(e, path, frames[i:i + MOST_FRAMES], i + MOST_FRAMES >= len(frames)) for e, path, frames in missing for i in range(0, len(frames), MOST_FRAMES)]
+    rounds, parts = run.most(len(jobs)) if run.sharded else len(jobs), []
+    if jobs and run.rank == 0:
         print(f"hidden states of {len(missing)} episodes, once, into {folder}")
-    for episode, path, frames in tqdm(missing, disable=rank > 0 or not missing, unit="episode", mininterval=1):
-        parts = []
-        for start in range(0, len(frames), 64):                          # one instruction, so one length: no padding
-            some = frames[start:start + 64]
-            hidden, mask = blm.intent_states([episode.images(t) for t in some], [episode.instruction] * len(some), num_layers=intent_layer)
-            assert mask.all()
-            parts.append(hidden.clamp(-65504, 65504).half().cpu().numpy())
-        with atomic(path) as temporary:
-            with open(temporary, "wb") as file:
-                np.save(file, np.concatenate(parts))
-    if world > 1:
-        dist.barrier()
+    for i in trange(rounds, disable=run.rank > 0 or not rounds, mininterval=1):
+        episode, path, frames, last = jobs[i] if i < len(jobs) else (*wanted[0][:2], range(1), False)         # shards work together: whoever is done goes along
+        hidden, mask = blm.intent_states([episode.images(t) for t in frames], [episode.instruction] * len(frames), num_layers=intent_layer)
+        assert mask.all()                                                # one instruction, so one length: no padding
+        parts.append(hidden.clamp(-65504, 65504).half().cpu().numpy())
+        if last:
+            with atomic(path) as temporary:
+                with open(temporary, "wb") as file:
+                    np.save(file, np.concatenate(parts))
+            parts = []
+    run.barrier()
     return [open_cache(path, len(frames), width) for _, path, frames in wanted]
 
 
@@ -222,24 +211,6 @@ def evaluate(policy, demos, cfg, device):
     return {name: round(total / n, 5) for name, (total, n) in sums.items() if n}
 
 
-# ---- checkpoint
-
-def save(cfg, blm, policy, optimizer, about):
-    """The policy's files and the training state, each whole or absent; the state comes last, so that it never names weights that are not there."""
-    blm.training["policy"] = about
-    blm.save_policy(cfg.out, torch.float16)
-    write_json(Path(cfg.out) / "training.json", blm.training)
-    save_state(cfg, {"policy": policy, "ema": blm.policy}, optimizer, about)
-
-
-def start_log(path, step):
-    """An open log.jsonl: what a resumed run will do again is cut off."""
-    kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step] if step and path.exists() else []
-    with atomic(path) as temporary:
-        temporary.write_text("".join(kept))
-    return open(path, "a")
-
-
 # ---- the run
 
 def chosen(episodes, cfg, known):
@@ -270,35 +241,35 @@ def begin_with(policy, old):
     return new
 
 
-def load_backbone(cfg, device):
+def load_backbone(cfg, run):
     """(folder, BLM without a policy), frozen."""
     folder = find_folder(cfg.backbone or ("out/sft" if Path("out/sft/model.safetensors").exists() else "weights/nano"))
     if not folder.is_dir():
         raise UserError(f"no language model in {folder}: train one with `python train_sft.py`, or name a folder with --backbone")
-    blm = BLM(VLM.from_pretrained(folder, device).requires_grad_(False), Tokenizer.from_pretrained(folder))
+    blm = BLM(VLM.from_pretrained(folder, "cpu" if run.sharded else run.device).requires_grad_(False), Tokenizer.from_pretrained(folder))
+    blm.device = run.device                                              # where shards will be
     blm.training = {stage: about for stage, about in load_training(folder).items() if stage != "policy"}
     return folder, blm
 
 
 def train(cfg, config):
     """Train with a TrainConfig and a PolicyConfig; returns the last figures."""
-    rank, world, device = start_processes(cfg)
-    if cfg.batch_size % world:
-        raise UserError(f"--batch_size {cfg.batch_size} must be a multiple of the {world} processes")
+    run = Run(cfg, {**dataclasses.asdict(cfg), **dataclasses.asdict(config)}, FREE_TO_CHANGE)
     if cfg.frame_stride < 1 or config.action_horizon % cfg.frame_stride:
         raise UserError(f"--frame_stride {cfg.frame_stride} must divide --action_horizon {config.action_horizon}: the future is a cached frame too")
     if cfg.held_out < 0 or cfg.held_out == 1:
         raise UserError(f"--held_out {cfg.held_out} must be 0, or at least 2: one episode in so many is not trained on")
-    if state_path(cfg).exists() and not cfg.resume:
-        raise UserError(f"{cfg.out} already holds a training run: add --resume to go on, or choose another --out")
-    folder, blm = load_backbone(cfg, device)
+    folder, blm = load_backbone(cfg, run)
     if config.intent_layer > blm.vlm.config.num_hidden_layers:
         raise UserError(f"--intent_layer {config.intent_layer}: the language model in {folder} has {blm.vlm.config.num_hidden_layers} blocks")
-    if rank == 0:
+    if run.rank == 0:
         record.ensure(cfg.data)
-    if world > 1:
-        dist.barrier()
+        blm.vlm.save_pretrained(cfg.out, torch.float16)                  # does not change: once is enough
+        blm.tokenizer.save_pretrained(cfg.out)
+    run.barrier()
     backbone, old = backbone_hash(blm.vlm, config.intent_layer), None
+    if run.sharded:
+        shard(blm.vlm, [*blm.vlm.visual.blocks, *blm.vlm.model.layers], run.device)
     if cfg.start:
         started = BLM.from_pretrained(cfg.start)
         old = started.policy
@@ -308,15 +279,19 @@ def train(cfg, config):
             raise UserError(f"--start {cfg.start} reads another language model than {folder}: name its own with --backbone")
     known = old.embodiments if old else {}
     episodes = chosen(record.load_episodes(cfg.data), cfg, known)
-    hidden = cache_intents(blm, episodes, cfg, config.intent_layer, backbone, rank, world)
+    hidden = cache_intents(blm, episodes, cfg, config.intent_layer, backbone, run)
     demos = Demos(episodes, hidden, config, cfg.frame_stride, cfg.held_out, known)
     torch.manual_seed(cfg.seed)
     policy = Policy(config, blm.vlm.config.hidden_size, demos.embodiments)
     only_new = old is not None and begin_with(policy, old)
     demos.statistics(policy)
-    policy.to(device)
     blm.policy = copy.deepcopy(policy).requires_grad_(False)             # the moving average
-    parameters, averages = list(policy.parameters()), list(blm.policy.parameters())
+    size = sum(p.numel() for p in policy.parameters())
+    for module in (policy, blm.policy):
+        if run.sharded:
+            shard(module, (), run.device, ("sample",))
+        module.to(run.device)
+    averages = list(blm.policy.parameters())
     optimizer = make_optimizer((policy,), dataclasses.replace(cfg, weight_decay=0.0) if only_new else cfg)       # it would shrink the others' layers
 
     def check_origin(before):
@@ -325,16 +300,12 @@ def train(cfg, config):
         if before["robots"] != list(policy.embodiments):
             raise UserError(f"{cfg.out} was trained on {', '.join(before['robots'])}, --data has {', '.join(policy.embodiments)}: choose another --out")
 
-    step, seconds, before = 0, 0.0, []
-    if cfg.resume:
-        flags = {**dataclasses.asdict(cfg), **dataclasses.asdict(config)}
-        done = load_state(cfg, {"policy": policy, "ema": blm.policy}, optimizer, flags, FREE_TO_CHANGE, check_origin)
-        step, seconds = done["step"], done["seconds"]
-        before = [*done.get("before", []), {name: done[name] for name in ("command", "step", "episodes")}]
+    run.begin({"policy": policy, "ema": blm.policy}, optimizer, check_origin)
+    before = [*run.record.get("before", []), {name: run.record[name] for name in ("command", "step", "episodes")}] if cfg.resume else []
 
-    def batch_of(step):
+    def batches_of(step):
         """This process's rows of a step, and over all processes what the losses are divided by. Noise is drawn for all rows, then shared out."""
-        mine = slice(rank, None, world)
+        mine = slice(run.rank, None, run.world)
         generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
         random = {name: tensor[mine] for name, tensor in policy.draw(cfg.batch_size, generator, cfg.state_noise).items()}
         rows = demos.rows_of_step(cfg.seed, step, cfg.batch_size)
@@ -342,73 +313,41 @@ def train(cfg, config):
         futures = sum(j + demos.ahead < len(demos.hidden[i]) for i, j in demos.where[rows])
         return {**demos[rows[mine]], **random}, (int(numbers), max(1, int(futures)))
 
-    def gradients(batch, totals):
-        """Leaves the step's gradient in the parameters; returns the losses."""
-        losses = policy({name: tensor.to(device) for name, tensor in batch.items()}, totals)
-        losses["loss"].backward()
-        losses = {name: value.detach() for name, value in losses.items()}
-        if world > 1:
-            add_gradients(parameters)
-            for value in losses.values():
-                dist.all_reduce(value)
-        return losses
+    def gradients(batches, step):
+        """Leaves this process's share of the step's gradient in the parameters; returns its share of the losses."""
+        batch, totals = batches
+        losses = policy({name: tensor.to(run.device) for name, tensor in batch.items()}, totals)
+        run.backward(losses["loss"])
+        return {name: value.detach() for name, value in losses.items()}
+
+    def average(step):
+        with torch.no_grad():                                            # early on the average would still be the random start
+            torch._foreach_lerp_(averages, list(policy.parameters()), 1 - min(cfg.ema, (step + 1) / (step + 11)))
 
     def about():
         rows = {"train": len(demos.train), "held_out": sum(map(len, demos.held_out.values()))}
-        return {"stage": "policy", "before": before, "command": "python " + shlex.join(sys.argv), "seed": cfg.seed, "step": step,
-                "steps": cfg.steps, "seconds": round(time.time() - begun, 1), "episodes": len(episodes), "rows": rows, "cells": len(demos.cells),
-                "robots": list(demos.embodiments), "backbone": backbone, "figures": figures,
-                "config": {**dataclasses.asdict(cfg), **dataclasses.asdict(config)}}
+        return {"stage": "policy", "before": before, "command": "python " + shlex.join(sys.argv), "seed": cfg.seed, "step": run.step,
+                "steps": cfg.steps, "seconds": round(run.seconds, 1), "episodes": len(episodes), "rows": rows, "cells": len(demos.cells),
+                "robots": list(demos.embodiments), "backbone": backbone, "figures": run.figures, "config": run.flags}
 
-    begun, figures = time.time() - seconds, {}
-    if rank == 0:
-        print(f"{sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, {len(episodes)} episodes of {len(demos.cells)} cells, {len(demos.where)} rows, "
-              f"{cfg.steps - step} steps of {cfg.batch_size}, {world} process(es)")
-        blm.vlm.save_pretrained(cfg.out, torch.float16)                  # does not change: once is enough
-        blm.tokenizer.save_pretrained(cfg.out)
-        log = start_log(Path(cfg.out) / "log.jsonl", step)
-    for _ in range(2 if step < cfg.steps else 0):                        # the second is timed; both are thrown away
-        start = time.perf_counter()
-        float(gradients(*batch_of(step))["loss"])
-        pace = time.perf_counter() - start
-        optimizer.zero_grad(set_to_none=True)
-    if rank == 0 and step < cfg.steps:
-        print(f"about {(cfg.steps - step) * pace / 60:.0f} minutes at {pace:.2f} s a step, {cfg.batch_size / pace:.0f} rows/s, without evaluation")
-    with ThreadPoolExecutor(1) as loader:                                # makes the next rows while this step computes
-        upcoming = loader.submit(batch_of, step)
-        for step in trange(step, cfg.steps, initial=step, total=cfg.steps, disable=rank > 0, mininterval=1):
-            batch, totals = upcoming.result()
-            if step + 1 < cfg.steps:
-                upcoming = loader.submit(batch_of, step + 1)
-            rate = learning_rate(step, cfg)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            losses = gradients(batch, totals)
-            losses["grad_norm"] = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            with torch.no_grad():                                        # early on the average would still be the random start
-                torch._foreach_lerp_(averages, parameters, 1 - min(cfg.ema, step / (step + 10)))
-            if rank > 0:
-                continue
-            due = step % cfg.eval_every == 0 or step == cfg.steps
-            if due or step % 10 == 0 or step == 1:
-                if not math.isfinite(float(losses["loss"])):
-                    raise UserError(f"the loss became {float(losses['loss'])} at step {step}: try a smaller --lr than {cfg.lr}")
-                if due:
-                    figures = evaluate(blm.policy, demos, cfg, device)
-                    print(f"\nstep {step}: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
-                line = {"step": step, "lr": rate, **{name: round(float(value), 5) for name, value in losses.items()}, **(figures if due else {}),
-                        "seconds": round(time.time() - begun, 1)}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-            if step % cfg.save_every == 0 or step == cfg.steps:
-                save(cfg, blm, policy, optimizer, about())
-    if world > 1:
-        dist.barrier()                                                   # the last files are written
-        dist.destroy_process_group()
-    if rank == 0:
+    def export():
+        weights = whole(blm.policy)
+        if run.rank == 0:
+            blm.training["policy"] = about()
+            blm.save_policy(cfg.out, torch.float16, weights)
+            write_json(Path(cfg.out) / "training.json", blm.training)
+
+    def describe(step):
+        return ", ".join(f"{episodes[i].path.name} step {j * cfg.frame_stride}" for i, j in demos.where[demos.rows_of_step(cfg.seed, step, cfg.batch_size)])
+
+    if run.rank == 0:
+        print(f"{size / 1e6:.1f} M parameters, {len(episodes)} episodes of {len(demos.cells)} cells, {len(demos.where)} rows, {cfg.steps - run.step} steps of {cfg.batch_size}, "
+              f"{run.world} process(es)")
+    run.expect([(cfg.steps - run.step, run.step)] if run.step < cfg.steps else [], gradients, batches_of)
+    tokens = 1 + config.action_horizon + config.num_future_tokens       # of the DiT, which is most of the work
+    figures = run.loop(batches_of, gradients, lambda: evaluate(blm.policy, demos, cfg, run.device), export, about, describe,
+                       flops=lambda batches, step: 6 * size * tokens * len(batches[0]["state"]), after=average)
+    if run.rank == 0:
         print(f"model in {cfg.out}; try `python sample.py --weights {cfg.out}`")
     return figures
 

@@ -4,7 +4,7 @@
     python train_sft.py --preset base                          the base model alone: it sees, points, and follows instructions
     python train_sft.py --resume                               goes on where a stopped run saved last
     python train_sft.py --data out/corpus:3,mine.jsonl:1       a mixture: of every four rows, three from the corpus and one from your file
-    torchrun --nproc_per_node 8 train_sft.py --batch_size 256  the same on several GPUs: processes share the rows of a step
+    torchrun --nproc_per_node 8 train_sft.py --batch_size 256  the same on several GPUs (trainer.py); --fsdp shards a model that does not fit one
     python train_sft.py --backbone Qwen/Qwen2.5-VL-3B-Instruct --data mine.jsonl --lr 1e-4 --lora_rank 16 --dense_weight 0       from the hub's weights
 
 A row is a conversation: a corpus scene with some of its questions, or a record of a JSON lines file (data/chats.py). Rows of a step are packed end to
@@ -15,20 +15,15 @@ second head also asks for the place in the picture, which is what coordinates in
 the tokens of that answer: digits follow soon after. The first `dense_fraction` of the steps trains the heads alone, on pictures without text and through
 k blocks only, several times as fast.
 
-Written to --out: config.json, model.safetensors (float16), tokenizer.json, training.json (command, figures), log.jsonl and its picture loss.png,
-and state.safetensors to resume from.
+Written to --out: config.json, model.safetensors (float16), tokenizer.json, training.json (command, figures), and what trainer.py writes.
 Letters: B rows, L tokens of all rows, P patches of the pictures that have dense targets, C classes, m patches a token merges along a side.
 """
 import dataclasses
 import json
 import math
-import os
 import re
 import shlex
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,23 +33,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
-from tqdm import trange
 
-from cli import UserError, atomic, choose, choose_many, parse, pick_device, run, write_json
+from cli import UserError, choose, choose_many, parse, run, write_json
 from data import corpus as corpora
 from data import general
 from data.chats import Chats
 from model import BLM
-from plot import curves
+from trainer import Run, RunConfig, checkpoints, make_optimizer, shard, whole
 from vlm import PRESETS as SIZES
 from vlm import SYSTEM_PROMPT, VLM, Tokenizer, chat, process_images, process_videos, read_json, train_tokenizer
 
 
 @dataclass
-class SFTConfig:
+class SFTConfig(RunConfig):
     data: str = "out/corpus:3,out/general/train.jsonl:1"       # corpus folders and JSON lines files, each with its weight; these two are made if they are not there
     categories: str = "all"        # categories of the corpus's questions, comma-separated, or all
     on_bad: str = "refuse"         # records of a JSON lines file that cannot be used: refuse, or skip and count
@@ -64,14 +56,12 @@ class SFTConfig:
     train: str = "vision,merger,llm"       # parts that are trained
     lora_rank: int = 0             # train low-rank additions to the LLM's matrices instead of those; merged when saved; 0: off
     frozen_blocks: int = 0         # freeze the ViT, the embeddings and so many LLM blocks: a policy that reads the last of them stays valid (with --dense_weight 0)
+    checkpointing: bool = False    # compute blocks again in the backward pass: a third more time, much less memory
     steps: int = 3600              # optimiser steps
-    batch_size: int = 32           # rows a step, over all processes
     micro_batch: int = 32          # rows in memory at once; smaller needs less memory and gives the same gradient
     questions: int = 4             # at most so many questions of a scene in a step, drawn anew each time
     lr: float = 1.0e-3             # peak learning rate; about 1e-5 for downloaded weights, 1e-4 with LoRA
-    warmup: int = 100              # steps
     weight_decay: float = 0.05     # on matrices
-    grad_clip: float = 1.0         # largest norm of a step's gradient
     intent_layer: int = 3          # k: the LLM block that the second dense head (and later the policy) reads
     dense_weight: float = 1.0      # weight of the dense loss beside that of the answers; 0 for none
     dense_fraction: float = 0.0    # share of the steps with the dense loss alone
@@ -80,13 +70,10 @@ class SFTConfig:
     eval_rows: int = 128           # validation rows of each source for the figures by teacher forcing
     point_scenes: int = 48         # validation scenes for generated points
     save_every: int = 300          # steps
-    seed: int = 0                  # of weights, rows and questions
-    device: str = "auto"           # auto, cpu, cuda or mps
-    resume: bool = False           # go on from the state in --out; with more --steps, train it longer
 
 
-PRESETS = {"embodied": SFTConfig(), "base": SFTConfig(categories="attribute,existence,point,box", out="out/base", backbone="", lr=1.5e-3, dense_fraction=0.6)}
-FREE_TO_CHANGE = {"steps", "out", "data", "on_bad", "device", "resume", "eval_every", "eval_rows", "point_scenes", "save_every", "micro_batch"}     # when resuming
+PRESETS = {"embodied": SFTConfig(), "base": SFTConfig(categories="attribute,existence,point,box", out="out/base", backbone="", steps=2400, lr=1.5e-3, dense_fraction=0.6)}
+FREE_TO_CHANGE = {"on_bad", "eval_rows", "point_scenes", "micro_batch", "checkpointing"}     # when resuming, beside trainer.FREE
 PARTS = ("vision", "merger", "llm")
 NOTHING_WEIGHT = 0.25                        # most patches show nothing
 PLACE_SCALE = (1.0, 1.0, 10.0, 1.0, 1.0)     # patches, patches, decimetres, patches, patches: errors of like size
@@ -121,6 +108,11 @@ class Mixture:
             return corpus, range(len(corpus))
         chats = self.sources[source]
         return chats, range(0, len(chats), VALIDATION) if len(chats) >= VALIDATION else range(0)
+
+    def name(self, source, index):
+        """A row in words, for whoever looks for it."""
+        chats = self.sources[source]
+        return f"{chats.folder}, scene {index}" if self.dense[source] else f"{chats.path}, line {chats.records[index][0]}"
 
     @lru_cache(maxsize=8)
     def block(self, block, dense_only):
@@ -393,15 +385,6 @@ class LoRA(nn.Module):
     def forward(self, x):
         return self.linear(x) + self.SCALE * F.linear(F.linear(x, self.a), self.b)
 
-    def merged(self):
-        """The same function as a plain linear layer of its own."""
-        linear = nn.Linear(self.linear.in_features, self.linear.out_features, self.linear.bias is not None, device=self.b.device, dtype=self.b.dtype)
-        with torch.no_grad():
-            linear.weight.copy_(self.linear.weight + self.SCALE * self.b @ self.a)
-            if linear.bias is not None:
-                linear.bias.copy_(self.linear.bias)
-        return linear
-
 
 def add_lora(model, rank):
     """Put LoRA around every linear layer of the LLM's blocks; only those additions stay trainable there."""
@@ -415,105 +398,18 @@ def add_lora(model, rank):
                     setattr(part, name, LoRA(module, rank))
 
 
-@contextmanager
-def merged(model):
-    """The model with every LoRA as a plain layer, so that it is saved as what it is."""
-    found = [(parent, name, module) for parent in model.modules() for name, module in parent.named_children() if isinstance(module, LoRA)]
-    for parent, name, module in found:
-        setattr(parent, name, module.merged())
-    yield model
-    for parent, name, module in found:
-        setattr(parent, name, module)
-
-
-# ---- optimiser, checkpoint
-
-def make_optimizer(modules, cfg):
-    named = [p for module in modules for p in module.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in named if p.ndim > 1], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in named if p.ndim == 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
-
-
-def learning_rate(step, cfg):
-    """Linear warmup, then a cosine down to a tenth."""
-    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    return cfg.lr * (min(1, (step + 1) / max(1, cfg.warmup)) if step < cfg.warmup else 0.55 + 0.45 * math.cos(math.pi * progress))
-
-
-def add_gradients(parameters):
-    """Sum gradients over processes, as one message: every process then takes the same step. Which parameters have one depends on the step alone."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-        gradient.copy_(part.view_as(gradient))
-
-
-def state_path(cfg):
-    return Path(cfg.out) / "state.safetensors"
-
-
-def save(cfg, model, heads, optimizer, tokenizer, step, figures, seconds):
-    """The model folder and the training state, each file whole or absent; the state comes last, so that it never names weights that are not there."""
-    with merged(model):
-        model.save_pretrained(cfg.out, dtype=torch.float16)
-    tokenizer.save_pretrained(cfg.out)
-    record = {"stage": "sft", "command": "python " + shlex.join(sys.argv), "seed": cfg.seed, "step": step, "steps": cfg.steps,
-              "minutes": round(seconds / 60, 1), "figures": figures, "intent_layer": cfg.intent_layer, "config": dataclasses.asdict(cfg)}
-    if cfg.backbone and (before := Path(cfg.backbone) / "training.json").exists():
-        record["started_from"] = read_json(before)
-    write_json(Path(cfg.out) / "training.json", record)
-    save_state(cfg, {"model": model, "heads": heads}, optimizer, record)
-
-
-def save_state(cfg, owners, optimizer, record):
-    """All that resuming needs: the modules {owner: module} and the optimiser's moments as tensors, `record` (with "config") in the header."""
-    tensors = {f"{owner}.{name}": tensor for owner, module in owners.items() for name, tensor in module.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors.update({f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in state.items()})
-    with atomic(state_path(cfg)) as path:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"state": json.dumps(record)})
-
-
-def load_state(cfg, owners, optimizer, flags, free, check=lambda record: None):
-    """Put the saved state back and return its record. UserError if there is none, or if a flag that is not `free` to change differs, or `check` raises one."""
-    try:
-        with safe_open(state_path(cfg), "pt") as file:
-            record = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError, TypeError, KeyError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot resume from {state_path(cfg)}: {reason}; leave --resume out to start anew") from None
-    for name, value in flags.items():
-        before = record["config"].get(name, value)                       # a flag that came later: the run had its default
-        if name not in free and before != value:
-            raise UserError(f"{cfg.out} was trained with --{name} {before}, not {value}: resume with that, or choose another --out")
-    check(record)
-    for owner, module in owners.items():
-        module.load_state_dict({name.removeprefix(f"{owner}."): tensor for name, tensor in tensors.items() if name.startswith(f"{owner}.")})
-    moments = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, i, kind = name.split(".")
-            moments.setdefault(int(i), {})[kind] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    return record
+def merged(weights):
+    """{name: tensor} of a model with LoRA as those of one without: the same function."""
+    made = {}
+    for name, tensor in weights.items():
+        if name.endswith(".linear.weight"):
+            tensor = tensor + LoRA.SCALE * weights[name.replace("linear.weight", "b")] @ weights[name.replace("linear.weight", "a")]
+        if not (name.endswith((".a", ".b")) and f"{name[:-2]}.linear.weight" in weights):
+            made[name.replace(".linear.", ".")] = tensor
+    return made
 
 
 # ---- the run
-
-def start_processes(cfg):
-    """(rank, world, device): a world of one under `python`, more under `torchrun`; NCCL with CUDA, else gloo."""
-    if "RANK" not in os.environ:
-        return 0, 1, pick_device(cfg.device)
-    cuda = torch.cuda.is_available() and cfg.device in ("auto", "cuda")
-    dist.init_process_group("nccl" if cuda else "gloo")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    return dist.get_rank(), dist.get_world_size(), device
-
 
 def start_model(cfg, mixture):
     """(model, tokenizer): from --backbone, or from nothing with a tokenizer learned from the data."""
@@ -555,16 +451,11 @@ def ensure_data(cfg):
 
 def train(cfg):
     """Train with a SFTConfig; returns the last figures."""
-    rank, world, device = start_processes(cfg)
-    if cfg.batch_size % world:
-        raise UserError(f"--batch_size {cfg.batch_size} must be a multiple of the {world} processes")
-    if state_path(cfg).exists() and not cfg.resume:
-        raise UserError(f"{cfg.out} already holds a training run: add --resume to go on, or choose another --out")
+    run = Run(cfg, dataclasses.asdict(cfg), FREE_TO_CHANGE)
     choose(cfg.on_bad, ("refuse", "skip"), "--on_bad")
-    if rank == 0:
+    if run.rank == 0:
         ensure_data(cfg)
-    if world > 1:
-        dist.barrier()
+    run.barrier()
     mixture = Mixture(cfg)
     if cfg.dense_weight and not mixture.dense.any():
         raise UserError(f"--data {cfg.data} has no corpus, so there are no dense targets: add --dense_weight 0")
@@ -572,91 +463,62 @@ def train(cfg):
     if not 1 <= cfg.intent_layer <= model.config.num_hidden_layers:
         raise UserError(f"--intent_layer {cfg.intent_layer}: this model has blocks 1 to {model.config.num_hidden_layers}")
     choose_parts(model, cfg)
+    model.checkpointing = model.visual.checkpointing = cfg.checkpointing
     heads = DenseHeads(model.config, corpora.Corpus.num_classes)
-    model.to(device), heads.to(device)
-    optimizer = make_optimizer((model, heads), cfg)
-    parameters = [p for p in (*model.parameters(), *heads.parameters()) if p.requires_grad]
-    step, seconds = 0, 0.0
-    if cfg.resume:
-        done = load_state(cfg, {"model": model, "heads": heads}, optimizer, dataclasses.asdict(cfg), FREE_TO_CHANGE)
-        step, seconds = done["step"], 60 * done["minutes"]
+    sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in (("all", model), ("vision", model.visual), ("llm", model.model))}
+    sizes["trained"] = sum(p.numel() for module in (model, heads) for p in module.parameters() if p.requires_grad)
+    if run.sharded:
+        shard(model, [*model.visual.blocks, *model.model.layers], run.device), shard(heads, [heads.answer], run.device)
+    model.to(run.device), heads.to(run.device)
+    run.begin({"model": model, "heads": heads}, make_optimizer((model, heads), cfg))
     dense_steps = int(cfg.dense_fraction * cfg.steps) if cfg.dense_weight else 0
 
     def batches_of(step):
-        rows = mixture.rows_of_step(step, cfg.batch_size, step < dense_steps)[rank::world]
+        rows = mixture.rows_of_step(step, cfg.batch_size, step < dense_steps)[run.rank::run.world]
         parts = [rows[i:i + cfg.micro_batch] for i in range(0, len(rows), cfg.micro_batch)]
         return [make_batch([read_row(mixture.sources[source], number, index, cfg, step < dense_steps) for number, source, index in part], tokenizer, model.config, cfg)
                 for part in parts]
 
-    def gradients(batches, dense_only):
-        """Leaves the step's gradient in the parameters; returns the losses as floats."""
-        batches = [move(batch, device) for batch in batches]
+    def gradients(batches, step):
+        """Leaves this process's share of the step's gradient in the parameters; returns its share of the losses."""
+        batches = [move(batch, run.device) for batch in batches]
         totals, sums = count(batches), {}
         for batch in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                found = losses(model, heads, batch, totals, cfg, dense_only)
-            found["loss"].backward()
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
+                found = losses(model, heads, batch, totals, cfg, step < dense_steps)
+            run.backward(found["loss"])
             sums = {name: sums.get(name, 0) + value.detach() for name, value in found.items()}
-        if world > 1:
-            add_gradients(parameters)
-            for value in sums.values():
-                dist.all_reduce(value)
         return sums
 
-    def measure(step):
-        """Seconds of one step of this kind: the second of two, whose gradients are thrown away."""
-        for _ in range(2):
-            start = time.perf_counter()
-            float(gradients(batches_of(step), step < dense_steps)["loss"])
-        optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - start
+    def flops(batches, step):
+        """Of this process's share of a step: six for each weight and patch or token."""
+        tokens, patches = (sum(batch[name].numel() // size for batch in batches if name in batch)
+                           for name, size in (("input_ids", 1), ("pixel_values", 3 * 2 * model.config.vision_config.patch_size ** 2)))
+        deep = cfg.intent_layer / model.config.num_hidden_layers if step < dense_steps else 1
+        return 6 * (sizes["vision"] * patches + deep * sizes["llm"] * tokens)
 
-    if rank == 0:
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        trained = sum(p.numel() for p in parameters) / 1e6
-        print(f"{millions:.1f} M parameters, {trained:.1f} M trained with the heads, {sum(map(len, mixture.sources))} rows, {cfg.steps - step} steps of {cfg.batch_size}, "
-              f"{world} process(es)")
-    kinds = [(max(0, dense_steps - step), dense_steps - 1), (cfg.steps - max(step, dense_steps), cfg.steps - 1)]
-    paces = [(number, measure(at)) for number, at in kinds if number > 0]
-    if rank == 0 and paces:
-        each = ", ".join(f"{n} steps at {pace:.2f} s" for n, pace in paces)
-        print(f"about {sum(n * pace for n, pace in paces) / 60:.0f} minutes without evaluation: {each}")
-    figures, last, begun = {}, {}, time.perf_counter() - seconds
-    loader = ThreadPoolExecutor(1)                                                                   # makes the next rows while this step computes
-    upcoming = loader.submit(batches_of, step)
-    for step in trange(step, cfg.steps, initial=step, total=cfg.steps, disable=rank > 0, mininterval=1):
-        batches, dense_only = upcoming.result(), step < dense_steps
-        if step + 1 < cfg.steps:
-            upcoming = loader.submit(batches_of, step + 1)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
-        last = gradients(batches, dense_only)
-        last["grad_norm"] = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        done = step + 1
-        if not math.isfinite(float(last["loss"])):
-            raise UserError(f"the loss became {float(last['loss'])} at step {done}: try a smaller --lr than {cfg.lr}")
-        if rank == 0:
-            due = done % cfg.eval_every == 0 or done == cfg.steps
-            if due:
-                figures = evaluate(model, heads, mixture, tokenizer, cfg, device, dense_only)
-                print(f"\nstep {done}: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
-            if due or done % 10 == 0 or done == 1:
-                line = {"step": done, "lr": learning_rate(step, cfg), **{name: round(float(value), 5) for name, value in last.items()},
-                        **(figures if due else {}), "seconds": round(time.perf_counter() - begun, 1)}
-                Path(cfg.out).mkdir(parents=True, exist_ok=True)
-                with open(Path(cfg.out) / "log.jsonl", "a", encoding="utf-8") as log:
-                    log.write(json.dumps(line) + "\n")
-            if done % cfg.save_every == 0 or done == cfg.steps:
-                save(cfg, model, heads, optimizer, tokenizer, done, figures, time.perf_counter() - begun)
-    loader.shutdown()
-    if rank == 0:
-        curves(Path(cfg.out) / "log.jsonl", Path(cfg.out) / "loss.png")
-    if world > 1:
-        dist.barrier()                                                                               # the last files are written
-        dist.destroy_process_group()
-    return figures
+    def export():
+        weights = merged(whole(model))
+        if run.rank == 0:
+            model.save_pretrained(cfg.out, torch.float16, weights)
+            tokenizer.save_pretrained(cfg.out)
+            write_json(Path(cfg.out) / "training.json", about())
+
+    def about():
+        known = {"stage": "sft", "command": "python " + shlex.join(sys.argv), "seed": cfg.seed, "step": run.step, "steps": cfg.steps,
+                 "minutes": round(run.seconds / 60, 1), "figures": run.figures, "intent_layer": cfg.intent_layer, "config": run.flags}
+        before = Path(cfg.backbone) / "training.json"
+        return known | ({"started_from": read_json(before)} if cfg.backbone and before.exists() else {})
+
+    def describe(step):
+        return ", ".join(mixture.name(source, index) for _, source, index in mixture.rows_of_step(step, cfg.batch_size, step < dense_steps))
+
+    if run.rank == 0:
+        print(f"{sizes['all'] / 1e6:.1f} M parameters, {sizes['trained'] / 1e6:.1f} M trained with the heads, {sum(map(len, mixture.sources))} rows, {cfg.steps - run.step} steps of "
+              f"{cfg.batch_size}, {run.world} process(es)")
+    kinds = [(max(0, dense_steps - run.step), dense_steps - 1), (cfg.steps - max(run.step, dense_steps), cfg.steps - 1)]
+    run.expect([(number, at) for number, at in kinds if number > 0], gradients, batches_of)
+    return run.loop(batches_of, gradients, lambda: evaluate(model, heads, mixture, tokenizer, cfg, run.device, run.step <= dense_steps), export, about, describe=describe, flops=flops)
 
 
 def main():
@@ -664,7 +526,7 @@ def main():
     base = PRESETS["base"].out
     if cfg.backbone == base and not (Path(base) / "model.safetensors").exists():
         print(f"no base model in {base}: training it first (`python train_sft.py --preset base`)")
-        train(dataclasses.replace(PRESETS["base"], device=cfg.device, resume=state_path(PRESETS["base"]).exists()))
+        train(dataclasses.replace(PRESETS["base"], device=cfg.device, resume=bool(checkpoints(base))))
     train(cfg)
 
 

@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer as FastTokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from cli import UserError, atomic, write_json
 
@@ -248,6 +249,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def compute(block, checkpointing, *inputs):
+    """A block's output; with checkpointing nothing in between is kept, and the backward pass computes it again."""
+    return checkpoint(block, *inputs, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(*inputs)
+
+
 class MLP(nn.Module):
     def __init__(self, width, inner, bias):
         super().__init__()
@@ -367,6 +373,8 @@ class PatchMerger(nn.Module):
 
 
 class VisionTransformer(nn.Module):
+    checkpointing = False
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -385,7 +393,7 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(pixel_values[order])
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, frames if i in config.fullatt_block_indexes else windows)
+            x = compute(block, self.checkpointing, x, cos, sin, frames if i in config.fullatt_block_indexes else windows)
         m2 = config.spatial_merge_size ** 2
         back = torch.argsort(order[::m2] // m2)                                  # of merged tokens, from windows to reading order
         return self.merger(x)[back], x[torch.argsort(raster)]
@@ -522,6 +530,8 @@ class VLMOutput:
 
 
 class VLM(nn.Module):
+    checkpointing = False                                                        # training computes blocks again instead of keeping what is inside
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -570,7 +580,7 @@ class VLM(nn.Module):
             x, patch_features = self.look(x, input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         mask, (cos, sin), hidden = attention_mask_for(L, past + L, attention_mask, x.device), self.rotary(position_ids), [x]
         for layer in self.model.layers[:num_layers]:
-            hidden.append(layer(hidden[-1], cos, sin, mask, cache, segments))
+            hidden.append(compute(layer, self.checkpointing, hidden[-1], cos, sin, mask, cache, segments))
         if cache is not None:
             cache.length, cache.next_position = past + L, position_ids.amax(dim=(0, 2)) + 1
         if num_layers is not None:
@@ -621,12 +631,13 @@ class VLM(nn.Module):
         load_weights(model, weight_files(folder), device, dtype)
         return model.eval()
 
-    def save_pretrained(self, folder, dtype=None):
-        """Write config.json, preprocessor_config.json and model.safetensors, each whole or not at all; dtype float16 halves the file.
+    def save_pretrained(self, folder, dtype=None, weights=None):
+        """Write config.json, preprocessor_config.json and model.safetensors, each whole or not at all; dtype float16 halves the file; weights {name: tensor}
+        stand for the model's own.
 
         transformers and vLLM load the folder as it is, with the tokenizer's files beside.
         """
-        weights = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in self.state_dict().items()}
+        weights = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in (weights or self.state_dict()).items()}
         write_json(Path(folder) / "config.json", {**self.config.to_dict(), "dtype": str(dtype or self.model.norm.weight.dtype).removeprefix("torch.")})
         write_json(Path(folder) / "preprocessor_config.json", self.config.processor_dict())
         with atomic(Path(folder) / "model.safetensors") as path:

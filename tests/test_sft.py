@@ -1,10 +1,5 @@
 """Stage I keeps its promises: answers alone are learned, it overfits, resuming is bit-exact, two processes equal one, dense stops at block k."""
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +8,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_sft
+import trainer
 from cli import UserError
+from conftest import last_state, spawn_two
 from train_sft import DenseHeads, LoRA, Mixture, SFTConfig, add_lora, make_batch, merged, read_row, train
 from vlm import PRESETS, VLM, Tokenizer, VisionConfig, VLMConfig, collate, train_tokenizer
 
@@ -161,10 +158,9 @@ def test_lora_starts_as_nothing_trains_alone_and_is_merged_when_saved(tmp_path):
         if isinstance(module, LoRA):
             torch.nn.init.normal_(module.b, std=0.1)
     changed = model(**inputs).logits
-    with merged(model):
-        assert not any(isinstance(module, LoRA) for module in model.modules())
-        assert torch.allclose(model(**inputs).logits, changed, atol=1e-5)
-    assert torch.equal(model(**inputs).logits, changed) and not torch.allclose(changed, before, atol=1e-3)
+    plain = VLM(model.config)
+    plain.load_state_dict(merged(model.state_dict()))
+    assert torch.allclose(plain(**inputs).logits, changed, atol=1e-5) and not torch.allclose(changed, before, atol=1e-3)
 
 
 def test_only_the_chosen_parts_are_trained(tmp_path):
@@ -245,28 +241,28 @@ def test_overfits_a_few_scenes_and_the_folder_answers(tmp_path):
 
 def test_resume_is_bit_exact(tmp_path, monkeypatch):
     train(config(tmp_path / "whole"))
-    save = train_sft.save
+    save = trainer.Run.save
 
     def save_and_stop(*arguments):
         save(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_sft, "save", save_and_stop)
+    monkeypatch.setattr(trainer.Run, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         train(config(tmp_path / "parts"))
-    monkeypatch.setattr(train_sft, "save", save)
+    monkeypatch.setattr(trainer.Run, "save", save)
     with pytest.raises(UserError, match="--lr"):
         train(config(tmp_path / "parts", resume=True, lr=5e-4))
     with pytest.raises(UserError, match="--resume"):
         train(config(tmp_path / "parts"))
     train(config(tmp_path / "parts", resume=True))
-    whole, parts = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "parts"))
+    whole, parts = (last_state(tmp_path / name) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and any(name.startswith("optimizer") for name in whole)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_dense_stage_stops_at_block_k_and_micro_batches_change_nothing(tmp_path):
-    states = [load_file(Path(cfg.out) / "state.safetensors") for cfg in (config(tmp_path / "a", steps=2, dense_fraction=1.0, save_every=2),
+    states = [last_state(cfg.out) for cfg in (config(tmp_path / "a", steps=2, dense_fraction=1.0, save_every=2),
               config(tmp_path / "b", steps=2, dense_fraction=1.0, micro_batch=1)) if train(cfg) is not None]
     torch.manual_seed(0)
     frame = "system\nYou are a helpful assistant.\nuser\nassistant\n"
@@ -288,26 +284,15 @@ def test_backbone_starts_from_its_weights_without_a_dense_stage(tmp_path):
         train(config(tmp_path / "third", intent_layer=4))
 
 
-DRIVER = """
-import sys; sys.path[:0] = [{root!r}, {tests!r}]
-import pytest, test_sft, torch
-torch.set_num_threads(1)
-test_sft.patch(pytest.MonkeyPatch())
-test_sft.train(test_sft.config({out!r}, steps=2))
-"""
+def one_of_two(out):
+    patch(pytest.MonkeyPatch())
+    train(config(out, steps=2))
 
 
 def test_two_processes_equal_one(tmp_path):
     train(config(tmp_path / "one", steps=2))
-    tests = Path(__file__).parent
-    code = DRIVER.format(root=str(tests.parent), tests=str(tests), out=str(tmp_path / "two"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    runs = [subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                                                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in (0, 1)]
-    assert [run.wait(timeout=120) for run in runs] == [0, 0]
-    one, two = (load_file(tmp_path / name / "state.safetensors") for name in ("one", "two"))
+    spawn_two(one_of_two, str(tmp_path / "two"))
+    one, two = (last_state(tmp_path / name) for name in ("one", "two"))
     for name in one:
         if name.startswith("model."):
             torch.testing.assert_close(one[name], two[name], atol=2e-4, rtol=0)

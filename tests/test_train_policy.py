@@ -1,18 +1,15 @@
 """train_policy.py keeps its promises, on tiny episodes in the real format: frozen means frozen, resuming is bit-exact, two processes equal one."""
 import json
-import os
 import shutil
-import socket
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
-from safetensors.torch import load_file
 
-import train_policy
+import trainer
 from cli import UserError
+from conftest import last_state, spawn_two
 from data.record import load_episodes, write_episode
 from model import BLM, backbone_hash
 from policy import PolicyConfig
@@ -20,6 +17,7 @@ from test_model import small_blm
 from train_policy import Demos, TrainConfig, cache_intents, train
 
 SIZES = {"panda": (17, 8), "widowx": (16, 7)}
+ALONE = SimpleNamespace(rank=0, world=1, sharded=False, barrier=lambda: None)
 SMALL = dict(intent_layer=2, num_intent_queries=4, max_condition_tokens=96, hidden_size=16, num_layers=2, num_heads=2, action_horizon=4, num_future_tokens=2, future_layer=1)
 
 
@@ -47,10 +45,6 @@ def flags(made, out, **changes):
     return TrainConfig(**{**settings, **changes})
 
 
-def policy_of(folder):
-    return load_file(folder / "state.safetensors")
-
-
 def test_a_run_makes_a_model_and_the_backbone_does_not_move(made, tmp_path):
     before = backbone_hash(BLM.from_pretrained(made / "backbone").vlm)
     figures = train(flags(made, tmp_path), PolicyConfig(**SMALL))
@@ -72,49 +66,44 @@ def test_a_run_makes_a_model_and_the_backbone_does_not_move(made, tmp_path):
 
 def test_resume_is_bit_exact(made, tmp_path, monkeypatch):
     train(flags(made, tmp_path / "whole"), PolicyConfig(**SMALL))
-    rate = train_policy.learning_rate
+    rate = trainer.learning_rate
 
     def stop(step, cfg):
         if step == 3:
             raise KeyboardInterrupt
         return rate(step, cfg)
 
-    monkeypatch.setattr(train_policy, "learning_rate", stop)
+    monkeypatch.setattr(trainer, "learning_rate", stop)
     with pytest.raises(KeyboardInterrupt):
         train(flags(made, tmp_path / "parts"), PolicyConfig(**SMALL))
     monkeypatch.undo()
     train(flags(made, tmp_path / "parts", resume=True), PolicyConfig(**SMALL))
-    whole, parts = policy_of(tmp_path / "whole"), policy_of(tmp_path / "parts")
+    whole, parts = last_state(tmp_path / "whole"), last_state(tmp_path / "parts")
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()] == [1, 4]
+    assert [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
 
 
 def test_a_resumed_run_takes_new_episodes_in(made, tmp_path):
     shutil.copytree(made / "demos", tmp_path / "demos")
     train(flags(made, tmp_path / "out", data=str(tmp_path / "demos")), PolicyConfig(**SMALL))
-    before = policy_of(tmp_path / "out")
+    before = last_state(tmp_path / "out")
     for path in sorted((made / "demos").glob("widowx-PushCube-*")):
         shutil.copy(path, tmp_path / "demos" / path.name.replace("Cube-", "Cube-50000"))
     train(flags(made, tmp_path / "out", data=str(tmp_path / "demos"), resume=True, steps=6), PolicyConfig(**SMALL))
-    about, after = json.loads((tmp_path / "out" / "training.json").read_text())["policy"], policy_of(tmp_path / "out")
+    about, after = json.loads((tmp_path / "out" / "training.json").read_text())["policy"], last_state(tmp_path / "out")
     assert about["episodes"] == 15 and [(run["step"], run["episodes"]) for run in about["before"]] == [(4, 12)]
     scale = [name for name in before if "normaliser" in name]
     assert scale and all(torch.equal(before[name], after[name]) for name in scale)      # the weights were made for these
 
 
-def one_of_two(rank, port, made, out):
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def one_of_two(made, out):
     train(flags(made, out), PolicyConfig(**SMALL))
 
 
 def test_two_processes_equal_one(made, tmp_path):
     train(flags(made, tmp_path / "one"), PolicyConfig(**SMALL))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(one_of_two, (port, made, tmp_path / "two"), nprocs=2)
-    one, two = policy_of(tmp_path / "one"), policy_of(tmp_path / "two")
+    spawn_two(one_of_two, made, tmp_path / "two")
+    one, two = last_state(tmp_path / "one"), last_state(tmp_path / "two")
     for name in one:
         if name.startswith("policy.") and not name.endswith("key_value.bias"):     # softmax ignores a bias on keys: Adam blows up rounding
             assert torch.allclose(one[name].float(), two[name].float(), atol=1e-4), name
@@ -122,7 +111,7 @@ def test_two_processes_equal_one(made, tmp_path):
 
 def demos_of(made, cache="intents"):
     blm, episodes = BLM.from_pretrained(made / "backbone"), load_episodes(made / "demos")
-    hidden = cache_intents(blm, episodes, flags(made, "unused", cache=str(made / cache)), 2, backbone_hash(blm.vlm))
+    hidden = cache_intents(blm, episodes, flags(made, "unused", cache=str(made / cache)), 2, backbone_hash(blm.vlm), ALONE)
     return blm, episodes, Demos(episodes, hidden, PolicyConfig(**SMALL), 2, 25)
 
 
@@ -168,12 +157,12 @@ def test_the_cache_is_computed_once_and_never_stale(made, monkeypatch):
     demos_of(made, "fresh")
     assert len(calls) == 13
     other = small_blm(seed=5, policy=False)
-    cache_intents(other, load_episodes(made / "demos"), flags(made, "unused", cache=str(made / "fresh")), 2, backbone_hash(other.vlm))
+    cache_intents(other, load_episodes(made / "demos"), flags(made, "unused", cache=str(made / "fresh")), 2, backbone_hash(other.vlm), ALONE)
     assert len(calls) == 25
 
 
 def test_mistakes_are_told(made, tmp_path):
-    for changes, config, word in (({"frame_stride": 3}, {}, "--frame_stride"), ({"backbone": "nowhere"}, {}, "train_sft.py"), ({"resume": True}, {}, "cannot resume"), ({"held_out": 1}, {}, "--held_out"),
+    for changes, config, word in (({"frame_stride": 3}, {}, "--frame_stride"), ({"backbone": "nowhere"}, {}, "train_sft.py"), ({"resume": True}, {}, "no training run"), ({"held_out": 1}, {}, "--held_out"),
                                   ({}, {"intent_layer": 4}, "--intent_layer"), ({"robots": "xarm6"}, {}, "no episodes"), ({"start": "nowhere"}, {}, "nowhere")):
         with pytest.raises(UserError, match=word):
             train(flags(made, tmp_path / "none", **changes), PolicyConfig(**{**SMALL, **config}))
@@ -191,7 +180,7 @@ def test_a_new_robot_trains_its_own_layers_alone(made, tmp_path):
     episode = load_episodes(made / "demos")[0]
     seen = {"images": dict(zip(("front", "wrist"), episode.images(0))), "state": episode.state[0], "instruction": episode.instruction}
     assert episode.robot == "panda" and np.array_equal(one.act(seen, "panda"), two.act(seen, "panda"))
-    start = load_file(tmp_path / "two" / "state.safetensors")
+    start = last_state(tmp_path / "two")
     moments = [tensor for name, tensor in start.items() if name.endswith("exp_avg")]
     assert moments and all((tensor[0] == 0).all() and (tensor[1] != 0).any() for tensor in moments if tensor.ndim)
     with pytest.raises(UserError, match="other sizes"):

@@ -1,0 +1,199 @@
+"""A run loses nothing: killed and resumed it is the run that was not, on one process, two or shards; spikes and full disks are told."""
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import test_sft
+import test_train_policy
+import train_policy
+import train_sft
+import trainer
+from cli import UserError
+from conftest import last_state, spawn_two
+from policy import PolicyConfig
+from trainer import Run, RunConfig, checkpoints, make_optimizer, shard, whole
+
+made = test_train_policy.made                                            # the fixture
+
+
+@dataclass
+class LineConfig(RunConfig):
+    out: str = ""
+    data: str = ""
+
+
+def fit(out, bad=(), watch=lambda run: None, **changes):
+    """A run of a two-layer network; steps in `bad` have a huge loss, or with None as their number one that is not a number."""
+    cfg = LineConfig(**{**dict(out=str(out), steps=90, batch_size=4, warmup=2, lr=1e-2, save_every=5, eval_every=1000, device="cpu"), **changes})
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    run = Run(cfg, asdict(cfg))
+    if run.sharded:
+        shard(model, [model[0]], run.device)
+    run.begin({"model": model}, make_optimizer((model,), cfg))
+
+    def batches_of(step):
+        x = torch.randn(cfg.batch_size, 3, generator=torch.Generator().manual_seed(step))
+        return x[run.rank::run.world], (x.sum(1, keepdim=True) * 2)[run.rank::run.world]
+
+    def gradients(batches, step):
+        watch(run)
+        loss = (model(batches[0]) - batches[1]).square().sum() / cfg.batch_size * dict(bad).get(step, 1.0)
+        run.backward(loss)
+        return {"loss": loss.detach()}
+
+    def export():
+        weights = whole(model)
+        if run.rank == 0:
+            (Path(cfg.out) / "export.json").write_text(json.dumps(float(weights["0.weight"].sum())))
+
+    run.loop(batches_of, gradients, lambda: {"val": 1.0}, export, lambda: {"stage": "line"}, lambda step: f"rows of {step}", lambda batches, step: 1.0)
+    return run
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def test_killed_at_twenty_moments_it_ends_with_the_same_bits(tmp_path):
+    fit(tmp_path / "whole")
+    moments = sorted(np.random.default_rng(0).choice(np.arange(1, 89), 20, replace=False).tolist())
+    for moment in moments:                                               # a process that dies without a word, in the middle of a step
+        child = os.fork()
+        if child == 0:
+            fit(tmp_path / "killed", watch=lambda run: run.step == moment and os.kill(os.getpid(), signal.SIGKILL), resume=bool(checkpoints(tmp_path / "killed")))
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    fit(tmp_path / "killed", resume=True)
+    one, two = last_state(tmp_path / "whole"), last_state(tmp_path / "killed")
+    assert one.keys() == two.keys() and len(one) == 16 and all(torch.equal(one[name], two[name]) for name in one)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+    assert [path.stem for path in checkpoints(tmp_path / "killed")] == ["00000085", "00000090"] and not list((tmp_path / "killed" / "state").glob(".*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends(tmp_path, number, capsys):
+    fit(tmp_path / "whole", steps=12)
+    with pytest.raises(SystemExit) as stopped:
+        fit(tmp_path / "parts", steps=12, watch=lambda run: run.step == 6 and os.kill(os.getpid(), number))
+    assert stopped.value.code == 128 + number and "stopped at step 7" in capsys.readouterr().err and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    fit(tmp_path / "parts", steps=12, resume=True)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def two(out, steps, fsdp, resume=False):
+    fit(out, steps=steps, fsdp=fsdp, resume=resume)
+
+
+def test_two_processes_and_shards_go_on_where_one_was_and_back(tmp_path):
+    fit(tmp_path / "one", steps=24)
+    for name, fsdp in (("two", False), ("shards", True)):
+        spawn_two(two, str(tmp_path / name), 12, fsdp)
+        spawn_two(two, str(tmp_path / name), 15, fsdp, True)
+        fit(tmp_path / name, steps=20, resume=True)                      # on one process
+        spawn_two(two, str(tmp_path / name), 24, fsdp, True)             # and back
+        assert np.abs(np.subtract(losses(tmp_path / "one"), losses(tmp_path / name))).max() < 1e-2
+        assert checkpoints(tmp_path / name)[-1].is_dir() == fsdp
+        assert abs(json.loads((tmp_path / "one" / "export.json").read_text()) - json.loads((tmp_path / name / "export.json").read_text())) < 1e-2
+
+
+def sft_two(out, fsdp):
+    test_sft.patch(pytest.MonkeyPatch())
+    train_sft.train(test_sft.config(out, steps=20, lr=1e-3, fsdp=fsdp, eval_every=20, save_every=20))
+
+
+def policy_two(made, out, fsdp):
+    train_policy.train(test_train_policy.flags(made, out, steps=20, fsdp=fsdp, save_every=20, eval_every=20), PolicyConfig(**test_train_policy.SMALL))
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_both_stages_lose_alike_on_one_process_and_on_two(tmp_path, made, monkeypatch, fsdp):
+    """The same losses to 1e-5 for 20 steps, the same global batch."""
+    test_sft.patch(monkeypatch)
+    train_sft.train(test_sft.config(tmp_path / "sft", steps=20, lr=1e-3, eval_every=20, save_every=20))
+    spawn_two(sft_two, str(tmp_path / "sft2"), fsdp)
+    train_policy.train(test_train_policy.flags(made, tmp_path / "policy", steps=20, save_every=20, eval_every=20), PolicyConfig(**test_train_policy.SMALL))
+    spawn_two(policy_two, made, tmp_path / "policy2", fsdp)
+    for stage in ("sft", "policy"):
+        one, other = losses(tmp_path / stage), losses(tmp_path / f"{stage}2")
+        assert len(one) == len(other) == 20 and np.abs(np.subtract(one, other)).max() <= 2e-5 * max(1, max(one)), stage
+        weights = "model.safetensors" if stage == "sft" else "policy.safetensors"
+        mine, theirs = load_file(tmp_path / stage / weights), load_file(tmp_path / f"{stage}2" / weights)
+        assert mine.keys() == theirs.keys()
+
+
+def test_a_spike_is_skipped_and_named(tmp_path, capsys):
+    fit(tmp_path / "skips", bad=((70, 1e6), (75, float("nan"))))
+    lines = [json.loads(line) for line in (tmp_path / "skips" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "skipped" in line] == [71, 76] and lines[70]["skipped"] == "rows of 70"
+    assert all(tensor.isfinite().all() for tensor in last_state(tmp_path / "skips").values()) and lines[-1]["loss"] < 1
+    with pytest.raises(UserError, match="step 71.*where .* is usual.*rows of 70.*smaller --lr"):
+        fit(tmp_path / "stops", bad=((70, 1e6),), on_spike="stop")
+    with pytest.raises(UserError, match="10th in a row"):
+        fit(tmp_path / "never", bad=[(step, float("nan")) for step in range(90)])
+    with pytest.raises(UserError, match="unknown --on_spike 'ignore'"):
+        fit(tmp_path / "what", on_spike="ignore")
+
+
+def test_a_full_disk_keeps_what_was_saved(tmp_path, monkeypatch):
+    fit(tmp_path, steps=10)
+    save, before = trainer.save_file, last_state(tmp_path)
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise trainer.SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(trainer, "save_file", full)
+    with pytest.raises(UserError, match="No space left.*checkpoints before it are whole"):
+        fit(tmp_path, steps=20, resume=True)
+    monkeypatch.setattr(trainer, "save_file", save)
+    after = last_state(tmp_path)
+    assert all(torch.equal(before[name], after[name]) for name in before) and not list((tmp_path / "state").glob(".*"))
+
+
+def test_what_cannot_be_resumed_is_told(tmp_path):
+    with pytest.raises(UserError, match="no training run to resume"):
+        fit(tmp_path / "none", resume=True)
+    fit(tmp_path / "run", steps=5)
+    with pytest.raises(UserError, match="already holds a training run"):
+        fit(tmp_path / "run", steps=5)
+    with pytest.raises(UserError, match="trained with --lr 0.01, not 0.02"):
+        fit(tmp_path / "run", steps=9, resume=True, lr=0.02)
+    with pytest.raises(UserError, match="--fsdp shards over several processes"):
+        fit(tmp_path / "shards", fsdp=True)
+    checkpoints(tmp_path / "run")[-1].write_bytes(b"broken")
+    with pytest.raises(UserError, match="cannot resume.*delete it"):
+        fit(tmp_path / "run", steps=9, resume=True)
+
+
+def test_the_log_is_sent_where_asked_if_that_is_installed(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **about: SimpleNamespace(log=lambda line, step: sent.append((step, line["loss"])))))
+    fit(tmp_path / "sent", steps=3, tracker="wandb")
+    assert [step for step, _ in sent] == [1, 2, 3]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        fit(tmp_path / "not", tracker="wandb")
+    lines = [json.loads(line) for line in (tmp_path / "sent" / "log.jsonl").read_text().splitlines()]
+    assert all({"step", "loss", "lr", "grad_norm", "rows_per_s", "utilisation", "memory_gb"} <= line.keys() for line in lines)
+
+
+def test_recomputing_blocks_changes_no_gradient():
+    model = test_sft.VLM(test_sft.TINY)
+    ids, found = torch.arange(12).view(1, 12), []
+    for again in (False, True):
+        model.checkpointing = model.visual.checkpointing = again
+        model.zero_grad()
+        model(ids).logits.square().mean().backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert found[0] and all(torch.equal(a, b) for a, b in zip(*found))
