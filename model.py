@@ -168,8 +168,8 @@ class BLM:
         if self.training:
             write_json(Path(folder) / "training.json", self.training)
 
-    def save_policy(self, folder, dtype=None, weights=None):
-        """Write policy.safetensors and policy.json beside their language model; weights {name: tensor} stand for the policy's own."""
+    def save_policy(self, folder, dtype=None, weights=None, backbone=None):
+        """Write policy.safetensors and policy.json beside their language model; weights {name: tensor} stand for the policy's own, backbone for the hash."""
         policy, kept = self.policy, {name: tensor.detach().cpu().contiguous() for name, tensor in (weights or self.policy.state_dict()).items()}
         weights = {name for name, _ in policy.named_parameters()}
         tensors = {name: tensor.to(dtype) if dtype and name in weights else tensor for name, tensor in kept.items()}
@@ -177,7 +177,7 @@ class BLM:
             save_file(tensors, path, metadata={"format": "pt"})
         robots = {name: describe(*sizes) for name, sizes in policy.embodiments.items()}
         about = {"version": VERSION, "config": dataclasses.asdict(policy.config), "condition_size": policy.condition_size, "embodiments": robots,
-                 "views": list(VIEWS), "backbone": backbone_hash(self.vlm, policy.config.intent_layer)}
+                 "views": list(VIEWS), "backbone": backbone or backbone_hash(self.vlm, policy.config.intent_layer)}
         write_json(Path(folder) / "policy.json", about)
 
 

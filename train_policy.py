@@ -334,7 +334,7 @@ def train(cfg, config):
         weights = whole(blm.policy)
         if run.rank == 0:
             blm.training["policy"] = about()
-            blm.save_policy(cfg.out, torch.float16, weights)
+            blm.save_policy(cfg.out, torch.float16, weights, backbone)
             write_json(Path(cfg.out) / "training.json", blm.training)
 
     def describe(step):

@@ -92,19 +92,19 @@ def test_a_signal_saves_and_ends(tmp_path, number, capsys):
 
 
 def two(out, steps, fsdp, resume=False):
-    fit(out, steps=steps, fsdp=fsdp, resume=resume)
+    fit(out, steps=steps, fsdp=fsdp, resume=resume, warmup=99)           # all of it: the rate does not depend on `steps`
 
 
 def test_two_processes_and_shards_go_on_where_one_was_and_back(tmp_path):
-    fit(tmp_path / "one", steps=24)
+    fit(tmp_path / "one", steps=24, warmup=99)
     for name, fsdp in (("two", False), ("shards", True)):
         spawn_two(two, str(tmp_path / name), 12, fsdp)
         spawn_two(two, str(tmp_path / name), 15, fsdp, True)
-        fit(tmp_path / name, steps=20, resume=True)                      # on one process
+        fit(tmp_path / name, steps=20, resume=True, warmup=99)           # on one process
         spawn_two(two, str(tmp_path / name), 24, fsdp, True)             # and back
-        assert np.abs(np.subtract(losses(tmp_path / "one"), losses(tmp_path / name))).max() < 1e-2
+        assert np.abs(np.subtract(losses(tmp_path / "one"), losses(tmp_path / name))).max() < 1e-4
         assert checkpoints(tmp_path / name)[-1].is_dir() == fsdp
-        assert abs(json.loads((tmp_path / "one" / "export.json").read_text()) - json.loads((tmp_path / name / "export.json").read_text())) < 1e-2
+        assert abs(json.loads((tmp_path / "one" / "export.json").read_text()) - json.loads((tmp_path / name / "export.json").read_text())) < 1e-4
 
 
 def sft_two(out, fsdp):
@@ -136,7 +136,7 @@ def test_a_spike_is_skipped_and_named(tmp_path, capsys):
     fit(tmp_path / "skips", bad=((70, 1e6), (75, float("nan"))))
     lines = [json.loads(line) for line in (tmp_path / "skips" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "skipped" in line] == [71, 76] and lines[70]["skipped"] == "rows of 70"
-    assert all(tensor.isfinite().all() for tensor in last_state(tmp_path / "skips").values()) and lines[-1]["loss"] < 1
+    assert all(tensor.isfinite().all() for tensor in last_state(tmp_path / "skips").values()) and max(line["loss"] for line in lines[76:]) < 20
     with pytest.raises(UserError, match="step 71.*where .* is usual.*rows of 70.*smaller --lr"):
         fit(tmp_path / "stops", bad=((70, 1e6),), on_spike="stop")
     with pytest.raises(UserError, match="10th in a row"):
