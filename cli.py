@@ -46,6 +46,28 @@ def choose_many(names, choices, what):
     return list(choices) if names == "all" else [choose(name.strip(), choices, what) for name in names.split(",")]
 
 
+def at_least(config, low, *names):
+    """UserError if one of these numbers of a configuration is smaller than `low`, or not a number."""
+    for name in names:
+        if not getattr(config, name) >= low:
+            raise UserError(f"--{name} {getattr(config, name)} must be at least {low}")
+
+
+def writable(folder):
+    """UserError if nothing can be written into a folder: to be told before the work, not after. Leaves nothing behind."""
+    new = [place for place in (Path(folder), *Path(folder).parents) if not place.exists()]
+    with atomic(Path(folder) / ".writable"):
+        pass
+    (Path(folder) / ".writable").unlink()
+    for place in new:
+        place.rmdir()
+
+
+def this_process():
+    """(rank, world): which of how many processes this is under torchrun, (0, 1) otherwise."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)

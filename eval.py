@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm, trange
 
-from cli import UserError, atomic, choose, choose_many, parse, pick_device, run
+from cli import UserError, at_least, atomic, choose, choose_many, parse, pick_device, run, this_process
 from data.env import CONDITIONS, CONTROL_HZ, TabletopEnv, front_pixel
 from data.expert import demonstrate
 from data.questions import CATEGORIES
@@ -125,9 +125,9 @@ def work(job):
 
 
 def episodes_of(what, config, robots, tasks):
-    """{(robot, task): [one dict an episode]}, from all processes. What is done stays beside the result file until all is done."""
-    path = Path(config.out)
-    path, jobs, found = path.with_name(f".{path.name}.part"), {}, []
+    """{(robot, task): [one dict an episode]}, from all processes; None under torchrun for all but the first, which waits for the others' shares. What is
+    done stays beside the result file until all is done."""
+    jobs, found, (rank, world) = {}, {}, this_process()
     for task in tasks:
         for robot in robots:
             for first in range(config.seed, config.seed + config.episodes, 10):
@@ -135,23 +135,39 @@ def episodes_of(what, config, robots, tasks):
     about = {name: value for name, value in asdict(config).items() if name not in ELSEWHERE}
     if what == "physical":
         files = sorted(Path(config.weights).glob("*.safetensors"))
-        about["weights"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if not file.name.startswith("state")]
-    if path.exists():
-        head, *found = (json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
-        found = [(tuple(key), results) for key, results in found if tuple(key) in jobs] if head == about else []
-    with atomic(path) as temporary:                        # half a line, or another evaluation's, goes away
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in (about, *found)))
-    episodes, left = {}, [job for key, job in jobs.items() if key not in dict(found)]
-    for (robot, task, _), results in found:
-        episodes.setdefault((robot, task), []).extend(results)
+        about["weights"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    part_of = lambda rank: Path(config.out).with_name(f".{Path(config.out).name}.{rank}.part")
+
+    def known(path):
+        """{(robot, task, first seed): results} of a part file, {} if it is not there or of another evaluation; half a line does not count."""
+        head, *lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else [None]
+        return {tuple(key): results for key, results in lines if tuple(key) in jobs} if head == about else {}
+
+    for path in Path(config.out).parent.glob(f".{Path(config.out).name}.*.part"):      # of any number of processes
+        found |= known(path)
+    mine = [job for i, (key, job) in enumerate(jobs.items()) if i % world == rank and key not in found]
+    kept = found if rank == 0 else known(part_of(rank))
+    with atomic(part_of(rank)) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in (about, *kept.items())))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    total, done = len(robots) * len(tasks) * config.episodes, sum(map(len, episodes.values()))
-    with multiprocessing.get_context("spawn").Pool(config.workers) as pool, tqdm(total=total, initial=done, unit="episode") as bar, open(path, "a") as part:
-        for robot, task, results in pool.imap_unordered(work, left):
+    with multiprocessing.get_context("spawn").Pool(config.workers) as pool, open(part_of(rank), "a") as part, \
+            tqdm(total=len(robots) * len(tasks) * config.episodes, initial=sum(map(len, found.values())), unit="episode", disable=rank > 0) as bar:
+        for robot, task, results in pool.imap_unordered(work, mine):
             part.write(json.dumps([[robot, task, results[0]["seed"]], results]) + "\n")
             part.flush()
-            episodes.setdefault((robot, task), []).extend(results)
+            found[robot, task, results[0]["seed"]] = results
             bar.update(len(results))
+        if rank:
+            return None
+        while found.keys() < jobs.keys():                  # the other processes' shares
+            time.sleep(0.5)
+            before = sum(map(len, found.values()))
+            for other in range(1, world):
+                found |= known(part_of(other))
+            bar.update(sum(map(len, found.values())) - before)
+    episodes = {}
+    for (robot, task, _), results in found.items():
+        episodes.setdefault((robot, task), []).extend(results)
     return {cell: sorted(results, key=lambda e: e["seed"]) for cell, results in sorted(episodes.items())}
 
 
@@ -163,12 +179,12 @@ def physical(what, config):
         config.device = str(pick_device(config.device))
         blm = BLM.from_pretrained(config.weights, config.device)                             # a bad folder is told here, once
         robots = robots_of(blm, config.robots)
-    if config.episodes < 1 or config.workers < 1:
-        raise UserError(f"--episodes {config.episodes} and --workers {config.workers} must be at least 1")
     if config.condition:
         choose(config.condition, CONDITIONS, "condition")
     start = time.time()
     episodes, cells = episodes_of(what, config, robots, tasks), {}
+    if episodes is None:
+        return None
     for (robot, task), results in episodes.items():
         wins = [e for e in results if e["success"]]
         cells.setdefault(robot, {})[task] = {"success": len(wins) / len(results), "episodes": len(results),
@@ -220,6 +236,8 @@ def conditions(config):
     for name in ("", *CONDITIONS):
         print(f"\n{name or 'unchanged'}: {CONDITIONS.get(name, 'as in the demonstrations')}")
         found[name or "unchanged"] = physical("physical", replace(config, condition=name, out=str(out.with_name(f"{out.stem}-{name or 'unchanged'}.json"))))
+    if None in found.values():
+        return None
     tasks = choose_many(config.tasks, TASKS, "task")
     print("\n| condition | " + " | ".join(tasks) + " | mean |\n" + "|---" * (len(tasks) + 2) + "|")
     for name, result in found.items():
@@ -377,11 +395,14 @@ def main():
         raise UserError(f"say what to evaluate: python eval.py {' | '.join(kinds)}")
     what = choose(sys.argv[1], kinds, "evaluation")
     config = parse(EvalConfig, description=__doc__.split("\n")[0], argv=sys.argv[2:])
+    at_least(config, 1, "episodes", "workers", "execute_steps", "questions"), at_least(config, 0, "seed", "temperature")
     config.out = config.out or f"out/results/{config.name if what == 'benchmark' else what}.json"
     if what == "expert" and "--episodes" not in " ".join(sys.argv):
         config.episodes = 50
     own = {"digital": digital, "conditions": conditions, "benchmark": benchmark}
     result = own[what](config) if what in own else physical(what, config)
+    if result is None:                                     # a process whose share another one reports
+        return
     with atomic(config.out) as temporary:
         temporary.write_text(json.dumps(result, indent=1))
     if what not in ("conditions", "benchmark"):

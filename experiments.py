@@ -14,10 +14,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, choose_many, parse, run, write_json
+from cli import UserError, at_least, choose_many, parse, run, write_json
 from data.robots import ROBOTS
 from data.tasks import TASKS
 from eval import wilson
+from trainer import checkpoints
 
 HELD_OUT = "widowx"                                  # the robot that comes later
 REST = ",".join(robot for robot in ROBOTS if robot != HELD_OUT)
@@ -81,7 +82,7 @@ def experiment(name, config):
         folder, steps = Path(train[train.index("--out") + 1]), int(train[train.index("--steps") + 1])
         begun = folder / "training.json"
         if not begun.exists() or json.loads(begun.read_text())["policy"]["step"] < steps:
-            do(train + ["--resume"] * (folder / "state.safetensors").exists())
+            do(train + ["--resume"] * bool(checkpoints(folder)))
         if not Path(result).exists():
             do(evaluate)
         measured = json.loads(Path(result).read_text())
@@ -109,6 +110,7 @@ def table(found):
 def main():
     config = parse(ExperimentConfig, description="Train and evaluate the policy with one thing changed at a time.")
     rows = choose_many(config.rows, ROWS, "row")
+    at_least(config, 1, "steps", "episodes")
     if config.list:
         for name in rows:
             print(f"\n{name}: {ROWS[name][0]}", *(f"    {shlex.join(command)}" for pair in commands(name, config) for command in pair[:2]), sep="\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cli import UserError, atomic, choose_many, parse, pick_device, run
+from cli import UserError, at_least, atomic, choose_many, parse, pick_device, run, writable
 from data.env import CONTROL_HZ, VIEWS, TabletopEnv
 from data.robots import ROBOTS
 from data.tasks import TASKS
@@ -118,13 +118,10 @@ def mosaic(blm, config, robots, tasks):
 def main():
     config = parse(SampleConfig, description="Watch the model drive a robot, or ask it a question.")
     robots, tasks = choose_many(config.robot, ROBOTS, "robot"), choose_many(config.task, TASKS, "task")
-    if config.episodes < 1:
-        raise UserError(f"--episodes {config.episodes} must be at least 1")
+    at_least(config, 1, "episodes", "execute_steps"), at_least(config, 0, "seed")
     if config.image and not config.ask:
         raise UserError("--image goes with --ask \"a question\"")
-    with atomic(Path(config.out) / ".writable"):           # an unwritable folder is told before the work, not after
-        pass
-    (Path(config.out) / ".writable").unlink()
+    writable(config.out)
     from model import BLM
     blm = BLM.from_pretrained(config.weights, pick_device(config.device))
     if not config.ask:

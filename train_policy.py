@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import trange
 
-from cli import UserError, atomic, choose_many, parse, run, write_json
+from cli import UserError, at_least, atomic, choose_many, parse, run, write_json
 from data import record
 from data.robots import ROBOTS
 from data.tasks import TASKS
@@ -255,6 +255,9 @@ def load_backbone(cfg, run):
 def train(cfg, config):
     """Train with a TrainConfig and a PolicyConfig; returns the last figures."""
     run = Run(cfg, {**dataclasses.asdict(cfg), **dataclasses.asdict(config)}, FREE_TO_CHANGE)
+    at_least(cfg, 1, "eval_rows"), at_least(cfg, 0, "demonstrations", "ema", "state_noise")
+    if cfg.ema >= 1:
+        raise UserError(f"--ema {cfg.ema} must be below 1: the average would never move")
     if cfg.frame_stride < 1 or config.action_horizon % cfg.frame_stride:
         raise UserError(f"--frame_stride {cfg.frame_stride} must divide --action_horizon {config.action_horizon}: the future is a cached frame too")
     if cfg.held_out < 0 or cfg.held_out == 1:

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from cli import UserError, choose, choose_many, parse, run, write_json
+from cli import UserError, at_least, choose, choose_many, parse, run, write_json
 from data import corpus as corpora
 from data import general
 from data.chats import Chats
@@ -453,6 +453,7 @@ def train(cfg):
     """Train with a SFTConfig; returns the last figures."""
     run = Run(cfg, dataclasses.asdict(cfg), FREE_TO_CHANGE)
     choose(cfg.on_bad, ("refuse", "skip"), "--on_bad")
+    at_least(cfg, 1, "micro_batch", "questions", "eval_rows"), at_least(cfg, 0, "lora_rank", "frozen_blocks", "dense_weight", "point_scenes"), at_least(cfg, 256, "vocab_size")
     if run.rank == 0:
         ensure_data(cfg)
     run.barrier()

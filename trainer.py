@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from cli import UserError, atomic, choose, pick_device, write_json
+from cli import UserError, at_least, atomic, choose, pick_device, writable, write_json
 from plot import curves
 
 NORMS = 64                       # steps over whose gradient norms the usual one is the median
@@ -140,13 +141,14 @@ def read_tensors(path, wanted):
         raise UserError(f"{path} lacks {len(missing)} tensors, first {min(missing)}: it belongs to another configuration")
     if path.is_dir():
         import torch.distributed.checkpoint as dcp
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")          # one process reads what several wrote: that is meant
         return dcp.load(wanted, checkpoint_id=path, no_dist=not dist.is_initialized())
     from torch.distributed.tensor import DTensor, distribute_tensor
     with safe_open(path, "pt") as file:
         for name, tensor in wanted.items():
             found = file.get_tensor(name)
             with torch.no_grad():
-                tensor.copy_(distribute_tensor(found.to(tensor.device), tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else found)
+                tensor.copy_(distribute_tensor(found.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None) if isinstance(tensor, DTensor) else found)
 
 
 def stored(path):
@@ -166,6 +168,7 @@ class Run:
     def __init__(self, cfg, flags, free=()):
         self.cfg, self.flags, self.free = cfg, flags, FREE | set(free)
         choose(cfg.on_spike, ("skip", "stop"), "--on_spike")
+        at_least(cfg, 1, "steps", "batch_size", "eval_every", "save_every", "keep"), at_least(cfg, 0, "lr", "warmup", "weight_decay", "grad_clip", "spike", "seed")
         self.track = tracker(cfg, flags)
         self.rank, self.world, self.device = start_processes(cfg)
         self.sharded = cfg.fsdp and self.world > 1
@@ -176,6 +179,7 @@ class Run:
         found = checkpoints(cfg.out)
         if found and not cfg.resume:
             raise UserError(f"{cfg.out} already holds a training run: add --resume to go on, or choose another --out")
+        writable(cfg.out)
         if cfg.resume and not found:
             raise UserError(f"{cfg.out} holds no training run to resume: leave --resume out to start one")
         self.step, self.seconds, self.norms, self.skipped, self.figures, self.record, self.signal = 0, 0.0, [], 0, {}, {}, None
@@ -210,7 +214,7 @@ class Run:
             if name not in self.free and before != value:
                 raise UserError(f"{self.cfg.out} was trained with --{name} {before}, not {value}: resume with that, or choose another --out")
         check(record)
-        for name in stored(path):
+        for name in sorted(stored(path)):
             if name.startswith("optimizer."):                            # AdamW makes these in its first step
                 _, i, kind = name.split(".")
                 parameter = self.parameters[int(i)]

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from cli import UserError, atomic, choose_many, parse, run
+from cli import UserError, at_least, atomic, choose_many, parse, run, writable
 from data.env import IMAGE_SIZE, VIEWS, TabletopEnv
 from data.expert import PEG_LEVER, PRIMITIVES, Infeasible, Planner, azimuth_of, hand_offset, quarter_turns, tool_rotation, yaw_of
 from data.questions import CATEGORIES, CAUSES, STEP_TEXT, Asker, equalise
@@ -278,6 +278,7 @@ def make_shard(job):
 
 def make(config):
     """Render what is missing of config.scenes training scenes, and a fifteenth for validation; the result does not depend on the number of workers."""
+    at_least(config, 1, "scenes", "workers"), at_least(config, 0, "seed"), writable(config.out)
     cells, jobs = [(r, t) for t in TASKS for r in ROBOTS], []
     shards = max(1, round(config.scenes / len(cells) / SHARD))
     for c, (robot, task) in enumerate(cells):

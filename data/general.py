@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cli import UserError, atomic, parse, run
+from cli import at_least, atomic, parse, run
 from data.env import TabletopEnv
 from data.robots import ROBOTS
 from data.tasks import TASKS
@@ -80,8 +80,7 @@ def row(name, rng, pictures, held_out):
 
 def make(config):
     """Write both files and the pictures. No probe is also a training row."""
-    if min(config.rows, config.probes, config.pictures) < 1:
-        raise UserError(f"--rows {config.rows}, --probes {config.probes} and --pictures {config.pictures} must be at least 1")
+    at_least(config, 1, "rows", "probes", "pictures"), at_least(config, 0, "seed")
     out, rng = Path(config.out), np.random.default_rng(config.seed)
     cells, pictures = [(robot, task) for task in TASKS for robot in ROBOTS], []
     for i in range(config.pictures):

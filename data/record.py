@@ -1,6 +1,7 @@
 """Episodes: recorded from the expert, kept on disk, read at training speed, looked at.
 
     python -m data.record --robots all --tasks all --episodes 100 --seed 0 --workers 2
+    torchrun --nproc_per_node 4 -m data.record                           each process makes its share, on one machine or several with a common folder
     python -m data.record --policy out/policy                            corrections: a policy begins, the expert takes over (DAgger, arXiv 1011.0686)
     python -m data.record --show out/demos --out out/demos.png          a contact sheet (.png) or a moving picture (.gif)
 
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from cli import UserError, atomic, choose_many, parse, run
+from cli import UserError, at_least, atomic, choose_many, parse, run, this_process, writable
 from data.env import TabletopEnv
 from data.expert import demonstrate
 from data.robots import ROBOTS
@@ -120,21 +121,19 @@ def record_cell(job):
 def record(config):
     """Record what is missing of robots x tasks x episodes into config.out; returns {cell: failed seeds}."""
     robots, tasks = choose_many(config.robots, ROBOTS, "robot"), choose_many(config.tasks, TASKS, "task")
-    if config.episodes < 1 or config.workers < 1:
-        raise UserError(f"--episodes {config.episodes} and --workers {config.workers} must be at least 1")
+    at_least(config, 1, "episodes", "workers"), at_least(config, 0, "seed", "noise")
     if config.policy:
         load_policy(config.policy)                         # a bad folder is told here, once
         config = replace(config, seed=config.seed + CORRECTION_SEED)
-    with atomic(Path(config.out) / ".writable"):
-        pass
-    (Path(config.out) / ".writable").unlink()
+    writable(config.out)
     # slices of ten interleaved seeds, so that the work divides well and the files do not depend on the number of workers
     slices = max(1, config.episodes // 10)
-    jobs = [(r, t, config, first, slices) for t in tasks for r in robots for first in range(slices)]
-    counts = Path(config.out) / "failures.json"
+    rank, world = this_process()
+    jobs = [(r, t, config, first, slices) for t in tasks for r in robots for first in range(slices)][rank::world]
+    counts = Path(config.out) / ("failures.json" if world == 1 else f"failures-{rank}.json")
     failures = json.loads(counts.read_text()) if counts.exists() else {}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with multiprocessing.get_context("spawn").Pool(config.workers) as pool, tqdm(total=len(robots) * len(tasks) * config.episodes, unit="episode") as bar:
+    with multiprocessing.get_context("spawn").Pool(config.workers) as pool, tqdm(total=sum(len(range(first, config.episodes, slices)) for *_, first, _ in jobs), unit="episode") as bar:
         for robot, task, kept, failed in pool.imap_unordered(guarded, jobs):
             if kept is None:
                 raise UserError(failed)

@@ -71,7 +71,7 @@ def test_jerk():
 
 def test_an_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatch):
     config = evaluation.EvalConfig(robots="widowx", tasks="PushCube", episodes=12, workers=1, out=str(tmp_path / "r.json"))
-    part, ran = tmp_path / ".r.json.part", []
+    part, ran = tmp_path / ".r.json.0.part", []
     whole = evaluation.physical("expert", config)
     lines = part.read_text().splitlines(keepends=True)
     assert len(lines) == 3 and whole["episodes"] == 12
@@ -84,6 +84,19 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert part.read_text().splitlines(keepends=True) == lines
     evaluation.physical("expert", replace(config, seed=config.seed + 1, episodes=2))        # another evaluation: nothing of the old one counts
     assert len(ran) == 2 and len(part.read_text().splitlines()) == 2
+
+
+def test_processes_share_an_evaluation(tmp_path, monkeypatch):
+    config = lambda name: evaluation.EvalConfig(robots="widowx,panda", tasks="PushCube", episodes=12, workers=1, out=str(tmp_path / f"{name}.json"))
+    alone = evaluation.physical("expert", config("alone"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        shared = evaluation.physical("expert", config("shared"))
+        assert (shared is None) == (rank == 1)
+    assert shared["cells"] == alone["cells"]
+    parts = [len((tmp_path / f".shared.json.{rank}.part").read_text().splitlines()) for rank in (0, 1)]
+    assert parts == [1 + 4, 1 + 2]                                       # rank 0 takes over what it found done
 
 
 def test_pictures_of_results(tmp_path):
