@@ -12,7 +12,7 @@ end, none seeing another, so nothing is spent on padding; the cross-entropy is o
 hardly learns to see from sparse words, so linear heads, thrown away afterwards, read what each 16-pixel patch shows and where that object's centre is:
 one from the ViT, one from the hidden states of block k, which is what the policy will read. Rotary positions tell a patch only where others are; the
 second head also asks for the place in the picture, which is what coordinates in answers are. A third head reads the place that an answer is about from
-the tokens of that answer: digits follow soon after. The first `dense_fraction` of the steps trains the heads alone, on pictures without text and through
+the tokens of that answer: digits follow soon after. The first `dense_steps` train the heads alone, on pictures without text and through
 k blocks only, several times as fast.
 
 Written to --out: config.json, model.safetensors (float16), tokenizer.json, training.json (command, figures), and what trainer.py writes.
@@ -64,7 +64,7 @@ class SFTConfig(RunConfig):
     weight_decay: float = 0.05     # on matrices
     intent_layer: int = 3          # k: the LLM block that the second dense head (and later the policy) reads
     dense_weight: float = 1.0      # weight of the dense loss beside that of the answers; 0 for none
-    dense_fraction: float = 0.0    # share of the steps with the dense loss alone
+    dense_steps: int = 0           # first steps, with the dense loss alone
     vocab_size: int = 1024         # byte-level pieces of the tokenizer of a model from nothing
     eval_every: int = 300          # steps
     eval_rows: int = 128           # validation rows of each source for the figures by teacher forcing
@@ -72,7 +72,8 @@ class SFTConfig(RunConfig):
     save_every: int = 300          # steps
 
 
-PRESETS = {"embodied": SFTConfig(), "base": SFTConfig(categories="attribute,existence,point,box", out="out/base", backbone="", steps=2400, lr=1.5e-3, dense_fraction=0.6)}
+PRESETS = {"embodied": SFTConfig(), "base": SFTConfig(data="out/corpus:1,out/general/train.jsonl:1", categories="attribute,existence,point,box", out="out/base", backbone="", steps=6000, lr=1.5e-3,
+                                                         dense_steps=1440)}
 FREE_TO_CHANGE = {"on_bad", "eval_rows", "point_scenes", "micro_batch", "checkpointing"}     # when resuming, beside trainer.FREE
 PARTS = ("vision", "merger", "llm")
 NOTHING_WEIGHT = 0.25                        # most patches show nothing
@@ -472,7 +473,7 @@ def train(cfg):
         shard(model, [*model.visual.blocks, *model.model.layers], run.device), shard(heads, [heads.answer], run.device)
     model.to(run.device), heads.to(run.device)
     run.begin({"model": model, "heads": heads}, make_optimizer((model, heads), cfg))
-    dense_steps = int(cfg.dense_fraction * cfg.steps) if cfg.dense_weight else 0
+    dense_steps = cfg.dense_steps if cfg.dense_weight else 0
 
     def batches_of(step):
         rows = mixture.rows_of_step(step, cfg.batch_size, step < dense_steps)[run.rank::run.world]

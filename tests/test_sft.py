@@ -67,7 +67,7 @@ def tiny(monkeypatch):
 
 def config(out, **changes):
     flags = {"model": "tiny", "steps": 6, "batch_size": 4, "warmup": 2, "intent_layer": 2, "vocab_size": 300, "eval_every": 100, "eval_rows": 4,
-             "point_scenes": 2, "save_every": 3, "device": "cpu", "dense_fraction": 0.34, "data": "corpus", "backbone": ""}
+             "point_scenes": 2, "save_every": 3, "device": "cpu", "dense_steps": 2, "data": "corpus", "backbone": ""}
     return SFTConfig(**{**flags, "out": str(out), **changes})
 
 
@@ -143,7 +143,7 @@ def test_packing_changes_nothing(tokenizer, tmp_path):
 
 def test_lora_starts_as_nothing_trains_alone_and_is_merged_when_saved(tmp_path):
     train(config(tmp_path / "base", steps=2))
-    train(config(tmp_path / "tuned", backbone=str(tmp_path / "base"), lora_rank=2, steps=3, train="merger", dense_weight=0.0, dense_fraction=0.0, lr=1e-2))
+    train(config(tmp_path / "tuned", backbone=str(tmp_path / "base"), lora_rank=2, steps=3, train="merger", dense_weight=0.0, dense_steps=0, lr=1e-2))
     base, tuned = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "tuned"))
     assert base.keys() == tuned.keys()
     moved = {name for name in base if not torch.equal(base[name], tuned[name])}
@@ -166,7 +166,7 @@ def test_lora_starts_as_nothing_trains_alone_and_is_merged_when_saved(tmp_path):
 def test_only_the_chosen_parts_are_trained(tmp_path):
     train(config(tmp_path / "base", steps=2))
     for parts, prefixes in (("vision", ("visual.patch", "visual.blocks")), ("merger", ("visual.merger",)), ("llm", ("model.",))):
-        train(config(tmp_path / parts, backbone=str(tmp_path / "base"), train=parts, steps=2, dense_fraction=0.0))
+        train(config(tmp_path / parts, backbone=str(tmp_path / "base"), train=parts, steps=2, dense_steps=0))
         base, tuned = (load_file(tmp_path / name / "model.safetensors") for name in ("base", parts))
         moved = {name for name in base if not torch.equal(base[name], tuned[name])}
         assert moved and all(name.startswith(prefixes) for name in moved), (parts, moved)
@@ -226,7 +226,7 @@ def test_token_head_lays_its_patches_where_the_pixels_are():
 
 def test_overfits_a_few_scenes_and_the_folder_answers(tmp_path):
     figures = train(config(tmp_path, steps=600, batch_size=6, lr=1e-2, eval_rows=12, point_scenes=12, warmup=10, save_every=600,
-                           dense_fraction=0.1))
+                           dense_steps=60))
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     answers = [line["answer"] for line in log if "answer" in line]
     assert answers[-1] < 0.15 * answers[0] and log[-1]["dense_llm"] < 0.2 * log[0]["dense_llm"]
@@ -262,8 +262,8 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch):
 
 
 def test_dense_stage_stops_at_block_k_and_micro_batches_change_nothing(tmp_path):
-    states = [last_state(cfg.out) for cfg in (config(tmp_path / "a", steps=2, dense_fraction=1.0, save_every=2),
-              config(tmp_path / "b", steps=2, dense_fraction=1.0, micro_batch=1)) if train(cfg) is not None]
+    states = [last_state(cfg.out) for cfg in (config(tmp_path / "a", steps=2, dense_steps=2, save_every=2),
+              config(tmp_path / "b", steps=2, dense_steps=2, micro_batch=1)) if train(cfg) is not None]
     torch.manual_seed(0)
     frame = "system\nYou are a helpful assistant.\nuser\nassistant\n"
     fresh = VLM(TINY.for_tokenizer(train_tokenizer([*Corpus().texts(), *[frame] * 1000], 300))).state_dict()
@@ -276,7 +276,7 @@ def test_dense_stage_stops_at_block_k_and_micro_batches_change_nothing(tmp_path)
 
 def test_backbone_starts_from_its_weights_without_a_dense_stage(tmp_path):
     train(config(tmp_path / "first", steps=2))
-    train(config(tmp_path / "second", backbone=str(tmp_path / "first"), steps=1, lr=0.0, weight_decay=0.0, dense_fraction=0.0))
+    train(config(tmp_path / "second", backbone=str(tmp_path / "first"), steps=1, lr=0.0, weight_decay=0.0, dense_steps=0))
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert "answer" in json.loads((tmp_path / "second" / "log.jsonl").read_text().splitlines()[0])
