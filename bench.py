@@ -1,6 +1,8 @@
 """How fast the parts are, each beside its peer or its limit on this machine.
 
     python bench.py vlm          vlm.py against Hugging Face transformers (pip install -r requirements-test.txt), the same random weights in both
+    python bench.py engine       demonstrations a minute; what of an episode's time is physics and drawing
+    python bench.py sft          Stage I's step: rows packed end to end against rows padded to the longest
     python bench.py policy       Stage II's step with hidden states cached and computed anew; acting; a head as large as a peer's, beside its figures
 
 Every figure is the median of runs that take turns, ours and theirs, since machines are noisy. Results are printed and written as JSON.
@@ -18,10 +20,11 @@ from tqdm import tqdm
 
 from cli import UserError, choose, parse, pick_device, run, write_json
 from data.robots import ROBOTS, get_robot
+from data.tasks import TASKS
 from model import BLM, VIEWS
 from policy import Policy, PolicyConfig
 from train_policy import TrainConfig
-from vlm import PRESETS, VLM, VisionConfig, VLMConfig, process_images
+from vlm import PRESETS, VLM, Tokenizer, VisionConfig, VLMConfig, collate, process_images
 
 GENERATED = 32
 
@@ -214,7 +217,70 @@ def bench_policy(config):
     return {"what": "policy", "machine": machine, "rows": rows}
 
 
-BENCHES = {"vlm": bench_vlm, "policy": bench_policy}
+def bench_engine(config):
+    """Episodes a minute of the recorder, all cells once, on all cores; and what one episode's time would be if it were physics and drawing alone."""
+    import mujoco
+    from data.env import CONTROL_HZ, SUBSTEPS, TabletopEnv
+    from data.expert import demonstrate
+    from data.record import RecordConfig, record
+    workers, cells = config.threads or os.cpu_count() or 1, len(ROBOTS) * len(TASKS)
+    with tempfile.TemporaryDirectory() as folder:
+        record(RecordConfig(episodes=1, workers=workers, out=folder))                    # processes start, models compile
+        start = time.perf_counter()
+        record(RecordConfig(episodes=10, seed=1000, workers=workers, out=folder))
+        a_minute = 60 * 10 * cells / (time.perf_counter() - start)
+    env, rows = TabletopEnv("widowx", "StackCube"), []
+    demonstrate(env, 0)
+
+    def episode():
+        rows.append(len(demonstrate(env, 1).states))
+
+    env.draw("front")
+    whole, step, draw = median_ms([episode, lambda: mujoco.mj_step(env.model, env.data), lambda: env.draw("front")], config.runs, lambda: None)
+    limit = rows[-1] * (SUBSTEPS * step + len(VIEWS) * draw)
+    machine = about_machine(torch.device("cpu"))
+    print("\n" + ", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(f"{a_minute:.0f} episodes a minute on {workers} processes (asked for: 100 on two cores)")
+    print(f"an episode of {rows[-1] / CONTROL_HZ:.1f} s takes {whole:.0f} ms; its physics ({SUBSTEPS} x {step:.3f} ms a control step) and drawing ({len(VIEWS)} x {draw:.1f} ms) alone "
+          f"{limit:.0f} ms, {100 * limit / whole:.0f}% of it")
+    return {"what": "engine", "machine": machine, "episodes_a_minute": round(a_minute, 1), "workers": workers, "episode_ms": whole, "limit_ms": limit, "of_limit": round(limit / whole, 3)}
+
+
+def bench_sft(config):
+    """Stage I's step on the default mixture, forward and backward: the same rows packed end to end, and padded to the longest of them."""
+    import train_sft
+    device, cfg = pick_device(config.device), train_sft.SFTConfig(dense_weight=0)
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    train_sft.ensure_data(cfg)
+    mixture, tokenizer = train_sft.Mixture(cfg), Tokenizer.from_pretrained("weights/nano")
+    model, rows = VLM.from_pretrained("weights/nano", device).train(), []
+    for name, which in (("the default mixture", lambda source: True), ("conversations of the second source alone", lambda source: source == 1)):
+        chosen = [row for step in range(20) for row in mixture.rows_of_step(step, cfg.batch_size) if which(row[1])][:cfg.batch_size]
+        packed = train_sft.make_batch([train_sft.read_row(mixture.sources[source], number, index, cfg) for number, source, index in chosen], tokenizer, model.config, cfg)
+        lines = list(zip(*([part.tolist() for part in packed[key][0].split(packed["segments"])] for key in ("input_ids", "labels"))))
+        vision = {key: packed[key] for key in ("pixel_values", "image_grid_thw") if key in packed}
+        padded = {key: torch.as_tensor(value) for key, value in collate(lines, model.config.bos_token_id, side="right").items()} | vision
+
+        def train(batch):
+            batch = train_sft.move(batch, device)
+            learned = batch["labels"][:, 1:] >= 0
+            inputs = {key: batch[key] for key in (*train_sft.INPUTS, "attention_mask") if key in batch}
+            logits = model(**inputs, logits_at=torch.nn.functional.pad(learned, (0, 1))).logits
+            torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:][learned]).backward()
+            model.zero_grad(set_to_none=True)
+
+        tokens = sum(packed["segments"])
+        ms, padded_ms = median_ms([lambda: train(packed), lambda: train(padded)], config.runs, sync)
+        rows.append({"what": name, "rows": len(chosen), "tokens": tokens, "padded_tokens": padded["input_ids"].numel(), "ms": round(ms, 1), "padded_ms": round(padded_ms, 1),
+                     "tokens_per_s": round(1000 * tokens / ms), "ratio": round(padded_ms / ms, 2)})
+    machine = about_machine(device)
+    print("\n" + ", ".join(f"{name} {value}" for name, value in machine.items()) + "\n\n| rows | tokens | with padding | packed ms | padded ms | tokens/s packed | times as fast |\n" + "|---" * 7 + "|")
+    for row in rows:
+        print(f"| {row['rows']} of {row['what']} | {row['tokens']} | {row['padded_tokens']} | {row['ms']:.0f} | {row['padded_ms']:.0f} | {row['tokens_per_s']} | {row['ratio']} |")
+    return {"what": "sft", "machine": machine, "rows": rows}
+
+
+BENCHES = {"engine": bench_engine, "vlm": bench_vlm, "sft": bench_sft, "policy": bench_policy}
 
 
 def main():

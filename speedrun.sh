@@ -1,5 +1,5 @@
 #!/bin/sh
-# From an empty folder to the table of 24 cells: demonstrations, corpus, Stage I, Stage II, two rounds of corrections, evaluation.
+# From an empty folder to the table of 24 cells: demonstrations, corpus, base model, Stage I, Stage II, two rounds of corrections, evaluation.
 #
 #   sh speedrun.sh                  two CPU cores: about five hours
 #   sh speedrun.sh --budget gpu     one GPU and sixteen cores: the same steps, evaluated after each round
@@ -22,12 +22,14 @@ said() {                            # said <name> <command>: run it once, and te
     touch "$out/$name.done"
     echo "$(( ($(date +%s) - $(cat $out/begun)) / 60 )) minutes: $name" | tee -a $out/times.txt
 }
-resume() { [ -f "$1/state.safetensors" ] && echo --resume; true; }
+resume() { [ -d "$1/state" ] && echo --resume; true; }
 
 hard=PickCube,StackCube,PlaceSphere,LiftPegUpright
 said demonstrations python -m data.record --out $out/demos --workers "$workers"
 said corpus python -m data.corpus --out $out/corpus --workers "$workers"
-said stage1 python train_sft.py --data $out/corpus --out $out/sft $(resume $out/sft)
+said general python -m data.general --out $out/general
+said base python train_sft.py --preset base --data $out/corpus:1,$out/general/train.jsonl:1 --out $out/base $(resume $out/base)
+said stage1 python train_sft.py --data $out/corpus:3,$out/general/train.jsonl:1 --backbone $out/base --out $out/sft $(resume $out/sft)
 policy="python train_policy.py --data $out/demos --backbone $out/sft --cache $out/intents --out $out/policy"
 said stage2 $policy --steps 9000 $(resume $out/policy)
 [ "$budget" = gpu ] && said table1 python eval.py physical --weights $out/policy --workers "$workers" --out $out/physical-1.json
@@ -36,5 +38,6 @@ said stage2b $policy --resume --steps 15000
 [ "$budget" = gpu ] && said table2 python eval.py physical --weights $out/policy --workers "$workers" --out $out/physical-2.json
 said corrections2 python -m data.record --policy $out/policy --tasks $hard --seed 10000 --episodes 50 --out $out/demos --workers "$workers"
 said stage2c $policy --resume --steps 20000
+said digital python eval.py digital --weights $out/policy --base $out/base --corpus $out/corpus --general $out/general --out $out/digital.json
 said table python eval.py physical --weights $out/policy --episodes 50 --workers "$workers" --out $out/physical.json
 cat $out/times.txt
