@@ -1,4 +1,4 @@
-"""Closed-loop success in 24 cells (four robots, six tasks): of the scripted expert, and of one set of weights.
+"""What one set of weights can do: drive in 24 cells (four robots, six tasks), and answer.
 
     python eval.py expert                          the planner that makes the demonstrations, 50 layouts a cell
     python eval.py physical --weights weights/nano the policy: camera pictures, joint state and an instruction in wordings it was not trained on
@@ -23,17 +23,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm, trange
 
-from cli import UserError, at_least, atomic, choose, choose_many, parse, pick_device, run, this_process
+from cli import UserError, at_least, atomic, choose, choose_many, parse, pick_device, run, this_process, write_json
 from data.env import CONDITIONS, CONTROL_HZ, TabletopEnv, front_pixel
 from data.expert import demonstrate
-from data.questions import CATEGORIES
+from data.questions import CATEGORIES, distance, is_right
 from data.robots import ROBOTS, get_robot
 from data.tasks import TASKS
 from plot import bars, heat_map
+from rollout import EXECUTE_STEPS, draw_episode, jerk, robots_of, rollout
 
-EVALUATION_SEED = 1_000_000
-ELSEWHERE = ("workers", "out", "failures", "corpus", "questions", "base", "general", "name", "data", "dtype")     # settings that no episode depends on
-EXECUTE_STEPS = 12           # of a chunk that are carried out before the policy looks again: with fewer it may hesitate for ever where an arm starts slowly
+ELSEWHERE = ("workers", "out", "failures")     # settings that no episode depends on
 # BLM1, arXiv 2510.24161: success (%) over 50 episodes a cell, one set of weights, in ManiSkill; columns in the order of TASKS
 PAPER = {"panda": (86, 100, 100, 60, 96, 66), "xarm6": (92, 100, 100, 86, 94, 10), "xarm7": (72, 88, 100, 56, 78, 54), "widowx": (100, 68, 84, 44, 2, 84)}
 
@@ -41,62 +40,37 @@ PAPER = {"panda": (86, 100, 100, 60, 96, 66), "xarm6": (92, 100, 100, 86, 94, 10
 @dataclass
 class EvalConfig:
     weights: str = "weights/nano"   # checkpoint folder
-    robots: str = "all"             # comma-separated robots, or all
-    tasks: str = "all"              # comma-separated tasks, or all
-    episodes: int = 20              # episodes for each robot and task
-    seed: int = EVALUATION_SEED     # first layout seed
-    execute_steps: int = EXECUTE_STEPS     # control steps of a chunk that are carried out before the policy looks again
-    condition: str = ""             # physical: change one thing: lighting, table, camera, outside, noise or distractor (data/env.py)
-    failures: str = ""              # physical: folder for GIFs of the failed episodes, sorted by reason; empty: none are drawn
-    temperature: float = 0.0        # of the noise a chunk flows from; 0 is deterministic
-    workers: int = 2                # processes
     device: str = "auto"            # auto, cpu, cuda or mps
-    corpus: str = "out/corpus"      # digital: the corpus whose validation scenes are asked
-    questions: int = 50             # digital: how many of each category in wordings that training saw, and as many in others
-    base: str = ""                  # digital: another model folder to stand beside, such as the one before Stage I
-    general: str = "out/general"    # digital: folder with the probes of instruction following
-    name: str = "robovqa"           # benchmark: robovqa, agibot, holoassist, robofail, egothink or sharerobot
-    data: str = ""                  # benchmark: its folder, or its name on the hub
-    dtype: str = "float32"          # benchmark: of the language model; bfloat16 for large ones on a GPU
     out: str = ""                   # result file; default out/results/<what>.json
 
 
-def rollout(blm, env, seed, execute_steps=EXECUTE_STEPS, temperature=0.0, instruction=None, watch=None, max_steps=None):
-    """One closed-loop episode of `blm` in `env`: {"success", "steps", "clipped", "jerk": rad/s^3, "act_s": mean seconds a chunk, "reason": why not, or ""}.
-
-    Every `execute_steps` control steps the policy looks again, and only then are pictures drawn: make env with render=False. watch(env): called before
-    every control step. max_steps: stop sooner than the task does.
-    """
-    env.reset(seed, instruction=instruction)
-    done = truncated = False
-    times, held, states, body = [], [], [env.state()], next(iter(env.task.labels))
-    while not (done or truncated):
-        observation, start = env.observe(render=True), time.perf_counter()
-        chunk = blm.act(observation, env.robot.name, temperature, seed=[seed, env.steps])
-        times.append(time.perf_counter() - start)
-        for action in chunk[:execute_steps]:
-            if watch:
-                watch(env)
-            *_, done, truncated, info = env.step(action)
-            truncated = truncated or env.steps == max_steps
-            held.append(env.grasped(body))
-            states.append(env.state())
-            if done or truncated:
-                break
-    return {"success": bool(done), "steps": env.steps, "clipped": info["clipped"], "jerk": jerk(states, env.robot.dof), "act_s": float(np.mean(times)),
-            "reason": "" if done else why(env.task, held)}
+@dataclass
+class PhysicalConfig(EvalConfig):
+    robots: str = "all"             # comma-separated robots, or all
+    tasks: str = "all"              # comma-separated tasks, or all
+    episodes: int = 50              # episodes for each robot and task
+    seed: int = 1_000_000           # first layout seed
+    execute_steps: int = EXECUTE_STEPS     # control steps of a chunk that are carried out before the policy looks again
+    condition: str = ""             # change one thing: lighting, table, camera, outside, noise or distractor (data/env.py)
+    temperature: float = 0.0        # of the noise a chunk flows from; 0 is deterministic
+    failures: str = ""              # folder for GIFs of the failed episodes, sorted by reason; empty: none are drawn
+    workers: int = 2                # processes
 
 
-def jerk(states, dof):
-    """Mean absolute third difference of the joint angles in `states` (L, S), rad/s^3: how rough a motion is."""
-    return float(np.abs(np.diff(np.array(states)[:, :dof], 3, axis=0)).mean() * CONTROL_HZ ** 3) if len(states) > 3 else 0.0
+@dataclass
+class DigitalConfig(EvalConfig):
+    base: str = ""                  # another model folder to stand beside, such as the one before Stage I
+    corpus: str = "out/corpus"      # the corpus whose validation scenes are asked
+    general: str = "out/general"    # folder with the probes of instruction following
+    questions: int = 50             # how many of each category in wordings that training saw, and as many in others
+    seed: int = 0                   # which of the scenes
 
 
-def why(task, held):
-    """Why an episode of `task` failed, from whether its object was held after each step."""
-    if task.name in ("PushCube", "PullCube"):
-        return "missed the target"
-    return "never grasped" if not any(held) else "held to the end" if held[-1] else "let go elsewhere"
+@dataclass
+class BenchmarkConfig(EvalConfig):
+    name: str = "robovqa"           # robovqa, agibot, holoassist, robofail, egothink or sharerobot
+    data: str = ""                  # its folder, or its name on the hub
+    dtype: str = "float32"          # of the language model; bfloat16 for large ones on a GPU
 
 
 def wilson(successes, n, z=1.96):
@@ -209,20 +183,8 @@ def physical(what, config):
     return result
 
 
-def robots_of(blm, names):
-    """The robots called `names`, or all those that `blm` was trained on. UserError if it was not trained on one of them, or cannot act at all."""
-    if blm.policy is None:
-        raise UserError("this model folder has no policy.safetensors: it answers, but does not act; train a policy with `python train_policy.py`")
-    robots, known = choose_many(names, ROBOTS, "robot"), blm.policy.embodiments
-    strange = [robot for robot in robots if robot not in known]
-    if strange and names != "all":
-        raise UserError(f"this model was not trained on {', '.join(strange)}, but on {', '.join(known)}")
-    return [robot for robot in robots if robot in known]
-
-
 def draw_failures(blm, config, cells):
     """A GIF of every failed episode, as <failures>/<reason>/<robot>-<task>-<seed>.gif: run once more, which gives the same."""
-    from sample import draw_episode
     failed = [(robot, task, seed, reason) for robot, row in cells.items() for task, cell in row.items() for seed, reason in cell["failures"].items()]
     for robot, task, seed, reason in tqdm(failed, unit="picture"):
         env = TabletopEnv(robot, task, render=False, held_out=True, condition=config.condition)
@@ -230,7 +192,7 @@ def draw_failures(blm, config, cells):
         env.close()
 
 
-def conditions(config):
+def conditions(what, config):
     """The table of cells once as it is and once under each condition of data/env.py; prints the means, returns all results."""
     found, out = {}, Path(config.out)
     for name in ("", *CONDITIONS):
@@ -243,7 +205,7 @@ def conditions(config):
     for name, result in found.items():
         columns = [np.mean([row[task]["success"] for row in result["cells"].values()]) for task in tasks]
         print(f"| {name} | " + " | ".join(f"{100 * x:.0f}" for x in (*columns, result["mean"])) + " |")
-    return {"what": "conditions", "means": {name: result["mean"] for name, result in found.items()}, "about": CONDITIONS,
+    return {"what": what, "means": {name: result["mean"] for name, result in found.items()}, "about": CONDITIONS,
             "command": shlex.join(["python", *sys.argv]), "conditions": found}
 
 
@@ -265,7 +227,7 @@ def table(result, robots, tasks):
     return "\n".join(lines)
 
 
-def digital(config):
+def digital(what, config):
     """Ask held-back scenes' questions of each category: of the model, of the model with noise for pictures ("blind"), and of a base model if one is named.
 
     Accuracy by category, in wordings that training saw and in those that it did not, beside chance; pointing error in pixels, and in centimetres on the front
@@ -317,7 +279,7 @@ def digital(config):
     points = [(scene, question, reply) for (scene, question), reply in zip(asked, given["model"]) if question["category"] == "point"]
     errors = [distance(reply, question["answer"]) for _, question, reply in points]
     front = [error * front_pixel(get_robot(scene["robot"])) for (scene, question, _), error in zip(points, errors) if "front" in question["question"]]
-    result = {"what": "digital", "mean": mean("model"), "blind_mean": mean("blind"), "chance_mean": mean("chance"), **({"base_mean": mean("base")} if config.base else {}),
+    result = {"what": what, "mean": mean("model"), "blind_mean": mean("blind"), "chance_mean": mean("chance"), **({"base_mean": mean("base")} if config.base else {}),
               "seen_mean": mean("seen"), "held_out_mean": mean("held_out"), "categories": rows, "asked": len(asked), "retention": retention,
               "point_error_px_median": float(np.median(errors)), "point_error_cm_median": 100 * float(np.median(front)), "command": shlex.join(["python", *sys.argv])}
     print(digital_table(result))
@@ -327,7 +289,7 @@ def digital(config):
     return result
 
 
-def benchmark(config):
+def benchmark(what, config):
     """One of the paper's six benchmarks (data/benchmarks.py), scored; and the paper's figures, which other weights and another judge made."""
     import torch
     from data import benchmarks
@@ -339,7 +301,7 @@ def benchmark(config):
     for item in tqdm(items, unit="question"):
         replies.append(blm.answer(item.load(), item.prompt(), 16 if item.options else 256))
     before, after = benchmarks.PAPER[config.name]
-    result = {"what": "benchmark", "name": config.name, **benchmarks.score(items, replies), "missing": missing, "paper": {"before": before, "after": after},
+    result = {"what": what, "name": config.name, **benchmarks.score(items, replies), "missing": missing, "paper": {"before": before, "after": after},
               "command": shlex.join(["python", *sys.argv]), "replies": replies}
     measures = [name for name in ("accuracy", "exact", "soft") if name in result]
     for category, row in [*result["categories"].items(), ("all", result)]:
@@ -361,50 +323,27 @@ def digital_table(result):
     return "\n".join([*lines, f"| mean | {result['asked']} | {means} | | {100 * result['seen_mean']:.1f} / {100 * result['held_out_mean']:.1f} |"])
 
 
-def is_right(question, reply):
-    """Points: within 5 px, half a cube in the front view. Boxes: an intersection over union of 0.5. All else: the very words."""
-    if question["form"] == "point":
-        return distance(reply, question["answer"]) <= 5
-    return overlap(reply, question["answer"]) >= 0.5 if question["form"] == "box" else reply.strip() == question["answer"]
-
-
-def distance(given, answer):
-    """Pixels between the points of two answers; infinite if one has none."""
-    try:
-        return float(np.hypot(*np.subtract(json.loads(given)["point_2d"], json.loads(answer)["point_2d"])))
-    except (ValueError, KeyError, TypeError):
-        return np.inf
-
-
-def overlap(given, answer):
-    """Intersection over union of two answers' boxes; 0 if one has none."""
-    try:
-        a, b = (np.array(json.loads(text)["bbox_2d"], float) for text in (given, answer))
-        inner = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None).prod()
-        return inner / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - inner)
-    except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError):
-        return 0.0
+KINDS = {"expert": (physical, PhysicalConfig), "physical": (physical, PhysicalConfig), "conditions": (conditions, PhysicalConfig), "digital": (digital, DigitalConfig),
+         "benchmark": (benchmark, BenchmarkConfig)}
 
 
 def main():
-    kinds = ("expert", "physical", "conditions", "digital", "benchmark")
+    if sys.argv[1:2] in (["--help"], ["-h"]):
+        print(__doc__ + "\npython eval.py <what> --help lists the flags")
+        return
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        if "--help" in sys.argv or "-h" in sys.argv:
-            print(__doc__)
-            parse(EvalConfig, argv=["--help"])
-        raise UserError(f"say what to evaluate: python eval.py {' | '.join(kinds)}")
-    what = choose(sys.argv[1], kinds, "evaluation")
-    config = parse(EvalConfig, description=__doc__.split("\n")[0], argv=sys.argv[2:])
-    at_least(config, 1, "episodes", "workers", "execute_steps", "questions"), at_least(config, 0, "seed", "temperature")
+        raise UserError(f"say what to evaluate: python eval.py {' | '.join(KINDS)}")
+    what = choose(sys.argv[1], KINDS, "evaluation")
+    evaluate, config_class = KINDS[what]
+    config = parse(config_class, description=__doc__.split("\n")[0], argv=sys.argv[2:])
+    for name, low in (("episodes", 1), ("workers", 1), ("execute_steps", 1), ("questions", 1), ("seed", 0), ("temperature", 0)):
+        if hasattr(config, name):
+            at_least(config, low, name)
     config.out = config.out or f"out/results/{config.name if what == 'benchmark' else what}.json"
-    if what == "expert" and "--episodes" not in " ".join(sys.argv):
-        config.episodes = 50
-    own = {"digital": digital, "conditions": conditions, "benchmark": benchmark}
-    result = own[what](config) if what in own else physical(what, config)
+    result = evaluate(what, config)
     if result is None:                                     # a process whose share another one reports
         return
-    with atomic(config.out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1))
+    write_json(config.out, result)
     if what not in ("conditions", "benchmark"):
         (bars if what == "digital" else heat_map)(result, Path(config.out).with_suffix(".png"))
     for part in Path(config.out).parent.glob(f".{Path(config.out).stem}*.part"):

@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from cli import UserError, at_least, atomic, choose_many, parse, pick_device, run, writable
+from cli import UserError, at_least, choose_many, parse, pick_device, run, writable
 from data.env import CONTROL_HZ, VIEWS, TabletopEnv
 from data.robots import ROBOTS
 from data.tasks import TASKS
-from eval import EXECUTE_STEPS, robots_of, rollout
+from rollout import EXECUTE_STEPS, GREEN, RED, draw_episode, play, robots_of, save_gif
 
-GIF_SIZE, TILE, FRAMES_EVERY = 384, 144, 2          # pixels; control steps between two frames
-INK, GREEN, RED = (20, 20, 20), (0, 130, 0), (180, 0, 0)
+TILE = 144                          # pixels of one of the mosaic's pictures
 
 
 @dataclass
@@ -37,47 +36,6 @@ class SampleConfig:
     device: str = "auto"             # auto, cpu, cuda or mps
     ask: str = ""                    # a question to answer instead of acting
     image: str = ""                  # picture to ask about; empty: the scene of --robot, --task and --seed
-
-
-def caption(picture, lines, colour=INK):
-    """A PIL image with lines of text on a band below the picture (H, W, 3)."""
-    image = Image.new("RGB", (picture.shape[1], picture.shape[0] + 18 * len(lines) + 6), (250, 250, 250))
-    image.paste(Image.fromarray(picture))
-    draw = ImageDraw.Draw(image)
-    for i, line in enumerate(lines):
-        draw.text((6, picture.shape[0] + 4 + 18 * i), line, fill=colour if i == len(lines) - 1 else INK, font_size=13)
-    return image
-
-
-def save_gif(path, frames):
-    """Frames (PIL) as a looping GIF at the speed of life, the last one held."""
-    quantized = [frame.quantize(64) for frame in frames]
-    with atomic(path) as temporary:
-        quantized[0].save(temporary, save_all=True, append_images=quantized[1:], loop=0,
-                          duration=[1000 * FRAMES_EVERY // CONTROL_HZ] * (len(frames) - 1) + [1500])
-
-
-def play(blm, env, seed, size, execute_steps, instruction=""):
-    """One closed-loop episode, watched: (frames [(picture, control step)], result of `rollout`)."""
-    frames = []
-
-    def watch(env):
-        if env.steps % FRAMES_EVERY == 0:
-            frames.append((env.draw("render", size, pretty=True), env.steps))
-
-    result = rollout(blm, env, seed, execute_steps, instruction=instruction or None, watch=watch)
-    frames.append((env.draw("render", size, pretty=True), env.steps))
-    return frames, result
-
-
-def draw_episode(blm, env, seed, folder, execute_steps, instruction=""):
-    """One closed-loop episode as a GIF, <folder>/<robot>-<task>-<seed>.gif: (path, result of `rollout`, outcome in words)."""
-    frames, result = play(blm, env, seed, GIF_SIZE, execute_steps, instruction)
-    outcome = "success" if result["success"] else f"not done: {result['reason']}"
-    last, path = frames[-1][1], Path(folder) / f"{env.robot.name}-{env.task.name}-{seed}.gif"
-    save_gif(path, [caption(picture, [env.robot.display_name, env.instruction, f"{step / CONTROL_HZ:.1f} s" + (f"   {outcome}" if step == last else "")],
-                            INK if step < last else GREEN if result["success"] else RED) for picture, step in frames])
-    return path, result, outcome
 
 
 def act(blm, config, robot, task):

@@ -34,9 +34,9 @@ from cli import UserError, at_least, atomic, choose_many, parse, run, write_json
 from data import record
 from data.robots import ROBOTS
 from data.tasks import TASKS
-from eval import EXECUTE_STEPS
 from model import BLM, backbone_hash, load_training
 from policy import PRESETS, EmbodimentLinear, Policy, PolicyConfig
+from rollout import EXECUTE_STEPS
 from trainer import Run, RunConfig, make_optimizer, shard, whole
 from vlm import VLM, Tokenizer, find_folder
 

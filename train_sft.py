@@ -19,7 +19,6 @@ Written to --out: config.json, model.safetensors (float16), tokenizer.json, trai
 Letters: B rows, L tokens of all rows, P patches of the pictures that have dense targets, C classes, m patches a token merges along a side.
 """
 import dataclasses
-import json
 import math
 import re
 import shlex

@@ -256,7 +256,7 @@ def make_shard(job):
     if path.exists():
         return count
     env, scenes = TabletopEnv(robot, task, render=False, clutter=CLUTTER, varied=True), []
-    draw, askers = np.random.default_rng([seed, 13]), []
+    draw = np.random.default_rng([seed, 13])
     askers = [Asker(draw, held_out) for held_out in ((False, True) if validation else (False,))]
     while len(scenes) < count:
         for asker in askers:

@@ -236,3 +236,28 @@ class Asker:
     def future(self, third):
         """Is the third picture the next one, or the fourth?"""
         return [question for question in [self.ask("future", "3" if third else "4", (), ("3", "4"))] if question]
+
+
+def is_right(question, reply):
+    """Points: within 5 px, half a cube in the front view. Boxes: an intersection over union of 0.5. All else: the very words."""
+    if question["form"] == "point":
+        return distance(reply, question["answer"]) <= 5
+    return overlap(reply, question["answer"]) >= 0.5 if question["form"] == "box" else reply.strip() == question["answer"]
+
+
+def distance(given, answer):
+    """Pixels between the points of two answers; infinite if one has none."""
+    try:
+        return float(np.hypot(*np.subtract(json.loads(given)["point_2d"], json.loads(answer)["point_2d"])))
+    except (ValueError, KeyError, TypeError):
+        return np.inf
+
+
+def overlap(given, answer):
+    """Intersection over union of two answers' boxes; 0 if one has none."""
+    try:
+        a, b = (np.array(json.loads(text)["bbox_2d"], float) for text in (given, answer))
+        inner = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None).prod()
+        return inner / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - inner)
+    except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError):
+        return 0.0

@@ -32,7 +32,7 @@ from data.env import TabletopEnv
 from data.expert import demonstrate
 from data.robots import ROBOTS
 from data.tasks import TASKS
-from eval import rollout
+from rollout import rollout
 
 VERSION = 1
 JPEG_QUALITY = 92

@@ -15,7 +15,7 @@ from data.expert import Planner, demonstrate, grasp, tool_rotation
 from data.record import Episode, RecordConfig, correction, load_episodes, record, write_episode
 from data.robots import DEFAULTS, ROBOTS, SQUEEZE, Kinematics, Robot, get_kinematics, get_robot, robot_xml
 from data.tasks import PEG_LENGTH, TASKS
-from eval import rollout, why
+from rollout import rollout, why
 
 import mujoco  # isort: skip, data chooses the GL first
 

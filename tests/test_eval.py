@@ -18,6 +18,7 @@ from data.env import CONDITIONS, CONTROL_HZ, TabletopEnv
 from data.robots import ROBOTS
 from data.tasks import TASKS
 from policy import PRESETS, PolicyConfig
+from rollout import jerk
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
@@ -65,12 +66,12 @@ def test_jerk():
     states = np.zeros((50, 17))
     states[:, 0] = t ** 3                                                # third derivative 6, in one joint of two
     states[:, 9] = 100 * t ** 3                                          # no joint
-    assert np.isclose(evaluation.jerk(states, 2), 3)
-    assert evaluation.jerk(states[:3], 2) == 0
+    assert np.isclose(jerk(states, 2), 3)
+    assert jerk(states[:3], 2) == 0
 
 
 def test_an_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    config = evaluation.EvalConfig(robots="widowx", tasks="PushCube", episodes=12, workers=1, out=str(tmp_path / "r.json"))
+    config = evaluation.PhysicalConfig(robots="widowx", tasks="PushCube", episodes=12, workers=1, out=str(tmp_path / "r.json"))
     part, ran = tmp_path / ".r.json.0.part", []
     whole = evaluation.physical("expert", config)
     lines = part.read_text().splitlines(keepends=True)
@@ -87,7 +88,7 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 
 def test_processes_share_an_evaluation(tmp_path, monkeypatch):
-    config = lambda name: evaluation.EvalConfig(robots="widowx,panda", tasks="PushCube", episodes=12, workers=1, out=str(tmp_path / f"{name}.json"))
+    config = lambda name: evaluation.PhysicalConfig(robots="widowx,panda", tasks="PushCube", episodes=12, workers=1, out=str(tmp_path / f"{name}.json"))
     alone = evaluation.physical("expert", config("alone"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (1, 0):
@@ -104,7 +105,7 @@ def test_pictures_of_results(tmp_path):
     result = {"cells": {robot: {task: {"success": 0.5, "interval": [0.4, 0.6]} for task in TASKS} for robot in ROBOTS}}
     heat_map(result, tmp_path / "map.png")
     assert np.asarray(Image.open(tmp_path / "map.png")).std() > 10
-    config = evaluation.EvalConfig(failures=str(tmp_path / "failures"))
+    config = evaluation.PhysicalConfig(failures=str(tmp_path / "failures"))
     evaluation.draw_failures(BLM.from_pretrained(ROOT / "weights" / "nano"), config, {"widowx": {"PushCube": {"failures": {1000000: "never grasped"}}}})
     with Image.open(tmp_path / "failures" / "never_grasped" / "widowx-PushCube-1000000.gif") as picture:
         assert picture.n_frames > 3
@@ -115,7 +116,7 @@ def test_commands_of_experiments_are_right(name):
     config, steps = experiments.ExperimentConfig(backbone=str(ROOT / "weights" / "nano")), 0
     for train, evaluate, result in experiments.commands(name, config):
         flags, sizes = cli.parse(train_policy.TrainConfig, PolicyConfig, presets=PRESETS, argv=train[2:])
-        measured = cli.parse(evaluation.EvalConfig, argv=evaluate[3:])
+        measured = cli.parse(evaluation.PhysicalConfig, argv=evaluate[3:])
         assert flags.out == measured.weights and measured.out == result and (flags.robots, flags.tasks) == (measured.robots, measured.tasks)
         steps += flags.steps
         assert sizes.blind == (name == "blind") and sizes.intent_layer == (5 if name == "last_block" else 3)
