@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -54,13 +54,16 @@ def at_least(config, low, *names):
 
 
 def writable(folder):
-    """UserError if nothing can be written into a folder: to be told before the work, not after. Leaves nothing behind."""
+    """UserError if nothing can be written into a folder: to be told before the work, not after. Leaves nothing behind. Under torchrun the first process asks."""
+    if this_process()[0]:
+        return
     new = [place for place in (Path(folder), *Path(folder).parents) if not place.exists()]
     with atomic(Path(folder) / ".writable"):
         pass
     (Path(folder) / ".writable").unlink()
-    for place in new:
-        place.rmdir()
+    with suppress(OSError):                                  # somebody else writes there by now
+        for place in new:
+            place.rmdir()
 
 
 def this_process():

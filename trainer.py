@@ -328,6 +328,7 @@ class Run:
                         break
             self.finish_writing()
         finally:
+            self.writer.shutdown()                                       # whatever ends the run, a checkpoint that was begun is finished
             bar.close()
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -65,15 +65,23 @@ def losses(out):
     return [json.loads(line)["loss"] for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
 
+def die_at(moments, out):
+    """In a fresh process, which is safe to fork: a run that dies without a word in the middle of a step, again and again."""
+    for moment in moments:
+        child = os.fork()
+        if child == 0:
+            fit(out, watch=lambda run: run.step == moment and os.kill(os.getpid(), signal.SIGKILL), resume=bool(checkpoints(out)))
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
 def test_killed_at_twenty_moments_it_ends_with_the_same_bits(tmp_path):
     fit(tmp_path / "whole")
     moments = sorted(np.random.default_rng(0).choice(np.arange(1, 89), 20, replace=False).tolist())
-    for moment in moments:                                               # a process that dies without a word, in the middle of a step
-        child = os.fork()
-        if child == 0:
-            fit(tmp_path / "killed", watch=lambda run: run.step == moment and os.kill(os.getpid(), signal.SIGKILL), resume=bool(checkpoints(tmp_path / "killed")))
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    killer = torch.multiprocessing.get_context("spawn").Process(target=die_at, args=(moments, tmp_path / "killed"))
+    killer.start()
+    killer.join()
+    assert killer.exitcode == 0
     fit(tmp_path / "killed", resume=True)
     one, two = last_state(tmp_path / "whole"), last_state(tmp_path / "killed")
     assert one.keys() == two.keys() and len(one) == 16 and all(torch.equal(one[name], two[name]) for name in one)
