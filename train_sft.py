@@ -34,11 +34,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from cli import UserError, at_least, choose, choose_many, parse, run, write_json
+from cli import UserError, at_least, choose, choose_many, parse, run, this_process, write_json
 from data import corpus as corpora
 from data import general
 from data.chats import Chats
 from model import BLM
+import trainer
 from trainer import Run, RunConfig, checkpoints, make_optimizer, shard, whole
 from vlm import PRESETS as SIZES
 from vlm import SYSTEM_PROMPT, VLM, Tokenizer, chat, process_images, process_videos, read_json, train_tokenizer
@@ -98,6 +99,8 @@ class Mixture:
             raise UserError(f"--data {cfg.data}: the weights must not all be zero")
         self.weights = np.array(weights)
         self.dense = np.array([isinstance(source, corpora.Corpus) for source in self.sources])
+        if cfg.dense_weight and not self.dense.any():
+            raise UserError(f"--data {cfg.data} has no corpus, so there are no dense targets: add --dense_weight 0")
         self.chosen = [np.arange(len(source)) if dense else np.array([i for i in range(len(source)) if i % VALIDATION or len(source) < VALIDATION])
                        for source, dense in zip(self.sources, self.dense)]
 
@@ -419,7 +422,7 @@ def start_model(cfg, mixture):
     texts = [text for source in mixture.sources for text in source.texts()]
     frame = f"system\n{SYSTEM_PROMPT}\nuser\nassistant\n"                                             # in every row, so worth whole tokens
     tokenizer = train_tokenizer([*texts[::max(1, len(texts) // 50_000)], *[frame] * 1000], cfg.vocab_size)
-    return VLM(SIZES[choose(cfg.model, SIZES, "model")].for_tokenizer(tokenizer)), tokenizer
+    return VLM(SIZES[cfg.model].for_tokenizer(tokenizer)), tokenizer
 
 
 def choose_parts(model, cfg):
@@ -449,17 +452,22 @@ def ensure_data(cfg):
             corpora.ensure(path)
 
 
+def check(cfg):
+    """UserError for what is wrong with a SFTConfig: to be told before any work."""
+    trainer.check(cfg)
+    choose(cfg.on_bad, ("refuse", "skip"), "--on_bad"), choose_many(cfg.train, PARTS, "part"), choose(cfg.model, SIZES, "model")
+    at_least(cfg, 1, "micro_batch", "questions", "eval_rows", "intent_layer"), at_least(cfg, 256, "vocab_size")
+    at_least(cfg, 0, "lora_rank", "frozen_blocks", "dense_weight", "dense_steps", "point_scenes")
+
+
 def train(cfg):
     """Train with a SFTConfig; returns the last figures."""
+    check(cfg)
     run = Run(cfg, dataclasses.asdict(cfg), FREE_TO_CHANGE)
-    choose(cfg.on_bad, ("refuse", "skip"), "--on_bad")
-    at_least(cfg, 1, "micro_batch", "questions", "eval_rows"), at_least(cfg, 0, "lora_rank", "frozen_blocks", "dense_weight", "point_scenes"), at_least(cfg, 256, "vocab_size")
     if run.rank == 0:
         ensure_data(cfg)
     run.barrier()
     mixture = Mixture(cfg)
-    if cfg.dense_weight and not mixture.dense.any():
-        raise UserError(f"--data {cfg.data} has no corpus, so there are no dense targets: add --dense_weight 0")
     model, tokenizer = start_model(cfg, mixture)
     if not 1 <= cfg.intent_layer <= model.config.num_hidden_layers:
         raise UserError(f"--intent_layer {cfg.intent_layer}: this model has blocks 1 to {model.config.num_hidden_layers}")
@@ -526,6 +534,9 @@ def main():
     cfg = parse(SFTConfig, presets=PRESETS, description="Stage I: train the vision-language model on questions about scenes, and on conversations of your own.")
     base = PRESETS["base"].out
     if cfg.backbone == base and not (Path(base) / "model.safetensors").exists():
+        check(cfg)
+        if this_process()[0] == 0:                           # mistakes in the data are told now, not after the base model's training
+            ensure_data(cfg), Mixture(cfg)
         print(f"no base model in {base}: training it first (`python train_sft.py --preset base`)")
         train(dataclasses.replace(PRESETS["base"], device=cfg.device, resume=bool(checkpoints(base))))
     train(cfg)

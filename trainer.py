@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from cli import UserError, at_least, atomic, choose, pick_device, writable, write_json
+from cli import UserError, at_least, atomic, choose, pick_device, this_process, writable, write_json
 from plot import curves
 
 NORMS = 64                       # steps over whose gradient norms the usual one is the median
@@ -162,26 +162,32 @@ def stored(path):
 
 # ---- the run
 
+def check(cfg):
+    """UserError for what is wrong with a RunConfig and its folder: to be told before any work."""
+    choose(cfg.on_spike, ("skip", "stop"), "--on_spike")
+    at_least(cfg, 1, "steps", "batch_size", "eval_every", "save_every", "keep"), at_least(cfg, 0, "lr", "warmup", "weight_decay", "grad_clip", "spike", "seed")
+    choose(cfg.tracker, ("none", "wandb", "tensorboard"), "--tracker")
+    world, found = this_process()[1], checkpoints(cfg.out)
+    if cfg.fsdp and world == 1:
+        raise UserError("--fsdp shards over several processes: start it with `torchrun --nproc_per_node 2` or more")
+    if cfg.batch_size % world:
+        raise UserError(f"--batch_size {cfg.batch_size} must be a multiple of the {world} processes")
+    if found and not cfg.resume:
+        raise UserError(f"{cfg.out} already holds a training run: add --resume to go on, or choose another --out")
+    if cfg.resume and not found:
+        raise UserError(f"{cfg.out} holds no training run to resume: leave --resume out to start one")
+    writable(cfg.out)
+
+
 class Run:
     """flags {name: value}: all settings of the stage, kept in its checkpoints; free: those that a resumed run may have otherwise, beside FREE."""
 
     def __init__(self, cfg, flags, free=()):
         self.cfg, self.flags, self.free = cfg, flags, FREE | set(free)
-        choose(cfg.on_spike, ("skip", "stop"), "--on_spike")
-        at_least(cfg, 1, "steps", "batch_size", "eval_every", "save_every", "keep"), at_least(cfg, 0, "lr", "warmup", "weight_decay", "grad_clip", "spike", "seed")
+        check(cfg)
         self.track = tracker(cfg, flags)
         self.rank, self.world, self.device = start_processes(cfg)
-        self.sharded = cfg.fsdp and self.world > 1
-        if cfg.fsdp and self.world == 1:
-            raise UserError("--fsdp shards over several processes: start it with `torchrun --nproc_per_node 2` or more")
-        if cfg.batch_size % self.world:
-            raise UserError(f"--batch_size {cfg.batch_size} must be a multiple of the {self.world} processes")
-        found = checkpoints(cfg.out)
-        if found and not cfg.resume:
-            raise UserError(f"{cfg.out} already holds a training run: add --resume to go on, or choose another --out")
-        writable(cfg.out)
-        if cfg.resume and not found:
-            raise UserError(f"{cfg.out} holds no training run to resume: leave --resume out to start one")
+        self.sharded = cfg.fsdp
         self.step, self.seconds, self.norms, self.skipped, self.figures, self.record, self.signal = 0, 0.0, [], 0, {}, {}, None
         self.writer, self.writing = ThreadPoolExecutor(1), None
 
@@ -402,7 +408,7 @@ def open_log(path, step):
 
 def tracker(cfg, flags):
     """A function that takes a line of the log; nothing is sent unless --tracker says where."""
-    if choose(cfg.tracker, ("none", "wandb", "tensorboard"), "--tracker") == "none" or int(os.environ.get("RANK", 0)):
+    if cfg.tracker == "none" or this_process()[0]:
         return lambda line: None
     try:
         if cfg.tracker == "wandb":
