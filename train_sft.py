@@ -38,6 +38,7 @@ from cli import UserError, at_least, choose, choose_many, parse, run, this_proce
 from data import corpus as corpora
 from data import general
 from data.chats import Chats
+from data.env import IMAGE_SIZE
 from model import BLM
 import trainer
 from trainer import Run, RunConfig, checkpoints, make_optimizer, shard, whole
@@ -161,6 +162,18 @@ def read_row(source, number, index, cfg, dense_only=False):
     return conversation(len(found["images"]), turns), [("image", image) for image in found["images"]], found
 
 
+def blank_rows(rows, others, mixture, cfg):
+    """Under --fsdp all processes must run the ViT and the dense heads if one of them does: [a row that teaches nothing, its picture grey] for the rows
+    (number, source, index) of a process that lack what `others`, the rows of all, have; else []."""
+    scene = [any(cfg.dense_weight and mixture.dense[source] for _, source, _ in some) for some in (others, rows)]
+    picture = [any(mixture.dense[source] or mixture.sources[source].records[index][2] for _, source, index in some) for some in (others, rows)]
+    if scene[0] == scene[1] and picture[0] == picture[1]:
+        return []
+    grey, grid = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), 128, np.uint8), (1, corpora.GRID, corpora.GRID)
+    targets = {"patch_class": np.full(grid, -100), "patch_offset": np.zeros((*grid, 3), np.float32)}           # -100: cross_entropy leaves it out
+    return [(conversation(1, []), [("image", grey)], targets if scene[0] else None)]
+
+
 def make_batch(rows, tokenizer, config, cfg):
     """Rows as `read_row` gives them, packed: input_ids and labels (1, L), the VLM's vision inputs and `segments`, the length of each row; and of the
     pictures of corpus scenes, which come first, row by row patch_class (P,), patch_place (P, 5): the object's centre from the patch's (x, y in patches,
@@ -271,9 +284,9 @@ def count(batches):
     """What the losses are divided by, over all micro-batches and processes: answer tokens, patches by weight, patches with a place, answer tokens with one."""
     totals = torch.zeros(4, dtype=torch.float64)
     for batch in batches:
-        named, located = batch.get("patch_class", torch.zeros(0)) > 0, batch.get("patch_located", torch.zeros(0))
+        shown, located = batch.get("patch_class", torch.zeros(0)), batch.get("patch_located", torch.zeros(0))
         placed = batch.get("answer_place", torch.full((1, 2, 2), torch.nan))[:, 1:].isfinite().all(-1)
-        totals += torch.tensor([(batch["labels"][:, 1:] >= 0).sum(), named.sum() + NOTHING_WEIGHT * (~named).sum(), located.sum(), placed.sum()])
+        totals += torch.tensor([(batch["labels"][:, 1:] >= 0).sum(), (shown > 0).sum() + NOTHING_WEIGHT * (shown == 0).sum(), located.sum(), placed.sum()])
     if dist.is_initialized():
         device = batches[0]["input_ids"].device
         shared = totals.to(device)
@@ -284,9 +297,12 @@ def count(batches):
 
 def losses(model, heads, batch, totals, cfg, dense_only):
     """This micro-batch's share of the step's losses, scalars that add up: answer cross-entropy; class cross-entropy + smooth L1 of places, twice; smooth
-    L1 of answers' places."""
+    L1 of answers' places. Zero where the rows have none: every process names the same ones."""
     logits, labels, dense, about = read(model, heads, batch, cfg, dense_only)
-    found = {} if dense_only else {"answer": F.cross_entropy(logits, labels, reduction="sum") / totals[0]}
+    names = ("dense_vit", "dense_llm") if dense_only else ("answer", "dense_vit", "dense_llm", "answer_place") if cfg.dense_weight else ("answer",)
+    found = dict.fromkeys(names, torch.zeros((), device=batch["input_ids"].device))
+    if not dense_only:
+        found["answer"] = F.cross_entropy(logits, labels, reduction="sum") / totals[0]
     if dense:
         located, weight = batch["patch_located"], torch.ones(heads.num_classes, device=batch["patch_class"].device)
         weight[0] = NOTHING_WEIGHT
@@ -483,10 +499,12 @@ def train(cfg):
     dense_steps = cfg.dense_steps if cfg.dense_weight else 0
 
     def batches_of(step):
-        rows = mixture.rows_of_step(step, cfg.batch_size, step < dense_steps)[run.rank::run.world]
-        parts = [rows[i:i + cfg.micro_batch] for i in range(0, len(rows), cfg.micro_batch)]
-        return [make_batch([read_row(mixture.sources[source], number, index, cfg, step < dense_steps) for number, source, index in part], tokenizer, model.config, cfg)
-                for part in parts]
+        rows, size, batches = mixture.rows_of_step(step, cfg.batch_size, step < dense_steps), cfg.micro_batch * run.world, []
+        for everyones in (rows[i:i + size] for i in range(0, len(rows), size)):
+            own = everyones[run.rank::run.world]
+            read = [read_row(mixture.sources[source], number, index, cfg, step < dense_steps) for number, source, index in own]
+            batches.append(make_batch(read + (blank_rows(own, everyones, mixture, cfg) if run.sharded else []), tokenizer, model.config, cfg))
+        return batches
 
     def gradients(batches, step):
         """Leaves this process's share of the step's gradient in the parameters; returns its share of the losses."""

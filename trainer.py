@@ -21,6 +21,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def start_processes(cfg):
     if "RANK" not in os.environ:
         return 0, 1, pick_device(cfg.device)
     cuda = torch.cuda.is_available() and cfg.device in ("auto", "cuda")
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))        # the first one makes data and evaluates, the others wait
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -92,7 +93,13 @@ def whole(module):
 
 
 def add_gradients(parameters):
-    """Sum gradients over processes, as one message: every process then takes the same step. Which parameters have one depends on the step alone."""
+    """Sum gradients over processes, as one message: every process then takes the same step. Rows without a picture leave the ViT without a gradient: such a
+    process adds zeros to what others have."""
+    touched = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    dist.all_reduce(touched, dist.ReduceOp.MAX)
+    for parameter, by_any in zip(parameters, touched.tolist()):
+        if by_any and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)

@@ -115,9 +115,16 @@ def test_two_processes_and_shards_go_on_where_one_was_and_back(tmp_path):
         assert abs(json.loads((tmp_path / "one" / "export.json").read_text()) - json.loads((tmp_path / name / "export.json").read_text())) < 1e-4
 
 
-def sft_two(out, fsdp):
+def sft_flags(folder, name, **changes):
+    """Most rows have no picture, so that a process's share of a step may have none; four rows a step."""
+    rows = [{"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": str(i)}]} for i in range(20)]
+    (folder / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return test_sft.config(folder / name, data=f"corpus:1,{folder / 'said.jsonl'}:2", steps=20, lr=1e-3, eval_every=20, save_every=20, **changes)
+
+
+def sft_two(folder, fsdp):
     test_sft.patch(pytest.MonkeyPatch())
-    train_sft.train(test_sft.config(out, steps=20, lr=1e-3, fsdp=fsdp, eval_every=20, save_every=20))
+    train_sft.train(sft_flags(folder, "sft2", fsdp=fsdp))
 
 
 def policy_two(made, out, fsdp):
@@ -128,8 +135,8 @@ def policy_two(made, out, fsdp):
 def test_both_stages_lose_alike_on_one_process_and_on_two(tmp_path, made, monkeypatch, fsdp):
     """The same losses to 1e-5 for 20 steps, the same global batch."""
     test_sft.patch(monkeypatch)
-    train_sft.train(test_sft.config(tmp_path / "sft", steps=20, lr=1e-3, eval_every=20, save_every=20))
-    spawn_two(sft_two, str(tmp_path / "sft2"), fsdp)
+    train_sft.train(sft_flags(tmp_path, "sft"))
+    spawn_two(sft_two, tmp_path, fsdp)
     train_policy.train(test_train_policy.flags(made, tmp_path / "policy", steps=20, save_every=20, eval_every=20), PolicyConfig(**test_train_policy.SMALL))
     spawn_two(policy_two, made, tmp_path / "policy2", fsdp)
     for stage in ("sft", "policy"):
