@@ -38,7 +38,7 @@ from model import BLM, backbone_hash, load_training
 from policy import PRESETS, EmbodimentLinear, Policy, PolicyConfig
 from rollout import EXECUTE_STEPS
 from trainer import Run, RunConfig, make_optimizer, shard, whole
-from vlm import VLM, Tokenizer, find_folder
+from vlm import VLM, Tokenizer, find_folder, stored_dtype
 
 
 @dataclass
@@ -267,7 +267,7 @@ def train(cfg, config):
         raise UserError(f"--intent_layer {config.intent_layer}: the language model in {folder} has {blm.vlm.config.num_hidden_layers} blocks")
     if run.rank == 0:
         record.ensure(cfg.data)
-        blm.vlm.save_pretrained(cfg.out, torch.float16)                  # does not change: once is enough
+        blm.vlm.save_pretrained(cfg.out, stored_dtype(folder))                  # does not change: once is enough
         blm.tokenizer.save_pretrained(cfg.out)
     run.barrier()
     backbone, old = backbone_hash(blm.vlm, config.intent_layer), None

@@ -15,7 +15,7 @@ second head also asks for the place in the picture, which is what coordinates in
 the tokens of that answer: digits follow soon after. The first `dense_steps` train the heads alone, on pictures without text and through
 k blocks only, several times as fast.
 
-Written to --out: config.json, model.safetensors (float16), tokenizer.json, training.json (command, figures), and what trainer.py writes.
+Written to --out: config.json, model.safetensors (float16, or as in the backbone's file), tokenizer.json, training.json (command, figures), and what trainer.py writes.
 Letters: B rows, L tokens of all rows, P patches of the pictures that have dense targets, C classes, m patches a token merges along a side.
 """
 import dataclasses
@@ -43,7 +43,7 @@ from model import BLM
 import trainer
 from trainer import Run, RunConfig, checkpoints, make_optimizer, shard, whole
 from vlm import PRESETS as SIZES
-from vlm import SYSTEM_PROMPT, VLM, Tokenizer, chat, process_images, process_videos, read_json, train_tokenizer
+from vlm import SYSTEM_PROMPT, VLM, Tokenizer, chat, find_folder, process_images, process_videos, read_json, stored_dtype, train_tokenizer
 
 
 @dataclass
@@ -485,6 +485,7 @@ def train(cfg):
     run.barrier()
     mixture = Mixture(cfg)
     model, tokenizer = start_model(cfg, mixture)
+    dtype = stored_dtype(find_folder(cfg.backbone)) if cfg.backbone else torch.float16
     if not 1 <= cfg.intent_layer <= model.config.num_hidden_layers:
         raise UserError(f"--intent_layer {cfg.intent_layer}: this model has blocks 1 to {model.config.num_hidden_layers}")
     choose_parts(model, cfg)
@@ -527,7 +528,7 @@ def train(cfg):
     def export():
         weights = merged(whole(model))
         if run.rank == 0:
-            model.save_pretrained(cfg.out, torch.float16, weights)
+            model.save_pretrained(cfg.out, dtype, weights)
             tokenizer.save_pretrained(cfg.out)
             write_json(Path(cfg.out) / "training.json", about())
 

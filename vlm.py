@@ -823,6 +823,13 @@ def load_config(folder):
         raise UserError(f"{path} has a value of the wrong type: {error}") from None
 
 
+def stored_dtype(folder):
+    """The type that a model folder's config.json names for its weights; float16 if it names none that training keeps."""
+    found = read_json(Path(folder) / "config.json")
+    name = found.get("dtype") or found.get("torch_dtype")
+    return getattr(torch, name) if name in ("float32", "bfloat16") else torch.float16
+
+
 def weight_files(folder):
     index = Path(folder) / "model.safetensors.index.json"
     if not index.exists():

@@ -279,6 +279,10 @@ def test_backbone_starts_from_its_weights_without_a_dense_stage(tmp_path):
     train(config(tmp_path / "second", backbone=str(tmp_path / "first"), steps=1, lr=0.0, weight_decay=0.0, dense_steps=0))
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    VLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "hub", torch.bfloat16)              # a file keeps its type
+    (tmp_path / "first" / "tokenizer.json").rename(tmp_path / "hub" / "tokenizer.json")
+    train(config(tmp_path / "from_hub", backbone=str(tmp_path / "hub"), steps=1, dense_steps=0))
+    assert all(tensor.dtype == torch.bfloat16 for tensor in load_file(tmp_path / "from_hub" / "model.safetensors").values())
     assert "answer" in json.loads((tmp_path / "second" / "log.jsonl").read_text().splitlines()[0])
     with pytest.raises(UserError, match="blocks 1 to 3"):
         train(config(tmp_path / "third", intent_layer=4))
