@@ -632,7 +632,7 @@ class VLM(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder, dtype=None, weights=None):
-        """Write config.json, preprocessor_config.json and model.safetensors, each whole or not at all; dtype float16 halves the file; weights {name: tensor}
+        """Write config.json, preprocessor_config.json, model.safetensors and its index, each whole or not at all; dtype float16 halves the file; weights {name: tensor}
         stand for the model's own.
 
         transformers and vLLM load the folder as it is, with the tokenizer's files beside.
@@ -642,6 +642,9 @@ class VLM(nn.Module):
         write_json(Path(folder) / "preprocessor_config.json", self.config.processor_dict())
         with atomic(Path(folder) / "model.safetensors") as path:
             save_file(weights, path, metadata={"format": "pt"})
+        # vLLM reads every safetensors file that no index leaves out, policy.safetensors too
+        write_json(Path(folder) / "model.safetensors.index.json", {"metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())},
+                                                                    "weight_map": dict.fromkeys(weights, "model.safetensors")})
 
 
 def initialise(module):

@@ -41,7 +41,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     blm, seen = small_blm(), observation()
     blm.save_pretrained(tmp_path, dtype=torch.float16)
     again = BLM.from_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", "policy.json", "policy.safetensors", "preprocessor_config.json",
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", "model.safetensors.index.json", "policy.json", "policy.safetensors", "preprocessor_config.json",
                                                              "tokenizer.json", "tokenizer_config.json", "training.json"]
     for name, tensor in blm.policy.state_dict().items():
         assert torch.equal(tensor, again.policy.state_dict()[name]) and again.policy.state_dict()[name].dtype == tensor.dtype, name
