@@ -271,7 +271,7 @@ def bench_sft(config):
     for name, which in (("the default mixture", lambda source: True), ("conversations of the second source alone", lambda source: source == 1)):
         chosen = [row for step in range(20) for row in mixture.rows_of_step(step, cfg.batch_size) if which(row[1])][:cfg.batch_size]
         packed = train_sft.make_batch([train_sft.read_row(mixture.sources[source], number, index, cfg) for number, source, index in chosen], tokenizer, model.config, cfg)
-        lines = list(zip(*([part.tolist() for part in packed[key][0].split(packed["segments"])] for key in ("input_ids", "labels"))))
+        lines = list(zip(*([part.tolist() for part in packed[key][0].split([sum(lengths) for lengths in packed["segments"]])] for key in ("input_ids", "labels"))))
         vision = {key: packed[key] for key in ("pixel_values", "image_grid_thw") if key in packed}
         padded = {key: torch.as_tensor(value) for key, value in collate(lines, model.config.bos_token_id, side="right").items()} | vision
 
@@ -283,7 +283,7 @@ def bench_sft(config):
             torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:][learned]).backward()
             model.zero_grad(set_to_none=True)
 
-        tokens = sum(packed["segments"])
+        tokens = packed["input_ids"].numel()
         ms, padded_ms = median_ms([lambda: train(packed), lambda: train(padded)], config.runs, sync)
         rows.append({"what": name, "rows": len(chosen), "tokens": tokens, "padded_tokens": padded["input_ids"].numel(), "ms": round(ms, 1), "padded_ms": round(padded_ms, 1),
                      "tokens_per_s": round(1000 * tokens / ms), "ratio": round(padded_ms / ms, 2)})

@@ -7,15 +7,15 @@
     torchrun --nproc_per_node 8 train_sft.py --batch_size 256  the same on several GPUs (trainer.py); --fsdp shards a model that does not fit one
     python train_sft.py --backbone Qwen/Qwen2.5-VL-3B-Instruct --data mine.jsonl --lr 1e-4 --lora_rank 16 --dense_weight 0       from the hub's weights
 
-A row is a conversation: a corpus scene with some of its questions, or a record of a JSON lines file (data/chats.py). Rows of a step are packed end to
-end, none seeing another, so nothing is spent on padding; the cross-entropy is on answers alone. A model of 4 M parameters that starts from nothing
-hardly learns to see from sparse words, so linear heads, thrown away afterwards, read what each 16-pixel patch shows and where that object's centre is:
+A row is a corpus scene with some of its questions, or a record of a JSON lines file (data/chats.py). Rows of a step are packed end to end, none seeing
+another, so nothing is spent on padding; a scene's questions share its pictures, each as if it were asked alone; the cross-entropy is on answers alone. A model of 4 M parameters that starts from nothing
+hardly learns to see from sparse words, so linear heads, of use to training alone, read what each 16-pixel patch shows and where that object's centre is:
 one from the ViT, one from the hidden states of block k, which is what the policy will read. Rotary positions tell a patch only where others are; the
 second head also asks for the place in the picture, which is what coordinates in answers are. A third head reads the place that an answer is about from
 the tokens of that answer: digits follow soon after. The first `dense_steps` train the heads alone, on pictures without text and through
 k blocks only, several times as fast.
 
-Written to --out: config.json, model.safetensors (float16, or as in the backbone's file), tokenizer.json, training.json (command, figures), and what trainer.py writes.
+Written to --out: config.json, model.safetensors (float16, or as in the backbone's file), heads.safetensors, tokenizer.json, training.json (command, figures), and what trainer.py writes.
 Letters: B rows, L tokens of all rows, P patches of the pictures that have dense targets, C classes, m patches a token merges along a side.
 """
 import dataclasses
@@ -32,9 +32,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cli import UserError, at_least, choose, choose_many, parse, run, this_process, write_json
+from cli import UserError, at_least, atomic, choose, choose_many, parse, run, this_process, write_json
 from data import corpus as corpora
 from data import general
 from data.chats import Chats
@@ -60,7 +61,7 @@ class SFTConfig(RunConfig):
     checkpointing: bool = False    # compute blocks again in the backward pass: a third more time, much less memory
     steps: int = 3600              # optimiser steps
     micro_batch: int = 32          # rows in memory at once; smaller needs less memory and gives the same gradient
-    questions: int = 4             # at most so many questions of a scene in a step, drawn anew each time
+    questions: int = 8             # at most so many questions of a scene in a step, drawn anew each time
     lr: float = 1.0e-3             # peak learning rate; about 1e-5 for downloaded weights, 1e-4 with LoRA
     weight_decay: float = 0.05     # on matrices
     intent_layer: int = 3          # k: the LLM block that the second dense head (and later the policy) reads
@@ -79,6 +80,7 @@ FREE_TO_CHANGE = {"on_bad", "eval_rows", "point_scenes", "micro_batch", "checkpo
 PARTS = ("vision", "merger", "llm")
 NOTHING_WEIGHT = 0.25                        # most patches show nothing
 PLACE_SCALE = (1.0, 1.0, 10.0, 1.0, 1.0)     # patches, patches, decimetres, patches, patches: errors of like size
+HEADS = "heads.safetensors"
 ANSWER_PLACE_WEIGHT = 0.3                    # beside the words' own loss; at 1 it drowns them
 LARGEST_OFFSET = 4.0                         # patches: a centre beside or behind the camera projects to hundreds, and one such row would drown a step
 BLOCK = 100                                  # rows that hold the mixture exactly
@@ -144,22 +146,23 @@ class Mixture:
         return rows
 
 
-def conversation(images, turns):
-    """Chat messages: the pictures come before the first question."""
-    messages = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
+def conversations(images, turns):
+    """One for each question about the same pictures, which come before it; the pictures alone where nothing is asked."""
     pictures = [{"type": "image"} for _ in range(images)]
-    return [{"role": "user", "content": [*pictures, {"type": "text", "text": turns[0][0]}] if turns else pictures}, *messages[1:]]
+    return [[{"role": "user", "content": [*pictures, {"type": "text", "text": question}]}, {"role": "assistant", "content": answer}] for question, answer in turns] \
+        or [[{"role": "user", "content": pictures}]]
 
 
 def read_row(source, number, index, cfg, dense_only=False):
-    """(messages, [("image" | "video", what)], scene or None) of a row; `number` chooses which questions are asked, and None asks all as they stand."""
+    """([messages], [("image" | "video", what)], scene or None) of a row: conversations about the same pictures. `number` chooses which questions of a scene
+    are asked, and None asks all as they stand."""
     found = source[index]
     if "messages" in found:
-        return found["messages"], found["media"], None
+        return [found["messages"]], found["media"], None
     turns = [] if dense_only else found["turns"]
     if number is not None:
         turns = [turns[i] for i in np.random.default_rng([cfg.seed, 1, number]).permutation(len(turns))[:cfg.questions]]
-    return conversation(len(found["images"]), turns), [("image", image) for image in found["images"]], found
+    return conversations(len(found["images"]), turns), [("image", image) for image in found["images"]], found
 
 
 def blank_rows(rows, others, mixture, cfg):
@@ -171,11 +174,22 @@ def blank_rows(rows, others, mixture, cfg):
         return []
     grey, grid = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), 128, np.uint8), (1, corpora.GRID, corpora.GRID)
     targets = {"patch_class": np.full(grid, -100), "patch_offset": np.zeros((*grid, 3), np.float32)}           # -100: cross_entropy leaves it out
-    return [(conversation(1, []), [("image", grey)], targets if scene[0] else None)]
+    return [(conversations(1, []), [("image", grey)], targets if scene[0] else None)]
+
+
+def branched(tokenizer, talks, grids, merge):
+    """input_ids, labels and lengths [stem, branch, ...] of conversations about the same pictures: all up to the last picture is there once, and none sees
+    another. One conversation alone has no branches."""
+    made = [chat(tokenizer, messages, grids, merge, answer=False) for messages in talks]
+    if len(made) == 1:
+        return *made[0], [len(made[0][0])]
+    stem = len(made[0][0]) - made[0][0][::-1].index(tokenizer.special["<|vision_end|>"])
+    ids, labels = (made[0][part][:stem] + [token for text in made for token in text[part][stem:]] for part in (0, 1))
+    return ids, labels, [stem, *(len(text[0]) - stem for text in made)]
 
 
 def make_batch(rows, tokenizer, config, cfg):
-    """Rows as `read_row` gives them, packed: input_ids and labels (1, L), the VLM's vision inputs and `segments`, the length of each row; and of the
+    """Rows as `read_row` gives them, packed: input_ids and labels (1, L), the VLM's vision inputs and `segments`, the lengths of each row; and of the
     pictures of corpus scenes, which come first, row by row patch_class (P,), patch_place (P, 5): the object's centre from the patch's (x, y in patches,
     depth in m) and from the picture's (x, y in patches), patch_located (P,), True where that is to be learned; and answer_place (1, L, 2), what a point
     or box in an answer is about (x, y in patches from the picture's centre), on the answer's tokens, NaN elsewhere.
@@ -188,9 +202,9 @@ def make_batch(rows, tokenizer, config, cfg):
             batch[f"pixel_values{name}"], batch[f"{kind}_grid_thw"] = process(flat[kind], config)
             grids[kind] = iter(batch[f"{kind}_grid_thw"].tolist())
     merge = config.vision_config.spatial_merge_size
-    texts = [chat(tokenizer, messages, [next(grids[kind]) for kind, _ in media], merge, answer=False) for messages, media, _ in rows]
+    texts = [branched(tokenizer, talks, [next(grids[kind]) for kind, _ in media], merge) for talks, media, _ in rows]
     batch |= {name: torch.tensor([[token for text in texts for token in text[i]]]) for i, name in enumerate(("input_ids", "labels"))}
-    batch["segments"] = [len(ids) for ids, _ in texts]
+    batch["segments"] = [lengths for _, _, lengths in texts]
     scenes = [scene for _, _, scene in rows if scene is not None]
     if cfg.dense_weight and scenes:
         classes = np.concatenate([scene["patch_class"] for scene in scenes])                       # (n, 8, 8)
@@ -209,12 +223,12 @@ def make_batch(rows, tokenizer, config, cfg):
 
 def answer_places(labels, row, patch):
     """labels, a row's list, and the row, to (len(labels), 2); see make_batch."""
-    messages, media, scene = row
+    talks, media, scene = row
     learned, places = torch.tensor(labels) >= 0, torch.full((len(labels), 2), torch.nan)
     if scene is None or not learned.any():
         return places
     height, width = media[0][1].shape[:2]
-    found = [place_in(message["content"]) for message in messages if message["role"] == "assistant"]
+    found = [place_in(message["content"]) for messages in talks for message in messages if message["role"] == "assistant"]
     known = torch.tensor([[math.nan] * 2 if xy is None else [(xy[0] - width / 2) / patch, (xy[1] - height / 2) / patch] for xy in found])
     number = begins(learned[None])[0].cumsum(0) - 1                                                  # which answer a token belongs to
     places[learned] = known[number[learned]]
@@ -491,6 +505,9 @@ def train(cfg):
     choose_parts(model, cfg)
     model.checkpointing = model.visual.checkpointing = cfg.checkpointing
     heads = DenseHeads(model.config, corpora.Corpus.num_classes)
+    if cfg.backbone and (Path(cfg.backbone) / HEADS).exists():           # new ones would undo in a hundred steps what the backbone has learned
+        known = {name: tensor for name, tensor in load_file(Path(cfg.backbone) / HEADS).items() if heads.state_dict().get(name, torch.empty(0)).shape == tensor.shape}
+        heads.load_state_dict(known, strict=False)
     sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in (("all", model), ("vision", model.visual), ("llm", model.model))}
     sizes["trained"] = sum(p.numel() for module in (model, heads) for p in module.parameters() if p.requires_grad)
     if run.sharded:
@@ -526,8 +543,10 @@ def train(cfg):
         return 6 * (sizes["vision"] * patches + deep * sizes["llm"] * tokens)
 
     def export():
-        weights = merged(whole(model))
+        weights, dense = merged(whole(model)), whole(heads)
         if run.rank == 0:
+            with atomic(Path(cfg.out) / HEADS) as path:
+                save_file(dense, path)
             model.save_pretrained(cfg.out, dtype, weights)
             tokenizer.save_pretrained(cfg.out)
             write_json(Path(cfg.out) / "training.json", about())

@@ -21,7 +21,7 @@ import re
 import warnings
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import chain, groupby, takewhile
+from itertools import accumulate, chain, groupby, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -452,6 +452,15 @@ def attention_mask_for(L, S, real, device):
     return mask & real.bool()[:, None, None] | (key == query) if padded else mask          # a padded query sees itself: no empty rows, no NaN
 
 
+def branch_mask(lengths, device):
+    """A text of a stem and its branches, lengths [stem, branch, branch, ...]: (L, L) bool, True where a token may look, which is back to the stem and into
+    its own branch. None where causal says it all."""
+    if len(lengths) < 3:
+        return None
+    branch = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+    return torch.ones(len(branch), len(branch), dtype=torch.bool, device=device).tril() & ((branch == 0) | (branch == branch[:, None]))
+
+
 class Cache:
     """Keys and values of the tokens so far, written into one buffer (B, G, `size`, d) a layer; and where the next token of each row stands."""
 
@@ -471,7 +480,7 @@ class Cache:
 class Attention(nn.Module):
     """Grouped-query self-attention with M-RoPE. x (B, L, D), cos and sin (B, 1, L, d/2), mask (B or 1, 1, L, S) or None: see attention_mask_for.
 
-    segments: lengths of texts that share the row and do not see each other, or None.
+    segments: [(length, mask)] of texts that share the row and do not see each other, or None; a mask (L, L) as in branch_mask.
     """
 
     def __init__(self, config, layer):
@@ -493,8 +502,8 @@ class Attention(nn.Module):
             causal = mask is None and q.shape[2] == k.shape[2] > 1
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
         else:                                                                                # no mask is as fast as none, and no padding is computed
-            parts = zip(*(tensor.split(segments, dim=2) for tensor in (q, k, v)))
-            y = torch.cat([F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts], dim=2)
+            parts = zip(*(tensor.split([length for length, _ in segments], dim=2) for tensor in (q, k, v)))
+            y = torch.cat([F.scaled_dot_product_attention(*part, attn_mask=m, is_causal=m is None, enable_gqa=True) for part, (_, m) in zip(parts, segments)], dim=2)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -564,20 +573,24 @@ class VLM(nn.Module):
         """input_ids (B, L), attention_mask (B, S) 1 on real tokens, vision inputs, to a VLMOutput.
 
         num_layers=k runs the first k blocks only (no logits). logits_at (B, L) bool: logits of these places only. With a cache, input_ids are the
-        new tokens, attention_mask covers the past too. segments: lengths of texts packed into one row (B = 1), each with its own positions, none seeing
-        another. ValueError if pictures do not fill the places that the text has for them.
+        new tokens, attention_mask covers the past too. segments: of each text packed into one row (B = 1) its length, [L]; or [stem, branch, branch, ...],
+        each branch going on where the stem ends, as if it were alone. No text sees another, no branch another. ValueError if pictures do not fill the places that the text has for them.
         """
         past, L = 0 if cache is None else cache.length, input_ids.shape[1]
         if position_ids is None and past:
             position_ids = (cache.next_position[:, None] + torch.arange(L, device=input_ids.device)).expand(3, -1, -1)
         elif position_ids is None:
-            texts = input_ids if segments is None else pad_sequence(input_ids[0].split(segments), batch_first=True, padding_value=-1)
+            texts = input_ids if segments is None else pad_sequence(input_ids[0].split([sum(lengths) for lengths in segments]), batch_first=True, padding_value=-1)
             real = attention_mask if segments is None else (texts >= 0).int()
             position_ids = mrope_positions(texts, real, self.config, image_grid_thw, video_grid_thw, second_per_grid_ts)
-            position_ids = position_ids if segments is None else position_ids[:, texts >= 0][:, None]
+            if segments is not None:                                             # a branch does not count those before it
+                before = [n for stem, *branches in segments for n in (0, *(accumulate(branches[:-1], initial=0) if branches else ()))]
+                before = torch.repeat_interleave(torch.tensor(before), torch.tensor([n for lengths in segments for n in lengths])).to(texts.device)
+                position_ids = (position_ids[:, texts >= 0] - before)[:, None]
         x, patch_features = self.model.embed_tokens(input_ids), None
         if pixel_values is not None or pixel_values_videos is not None:
             x, patch_features = self.look(x, input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
+        segments = segments and [(sum(lengths), branch_mask(lengths, x.device)) for lengths in segments]
         mask, (cos, sin), hidden = attention_mask_for(L, past + L, attention_mask, x.device), self.rotary(position_ids), [x]
         for layer in self.model.layers[:num_layers]:
             hidden.append(compute(layer, self.checkpointing, hidden[-1], cos, sin, mask, cache, segments))

@@ -84,7 +84,7 @@ def batch_of(rows, tokenizer, cfg, dense_only=False, corpus=None, model=TINY):
 def test_labels_cover_answers_and_their_end_only(tokenizer):
     corpus, cfg = Corpus(), SFTConfig(questions=2)
     batch = batch_of([(5, 0), (6, 1)], tokenizer, cfg)
-    for scene, ids, labels in zip((0, 1), *(batch[name][0].split(batch["segments"]) for name in ("input_ids", "labels"))):
+    for scene, ids, labels in zip((0, 1), *(batch[name][0].split([sum(lengths) for lengths in batch["segments"]]) for name in ("input_ids", "labels"))):
         text = tokenizer.fast.decode(ids.tolist(), skip_special_tokens=False)
         learned = tokenizer.fast.decode([i for i in labels.tolist() if i >= 0], skip_special_tokens=False).split("<|im_end|>")[:-1]
         asked = [(question, answer) for question, answer in corpus[scene]["turns"] if question in text]
@@ -122,22 +122,24 @@ def test_a_mixture_holds_its_weights(tmp_path):
 
 
 def test_packing_changes_nothing(tokenizer, tmp_path):
-    """The same rows padded, each in a line of its own: the same loss and gradients."""
+    """The same conversations padded, each in a line of its own with its own pictures: the same loss and gradients."""
     torch.manual_seed(0)
     cfg, model = SFTConfig(dense_weight=0), VLM(TINY.for_tokenizer(tokenizer))
     chats_file(tmp_path / "mine.jsonl", 3)
     mixture = Mixture(SFTConfig(data=f"corpus:1,{tmp_path / 'mine.jsonl'}:1"))
     rows = [read_row(mixture.sources[source], number, index, cfg) for number, source, index in mixture.rows_of_step(0, 6)]
     packed = make_batch(rows, tokenizer, model.config, cfg)
-    assert len(set(packed["segments"])) > 2
-    parts = [[part.tolist() for part in packed[name][0].split(packed["segments"])] for name in ("input_ids", "labels")]
-    padded = {**collate(list(zip(*parts)), model.config.bos_token_id, side="right"), **{name: packed[name] for name in ("pixel_values", "image_grid_thw")}}
+    assert {len(lengths) for lengths in packed["segments"]} == {1, 4}                        # a stem and three questions, or a text alone
+    alone = [make_batch([([messages], media, None)], tokenizer, model.config, cfg) for talks, media, _ in rows for messages in talks]
+    lines = [[batch[name][0].tolist() for name in ("input_ids", "labels")] for batch in alone]
+    padded = {**collate(lines, model.config.bos_token_id, side="right"),
+              **{name: torch.cat([batch[name] for batch in alone if name in batch]) for name in ("pixel_values", "image_grid_thw")}}
     found = []
     for batch in (packed, padded):
         model.zero_grad()
         loss = train_sft.losses(model, None, batch, train_sft.count([batch]), cfg, False)["loss"]
         loss.backward()
-        found.append((float(loss), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+        found.append((float(loss.detach()), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
     assert abs(found[0][0] - found[1][0]) < 1e-5 and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[0][1], found[1][1]))
 
 
@@ -184,7 +186,7 @@ def test_places_are_where_the_offsets_lead(tokenizer):
 
 def test_tokens_of_an_answer_know_its_place_and_only_they(tokenizer):
     batch = batch_of([(None, 3), (None, 4)], tokenizer, SFTConfig())
-    rows = zip((3, 4), *(batch[name][0].split(batch["segments"]) for name in ("labels", "answer_place")))
+    rows = zip((3, 4), *(batch[name][0].split([sum(lengths) for lengths in batch["segments"]]) for name in ("labels", "answer_place")))
     for scene, labels, places in rows:
         learned = labels >= 0
         number = (learned & ~torch.nn.functional.pad(learned, (1, 0))[:-1]).cumsum(0)                # 1, 2, 3: what, where, is it red
