@@ -1,5 +1,6 @@
 """People's own data, general instructions and the balance of questions: both shapes mean the same, bad records are told, answers cannot be guessed."""
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -114,6 +115,8 @@ def test_every_question_has_ten_wordings_of_one_meaning():
         places = {tuple(sorted(set(part.split("}")[0] for part in wording.split("{")[1:]))) for wording in wordings}
         counts = {max(len(place), 1 + max((int(p) for p in place if p.isdigit()), default=-1)) if place else wording.count("{}") for place, wording in zip(places, wordings)}
         assert len(counts) <= 2
+        words = [set(re.findall("[a-z]+", wording.lower())) for wording in wordings]
+        assert set.union(*words[-HELD_OUT:]) <= set.union(*words[:-HELD_OUT]), name            # a new sentence, but no new word
     assert len(CATEGORIES) == 17
 
 
