@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from cli import UserError, atomic, choose, write_json
 from policy import Policy, PolicyConfig
-from vlm import VLM, Tokenizer, chat, collate, find_folder, process_images, process_videos, read_json
+from vlm import VLM, Tokenizer, chat, collate, find_folder, hub_weights, process_images, process_videos, read_json
 
 VIEWS = ("front", "wrist")
 VERSION = 1                              # of policy.json
@@ -35,7 +35,7 @@ def backbone_hash(vlm, num_layers=None):
     stored as float16 or float32. Blocks after k may be trained on: a policy that reads block k stays valid."""
     digest, ran = hashlib.sha256(json.dumps(vlm.config.to_dict(), sort_keys=True).encode()), len(vlm.model.layers[:num_layers])
     later = (*(f"model.layers.{i}." for i in range(ran, len(vlm.model.layers))), *(("model.norm.", "lm_head.") if num_layers is not None else ()))
-    for name, tensor in sorted(vlm.state_dict().items()):
+    for name, tensor in sorted(hub_weights(vlm.state_dict(), vlm.config).items()):
         if name.startswith(later):
             continue
         digest.update(name.encode())

@@ -257,25 +257,29 @@ def compute(block, checkpointing, *inputs):
 class MLP(nn.Module):
     def __init__(self, width, inner, bias):
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=bias)
-        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.gate_up_proj = nn.Linear(width, 2 * inner, bias=bias)               # the hub's gate_proj and up_proj in one product: `FUSED`
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+def rotate(x, cos, sin):
+    y, (a, b) = torch.empty_like(x), x.chunk(2, dim=-1)
+    left, right = y.chunk(2, dim=-1)
+    torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=right).addcmul_(a, sin)
+    return y
 
 
 class Rotary(torch.autograd.Function):
-    """Rotate pairs (i, i + d/2) of the last axis of x (..., d); cos and sin (..., d/2). The gradient is the rotation back."""
+    """`rotate` with its gradient, the rotation back: two passes over memory instead of the five that autograd would write down."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        y, half = torch.empty_like(x), x.shape[-1] // 2
-        a, b = x[..., :half], x[..., half:]
-        torch.mul(a, cos, out=y[..., :half]).addcmul_(b, sin, value=-1)
-        torch.mul(b, cos, out=y[..., half:]).addcmul_(a, sin)
-        return y
+        return rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad):
@@ -283,7 +287,9 @@ class Rotary(torch.autograd.Function):
         return Rotary.apply(grad, cos, -sin), None, None
 
 
-apply_rotary = Rotary.apply
+def apply_rotary(x, cos, sin):
+    """Rotate pairs (i, i + d/2) of the last axis of x (..., d); cos and sin (..., d/2)."""
+    return Rotary.apply(x, cos, sin) if torch.is_grad_enabled() else rotate(x, cos, sin)
 
 
 # ---- ViT
@@ -435,8 +441,9 @@ def mrope_positions(input_ids, attention_mask, config, image_grid_thw=None, vide
 @lru_cache(maxsize=16)
 def rotary_tables(head_dim, theta, sections, device):
     """Of each rotary pair of a head: its axis (d/2,), 0 time, 1 row, 2 column, and its frequency (d/2,)."""
-    pairs = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
-    return torch.repeat_interleave(torch.arange(3), torch.tensor(sections)).to(device), theta ** (-pairs / head_dim)
+    with torch.inference_mode(False):                                            # kept for training too
+        pairs = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+        return torch.repeat_interleave(torch.arange(3), torch.tensor(sections)).to(device), theta ** (-pairs / head_dim)
 
 
 def attention_mask_for(L, S, real, device):
@@ -485,17 +492,15 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.heads, self.head_dim = layer, config.num_attention_heads, config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.layer, self.heads, self.kv_heads, self.head_dim = layer, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim)      # the hub's q_proj, k_proj, v_proj: `FUSED`
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x, cos, sin, mask, cache, segments=None):
         # views, not einops, and one rotation for queries and keys: a new token's step is so short that calls are what it costs
-        split = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                # (B, L, h d) to (B, h, L, d)
-        turned = apply_rotary(split(torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1)), cos, sin)
-        q, k, v = turned[:, :self.heads], turned[:, self.heads:], split(self.v_proj(x))      # q (B, H, L, d); k and v (B, G, L, d)
+        qkv = self.qkv_proj(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)         # (B, H + 2 G, L, d)
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        q, k = apply_rotary(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)          # q (B, H, L, d); k and v (B, G, L, d)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                                            # (B, G, S, d)
         if segments is None:
@@ -591,18 +596,27 @@ class VLM(nn.Module):
         if pixel_values is not None or pixel_values_videos is not None:
             x, patch_features = self.look(x, input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         segments = segments and [(sum(lengths), branch_mask(lengths, x.device)) for lengths in segments]
-        mask, (cos, sin), hidden = attention_mask_for(L, past + L, attention_mask, x.device), self.rotary(position_ids), [x]
-        for layer in self.model.layers[:num_layers]:
-            hidden.append(compute(layer, self.checkpointing, hidden[-1], cos, sin, mask, cache, segments))
+        hidden = self.blocks(x, *self.rotary(position_ids), attention_mask_for(L, past + L, attention_mask, x.device), cache, segments, num_layers)
         if cache is not None:
-            cache.length, cache.next_position = past + L, position_ids.amax(dim=(0, 2)) + 1
+            cache.next_position = position_ids.amax(dim=(0, 2)) + 1
         if num_layers is not None:
             return VLMOutput(None, hidden, patch_features)
         chosen = self.model.norm(hidden[-1] if logits_at is None else hidden[-1][logits_at])
-        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return VLMOutput(F.linear(chosen, head.weight), hidden, patch_features, chosen)
+        return VLMOutput(self.head(chosen), hidden, patch_features, chosen)
 
-    @torch.no_grad()
+    def blocks(self, x, cos, sin, mask, cache=None, segments=None, num_layers=None):
+        """Hidden states (B, L, D) before the first and behind each of the blocks that run."""
+        hidden = [x]
+        for layer in self.model.layers[:num_layers]:
+            hidden.append(compute(layer, self.checkpointing, hidden[-1], cos, sin, mask, cache, segments))
+        if cache is not None:
+            cache.length += x.shape[1]
+        return hidden
+
+    def head(self, x):
+        return F.linear(x, (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight)
+
+    @torch.inference_mode()
     def generate(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=None,
                  stop_token_ids=None, stream=None, **videos):
         """Continue left-padded prompts (B, L) with their vision inputs until a stop token: a list of B lists of token ids, the stop not among them.
@@ -612,25 +626,30 @@ class VLM(nn.Module):
         """
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise ValueError("generation needs padding on the left")
-        config, (B, L) = self.config, input_ids.shape
-        stops = torch.tensor(stop_token_ids or (config.eos_token_id, config.bos_token_id), device=input_ids.device)
-        cache = Cache(L + max_new_tokens)
-        real = None if attention_mask is None or attention_mask.all() else F.pad(attention_mask, (0, max_new_tokens), value=1)
-        generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
+        config, (B, L), device = self.config, input_ids.shape, input_ids.device
+        stops, cache = torch.tensor(stop_token_ids or (config.eos_token_id, config.bos_token_id), device=device), Cache(L + max_new_tokens)
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         last = torch.zeros_like(input_ids, dtype=torch.bool)
         last[:, -1] = True
         logits = self(input_ids, attention_mask, pixel_values, image_grid_thw, **videos, logits_at=last, cache=cache).logits      # (B, V)
-        made, running = [], torch.ones(B, dtype=torch.bool, device=input_ids.device)
+        # what does not depend on the tokens is made once, for all steps: a step of a small model costs what its calls cost
+        padded = attention_mask is not None and not attention_mask.all()
+        mask = F.pad(attention_mask, (0, max_new_tokens), value=1).bool()[:, None, None] if padded else None
+        steps = torch.arange(max_new_tokens, device=device)
+        cos, sin = (part.unbind(2) for part in self.rotary((cache.next_position[:, None] + steps).expand(3, -1, -1)))             # (B, 1, d/2) each
+        made, running = [], torch.ones(B, dtype=torch.bool, device=device)
         for i in range(max_new_tokens):
             token = logits.argmax(-1) if temperature == 0 else draw(logits / temperature, top_p, generator)
             token = torch.where(running, token, stops[0])
-            running &= ~torch.isin(token, stops)
+            running &= (token[:, None] != stops).all(-1)
             made.append(token)
             if stream is not None:
                 stream(token)
             if i + 1 == max_new_tokens or not running.any():
                 break
-            logits = self(token[:, None], real if real is None else real[:, :cache.length + 1], cache=cache).logits[:, 0]
+            x = self.model.embed_tokens(token[:, None])
+            x = self.blocks(x, cos[i][:, :, None], sin[i][:, :, None], None if mask is None else mask[..., :cache.length + 1], cache)[-1]
+            logits = self.head(self.model.norm(x))[:, 0]
         ends = stops.tolist()
         return [list(takewhile(lambda token: token not in ends, row)) for row in torch.stack(made, dim=1).tolist()]
 
@@ -650,7 +669,7 @@ class VLM(nn.Module):
 
         transformers and vLLM load the folder as it is, with the tokenizer's files beside.
         """
-        weights = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in (weights or self.state_dict()).items()}
+        weights = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in hub_weights(weights or self.state_dict(), self.config).items()}
         write_json(Path(folder) / "config.json", {**self.config.to_dict(), "dtype": str(dtype or self.model.norm.weight.dtype).removeprefix("torch.")})
         write_json(Path(folder) / "preprocessor_config.json", self.config.processor_dict())
         with atomic(Path(folder) / "model.safetensors") as path:
@@ -658,6 +677,27 @@ class VLM(nn.Module):
         # vLLM reads every safetensors file that no index leaves out, policy.safetensors too
         write_json(Path(folder) / "model.safetensors.index.json", {"metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())},
                                                                     "weight_map": dict.fromkeys(weights, "model.safetensors")})
+
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}      # one product here, tensors of their own on the hub
+
+
+def hub_parts(name, rows, config):
+    """[(hub's name, rows)] of the hub's tensors that ours of this name holds one below the other."""
+    *module, layer, kind = name.split(".")
+    if layer not in FUSED:
+        return [(name, rows)]
+    kv = config.num_key_value_heads * config.head_dim
+    return [(".".join([*module, part, kind]), size) for part, size in zip(FUSED[layer], (rows - 2 * kv, kv, kv) if layer == "qkv_proj" else (rows // 2, rows // 2))]
+
+
+def hub_weights(weights, config):
+    """{our name: tensor} under the hub's names."""
+    made = {}
+    for name, tensor in weights.items():
+        names, sizes = zip(*hub_parts(name, len(tensor), config))
+        made |= zip(names, tensor.split(sizes))
+    return made
 
 
 def initialise(module):
@@ -859,7 +899,11 @@ def load_weights(model, paths, device="cpu", dtype=torch.float32):
     Tensors are copied one by one, each from a mapping of its own: what was read of the file is let go of at once, and memory peaks at the weights and
     one tensor.
     """
-    wanted, found = model.state_dict(), {}
+    own, found, filled, wanted = model.state_dict(), {}, set(), {}               # wanted {hub's name: (our name, first row, shape)}
+    for name, tensor in own.items():
+        first = 0
+        for part, rows in hub_parts(name, len(tensor), model.config):
+            wanted[part], first = (name, first, [rows, *tensor.shape[1:]]), first + rows
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
@@ -869,13 +913,17 @@ def load_weights(model, paths, device="cpu", dtype=torch.float32):
             for name, shape in shapes.items():
                 if name not in wanted:
                     raise UserError(f"{path} does not fit config.json: unexpected tensor {name}")
-                if list(wanted[name].shape) != shape:
-                    raise UserError(f"{path} does not fit config.json: {name} has shape {shape}, wanted {list(wanted[name].shape)}")
+                ours, first, fits = wanted[name]
+                if fits != shape:
+                    raise UserError(f"{path} does not fit config.json: {name} has shape {shape}, wanted {fits}")
+                if ours not in found:
+                    found[ours] = torch.empty(own[ours].shape, dtype=dtype, device=device)
                 with safe_open(path, "pt") as file:
-                    found[name] = file.get_tensor(name).to(device, dtype, copy=True)
+                    found[ours][first:first + shape[0]] = file.get_tensor(name)
+                filled.add(name)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read weights {path}: {getattr(error, 'strerror', None) or error}; is the file complete?") from None
-    missing = sorted(wanted.keys() - found.keys())
+    missing = sorted(wanted.keys() - filled)
     if missing:
         raise UserError(f"{paths[0].parent} does not fit config.json: {len(missing)} tensors missing, first {missing[0]}")
     model.load_state_dict(found, assign=True)
