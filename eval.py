@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm, trange
 
 from cli import UserError, at_least, atomic, choose, choose_many, parse, pick_device, run, this_process, write_json
@@ -30,7 +31,7 @@ from data.questions import CATEGORIES, distance, is_right
 from data.robots import ROBOTS, get_robot
 from data.tasks import TASKS
 from plot import bars, heat_map
-from rollout import EXECUTE_STEPS, draw_episode, jerk, robots_of, rollout
+from rollout import EXECUTE_STEPS, caption, draw_episode, jerk, robots_of, rollout
 
 ELSEWHERE = ("workers", "out", "failures")     # settings that no episode depends on
 # BLM1, arXiv 2510.24161: success (%) over 50 episodes a cell, one set of weights, in ManiSkill; columns in the order of TASKS
@@ -60,6 +61,8 @@ class PhysicalConfig(EvalConfig):
 @dataclass
 class DigitalConfig(EvalConfig):
     base: str = ""                  # another model folder to stand beside, such as the one before Stage I
+    no_replay: str = ""             # a third one, trained without general instructions, for the table of retention
+    examples: str = ""              # picture file for three dialogues; empty: none is drawn
     corpus: str = "out/corpus"      # the corpus whose validation scenes are asked
     general: str = "out/general"    # folder with the probes of instruction following
     questions: int = 50             # how many of each category in wordings that training saw, and as many in others
@@ -256,7 +259,7 @@ def digital(what, config):
     pictures, questions = [scene["images"] for scene, _ in asked], [question["question"] for _, question in asked]
     given, probes = {}, [json.loads(line) for line in (Path(config.general) / "probes.jsonl").read_text().splitlines()]
     chats, retention = Chats(Path(config.general) / "probes.jsonl"), {}
-    for name, folder, seen in (("model", config.weights, pictures), ("blind", config.weights, blind), ("base", config.base, pictures)):
+    for name, folder, seen in (("model", config.weights, pictures), ("blind", config.weights, blind), ("base", config.base, pictures), ("no_replay", config.no_replay, pictures)):
         if folder:
             blm = BLM.from_pretrained(folder, device)
             given[name] = [reply for start in trange(0, len(asked), 64, desc=name) for reply in blm.answers(seen[start:start + 64], questions[start:start + 64], 96)]
@@ -279,14 +282,28 @@ def digital(what, config):
     points = [(scene, question, reply) for (scene, question), reply in zip(asked, given["model"]) if question["category"] == "point"]
     errors = [distance(reply, question["answer"]) for _, question, reply in points]
     front = [error * front_pixel(get_robot(scene["robot"])) for (scene, question, _), error in zip(points, errors) if "front" in question["question"]]
-    result = {"what": what, "mean": mean("model"), "blind_mean": mean("blind"), "chance_mean": mean("chance"), **({"base_mean": mean("base")} if config.base else {}),
+    result = {"what": what, "mean": mean("model"), "blind_mean": mean("blind"), "chance_mean": mean("chance"), **{f"{name}_mean": mean(name) for name in ("base", "no_replay") if name in given},
               "seen_mean": mean("seen"), "held_out_mean": mean("held_out"), "categories": rows, "asked": len(asked), "retention": retention,
               "point_error_px_median": float(np.median(errors)), "point_error_cm_median": 100 * float(np.median(front)), "command": shlex.join(["python", *sys.argv])}
+    if config.examples:
+        draw_dialogues([(scene["images"], question["question"], reply) for (scene, question), reply in zip(asked, given["model"])], config)
     print(digital_table(result))
     for name, row in retention.items():
         print(f"general instructions, {name}: " + ", ".join(f"{kind} {100 * value:.0f}%" for kind, value in row.items()))
     print(f"pointing error, median: {result['point_error_px_median']:.1f} px of 128; {result['point_error_cm_median']:.1f} cm in the front view")
     return result
+
+
+def draw_dialogues(talks, config):
+    """Three of `talks` [(pictures, question, reply)], spread over them, into one picture: right or wrong, as they come."""
+    rows = []
+    for i in np.linspace(0, len(talks) - 1, 5).astype(int)[1:-1]:
+        pictures, question, reply = talks[i]
+        strip = np.full((pictures[0].shape[0], 4 * pictures[0].shape[1], 3), 250, np.uint8)
+        strip[:, :len(pictures) * pictures[0].shape[1]] = np.concatenate(pictures, 1)
+        rows.append(np.asarray(caption(strip, [f"- {question}", f"- {reply}"])))
+    with atomic(config.examples) as temporary:
+        Image.fromarray(np.concatenate(rows)).save(temporary)
 
 
 def benchmark(what, config):
@@ -313,7 +330,7 @@ def benchmark(what, config):
 
 def digital_table(result):
     """Markdown: a row a category, in %."""
-    names = [name for name in ("chance", "blind", "base", "model") if f"{name}_mean" in result or name == "model"]
+    names = [name for name in ("chance", "blind", "base", "no_replay", "model") if f"{name}_mean" in result or name == "model"]
     lines = ["| category | asked | " + " | ".join(names) + " | 95% interval | seen / new wording |", "|---" * (len(names) + 4) + "|"]
     for name, row in result["categories"].items():
         low, high = row["interval"]

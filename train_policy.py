@@ -4,6 +4,7 @@
     python train_policy.py --resume                            goes on where a stopped run saved last
     python -m data.record --policy out/policy && python train_policy.py --resume --steps 16000      learns from its own mistakes, corrected by the expert
     python train_policy.py --robots widowx --start out/three --out out/four --steps 600      a robot that out/three lacks: only its own layers are trained
+    python train_policy.py --start weights/nano --backbone out/sft      a policy goes on with a new language model: all of it is trained, but not from nothing
     torchrun --nproc_per_node 8 train_policy.py --batch_size 512     the same on several GPUs (trainer.py); --fsdp shards a model that does not fit one
 
 A frozen model says the same of the same frame every time, so what its block k says is computed once, every `frame_stride` control steps of each
@@ -48,7 +49,7 @@ class TrainConfig(RunConfig):
     robots: str = "all"            # comma-separated robots to learn from, or all
     tasks: str = "all"             # comma-separated tasks to learn from, or all
     demonstrations: int = 0        # episodes of each robot and task, those of the lowest seeds; 0: all
-    start: str = ""                # model folder whose policy to begin with; of robots that it lacks, only their own layers are trained
+    start: str = ""                # model folder whose policy to begin with; if there are robots that it lacks, only their own layers are trained
     backbone: str = ""             # folder or hub name of the frozen language model; empty: out/sft if it is there, else weights/nano
     cache: str = "out/intents"     # folder for the language model's hidden states
     steps: int = 8000              # optimiser steps
@@ -276,10 +277,8 @@ def train(cfg, config):
     if cfg.start:
         started = BLM.from_pretrained(cfg.start)
         old = started.policy
-        if old is None or old.config != config:
+        if old is None or (old.config, old.condition_size) != (config, blm.vlm.config.hidden_size):
             raise UserError(f"--start {cfg.start} holds {'no policy' if old is None else 'a policy of other sizes than the flags say'}: name another folder")
-        if backbone_hash(started.vlm, config.intent_layer) != backbone:
-            raise UserError(f"--start {cfg.start} reads another language model than {folder}: name its own with --backbone")
     known = old.embodiments if old else {}
     episodes = chosen(record.load_episodes(cfg.data), cfg, known)
     hidden = cache_intents(blm, episodes, cfg, config.intent_layer, backbone, run)
@@ -287,6 +286,8 @@ def train(cfg, config):
     torch.manual_seed(cfg.seed)
     policy = Policy(config, blm.vlm.config.hidden_size, demos.embodiments)
     only_new = old is not None and begin_with(policy, old)
+    if only_new and backbone_hash(started.vlm, config.intent_layer) != backbone:
+        raise UserError(f"--start {cfg.start} reads another language model than {folder}, and lacks some of --robots: name its own with --backbone")
     demos.statistics(policy)
     blm.policy = copy.deepcopy(policy).requires_grad_(False)             # the moving average
     size = sum(p.numel() for p in policy.parameters())

@@ -192,3 +192,15 @@ def test_a_policy_that_goes_on_from_another_trains_all(made, tmp_path):
     train(flags(made, tmp_path / "two", start=str(tmp_path / "one"), tasks="PushCube"), PolicyConfig(**SMALL))
     before, after = (BLM.from_pretrained(tmp_path / name).policy.state_dict() for name in ("one", "two"))
     assert all(torch.equal(before[name], after[name]) == name.startswith("normaliser.") for name in ("normaliser.state_mean", "blocks.0.mlp.1.weight"))
+
+
+def test_a_policy_goes_on_with_another_language_model(made, tmp_path):
+    train(flags(made, tmp_path / "one", robots="panda"), PolicyConfig(**SMALL))
+    small_blm(seed=5, policy=False).save_pretrained(tmp_path / "other")
+    train(flags(made, tmp_path / "two", robots="panda", start=str(tmp_path / "one"), backbone=str(tmp_path / "other")), PolicyConfig(**SMALL))
+    one, two = BLM.from_pretrained(tmp_path / "one"), BLM.from_pretrained(tmp_path / "two")
+    assert not torch.equal(*(blm.vlm.model.embed_tokens.weight for blm in (one, two)))
+    assert torch.equal(one.policy.normaliser.state_mean, two.policy.normaliser.state_mean)
+    assert not torch.equal(one.policy.perceiver.queries, two.policy.perceiver.queries)
+    with pytest.raises(UserError, match="another language model"):           # frozen layers would read what they do not know
+        train(flags(made, tmp_path / "three", robots="widowx", start=str(tmp_path / "one"), backbone=str(tmp_path / "other")), PolicyConfig(**SMALL))
