@@ -518,7 +518,7 @@ def train(cfg):
 
     def batches_of(step):
         rows, size, batches = mixture.rows_of_step(step, cfg.batch_size, step < dense_steps), cfg.micro_batch * run.world, []
-        for everyones in (rows[i:i + size] for i in range(0, len(rows), size)):
+        for everyones in (sorted(rows[i:i + size], key=lambda row: row[1]) for i in range(0, len(rows), size)):      # each process gets as much of each source
             own = everyones[run.rank::run.world]
             read = [read_row(mixture.sources[source], number, index, cfg, step < dense_steps) for number, source, index in own]
             batches.append(make_batch(read + (blank_rows(own, everyones, mixture, cfg) if run.sharded else []), tokenizer, model.config, cfg))
