@@ -163,7 +163,7 @@ def rows_of(policy, n, tokens, device):
     generator, T, A = torch.Generator().manual_seed(0), policy.config.action_horizon, policy.action_dim
     normal = lambda *shape: torch.randn(*shape, generator=generator)
     batch = {"hidden": normal(n, tokens, policy.condition_size), "future_hidden": normal(n, tokens, policy.condition_size), "state": normal(n, policy.state_dim),
-             "action": normal(n, T, A), "embodiment": torch.arange(n) % len(policy.embodiments)}
+             "action": normal(n, T, A), "embodiment": (torch.arange(n) % len(policy.embodiments)).sort().values}
     masks = {"mask": torch.ones(n, tokens, dtype=torch.bool), "action_valid": torch.ones(n, T, dtype=torch.bool), "future_valid": torch.ones(n, dtype=torch.bool)}
     batch |= masks | {"future_mask": masks["mask"]}
     return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -15,6 +15,7 @@ Physical order and units of state and action: data/robots.py. The first A - 1 en
 """
 import math
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -186,16 +187,22 @@ class Perceiver(nn.Module):
         return self.out_norm(x)
 
 
+def runs_of(embodiment):
+    """[(robot, rows)] of neighbours in (B,) that are the same robot: a product for each, so rows sorted by robot are the fastest."""
+    return [(robot, len(list(same))) for robot, same in groupby(embodiment.tolist())]
+
+
 class EmbodimentLinear(nn.Module):
-    """A linear layer for each robot: weight (E, in, out); x (B, T, in) and embodiment (B,) to (B, T, out)."""
+    """A linear layer for each robot: weight (E, in, out); x (B, T, in) and its `runs_of` robots to (B, T, out)."""
 
     def __init__(self, embodiments, inner, outer):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(embodiments, inner, outer))
         self.bias = nn.Parameter(torch.empty(embodiments, outer))
 
-    def forward(self, x, embodiment):
-        return torch.baddbmm(self.bias[embodiment][:, None], x, self.weight[embodiment])
+    def forward(self, x, runs):
+        weights, biases = self.weight.unbind(), self.bias.unbind()
+        return torch.cat([F.linear(part, weights[robot].T, biases[robot]) for part, (robot, _) in zip(x.split([rows for _, rows in runs]), runs)])
 
 
 class ActionEncoder(nn.Module):
@@ -208,10 +215,10 @@ class ActionEncoder(nn.Module):
         self.second = EmbodimentLinear(embodiments, 2 * width, width)
         self.third = EmbodimentLinear(embodiments, width, width)
 
-    def forward(self, noised, tau, embodiment):
-        x = self.first(noised, embodiment)
+    def forward(self, noised, tau, runs):
+        x = self.first(noised, runs)
         time = sinusoids(1000 * tau, self.width)[:, None].expand_as(x)
-        return self.third(F.silu(self.second(torch.cat([x, time], dim=-1), embodiment)), embodiment)
+        return self.third(F.silu(self.second(torch.cat([x, time], dim=-1), runs)), runs)
 
 
 class Block(nn.Module):
@@ -307,15 +314,15 @@ class Policy(nn.Module):
         pairs = self.modulation(self.tau_mlp(sinusoids(1000 * tau, self.config.hidden_size)))
         return rearrange(pairs, "B (n two D) -> n two B 1 D", two=2, D=self.config.hidden_size).unbind(0)
 
-    def encode_state(self, state, embodiment):
+    def encode_state(self, state, runs):
         """Normalised state (B, S) to one token (B, 1, D). Clamped: a reading far outside the demonstrations says no more than "far"."""
         first, second = self.state_encoder
-        return second(F.silu(first(state.clamp(-5, 5)[:, None], embodiment)), embodiment)
+        return second(F.silu(first(state.clamp(-5, 5)[:, None], runs)), runs)
 
-    def velocity(self, noised, tau, state_token, key_values, embodiment, modulations=None):
+    def velocity(self, noised, tau, state_token, key_values, runs, modulations=None):
         """Noised actions (B, T, A) at tau (B,) to the velocity (B, T, A) and the future tokens behind block `future_layer` (B, M, D)."""
         modulations = self.modulations(tau) if modulations is None else modulations
-        actions = self.action_encoder(noised, tau, embodiment) + self.action_positions
+        actions = self.action_encoder(noised, tau, runs) + self.action_positions
         x = torch.cat([state_token, self.future_tokens.expand(len(noised), -1, -1), actions], dim=1)
         for i, (block, (shift, scale), key_value) in enumerate(zip(self.blocks, modulations, key_values), start=1):
             x = block(x, shift, scale, key_value)
@@ -323,7 +330,7 @@ class Policy(nn.Module):
                 future = x[:, 1:1 + self.config.num_future_tokens]
         x = modulate(self.out_norm(x[:, -self.config.action_horizon:]), *modulations[-1])
         first, second = self.decoder
-        return second(F.silu(first(x, embodiment)), embodiment), future
+        return second(F.silu(first(x, runs)), runs), future
 
     def draw(self, n, generator=None, state_noise=0.0, device="cpu"):
         """The random part of a training step for n rows: noise (n, T, A), tau (n,), and what is added to the normalised state (n, S)."""
@@ -342,16 +349,16 @@ class Policy(nn.Module):
         state (B, S), action (B, T, A) physical units, absolute, padded with anything, action_valid (B, T) bool, embodiment (B,) long;
         and, to fix them, any of what `draw` makes. totals (valid action numbers, valid futures): divisors, if the batch is a part of one.
         """
-        embodiment, norm = batch["embodiment"], self.normaliser
+        embodiment, runs, norm = batch["embodiment"], runs_of(batch["embodiment"]), self.normaliser
         norm.check(embodiment)
         batch = {**self.draw(len(embodiment), device=batch["state"].device), **batch}
         intent = self.intent(batch["hidden"], batch["mask"])
         state = norm.normalise_state(batch["state"], embodiment) + batch["state_noise"]
-        state_token, key_values = self.encode_state(torch.where(norm.state_mask[embodiment], state, 0.0), embodiment), self.look_at(intent)
+        state_token, key_values = self.encode_state(torch.where(norm.state_mask[embodiment], state, 0.0), runs), self.look_at(intent)
         seen = {}
 
         def velocity(noised, tau):
-            v, seen["future"] = self.velocity(noised, tau, state_token, key_values, embodiment)
+            v, seen["future"] = self.velocity(noised, tau, state_token, key_values, runs)
             return v
 
         actions = norm.normalise_action(batch["action"], batch["state"], embodiment)
@@ -375,15 +382,15 @@ class Policy(nn.Module):
         noise (B, T, A) is drawn if None. UserError for a robot without statistics.
         """
         self.normaliser.check(embodiment)
-        B, K, own = len(state), self.config.num_inference_steps, self.normaliser.action_mask[embodiment][:, None]
+        B, K, own, runs = len(state), self.config.num_inference_steps, self.normaliser.action_mask[embodiment][:, None], runs_of(embodiment)
         if noise is None:
             noise = torch.randn(B, self.config.action_horizon, self.action_dim, device=state.device)
-        state_token = self.encode_state(self.normaliser.normalise_state(state, embodiment), embodiment)
+        state_token = self.encode_state(self.normaliser.normalise_state(state, embodiment), runs)
         key_values, taus = self.look_at(self.intent(hidden, mask)), torch.arange(K, device=state.device) / K
         modulations = self.modulations(taus)                              # of all steps at once
         x = torch.where(own, noise, 0.0)
         for step in range(K):
             now = [(shift[step], scale[step]) for shift, scale in modulations]
-            v, _ = self.velocity(x, taus[step].expand(B), state_token, key_values, embodiment, now)
+            v, _ = self.velocity(x, taus[step].expand(B), state_token, key_values, runs, now)
             x = torch.where(own, x + v / K, 0.0)
         return self.normaliser.inverse(x, state, embodiment)

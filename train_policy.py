@@ -153,8 +153,9 @@ class Demos:
             policy.normaliser.fit(int(index), *(torch.from_numpy(array[own]) for array in (self.state, self.action, self.valid)))
 
     def rows_of_step(self, seed, step, batch_size):
-        """(B,) row numbers, a function of (seed, step): any frame as likely as any other, so the longer and harder tasks weigh more."""
-        return np.random.default_rng([seed, step]).choice(self.train, batch_size)
+        """(B,) row numbers, a function of (seed, step), sorted by robot: any frame as likely as any other, so the longer and harder tasks weigh more."""
+        rows = np.random.default_rng([seed, step]).choice(self.train, batch_size)
+        return rows[np.argsort(self.embodiment[rows], kind="stable")]
 
     def __getitem__(self, rows):
         """The batch that Policy.forward describes, for row numbers (B,)."""

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from cli import UserError
-from policy import PRESETS, Policy, PolicyConfig, flow_loss, sample_tau
+from policy import PRESETS, Policy, PolicyConfig, flow_loss, runs_of, sample_tau
 
 ROBOTS = {"long": (7, 5), "short": (5, 3)}          # state and action dims; the last action is the finger
 T, L, WIDTH = 4, 9, 24
@@ -175,8 +175,8 @@ def test_keys_and_modulation_made_once_equal_those_made_every_step():
     x = torch.where(own, noise, 0.0)
     with torch.no_grad():
         for step in range(4):
-            token = policy.encode_state(policy.normaliser.normalise_state(state, robot), robot)
-            v, _ = policy.velocity(x, torch.full((6,), step / 4), token, policy.look_at(policy.intent(hidden, mask)), robot)
+            token = policy.encode_state(policy.normaliser.normalise_state(state, robot), runs_of(robot))
+            v, _ = policy.velocity(x, torch.full((6,), step / 4), token, policy.look_at(policy.intent(hidden, mask)), runs_of(robot))
             x = torch.where(own, x + v / 4, 0.0)
     assert torch.allclose(policy.sample(hidden, mask, state, robot, noise), policy.normaliser.inverse(x, state, robot), atol=1e-5)
 
