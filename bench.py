@@ -24,8 +24,9 @@ from data.robots import ROBOTS, get_robot
 from data.tasks import TASKS
 from model import BLM, VIEWS
 from policy import Policy, PolicyConfig
+from tokenizer import Tokenizer, collate
 from train_policy import TrainConfig
-from vlm import PRESETS, VLM, Tokenizer, VisionConfig, VLMConfig, collate, process_images
+from vlm import PRESETS, VLM, VisionConfig, VLMConfig, process_images
 
 GENERATED = 32
 

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from cli import UserError, atomic, choose, write_json
 from policy import Policy, PolicyConfig
-from vlm import VLM, Tokenizer, chat, collate, find_folder, hub_weights, process_images, process_videos, read_json
+from tokenizer import Tokenizer, chat, collate
+from vlm import VLM, find_folder, hub_weights, process_images, process_videos, read_json
 
 VIEWS = ("front", "wrist")
 VERSION = 1                              # of policy.json

@@ -38,8 +38,9 @@ from data.tasks import TASKS
 from model import BLM, backbone_hash, load_training
 from policy import PRESETS, EmbodimentLinear, Policy, PolicyConfig
 from rollout import EXECUTE_STEPS
+from tokenizer import Tokenizer
 from trainer import Run, RunConfig, make_optimizer, shard, whole
-from vlm import VLM, Tokenizer, find_folder, stored_dtype
+from vlm import VLM, find_folder, stored_dtype
 
 
 @dataclass

@@ -41,10 +41,11 @@ from data import general
 from data.chats import Chats
 from data.env import IMAGE_SIZE
 from model import BLM
+from tokenizer import SYSTEM_PROMPT, Tokenizer, chat, train_tokenizer
 import trainer
 from trainer import Run, RunConfig, checkpoints, make_optimizer, shard, whole
 from vlm import PRESETS as SIZES
-from vlm import SYSTEM_PROMPT, VLM, Tokenizer, chat, find_folder, process_images, process_videos, read_json, stored_dtype, train_tokenizer
+from vlm import VLM, find_folder, process_images, process_videos, read_json, stored_dtype
 
 
 @dataclass

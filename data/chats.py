@@ -24,7 +24,7 @@ MOST_TOLD = 5                    # bad records that an error names
 
 
 def normalise(record):
-    """(messages as `vlm.chat` takes them, [(kind, path)] of pictures and videos in their order); ValueError says what is wrong."""
+    """(messages as `tokenizer.chat` takes them, [(kind, path)] of pictures and videos in their order); ValueError says what is wrong."""
     if not isinstance(record, dict):
         raise ValueError("it is no JSON object")
     if "messages" in record:

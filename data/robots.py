@@ -144,7 +144,7 @@ def robot_xml(robot, base_pos=(0.0, 0.0, 0.0)):
     return body, rest
 
 
-DEFAULTS = f'''<option timestep="0.0025" integrator="implicitfast" cone="elliptic" impratio="10"/>
+DEFAULTS = '''<option timestep="0.0025" integrator="implicitfast" cone="elliptic" impratio="10"/>
   <compiler angle="radian" autolimits="true"/>
   <default>
     <geom friction="0.3 0.005 0.0001" condim="3"/>

@@ -12,7 +12,8 @@ from data import general
 from data.chats import Chats, normalise
 from data.questions import CATEGORIES, HELD_OUT, WORDINGS, Asker, equalise
 from train_sft import SFTConfig, make_batch, read_row
-from vlm import PRESETS, VLM, train_tokenizer
+from tokenizer import train_tokenizer
+from vlm import PRESETS, VLM
 
 MESSAGES = {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is this?"}]}, {"role": "assistant", "content": "A cup."},
                          {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}]}

@@ -9,7 +9,8 @@ import torch
 from cli import UserError
 from model import BLM, load_training
 from policy import Policy, PolicyConfig
-from vlm import VLM, VisionConfig, VLMConfig, train_tokenizer
+from tokenizer import train_tokenizer
+from vlm import VLM, VisionConfig, VLMConfig
 
 CORPUS = ["push the cube to the goal", "Where is the red cube?", '{"point_2d": [41, 57]}', "system\nYou are a helpful assistant.\nuser\nassistant\n"] * 3
 ROBOTS = {"panda": (17, 8), "widowx": (16, 7)}

@@ -12,7 +12,8 @@ import trainer
 from cli import UserError
 from conftest import last_state, spawn_two
 from train_sft import DenseHeads, LoRA, Mixture, SFTConfig, add_lora, make_batch, merged, read_row, train
-from vlm import PRESETS, VLM, Tokenizer, VisionConfig, VLMConfig, collate, train_tokenizer
+from tokenizer import Tokenizer, collate, train_tokenizer
+from vlm import PRESETS, VLM, VisionConfig, VLMConfig
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 

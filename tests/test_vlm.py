@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from cli import UserError
 from conftest import ROOT
-from vlm import (CHAT_TEMPLATE, CLIP_MEAN, SPECIAL_TOKENS, VLM, Cache, Tokenizer, VisionConfig, VLMConfig, chat, collate, hub_weights, load_image, mrope_positions,
-                 process_images, process_videos, train_tokenizer)
+from tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer, chat, collate, train_tokenizer
+from vlm import CLIP_MEAN, VLM, Cache, VisionConfig, VLMConfig, hub_weights, load_image, mrope_positions, process_images, process_videos
 
 CORPUS = ["Where is the red cube? It is left of the blue sphere.", '{"point_2d": [41, 57], "label": "red cube"}',
           "system\nYou are a helpful assistant.\nuser\nassistant\n", "Pick up the cube, then stack it on the green one."] * 3
