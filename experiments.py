@@ -47,7 +47,7 @@ class ExperimentConfig:
     steps: int = 2000                                # optimiser steps of a row
     episodes: int = 20                               # evaluation episodes of each robot and task
     data: str = "out/demos"                          # folder of demonstrations
-    base: str = "out/base"                           # model folder of the base stage, for no_stage_1
+    base: str = "weights/base"                       # model folder of the base stage, for no_stage_1
     backbone: str = "weights/nano"                   # model folder whose language model all other rows read
     out: str = "out/experiments"                     # folder for the trained policies
     results: str = "results/experiments.json"        # result file; rows that it holds are not run again

@@ -8,14 +8,16 @@
     python train_sft.py --backbone Qwen/Qwen2.5-VL-3B-Instruct --data mine.jsonl --lr 1e-4 --lora_rank 16 --dense_weight 0       from the hub's weights
 
 A row is a corpus scene with some of its questions, or a record of a JSON lines file (data/chats.py). Rows of a step are packed end to end, none seeing
-another, so nothing is spent on padding; a scene's questions share its pictures, each as if it were asked alone; the cross-entropy is on answers alone. A model of 4 M parameters that starts from nothing
-hardly learns to see from sparse words, so linear heads, of use to training alone, read what each 16-pixel patch shows and where that object's centre is:
-one from the ViT, one from the hidden states of block k, which is what the policy will read. Rotary positions tell a patch only where others are; the
-second head also asks for the place in the picture, which is what coordinates in answers are. A third head reads the place that an answer is about from
-the tokens of that answer: digits follow soon after. The first `dense_steps` train the heads alone, on pictures without text and through
-k blocks only, several times as fast.
+another, so nothing is spent on padding; a scene's questions share its pictures, each as if it were asked alone; the cross-entropy is on answers alone.
 
-Written to --out: config.json, model.safetensors (float16, or as in the backbone's file), heads.safetensors, tokenizer.json, training.json (command, figures), and what trainer.py writes.
+A model of 5 M parameters that starts from nothing hardly learns to see from sparse words, so linear heads, of use to training alone, read what each
+16-pixel patch shows and where that object's centre is: one from the ViT, one from the hidden states of block k, which is what the policy will read.
+Rotary positions tell a patch only where others are; the second head also asks for the place in the picture, which is what coordinates in answers are.
+A third head reads the place that an answer is about from the tokens of that answer: digits follow soon after. The first `dense_steps` train the heads
+alone, on pictures without text and through k blocks only, several times as fast.
+
+Written to --out: config.json, model.safetensors (float16, or as in the backbone's file), heads.safetensors, tokenizer.json, training.json (command,
+figures), and what trainer.py writes.
 Letters: B rows, L tokens of all rows, P patches of the pictures that have dense targets, C classes, m patches a token merges along a side.
 """
 import dataclasses

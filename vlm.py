@@ -6,7 +6,7 @@
                                                 └─► blocks k+1..n ─► norm ─► logits: what a user reads
 
 Weights and configuration carry the names of the hub checkpoints (Qwen/Qwen2.5-VL-3B-Instruct and its sisters), which load unchanged; `nano` is
-the same architecture at 4 M parameters. Sources: Qwen2.5-VL report (arXiv 2502.13923), M-RoPE of Qwen2-VL (arXiv 2409.12191), and the behaviour of
+the same architecture at 5 M parameters. Sources: Qwen2.5-VL report (arXiv 2502.13923), M-RoPE of Qwen2-VL (arXiv 2409.12191), and the behaviour of
 Hugging Face transformers, which tests/test_vlm.py compares with.
 
 Letters: B batch, L tokens of a sequence, S keys (past and new), D width, H heads, G key/value heads, d width of a head, V vocabulary,
