@@ -334,7 +334,8 @@ def train(cfg, config):
         rows = {"train": len(demos.train), "held_out": sum(map(len, demos.held_out.values()))}
         return {"stage": "policy", "before": before, "command": "python " + shlex.join(sys.argv), "seed": cfg.seed, "step": run.step,
                 "steps": cfg.steps, "seconds": round(run.seconds, 1), "episodes": len(episodes), "rows": rows, "cells": len(demos.cells),
-                "robots": list(demos.embodiments), "backbone": backbone, "figures": run.figures, "config": run.flags}
+                "robots": list(demos.embodiments), "backbone": backbone, "figures": run.figures, "config": run.flags,
+                **({"started_from": started.training.get("policy")} if cfg.start else {})}
 
     def export():
         weights = whole(blm.policy)
