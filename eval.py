@@ -7,7 +7,7 @@
     python eval.py benchmark --name robovqa --data nvidia/Cosmos-Reason1-Benchmark --weights Qwen/Qwen2.5-VL-7B-Instruct        one of the paper's six
 
 Layout seeds start at 1,000,000, beyond every demonstration; the same seeds give the same table. Results are written as JSON, tables of cells as a heat
-map too. An evaluation that was stopped goes on where it was, if nothing about it has changed.
+map too. An evaluation of cells that was stopped goes on where it was, if nothing about it has changed, and shares its episodes among torchrun's processes.
 """
 import hashlib
 import json
@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm, trange
 
-from cli import UserError, at_least, atomic, choose, choose_many, parse, pick_device, run, this_process, write_json
+from cli import UserError, at_least, atomic, choose, choose_many, parse, pick_device, run, this_process, writable, write_json
 from data.env import CONDITIONS, CONTROL_HZ, TabletopEnv, front_pixel
 from data.expert import demonstrate
 from data.questions import CATEGORIES, distance, is_right
@@ -61,7 +61,7 @@ class PhysicalConfig(EvalConfig):
 @dataclass
 class DigitalConfig(EvalConfig):
     base: str = ""                  # another model folder to stand beside, such as the one before Stage I
-    no_replay: str = ""             # a third one, trained without general instructions, for the table of retention
+    no_replay: str = ""             # a third one, trained without general instructions
     examples: str = ""              # picture file for three dialogues; empty: none is drawn
     corpus: str = "out/corpus"      # the corpus whose validation scenes are asked
     general: str = "out/general"    # folder with the probes of instruction following
@@ -89,7 +89,7 @@ def work(job):
     """Some episodes of one cell, in a process of its own: [{seed, success, ...}]."""
     what, config, robot, task, seeds = job
     if what == "expert":
-        env = TabletopEnv(robot, task, render=False)
+        env = TabletopEnv(robot, task, render=False, condition=config.condition)
         made = [(s, demonstrate(env, s)) for s in seeds]
         return robot, task, [{"seed": s, "success": bool(d.success), "steps": len(d.states), "jerk": jerk(d.states, env.robot.dof), "reason": ""} for s, d in made]
     import torch
@@ -99,6 +99,15 @@ def work(job):
     results = [{"seed": s, **rollout(blm, env, s, config.execute_steps, config.temperature)} for s in seeds]
     env.close()
     return robot, task, results
+
+
+def part_file(out, rank):
+    """Where a process keeps the episodes of the result file `out` until all are done."""
+    return Path(out).with_name(f".{Path(out).name}.{rank}.part")
+
+
+def condition_file(out, name):
+    return str(Path(out).with_name(f"{Path(out).stem}-{name}.json"))
 
 
 def episodes_of(what, config, robots, tasks):
@@ -111,16 +120,17 @@ def episodes_of(what, config, robots, tasks):
                 jobs[robot, task, first] = (what, config, robot, task, range(first, min(first + 10, config.seed + config.episodes)))
     about = {name: value for name, value in asdict(config).items() if name not in ELSEWHERE}
     if what == "physical":
-        files = sorted(Path(config.weights).glob("*.safetensors"))
+        from vlm import find_folder
+        files = sorted(find_folder(config.weights).glob("*.safetensors"))
         about["weights"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    part_of = lambda rank: Path(config.out).with_name(f".{Path(config.out).name}.{rank}.part")
+    part_of = lambda rank: part_file(config.out, rank)
 
     def known(path):
         """{(robot, task, first seed): results} of a part file, {} if it is not there or of another evaluation; half a line does not count."""
         head, *lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else [None]
         return {tuple(key): results for key, results in lines if tuple(key) in jobs} if head == about else {}
 
-    for path in Path(config.out).parent.glob(f".{Path(config.out).name}.*.part"):      # of any number of processes
+    for path in Path(config.out).parent.glob(part_file(config.out, "*").name):         # of any number of processes
         found |= known(path)
     mine = [job for i, (key, job) in enumerate(jobs.items()) if i % world == rank and key not in found]
     kept = found if rank == 0 else known(part_of(rank))
@@ -155,7 +165,9 @@ def physical(what, config):
         from model import BLM
         config.device = str(pick_device(config.device))
         blm = BLM.from_pretrained(config.weights, config.device)                             # a bad folder is told here, once
-        robots = robots_of(blm, config.robots)
+        robots, horizon = robots_of(blm, config.robots), blm.policy.config.action_horizon
+        if config.execute_steps > horizon:
+            raise UserError(f"--execute_steps {config.execute_steps}: a chunk of this policy has {horizon}")
     if config.condition:
         choose(config.condition, CONDITIONS, "condition")
     start = time.time()
@@ -163,18 +175,10 @@ def physical(what, config):
     if episodes is None:
         return None
     for (robot, task), results in episodes.items():
-        wins = [e for e in results if e["success"]]
-        cells.setdefault(robot, {})[task] = {"success": len(wins) / len(results), "episodes": len(results),
-                                             "interval": [round(x, 3) for x in wilson(len(wins), len(results))],
-                                             "seconds_to_success": round(float(np.mean([e["steps"] for e in wins])) / CONTROL_HZ, 2) if wins else None,
-                                             "jerk": round(float(np.mean([e["jerk"] for e in results])), 1),
-                                             "failures": {e["seed"]: e["reason"] for e in results if not e["success"]}}
+        cells.setdefault(robot, {})[task] = summary(results) | {"failures": {e["seed"]: e["reason"] for e in results if not e["success"]}}
     flat = [e for results in episodes.values() for e in results]
-    wins = [e for e in flat if e["success"]]
-    result = {"what": what, "mean": float(np.mean([c["success"] for row in cells.values() for c in row.values()])),
-              "interval": [round(x, 4) for x in wilson(len(wins), len(flat))], "cells": cells, "episodes": len(flat),
-              "seconds_to_success": round(float(np.mean([e["steps"] for e in wins])) / CONTROL_HZ, 2) if wins else None,
-              "jerk": round(float(np.mean([e["jerk"] for e in flat])), 1), "command": shlex.join(["python", *sys.argv]), "seconds": round(time.time() - start),
+    result = {"what": what, "mean": float(np.mean([c["success"] for row in cells.values() for c in row.values()])), **summary(flat), "cells": cells,
+              "command": shlex.join(["python", *sys.argv]), "seconds": round(time.time() - start),
               "config": {k: v for k, v in asdict(config).items() if k not in ELSEWHERE}}
     if what == "physical":
         result["act_ms"] = 1000 * float(np.mean([e["act_s"] for e in flat]))
@@ -186,21 +190,30 @@ def physical(what, config):
     return result
 
 
+def summary(episodes):
+    """Success, its 95% interval, seconds to success and jerk of some episodes."""
+    wins = [e["steps"] for e in episodes if e["success"]]
+    return {"success": len(wins) / len(episodes), "episodes": len(episodes), "interval": [round(x, 4) for x in wilson(len(wins), len(episodes))],
+            "seconds_to_success": round(float(np.mean(wins)) / CONTROL_HZ, 2) if wins else None, "jerk": round(float(np.mean([e["jerk"] for e in episodes])), 1)}
+
+
 def draw_failures(blm, config, cells):
     """A GIF of every failed episode, as <failures>/<reason>/<robot>-<task>-<seed>.gif: run once more, which gives the same."""
     failed = [(robot, task, seed, reason) for robot, row in cells.items() for task, cell in row.items() for seed, reason in cell["failures"].items()]
     for robot, task, seed, reason in tqdm(failed, unit="picture"):
         env = TabletopEnv(robot, task, render=False, held_out=True, condition=config.condition)
-        draw_episode(blm, env, seed, Path(config.failures) / reason.replace(" ", "_"), config.execute_steps)
+        draw_episode(blm, env, seed, Path(config.failures) / config.condition / reason.replace(" ", "_"), config.execute_steps, temperature=config.temperature)
         env.close()
 
 
 def conditions(what, config):
     """The table of cells once as it is and once under each condition of data/env.py; prints the means, returns all results."""
-    found, out = {}, Path(config.out)
-    for name in ("", *CONDITIONS):
-        print(f"\n{name or 'unchanged'}: {CONDITIONS.get(name, 'as in the demonstrations')}")
-        found[name or "unchanged"] = physical("physical", replace(config, condition=name, out=str(out.with_name(f"{out.stem}-{name or 'unchanged'}.json"))))
+    if config.condition:
+        raise UserError("eval.py conditions runs them all: leave --condition out, or ask `eval.py physical` for one")
+    found = {}
+    for name, about in {"unchanged": "as in the demonstrations", **CONDITIONS}.items():
+        print(f"\n{name}: {about}")
+        found[name] = physical("physical", replace(config, condition=name if name in CONDITIONS else "", out=condition_file(config.out, name)))
     if None in found.values():
         return None
     tasks = choose_many(config.tasks, TASKS, "task")
@@ -241,6 +254,8 @@ def digital(what, config):
     from data.chats import Chats
     from data.corpus import Corpus, ensure
     from model import BLM
+    if config.examples and Path(config.examples).suffix not in (".png", ".jpg"):
+        raise UserError(f"--examples {config.examples}: name a .png or .jpg file")
     torch.set_num_threads(os.cpu_count() or 1)
     ensure(config.corpus)
     general.ensure(config.general)
@@ -285,12 +300,12 @@ def digital(what, config):
     result = {"what": what, "mean": mean("model"), "blind_mean": mean("blind"), "chance_mean": mean("chance"), **{f"{name}_mean": mean(name) for name in ("base", "no_replay") if name in given},
               "seen_mean": mean("seen"), "held_out_mean": mean("held_out"), "categories": rows, "asked": len(asked), "retention": retention,
               "point_error_px_median": float(np.median(errors)), "point_error_cm_median": 100 * float(np.median(front)), "command": shlex.join(["python", *sys.argv])}
-    if config.examples:
-        draw_dialogues([(scene["images"], question["question"], reply) for (scene, question), reply in zip(asked, given["model"])], config)
     print(digital_table(result))
     for name, row in retention.items():
         print(f"general instructions, {name}: " + ", ".join(f"{kind} {100 * value:.0f}%" for kind, value in row.items()))
     print(f"pointing error, median: {result['point_error_px_median']:.1f} px of 128; {result['point_error_cm_median']:.1f} cm in the front view")
+    if config.examples:
+        draw_dialogues([(scene["images"], question["question"], reply) for (scene, question), reply in zip(asked, given["model"])], config)
     return result
 
 
@@ -357,14 +372,18 @@ def main():
         if hasattr(config, name):
             at_least(config, low, name)
     config.out = config.out or f"out/results/{config.name if what == 'benchmark' else what}.json"
+    writable(Path(config.out).parent)
+    if what in ("digital", "benchmark") and this_process()[0]:
+        return                                             # one process does it all
     result = evaluate(what, config)
     if result is None:                                     # a process whose share another one reports
         return
     write_json(config.out, result)
     if what not in ("conditions", "benchmark"):
         (bars if what == "digital" else heat_map)(result, Path(config.out).with_suffix(".png"))
-    for part in Path(config.out).parent.glob(f".{Path(config.out).stem}*.part"):
-        part.unlink()
+    for out in [condition_file(config.out, name) for name in ("unchanged", *CONDITIONS)] if what == "conditions" else [config.out]:
+        for part in Path(out).parent.glob(part_file(out, "*").name):
+            part.unlink()
     print(f"written to {config.out}")
 
 

@@ -36,7 +36,7 @@ ROWS = {                                             # name: (what it asks, flag
     "corrections": ("all demonstrations and all corrections", "", ALL),
     "three_robots": (f"without {HELD_OUT}", "--demonstrations 100", [(REST, "all", 1)]),
     **{f"{way}_{n}": (f"{HELD_OUT} with {n} demonstrations a task, " + about, f"--demonstrations {n}" + flags, [(HELD_OUT, "all", 0.3)])
-       for n in (10, 25) for way, about, flags in (("adapted", "its own layers added to the model of the other three", " --start {out}/three_robots/0"),
+       for n in (10, 25) for way, about, flags in (("adapted", "its own layers added to the model of the other three", " --start {out}/{steps}-steps/three_robots/0"),
                                                    ("alone", "a model of its own, for comparison", ""))},
 }
 
@@ -58,10 +58,11 @@ def commands(name, config):
     """[(train command, evaluate command, result file)] of a row, as lists of words."""
     _, flags, models = ROWS[name]
     last = json.loads((Path(config.backbone) / "config.json").read_text())["num_hidden_layers"] if "{last}" in flags else 0
-    flags, made = flags.format(base=config.base, last=last, out=config.out).split(), []
+    flags, made = flags.format(base=config.base, last=last, out=config.out, steps=config.steps).split(), []
     flags += [] if "--backbone" in flags else ["--backbone", config.backbone]
     for i, (robots, tasks, share) in enumerate(models):
-        folder, result = f"{config.out}/{name}/{i}", f"{config.out}/{name}/{i}.json"
+        folder = f"{config.out}/{config.steps}-steps/{name}/{i}"
+        result = f"{folder}-{config.episodes}-episodes.json"
         steps = max(1, round(config.steps * share))
         chosen = ["--robots", robots, "--tasks", tasks]
         made.append((["python", "train_policy.py", "--data", config.data, "--out", folder, "--steps", str(steps), "--eval_every", str(steps), *chosen, *flags],

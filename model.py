@@ -52,7 +52,7 @@ def describe(state_dim, action_dim):
 
 
 class BLM:
-    """vlm and tokenizer as in vlm.py; policy a Policy or None; training {stage: its record}."""
+    """vlm a VLM and tokenizer its Tokenizer; policy a Policy or None; training {stage: its record}."""
 
     def __init__(self, vlm, tokenizer, policy=None, training=None):
         self.vlm, self.tokenizer, self.training = vlm.eval(), tokenizer, training or {}

@@ -63,7 +63,8 @@ def heat_map(result, path, wide=118, high=44, left=84):
 
 def bars(result, path, wide=900, row=44, left=110):
     """The digital table as a picture (PNG): a group of bars a category, the model's with its 95% interval."""
-    names, colours = [name for name in ("chance", "blind", "base", "model") if name == "model" or f"{name}_mean" in result], {"chance": "#bbbbbb", "blind": "#d08770", "base": "#e0b84c", "model": "#4c8c5c"}
+    colours = {"chance": "#bbbbbb", "blind": "#d08770", "base": "#e0b84c", "no_replay": "#3d6fb4", "model": "#4c8c5c"}
+    names = [name for name in colours if name == "model" or f"{name}_mean" in result]
     image = Image.new("RGB", (wide, row * len(result["categories"]) + 40), "white")
     draw, x = ImageDraw.Draw(image), lambda p: left + p * (wide - left - 20)
     for i, name in enumerate(names):

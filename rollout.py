@@ -81,7 +81,7 @@ def save_gif(path, frames):
                           duration=[1000 * FRAMES_EVERY // CONTROL_HZ] * (len(frames) - 1) + [1500])
 
 
-def play(blm, env, seed, size, execute_steps, instruction=""):
+def play(blm, env, seed, size, execute_steps, instruction="", temperature=0.0):
     """One closed-loop episode, watched: (frames [(picture, control step)], result of `rollout`)."""
     frames = []
 
@@ -89,14 +89,14 @@ def play(blm, env, seed, size, execute_steps, instruction=""):
         if env.steps % FRAMES_EVERY == 0:
             frames.append((env.draw("render", size, pretty=True), env.steps))
 
-    result = rollout(blm, env, seed, execute_steps, instruction=instruction or None, watch=watch)
+    result = rollout(blm, env, seed, execute_steps, temperature, instruction or None, watch)
     frames.append((env.draw("render", size, pretty=True), env.steps))
     return frames, result
 
 
-def draw_episode(blm, env, seed, folder, execute_steps, instruction=""):
+def draw_episode(blm, env, seed, folder, execute_steps, instruction="", temperature=0.0):
     """One closed-loop episode as a GIF, <folder>/<robot>-<task>-<seed>.gif: (path, result of `rollout`, outcome in words)."""
-    frames, result = play(blm, env, seed, GIF_SIZE, execute_steps, instruction)
+    frames, result = play(blm, env, seed, GIF_SIZE, execute_steps, instruction, temperature)
     outcome = "success" if result["success"] else f"not done: {result['reason']}"
     last, path = frames[-1][1], Path(folder) / f"{env.robot.name}-{env.task.name}-{seed}.gif"
     save_gif(path, [caption(picture, [env.robot.display_name, env.instruction, f"{step / CONTROL_HZ:.1f} s" + (f"   {outcome}" if step == last else "")],

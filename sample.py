@@ -79,6 +79,8 @@ def main():
     at_least(config, 1, "episodes", "execute_steps"), at_least(config, 0, "seed")
     if config.image and not config.ask:
         raise UserError("--image goes with --ask \"a question\"")
+    if config.episodes > 1 and len(robots) * len(tasks) > 1:
+        raise UserError("--episodes goes with one robot and one task: a mosaic has one episode of each")
     writable(config.out)
     from model import BLM
     blm = BLM.from_pretrained(config.weights, pick_device(config.device))

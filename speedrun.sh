@@ -22,7 +22,7 @@ said() {                            # said <name> <command>: run it once, and te
     touch "$out/$name.done"
     echo "$(( ($(date +%s) - $(cat $out/begun)) / 60 )) minutes: $name" | tee -a $out/times.txt
 }
-resume() { [ -d "$1/state" ] && echo --resume; true; }
+resume() { ls -d "$1"/state/[0-9]* > /dev/null 2>&1 && echo --resume; true; }
 
 hard=PickCube,StackCube,PlaceSphere,LiftPegUpright
 said demonstrations python -m data.record --out $out/demos --workers "$workers"

@@ -126,7 +126,7 @@ def chat(tokenizer, messages, image_grid_thw=(), merge_size=2, answer=True):
 
 
 def collate(rows, pad_id, side="left"):
-    """Lists of (input_ids, labels) to input_ids, attention_mask and labels (B, L): left for generation, right for training (no mask needed there)."""
+    """Lists of (input_ids, labels) to input_ids, attention_mask and labels (B, L): left for generation, right for all else (no mask needed there)."""
     length = max(len(ids) for ids, _ in rows)
     batch = {"input_ids": np.full((len(rows), length), pad_id), "attention_mask": np.zeros((len(rows), length), np.int64),
              "labels": np.full((len(rows), length), -100)}

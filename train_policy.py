@@ -39,7 +39,7 @@ from model import BLM, backbone_hash, load_training
 from policy import PRESETS, EmbodimentLinear, Policy, PolicyConfig
 from rollout import EXECUTE_STEPS
 from tokenizer import Tokenizer
-from trainer import Run, RunConfig, make_optimizer, shard, whole
+from trainer import Run, RunConfig, checkpoints, make_optimizer, read_record, shard, whole
 from vlm import VLM, find_folder, stored_dtype
 
 
@@ -268,28 +268,31 @@ def train(cfg, config):
     folder, blm = load_backbone(cfg, run)
     if config.intent_layer > blm.vlm.config.num_hidden_layers:
         raise UserError(f"--intent_layer {config.intent_layer}: the language model in {folder} has {blm.vlm.config.num_hidden_layers} blocks")
-    if run.rank == 0:
-        record.ensure(cfg.data)
-        blm.vlm.save_pretrained(cfg.out, stored_dtype(folder))                  # does not change: once is enough
-        blm.tokenizer.save_pretrained(cfg.out)
-    run.barrier()
     backbone, old = backbone_hash(blm.vlm, config.intent_layer), None
-    if run.sharded:
-        shard(blm.vlm, [*blm.vlm.visual.blocks, *blm.vlm.model.layers], run.device)
+    if cfg.resume and read_record(checkpoints(cfg.out)[-1])["backbone"] != backbone:         # before anything in --out is touched
+        raise UserError(f"{cfg.out} was trained on another language model than {folder}: resume with that one as --backbone, or choose another --out")
     if cfg.start:
         started = BLM.from_pretrained(cfg.start)
         old = started.policy
         if old is None or (old.config, old.condition_size) != (config, blm.vlm.config.hidden_size):
             raise UserError(f"--start {cfg.start} holds {'no policy' if old is None else 'a policy of other sizes than the flags say'}: name another folder")
     known = old.embodiments if old else {}
+    if run.rank == 0:
+        record.ensure(cfg.data)
+    run.barrier()
     episodes = chosen(record.load_episodes(cfg.data), cfg, known)
+    if old and {episode.robot for episode in episodes} - known.keys() and backbone_hash(started.vlm, config.intent_layer) != backbone:
+        raise UserError(f"--start {cfg.start} reads another language model than {folder}, and lacks some of --robots: name its own with --backbone")
+    if run.rank == 0:
+        blm.vlm.save_pretrained(cfg.out, stored_dtype(folder))                  # does not change: once is enough
+        blm.tokenizer.save_pretrained(cfg.out)
+    if run.sharded:
+        shard(blm.vlm, [*blm.vlm.visual.blocks, *blm.vlm.model.layers], run.device)
     hidden = cache_intents(blm, episodes, cfg, config.intent_layer, backbone, run)
     demos = Demos(episodes, hidden, config, cfg.frame_stride, cfg.held_out, known)
     torch.manual_seed(cfg.seed)
     policy = Policy(config, blm.vlm.config.hidden_size, demos.embodiments)
     only_new = old is not None and begin_with(policy, old)
-    if only_new and backbone_hash(started.vlm, config.intent_layer) != backbone:
-        raise UserError(f"--start {cfg.start} reads another language model than {folder}, and lacks some of --robots: name its own with --backbone")
     demos.statistics(policy)
     blm.policy = copy.deepcopy(policy).requires_grad_(False)             # the moving average
     size = sum(p.numel() for p in policy.parameters())
@@ -301,8 +304,6 @@ def train(cfg, config):
     optimizer = make_optimizer((policy,), dataclasses.replace(cfg, weight_decay=0.0) if only_new else cfg)       # it would shrink the others' layers
 
     def check_origin(before):
-        if before["backbone"] != backbone:
-            raise UserError(f"{cfg.out} was trained on another language model than --backbone: resume with that one, or choose another --out")
         if before["robots"] != list(policy.embodiments):
             raise UserError(f"{cfg.out} was trained on {', '.join(before['robots'])}, --data has {', '.join(policy.embodiments)}: choose another --out")
 
@@ -351,9 +352,9 @@ def train(cfg, config):
         print(f"{size / 1e6:.1f} M parameters, {len(episodes)} episodes of {len(demos.cells)} cells, {len(demos.where)} rows, {cfg.steps - run.step} steps of {cfg.batch_size}, "
               f"{run.world} process(es)")
     run.expect([(cfg.steps - run.step, run.step)] if run.step < cfg.steps else [], gradients, batches_of)
-    tokens = 1 + config.action_horizon + config.num_future_tokens       # of the DiT, which is most of the work
+    tokens, inner = 1 + config.action_horizon + config.num_future_tokens, sum(p.numel() for p in policy.blocks.parameters())       # of the DiT: most of the work
     figures = run.loop(batches_of, gradients, lambda: evaluate(blm.policy, demos, cfg, run.device), export, about, describe,
-                       flops=lambda batches, step: 6 * size * tokens * len(batches[0]["state"]), after=average)
+                       flops=lambda batches, step: 6 * inner * tokens * len(batches[0]["state"]), after=average)
     if run.rank == 0:
         print(f"model in {cfg.out}; try `python sample.py --weights {cfg.out}`")
     return figures

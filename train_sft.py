@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm import tqdm
 
 from cli import UserError, at_least, atomic, choose, choose_many, parse, run, this_process, write_json
 from data import corpus as corpora
@@ -96,7 +97,7 @@ class Mixture:
     """The sources of --data and how their rows are mixed. A row is (number, source, index); every row of a step depends on (seed, number) alone."""
 
     def __init__(self, cfg):
-        self.seed, self.sources, weights = cfg.seed, [], []
+        self.seed, self.sources, self.told, weights = cfg.seed, [], set(), []
         for part in cfg.data.split(","):
             path, _, weight = part.strip().rpartition(":") if re.search(r":[\d.]+$", part.strip()) else (part.strip(), "", "1")
             self.sources.append(Chats(path, cfg.on_bad) if path.endswith(".jsonl") else corpora.Corpus(path, "train", cfg.categories))
@@ -168,16 +169,35 @@ def read_row(source, number, index, cfg, dense_only=False):
     return conversations(len(found["images"]), turns), [("image", image) for image in found["images"]], found
 
 
-def blank_rows(rows, others, mixture, cfg):
-    """Under --fsdp all processes must run the ViT and the dense heads if one of them does: [a row that teaches nothing, its picture grey] for the rows
-    (number, source, index) of a process that lack what `others`, the rows of all, have; else []."""
-    scene = [any(cfg.dense_weight and mixture.dense[source] for _, source, _ in some) for some in (others, rows)]
-    picture = [any(mixture.dense[source] or mixture.sources[source].records[index][2] for _, source, index in some) for some in (others, rows)]
-    if scene[0] == scene[1] and picture[0] == picture[1]:
-        return []
+def read_rows(rows, mixture, cfg, dense_only=False):
+    """`read_row` of rows [(number, what to read from, index)]. One whose pictures turn out broken ends the run or, with --on_bad skip, is told once and grey."""
+    made = []
+    for number, source, index in rows:
+        try:
+            made.append(read_row(source, number, index, cfg, dense_only))
+        except UserError as error:
+            if cfg.on_bad == "refuse":
+                raise
+            if str(error) not in mixture.told:
+                tqdm.write(f"left out: {error}")
+            mixture.told.add(str(error))
+            made.append(grey_row(False))
+    return made
+
+
+def grey_row(scene):
+    """A row that teaches nothing: a grey picture, nothing asked; as a `scene` it has dense targets, which the losses leave out."""
     grey, grid = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), 128, np.uint8), (1, corpora.GRID, corpora.GRID)
     targets = {"patch_class": np.full(grid, -100), "patch_offset": np.zeros((*grid, 3), np.float32)}           # -100: cross_entropy leaves it out
-    return [(conversations(1, []), [("image", grey)], targets if scene[0] else None)]
+    return conversations(1, []), [("image", grey)], targets if scene else None
+
+
+def blank_rows(rows, others, mixture, cfg):
+    """Under --fsdp all processes must run the ViT and the dense heads if one of them does: [a grey row] for the rows (number, source, index) of a process
+    that lack what `others`, the rows of all, have; else []."""
+    scene = [any(cfg.dense_weight and mixture.dense[source] for _, source, _ in some) for some in (others, rows)]
+    picture = [any(mixture.dense[source] or mixture.sources[source].records[index][2] for _, source, index in some) for some in (others, rows)]
+    return [] if scene[0] == scene[1] and picture[0] == picture[1] else [grey_row(scene[0])]
 
 
 def branched(tokenizer, talks, grids, merge):
@@ -359,7 +379,7 @@ def evaluate(model, heads, mixture, tokenizer, cfg, device, dense_only=False):
             continue
         chosen = [rows[i] for i in np.linspace(0, len(rows) - 1, min(cfg.eval_rows, len(rows))).astype(int)]
         for i in range(0, len(chosen), cfg.micro_batch):
-            batch = move(make_batch([read_row(source, None, row, cfg, dense_only) for row in chosen[i:i + cfg.micro_batch]], tokenizer, config, cfg), device)
+            batch = move(make_batch(read_rows([(None, source, row) for row in chosen[i:i + cfg.micro_batch]], mixture, cfg, dense_only), tokenizer, config, cfg), device)
             logits, labels, dense, about = read(model, heads, batch, cfg, dense_only)
             if not dense_only:
                 learned = batch["labels"] >= 0
@@ -476,18 +496,17 @@ def choose_parts(model, cfg):
 
 
 def ensure_data(cfg):
-    """Make the corpus and the general instructions where --data names them and they are not there."""
+    """Make the default corpus and the general instructions where --data names them and they are not there."""
     paths = [re.sub(r":[\d.]+$", "", part.strip()) for part in cfg.data.split(",")]
     for path in paths:
         if Path(path) == Path(general.GeneralConfig.out) / "train.jsonl":
             general.ensure(general.GeneralConfig.out)
-        elif not path.endswith(".jsonl"):
+        elif Path(path) == Path(corpora.CorpusConfig.out):
             corpora.ensure(path)
 
 
 def check(cfg):
     """UserError for what is wrong with a SFTConfig: to be told before any work."""
-    trainer.check(cfg)
     choose(cfg.on_bad, ("refuse", "skip"), "--on_bad"), choose_many(cfg.train, PARTS, "part"), choose(cfg.model, SIZES, "model")
     at_least(cfg, 1, "micro_batch", "questions", "eval_rows", "intent_layer"), at_least(cfg, 256, "vocab_size")
     at_least(cfg, 0, "lora_rank", "frozen_blocks", "dense_weight", "dense_steps", "point_scenes")
@@ -496,7 +515,7 @@ def check(cfg):
 def train(cfg):
     """Train with a SFTConfig; returns the last figures."""
     check(cfg)
-    run = Run(cfg, dataclasses.asdict(cfg), FREE_TO_CHANGE)
+    run = Run(cfg, dataclasses.asdict(cfg), FREE_TO_CHANGE)                              # checks its own part
     if run.rank == 0:
         ensure_data(cfg)
     run.barrier()
@@ -523,7 +542,7 @@ def train(cfg):
         rows, size, batches = mixture.rows_of_step(step, cfg.batch_size, step < dense_steps), cfg.micro_batch * run.world, []
         for everyones in (sorted(rows[i:i + size], key=lambda row: row[1]) for i in range(0, len(rows), size)):      # each process gets as much of each source
             own = everyones[run.rank::run.world]
-            read = [read_row(mixture.sources[source], number, index, cfg, step < dense_steps) for number, source, index in own]
+            read = read_rows([(number, mixture.sources[source], index) for number, source, index in own], mixture, cfg, step < dense_steps)
             batches.append(make_batch(read + (blank_rows(own, everyones, mixture, cfg) if run.sharded else []), tokenizer, model.config, cfg))
         return batches
 
@@ -534,7 +553,8 @@ def train(cfg):
         for batch in batches:
             with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
                 found = losses(model, heads, batch, totals, cfg, step < dense_steps)
-            run.backward(found["loss"])
+            if found["loss"].requires_grad:                      # rows without a picture teach a ViT nothing
+                run.backward(found["loss"])
             sums = {name: sums.get(name, 0) + value.detach() for name, value in found.items()}
         return sums
 
@@ -571,15 +591,22 @@ def train(cfg):
     return run.loop(batches_of, gradients, lambda: evaluate(model, heads, mixture, tokenizer, cfg, run.device, run.step <= dense_steps), export, about, describe=describe, flops=flops)
 
 
+def finished(folder):
+    """Is there a model in a folder, and not one of a run that was stopped?"""
+    about = read_json(Path(folder) / "training.json") if (Path(folder) / "training.json").exists() else {}
+    return (Path(folder) / "model.safetensors").exists() and about.get("step", 0) >= about.get("steps", 0)
+
+
 def main():
     cfg = parse(SFTConfig, presets=PRESETS, description="Stage I: train the vision-language model on questions about scenes, and on conversations of your own.")
     base = PRESETS["base"].out
-    if cfg.backbone == base and not (Path(base) / "model.safetensors").exists():
-        check(cfg)
+    if cfg.backbone == base and not finished(base):
+        check(cfg), trainer.check(cfg)
         if this_process()[0] == 0:                           # mistakes in the data are told now, not after the base model's training
             ensure_data(cfg), Mixture(cfg)
-        print(f"no base model in {base}: training it first (`python train_sft.py --preset base`)")
-        train(dataclasses.replace(PRESETS["base"], device=cfg.device, resume=bool(checkpoints(base))))
+            print(f"no base model in {base}: training it first (`python train_sft.py --preset base`)")
+        same = {name: getattr(cfg, name) for name in ("device", "fsdp", "micro_batch", "checkpointing", "tracker")}
+        train(dataclasses.replace(PRESETS["base"], **same, resume=bool(checkpoints(base))))
     train(cfg)
 
 

@@ -46,8 +46,8 @@ class RunConfig:
     lr: float = 1e-3               # peak learning rate
     warmup: int = 100              # steps
     weight_decay: float = 0.01     # on matrices
-    grad_clip: float = 1.0         # largest norm of a step's gradient
-    spike: float = 20.0            # a gradient norm so many times the usual one is a spike, as is one that is not a number; 0: none is
+    grad_clip: float = 1.0         # largest norm of a step's gradient; 0: any
+    spike: float = 20.0            # a gradient norm so many times the usual one is a spike, as is one that is not a number; 0: only the latter
     on_spike: str = "skip"         # what to do then: skip the step, or stop; either way its rows are named
     eval_every: int = 1000         # steps
     save_every: int = 500          # steps
@@ -101,6 +101,8 @@ def add_gradients(parameters):
         if by_any and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
@@ -195,7 +197,7 @@ class Run:
         self.track = tracker(cfg, flags)
         self.rank, self.world, self.device = start_processes(cfg)
         self.sharded = cfg.fsdp
-        self.step, self.seconds, self.norms, self.skipped, self.figures, self.record, self.signal = 0, 0.0, [], 0, {}, {}, None
+        self.step, self.seconds, self.norms, self.skipped, self.figures, self.record, self.signal, self.ending = 0, 0.0, [], 0, {}, {}, None, None
         self.writer, self.writing = ThreadPoolExecutor(1), None
 
     def barrier(self):
@@ -233,7 +235,7 @@ class Run:
                 parameter = self.parameters[int(i)]
                 self.optimizer.state[parameter][kind] = torch.zeros((), device=self.device) if kind == "step" else torch.zeros_like(parameter)
         read_tensors(path, self.tensors())
-        self.step, self.seconds, self.norms = record["step"], record["seconds"], record.get("norms", [])
+        self.step, self.seconds, self.norms, self.figures = record["step"], record["seconds"], record.get("norms", []), record.get("figures", {})
 
     def tensors(self):
         """All that a checkpoint holds, by name."""
@@ -319,7 +321,7 @@ class Run:
                     self.step += 1
                     self.seconds = time.time() - begun
                     line = {"step": self.step, "lr": rate, **line, "seconds": round(self.seconds, 1)}
-                    took, ended = time.perf_counter() - start, self.signal or self.step == cfg.steps
+                    took, ended = time.perf_counter() - start, self.ending or self.step == cfg.steps
                     line |= {"rows_per_s": round(cfg.batch_size / took, 1), "memory_gb": memory(self.device), "utilisation": round(flops(batches, self.step - 1) / took / peak, 3)}
                     if self.step % cfg.eval_every == 0 or self.step == cfg.steps:
                         if self.rank == 0 or self.sharded:
@@ -337,7 +339,7 @@ class Run:
                         if self.rank == 0 or self.sharded:
                             export()
                         self.save({**about(), "step": self.step, "seconds": round(self.seconds, 1), "figures": self.figures, "config": self.flags})
-                    if self.signal:
+                    if self.ending:
                         break
             self.finish_writing()
         finally:
@@ -352,10 +354,10 @@ class Run:
         self.barrier()                                                   # the last files are written
         if self.world > 1:
             dist.destroy_process_group()
-        if self.signal:
+        if self.ending:
             if self.rank == 0:
                 print(f"stopped at step {self.step}, which is saved: go on with --resume", file=sys.stderr)
-            sys.exit(128 + self.signal)
+            sys.exit(128 + self.ending)
         return self.figures
 
     def stop(self, number, frame):
@@ -371,7 +373,7 @@ class Run:
         values = torch.stack([value.detach().float() for value in losses.values()] + [torch.tensor(float(self.signal or 0), device=self.device)])
         if self.world > 1:
             dist.all_reduce(values)                                      # processes are signalled at slightly different times: one is enough for all
-            self.signal = self.signal or (signal.SIGTERM if values[-1] else None)
+        self.ending = (self.signal or signal.SIGTERM) if values[-1] else None       # a signal that comes later, as in evaluation, ends the next step
         with_gradient = [p for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in with_gradient])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -381,7 +383,7 @@ class Run:
             self.spike(line, usual, describe)
         else:
             self.norms, self.skipped = [*self.norms, line["grad_norm"]][-NORMS:], 0
-            nn.utils.clip_grads_with_norm_(with_gradient, self.cfg.grad_clip, norm)
+            nn.utils.clip_grads_with_norm_(with_gradient, self.cfg.grad_clip or math.inf, norm)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return line

@@ -6,7 +6,7 @@
 
 "images", "video" and "videos" beside "image"; <video> beside <image>; a video is a folder of pictures, a GIF or WebP, or a film that ffmpeg can play.
 Paths start at the file's own folder and may not leave it. A bad record is told with its file and line: with on_bad="refuse" all of them at once, as an
-error; with "skip" they are counted and left out.
+error; with "skip" they are counted and left out. Pictures whose body is broken and films that do not play are met when they are read.
 """
 import json
 import shutil
@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageSequence
 
 from cli import UserError
-from vlm import load_image
+from vlm import VLMConfig, load_image, smart_resize
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 MOST_TOLD = 5                    # bad records that an error names
@@ -138,9 +138,9 @@ class Chats:
                         raise ValueError(f"{name} is not there")
                     if kind == "image":
                         with Image.open(found) as picture:               # its header; a broken body is told when it is read
-                            picture.size
+                            smart_resize(picture.height, picture.width, VLMConfig())
                 self.records.append((number, messages, paths))
-            except (ValueError, OSError, TypeError, AttributeError) as error:
+            except (ValueError, OSError, TypeError, AttributeError, UserError) as error:
                 bad.append(f"{path}, line {number}: {error}")
         if bad and on_bad == "refuse":
             more = f", and {len(bad) - MOST_TOLD} more" if len(bad) > MOST_TOLD else ""

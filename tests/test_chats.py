@@ -11,7 +11,7 @@ from cli import UserError
 from data import general
 from data.chats import Chats, normalise
 from data.questions import CATEGORIES, HELD_OUT, WORDINGS, Asker, equalise
-from train_sft import SFTConfig, make_batch, read_row
+from train_sft import Mixture, SFTConfig, make_batch, read_row, read_rows
 from tokenizer import train_tokenizer
 from vlm import PRESETS, VLM
 
@@ -91,6 +91,18 @@ def test_a_picture_that_breaks_off_is_told_when_it_is_read(folder):
         Chats(write(folder / "empty.jsonl"))
     with pytest.raises(UserError, match="nowhere"):
         Chats(folder / "nowhere.jsonl")
+
+
+def test_skip_leaves_out_what_breaks_only_when_read(folder, capsys):
+    broken = write(folder / "m.jsonl", {**SHAREGPT, "image": "broken.png"}, SHAREGPT)
+    cfg = SFTConfig(data=str(broken), on_bad="skip", dense_weight=0)
+    mixture = Mixture(cfg)
+    rows = [(0, mixture.sources[0], 0), (1, mixture.sources[0], 1)]
+    read = read_rows(rows, mixture, cfg) + read_rows(rows, mixture, cfg)
+    assert [len(talks[0]) for talks, _, _ in read] == [1, 4, 1, 4]                   # nothing is asked about a grey picture
+    assert capsys.readouterr().out.count("m.jsonl, line 1") == 1
+    with pytest.raises(UserError, match="m.jsonl, line 1"):
+        read_rows(rows, mixture, SFTConfig(data=str(broken), dense_weight=0))
 
 
 def test_general_instructions_are_right_and_probes_are_new(tmp_path):

@@ -1,4 +1,5 @@
 """train_policy.py keeps its promises, on tiny episodes in the real format: frozen means frozen, resuming is bit-exact, two processes equal one."""
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -192,6 +193,16 @@ def test_a_policy_that_goes_on_from_another_trains_all(made, tmp_path):
     train(flags(made, tmp_path / "two", start=str(tmp_path / "one"), tasks="PushCube"), PolicyConfig(**SMALL))
     before, after = (BLM.from_pretrained(tmp_path / name).policy.state_dict() for name in ("one", "two"))
     assert all(torch.equal(before[name], after[name]) == name.startswith("normaliser.") for name in ("normaliser.state_mean", "blocks.0.mlp.1.weight"))
+
+
+def test_a_run_refused_for_its_language_model_is_left_as_it_was(made, tmp_path):
+    cfg = flags(made, tmp_path / "one", robots="panda")
+    train(cfg, PolicyConfig(**SMALL))
+    small_blm(seed=5, policy=False).save_pretrained(tmp_path / "other")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir() if path.is_file()}
+    with pytest.raises(UserError, match="another language model"):
+        train(dataclasses.replace(cfg, backbone=str(tmp_path / "other"), resume=True), PolicyConfig(**SMALL))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir() if path.is_file()} == before
 
 
 def test_a_policy_goes_on_with_another_language_model(made, tmp_path):

@@ -32,7 +32,7 @@ class LineConfig(RunConfig):
     data: str = ""
 
 
-def fit(out, bad=(), watch=lambda run: None, **changes):
+def fit(out, bad=(), watch=lambda run: None, evaluate=lambda: {"val": 1.0}, **changes):
     """A run of a two-layer network; steps in `bad` have a huge loss, or with None as their number one that is not a number."""
     cfg = LineConfig(**{**dict(out=str(out), steps=90, batch_size=4, warmup=2, lr=1e-2, save_every=5, eval_every=1000, device="cpu"), **changes})
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def fit(out, bad=(), watch=lambda run: None, **changes):
         if run.rank == 0:
             (Path(cfg.out) / "export.json").write_text(json.dumps(float(weights["0.weight"].sum())))
 
-    run.loop(batches_of, gradients, lambda: {"val": 1.0}, export, lambda: {"stage": "line"}, lambda step: f"rows of {step}", lambda batches, step: 1.0)
+    run.loop(batches_of, gradients, evaluate, export, lambda: {"stage": "line"}, lambda step: f"rows of {step}", lambda batches, step: 1.0)
     return run
 
 
@@ -97,6 +97,24 @@ def test_a_signal_saves_and_ends(tmp_path, number, capsys):
     assert stopped.value.code == 128 + number and "stopped at step 7" in capsys.readouterr().err and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     fit(tmp_path / "parts", steps=12, resume=True)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def interrupted():
+    os.kill(os.getpid(), signal.SIGTERM)
+    return {"val": 1.0}
+
+
+def two_interrupted(out):
+    with pytest.raises(SystemExit):
+        fit(out, steps=12, eval_every=4, save_every=100, evaluate=interrupted)
+
+
+def test_a_signal_during_evaluation_ends_the_next_step_and_saves_it(tmp_path):
+    for name, run in (("one", two_interrupted), ("two", lambda out: spawn_two(two_interrupted, out))):
+        run(str(tmp_path / name))
+        assert [path.stem for path in checkpoints(tmp_path / name)] == ["00000005"]
+        fit(tmp_path / name, steps=12, resume=True)
+    assert np.abs(np.subtract(losses(tmp_path / "one"), losses(tmp_path / "two"))).max() < 1e-4
 
 
 def two(out, steps, fsdp, resume=False):
