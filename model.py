@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from cli import UserError, atomic, choose, write_json
 from policy import Policy, PolicyConfig
 from tokenizer import Tokenizer, chat, collate
-from vlm import VLM, find_folder, hub_weights, process_images, process_videos, read_json
+from vlm import VLM, find_folder, hub_weights, process_media, read_json
 
 VIEWS = ("front", "wrist")
 VERSION = 1                              # of policy.json
@@ -93,17 +93,13 @@ class BLM:
 
     def prompt(self, images, texts, side="right"):
         """Pictures and a text for each row, as user turns that wait for an answer, padded on one side: the language model's inputs, on its device."""
-        config, batch, grids = self.vlm.config, {}, {}
-        kind = lambda item: "video" if isinstance(item, list) else "image"
-        for which, suffix, process in (("image", "", process_images), ("video", "_videos", process_videos)):
-            flat = [item for row in images for item in row if kind(item) == which]
-            if flat:
-                batch[f"pixel_values{suffix}"], batch[f"{which}_grid_thw"] = process(flat, config)
-                grids[which] = iter(batch[f"{which}_grid_thw"].tolist())
-        rows = []
-        for row, text in zip(images, texts, strict=True):
-            content = [*({"type": kind(item)} for item in row), {"type": "text", "text": text}]
-            rows.append(chat(self.tokenizer, [{"role": "user", "content": content}], [next(grids[kind(item)]) for item in row], config.vision_config.spatial_merge_size))
+        config, rows = self.vlm.config, []
+        media = [[("video" if isinstance(item, list) else "image", item) for item in row] for row in images]
+        batch, grids = process_media([pair for row in media for pair in row], config)
+        for row, text in zip(media, texts, strict=True):
+            content = [*({"type": kind} for kind, _ in row), {"type": "text", "text": text}]
+            own, grids = grids[:len(row)], grids[len(row):]
+            rows.append(chat(self.tokenizer, [{"role": "user", "content": content}], own, config.vision_config.spatial_merge_size))
         padded = collate(rows, config.bos_token_id, side)
         batch |= {name: padded[name] for name in ("input_ids", "attention_mask")}
         return {name: tensor.to(self.device) for name, tensor in batch.items()}

@@ -48,7 +48,7 @@ from tokenizer import SYSTEM_PROMPT, Tokenizer, chat, train_tokenizer
 import trainer
 from trainer import Run, RunConfig, checkpoints, make_optimizer, shard, whole
 from vlm import PRESETS as SIZES
-from vlm import VLM, find_folder, process_images, process_videos, read_json, stored_dtype
+from vlm import VLM, find_folder, process_media, read_json, stored_dtype
 
 
 @dataclass
@@ -218,14 +218,9 @@ def make_batch(rows, tokenizer, config, cfg):
     or box in an answer is about (x, y in patches from the picture's centre), on the answer's tokens, NaN elsewhere.
     """
     rows = sorted(rows, key=lambda row: row[2] is None)                                              # dense ones first
-    flat = {kind: [what for _, media, _ in rows for k, what in media if k == kind] for kind in ("image", "video")}
-    batch, grids = {}, {}
-    for kind, name, process in (("image", "", process_images), ("video", "_videos", process_videos)):
-        if flat[kind]:
-            batch[f"pixel_values{name}"], batch[f"{kind}_grid_thw"] = process(flat[kind], config)
-            grids[kind] = iter(batch[f"{kind}_grid_thw"].tolist())
-    merge = config.vision_config.spatial_merge_size
-    texts = [branched(tokenizer, talks, [next(grids[kind]) for kind, _ in media], merge) for talks, media, _ in rows]
+    batch, grids = process_media([pair for _, media, _ in rows for pair in media], config)
+    grids, merge = iter(grids), config.vision_config.spatial_merge_size
+    texts = [branched(tokenizer, talks, [next(grids) for _ in media], merge) for talks, media, _ in rows]
     batch |= {name: torch.tensor([[token for text in texts for token in text[i]]]) for i, name in enumerate(("input_ids", "labels"))}
     batch["segments"] = [lengths for _, _, lengths in texts]
     scenes = [scene for _, _, scene in rows if scene is not None]

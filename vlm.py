@@ -235,6 +235,17 @@ def process_videos(videos, config):
     return torch.cat(values), torch.tensor(grids)
 
 
+def process_media(media, config):
+    """Pictures and videos [("image" | "video", what)] to the vision inputs of a forward pass, and the grids (t, h, w) of each, in the order of `media`."""
+    inputs, grids = {}, {}
+    for kind, suffix, process in (("image", "", process_images), ("video", "_videos", process_videos)):
+        some = [what for which, what in media if which == kind]
+        if some:
+            inputs[f"pixel_values{suffix}"], inputs[f"{kind}_grid_thw"] = process(some, config)
+            grids[kind] = iter(inputs[f"{kind}_grid_thw"].tolist())
+    return inputs, [next(grids[kind]) for kind, _ in media]
+
+
 # ---- blocks that both sides share
 
 class RMSNorm(nn.Module):
@@ -605,7 +616,7 @@ class VLM(nn.Module):
         return x, features
 
     def forward(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, pixel_values_videos=None, video_grid_thw=None,
-                second_per_grid_ts=None, num_layers=None, logits_at=None, cache=None, position_ids=None, segments=None):
+                second_per_grid_ts=None, num_layers=None, logits_at=None, cache=None, segments=None):
         """input_ids (B, L), attention_mask (B, S) 1 on real tokens, vision inputs, to a VLMOutput.
 
         num_layers=k runs the first k blocks only (no logits). logits_at (B, L) bool: logits of these places only. With a cache, input_ids are the
@@ -613,9 +624,9 @@ class VLM(nn.Module):
         each branch going on where the stem ends, as if it were alone. No text sees another, no branch another. ValueError if pictures do not fill the places that the text has for them.
         """
         past, L = 0 if cache is None else cache.length, input_ids.shape[1]
-        if position_ids is None and past:
+        if past:
             position_ids = (cache.next_position[:, None] + torch.arange(L, device=input_ids.device)).expand(3, -1, -1)
-        elif position_ids is None:
+        else:
             texts = input_ids if segments is None else pad_sequence(input_ids[0].split([sum(lengths) for lengths in segments]), batch_first=True, padding_value=-1)
             real = attention_mask if segments is None else (texts >= 0).int()
             position_ids = mrope_positions(texts, real, self.config, image_grid_thw, video_grid_thw, second_per_grid_ts)
