@@ -31,7 +31,7 @@ from data.questions import CATEGORIES, distance, is_right
 from data.robots import ROBOTS, get_robot
 from data.tasks import TASKS
 from plot import bars, heat_map
-from rollout import EXECUTE_STEPS, caption, draw_episode, jerk, robots_of, rollout
+from rollout import EXECUTE_STEPS, GREEN, RED, caption, draw_episode, jerk, robots_of, rollout
 
 ELSEWHERE = ("workers", "out", "failures")     # settings that no episode depends on
 # BLM1, arXiv 2510.24161: success (%) over 50 episodes a cell, one set of weights, in ManiSkill; columns in the order of TASKS
@@ -305,19 +305,19 @@ def digital(what, config):
         print(f"general instructions, {name}: " + ", ".join(f"{kind} {100 * value:.0f}%" for kind, value in row.items()))
     print(f"pointing error, median: {result['point_error_px_median']:.1f} px of 128; {result['point_error_cm_median']:.1f} cm in the front view")
     if config.examples:
-        draw_dialogues([(scene["images"], question["question"], reply) for (scene, question), reply in zip(asked, given["model"])], config)
+        draw_dialogues([(scene["images"], question, reply) for (scene, question), reply in zip(asked, given["model"])], config.examples)
     return result
 
 
-def draw_dialogues(talks, config):
+def draw_dialogues(talks, path):
     """Three of `talks` [(pictures, question, reply)], spread over them, into one picture: right or wrong, as they come."""
     rows = []
     for i in np.linspace(0, len(talks) - 1, 5).astype(int)[1:-1]:
         pictures, question, reply = talks[i]
-        strip = np.full((pictures[0].shape[0], 4 * pictures[0].shape[1], 3), 250, np.uint8)
+        strip, right = np.full((pictures[0].shape[0], 4 * pictures[0].shape[1], 3), 250, np.uint8), is_right(question, reply)
         strip[:, :len(pictures) * pictures[0].shape[1]] = np.concatenate(pictures, 1)
-        rows.append(np.asarray(caption(strip, [f"- {question}", f"- {reply}"])))
-    with atomic(config.examples) as temporary:
+        rows.append(np.asarray(caption(strip, [question["question"], reply + ("" if right else f"      (it is: {question['answer']})")], GREEN if right else RED)))
+    with atomic(path) as temporary:
         Image.fromarray(np.concatenate(rows)).save(temporary)
 
 

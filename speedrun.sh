@@ -1,7 +1,7 @@
 #!/bin/sh
 # From an empty folder to the table of 24 cells: demonstrations, corpus, base model, Stage I, Stage II, two rounds of corrections, evaluation.
 #
-#   sh speedrun.sh                  two CPU cores: about five hours
+#   sh speedrun.sh                  two CPU cores: about four hours
 #   sh speedrun.sh --budget gpu     one GPU and sixteen cores: the same steps, evaluated after each round
 #
 # Everything goes to out/speedrun; what is there already is not done again, so a run that was stopped goes on when it is started again.

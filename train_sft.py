@@ -63,9 +63,9 @@ class SFTConfig(RunConfig):
     lora_rank: int = 0             # train low-rank additions to the LLM's matrices instead of those; merged when saved; 0: off
     frozen_blocks: int = 0         # freeze the ViT, the embeddings and so many LLM blocks: a policy that reads the last of them stays valid (with --dense_weight 0)
     checkpointing: bool = False    # compute blocks again in the backward pass: a third more time, much less memory
-    steps: int = 3600              # optimiser steps
+    steps: int = 2900              # optimiser steps
     micro_batch: int = 32          # rows in memory at once; smaller needs less memory and gives the same gradient
-    questions: int = 8             # at most so many questions of a scene in a step, drawn anew each time
+    questions: int = 4             # at most so many questions of a scene in a step, drawn anew each time
     lr: float = 1.0e-3             # peak learning rate; about 1e-5 for downloaded weights, 1e-4 with LoRA
     weight_decay: float = 0.05     # on matrices
     intent_layer: int = 3          # k: the LLM block that the second dense head (and later the policy) reads
@@ -78,8 +78,8 @@ class SFTConfig(RunConfig):
     save_every: int = 300          # steps
 
 
-PRESETS = {"embodied": SFTConfig(), "base": SFTConfig(data="out/corpus:1,out/general/train.jsonl:1", categories="attribute,existence,point,box", out="out/base", backbone="", steps=6000, lr=1.5e-3,
-                                                         dense_steps=1440)}
+PRESETS = {"embodied": SFTConfig(), "base": SFTConfig(data="out/corpus:1,out/general/train.jsonl:1", categories="attribute,existence,point,box", out="out/base",
+                                                      backbone="", steps=2400, questions=8, lr=1.5e-3, dense_steps=900)}
 FREE_TO_CHANGE = {"on_bad", "eval_rows", "point_scenes", "micro_batch", "checkpointing"}     # when resuming, beside trainer.FREE
 PARTS = ("vision", "merger", "llm")
 NOTHING_WEIGHT = 0.25                        # most patches show nothing
