@@ -8,7 +8,7 @@
     python train_sft.py --backbone Qwen/Qwen2.5-VL-3B-Instruct --data mine.jsonl --lr 1e-4 --lora_rank 16 --dense_weight 0       from the hub's weights
 
 A row is a corpus scene with some of its questions, or a record of a JSON lines file (data/chats.py). Rows of a step are packed end to end, none seeing
-another, so nothing is spent on padding; a scene's questions share its pictures, each as if it were asked alone; the cross-entropy is on answers alone.
+another, so nothing is spent on padding; a scene's questions share its pictures, each as if it were asked alone; the cross-entropy is on answers alone, whose lengths do not matter.
 
 A model of 5 M parameters that starts from nothing hardly learns to see from sparse words, so linear heads, of use to training alone, read what each
 16-pixel patch shows and where that object's centre is: one from the ViT, one from the hidden states of block k, which is what the policy will read.
@@ -165,7 +165,8 @@ def read_row(source, number, index, cfg, dense_only=False):
         return [found["messages"]], found["media"], None
     turns = [] if dense_only else found["turns"]
     if number is not None:
-        turns = [turns[i] for i in np.random.default_rng([cfg.seed, 1, number]).permutation(len(turns))[:cfg.questions]]
+        wait = np.random.default_rng([cfg.seed, 1, number]).exponential(size=len(turns)) * [source.asked[q["category"]] for q in found["questions"][:len(turns)]]
+        turns = [turns[i] for i in np.argsort(wait)[:cfg.questions]]      # rare categories first, more often than not
     return conversations(len(found["images"]), turns), [("image", image) for image in found["images"]], found
 
 
@@ -258,6 +259,12 @@ def begins(learned):
     return learned & ~F.pad(learned, (1, 0))[:, :-1]
 
 
+def answer_weights(learned):
+    """(B, L) bool of answer tokens to (n,) of those: one over the length of their answer. An answer counts once: a box's thirty tokens would drown a colour's two."""
+    number = begins(learned)[learned].cumsum(0) - 1
+    return 1 / torch.bincount(number)[number]
+
+
 def place_in(text):
     """(x, y) pixels of the first point, or of the centre of the first box, in an answer; None without."""
     found = re.search(r'"(?:point|bbox)_2d": \[(\d+(?:, \d+){1,3})\]', text)
@@ -313,12 +320,12 @@ def read(model, heads, batch, cfg, dense_only=False):
 
 
 def count(batches):
-    """What the losses are divided by, over all micro-batches and processes: answer tokens, patches by weight, patches with a place, answer tokens with one."""
+    """What the losses are divided by, over all micro-batches and processes: answers, patches by weight, patches with a place, answer tokens with one."""
     totals = torch.zeros(4, dtype=torch.float64)
     for batch in batches:
         shown, located = batch.get("patch_class", torch.zeros(0)), batch.get("patch_located", torch.zeros(0))
         placed = batch.get("answer_place", torch.full((1, 2, 2), torch.nan))[:, 1:].isfinite().all(-1)
-        totals += torch.tensor([(batch["labels"][:, 1:] >= 0).sum(), (shown > 0).sum() + NOTHING_WEIGHT * (shown == 0).sum(), located.sum(), placed.sum()])
+        totals += torch.tensor([begins(batch["labels"][:, 1:] >= 0).sum(), (shown > 0).sum() + NOTHING_WEIGHT * (shown == 0).sum(), located.sum(), placed.sum()])
     if dist.is_initialized():
         device = batches[0]["input_ids"].device
         shared = totals.to(device)
@@ -334,7 +341,7 @@ def losses(model, heads, batch, totals, cfg, dense_only):
     names = ("dense_vit", "dense_llm") if dense_only else ("answer", "dense_vit", "dense_llm", "answer_place") if cfg.dense_weight else ("answer",)
     found = dict.fromkeys(names, torch.zeros((), device=batch["input_ids"].device))
     if not dense_only:
-        found["answer"] = F.cross_entropy(logits, labels, reduction="sum") / totals[0]
+        found["answer"] = answer_weights(batch["labels"][:, 1:] >= 0) @ F.cross_entropy(logits, labels, reduction="none") / totals[0]
     if dense:
         located, weight = batch["patch_located"], torch.ones(heads.num_classes, device=batch["patch_class"].device)
         weight[0] = NOTHING_WEIGHT

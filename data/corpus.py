@@ -1,8 +1,8 @@
 """Stage I's corpus: pictures from the simulator, and questions whose answers are its true state.
 
-    python -m data.corpus --scenes 24000 --workers 2            (train; a fifteenth of it for validation beside it)
+    python -m data.corpus --scenes 36000 --workers 2            (train; a fifteenth of it for validation beside it)
 
-A scene is one of two things, half of each:
+A scene is one of two things:
     a picture    front, or front and wrist: a random layout with spare cubes around, the arm anywhere, now and then ready to grasp or nearly so
     a clip       four front views in order: an attempt at the task, by the expert or with one of four faults, as a whole or up to the end of a step
 It has at most ten questions (data/questions.py) and, for the base stage, dense targets of every picture:
@@ -44,7 +44,7 @@ VALIDATION_SEED = 2_000_000
 
 @dataclass
 class CorpusConfig:
-    scenes: int = 24000        # training scenes, spread over all robots and tasks
+    scenes: int = 36000        # training scenes, spread over all robots and tasks
     seed: int = 0              # first seed
     workers: int = 2           # processes
     out: str = "out/corpus"    # folder
@@ -209,43 +209,50 @@ def attempt(env, seed, rng, fault):
 
 
 def clips(env, seed, rng, asker):
-    """Some scenes of one attempt: as a whole, up to the ends of two of its steps, and two pictures with two that may follow."""
+    """The scenes of one attempt: twice as a whole, up to the ends of four of its steps, its end, and twice two pictures with two that may follow."""
     causes = faults_of(env.task)
-    fault = rng.choice(causes) if rng.random() < 0.5 else None
+    fault = rng.choice(causes) if rng.random() < 0.6 else None
     trace, success = attempt(env, seed, rng, fault)
     if len(trace) < 12 or success == (fault is not None):    # a fault that did no harm, or an expert that failed
         return []
-    label, wording = next(iter(env.task.labels.values())), env.task.instructions[rng.integers(len(env.task.instructions))]
+    label, task = next(iter(env.task.labels.values())), env.task.instructions[0]
+    names, tasks = [phase for _, phase in trace], [other.instructions[0] for other in TASKS.values()]
+    last, dof, found = len(trace) - 1, env.robot.dof, []
 
     def shots(times):
-        found = []
+        views = []
         for t in times:
             env.data.qpos[:], env.data.qvel[:] = trace[t][0], 0
             mujoco.mj_forward(env.model, env.data)
-            found.append(look(env, "front", {}))
-        return found
+            views.append(look(env, "front", {}))
+        return views
 
-    names, tasks = [phase for _, phase in trace], [task.instructions[0] for task in TASKS.values()]
-    last, dof = len(trace) - 1, env.robot.dof
-    times = np.linspace(0, last, 4).astype(int)
-    still = rng.random() < 0.25                              # the same picture four times over: nothing moves
-    if still:
-        times = np.full(4, rng.integers(last))
-    moved = bool(np.abs(trace[times[-1]][0][:dof] - trace[times[0]][0][:dof]).max() > 0.05)
-    questions = asker.whole(env.task.instructions[0], tasks, wording, label, success, fault, causes, moved)
-    scenes = [scene_of(env, shots(times), {}, [q for q in questions if q["category"] == "embodiment"] if still else questions, rng)]
+    def add(times, asked):
+        if asked:
+            found.append(scene_of(env, shots(times), {}, asked, rng))
+
+    wording = lambda: env.task.instructions[rng.integers(len(env.task.instructions))]
+    for _ in range(2):
+        times = np.linspace(0, last, 4) + np.append(np.insert(rng.uniform(-0.1, 0.1, 2) * last, 0, 0), 0)
+        still = rng.random() < 0.25                          # the same picture four times over: nothing moves
+        times = np.full(4, rng.integers(last)) if still else times.astype(int)
+        moved = bool(np.abs(trace[times[-1]][0][:dof] - trace[times[0]][0][:dof]).max() > 0.05)
+        questions = asker.whole(task, tasks, wording(), label, success, fault, causes, moved)
+        add(times, [q for q in questions if q["category"] == "embodiment"] if still else questions)
+    add(np.linspace(max(0, last - rng.integers(9, 40)), last, 4).astype(int), [q for q in [asker.yes_no("success", success, (wording(),), (task,))] if q])
     ends = [t for t in range(8, last) if names[t] != names[t + 1] and names[t] in STEP_TEXT]
     if fault is None and names.count("approach") and len(set(names)) == len([1 for a, b in zip(names, names[1:]) if a != b]) + 1:     # each step once: no second try
         order = list(dict.fromkeys(names))
-        for t in rng.permutation(ends)[:2]:
-            scenes.append(scene_of(env, shots(np.linspace(max(0, t - 24), t, 4).astype(int)), {}, asker.within(env.task.instructions[0], wording, label, order, order.index(names[t])), rng))
-    t, step = int(rng.integers(8, max(9, last - 8))), 8
-    if last >= 24 and np.abs(trace[min(t + step, last)][0] - trace[t][0]).max() > 0.05:
-        third = rng.random() < 0.5
-        other = t - 2 * step if t >= 2 * step and rng.random() < 0.7 else min(t + 5 * step, last)
-        candidates = [min(t + step, last), other]
-        scenes.append(scene_of(env, shots([t - step, t, *(candidates if third else candidates[::-1])]), {}, asker.future(third), rng))
-    return [scene for scene in scenes if scene[3]]
+        for t in rng.permutation(ends)[:4]:
+            add(np.linspace(max(0, t - 24), t, 4).astype(int), asker.within(task, wording(), label, order, order.index(names[t])))
+    step = 8
+    for t in rng.integers(step, max(step + 1, last - step), 2):
+        if last >= 3 * step and np.abs(trace[min(t + step, last)][0] - trace[t][0]).max() > 0.05:
+            third = rng.random() < 0.5
+            other = t - 2 * step if t >= 2 * step and rng.random() < 0.7 else min(t + 5 * step, last)
+            candidates = [min(t + step, last), other]
+            add([t - step, t, *(candidates if third else candidates[::-1])], asker.future(third))
+    return found
 
 
 # ---- shards
@@ -261,7 +268,7 @@ def make_shard(job):
     while len(scenes) < count:
         for asker in askers:
             rng = np.random.default_rng([seed, 11])
-            made = [picture(env, seed, rng, asker)] if seed % 4 else clips(env, seed, rng, asker)     # a clip's seed gives two or three scenes: half of all
+            made = [picture(env, seed, rng, asker)] if seed % 4 else clips(env, seed, rng, asker)     # a clip's seed gives up to nine scenes
             for scene in made:
                 for question in scene[3]:
                     question["held_out"] = asker.held_out
@@ -327,6 +334,7 @@ class Corpus:
             asked += [[question for question in scene if question["category"] in chosen] for scene in questions]
             self.files.append(file)
         self.scenes = [(*place, some) for place, some in zip(places, equalise(asked)) if some]
+        self.asked = Counter(question["category"] for *_, questions in self.scenes for question in questions)
 
     def validation(self):
         """The validation split of the same folder and categories."""

@@ -86,7 +86,7 @@ class Camera:
         self.renderer.enable_segmentation_rendering()
         ids = self.renderer.render()
         self.renderer.disable_segmentation_rendering()
-        return np.where(ids[..., 1] == mujoco.mjtObj.mjOBJ_GEOM, ids[..., 0], -1)
+        return np.where(ids[..., 1] == int(mujoco.mjtObj.mjOBJ_GEOM), ids[..., 0], -1)      # numpy compares with the enum itself pixel by pixel, in Python
 
 
 # ---- changed conditions
