@@ -165,8 +165,8 @@ def read_row(source, number, index, cfg, dense_only=False):
         return [found["messages"]], found["media"], None
     turns = [] if dense_only else found["turns"]
     if number is not None:
-        wait = np.random.default_rng([cfg.seed, 1, number]).exponential(size=len(turns)) * [source.asked[q["category"]] for q in found["questions"][:len(turns)]]
-        turns = [turns[i] for i in np.argsort(wait)[:cfg.questions]]      # rare categories first, more often than not
+        wait = np.random.default_rng([cfg.seed, 1, number]).exponential(found["often"][:len(turns)])
+        turns = [turns[i] for i in np.argsort(wait)[:cfg.questions]]                                 # the rarer its category, the likelier a question is asked
     return conversations(len(found["images"]), turns), [("image", image) for image in found["images"]], found
 
 

@@ -311,7 +311,7 @@ def ensure(folder):
 class Corpus:
     """Scenes of a split ("train" or "val"), read from memory-mapped shards.
 
-    corpus[i] -> {"images": [(128, 128, 3) uint8], "turns": [(question, answer)], "questions": the same with category, form and chance,
+    corpus[i] -> {"images": [(128, 128, 3) uint8], "turns": [(question, answer)], "questions": the same with category, form and chance, "often": how many of each one's category there are,
     "patch_class": (V, 8, 8), "patch_offset": (V, 8, 8, 3), "robot": str}.
     """
     num_classes = len(CLASSES)
@@ -334,7 +334,7 @@ class Corpus:
             asked += [[question for question in scene if question["category"] in chosen] for scene in questions]
             self.files.append(file)
         self.scenes = [(*place, some) for place, some in zip(places, equalise(asked)) if some]
-        self.asked = Counter(question["category"] for *_, questions in self.scenes for question in questions)
+        self.often = Counter(question["category"] for *_, questions in self.scenes for question in questions)
 
     def validation(self):
         """The validation split of the same folder and categories."""
@@ -351,7 +351,7 @@ class Corpus:
     def __getitem__(self, i):
         number, a, b, questions = self.scenes[i]
         images, classes, offsets = (self.files[number].get_slice(name)[a:b] for name in ("images", "patch_class", "patch_offset"))
-        return {"images": list(images), "turns": [(q["question"], q["answer"]) for q in questions], "questions": questions,
+        return {"images": list(images), "turns": [(q["question"], q["answer"]) for q in questions], "questions": questions, "often": [self.often[q["category"]] for q in questions],
                 "patch_class": classes.astype(np.int64), "patch_offset": offsets.astype(np.float32), "robot": self.files[number].metadata()["robot"]}
 
 

@@ -2,8 +2,8 @@
 
     python -m data.general                 writes out/general/{train,probes}.jsonl and the pictures that some of them show
 
-Five kinds: format (answer in capital letters, twice, as JSON), copying, ordering (words and numbers), arithmetic, and refusal (asked about what the
-picture does not show, say so). Probes use words and numbers of which training sees other combinations, and half of them a wording that it never sees.
+Six kinds: format (answer in capital letters, twice, as JSON), copying, ordering (words and numbers), arithmetic, choice (the letter before a word), and
+refusal (asked about what the picture does not show, say so). Probes use words and numbers of which training sees other combinations, and half of them a wording that it never sees.
 Each line is a chat, {"messages": [...], "kind": ..., "held_out": bool}: the shape in which people have their own data (data/chats.py reads both).
 """
 import json
@@ -15,6 +15,7 @@ from PIL import Image
 
 from cli import at_least, atomic, parse, run
 from data.env import TabletopEnv
+from data.questions import LETTERS
 from data.robots import ROBOTS
 from data.tasks import TASKS
 
@@ -33,6 +34,7 @@ WORDINGS = {                                         # the last of each is held 
     "ordering numbers": ("Sort these numbers: {}.", "Put these numbers in order, the smallest first: {}.", "Order these numbers: {}.", "Put in order: {}."),
     "arithmetic plus": ("What is {} + {}?", "Add {} and {}.", "How much is {} + {}?", "Give the sum of {} and {}."),
     "arithmetic minus": ("What is {} - {}?", "Take {1} from {0}.", "How much is {} - {}?", "Give {} - {}."),
+    "choice": ("Which letter stands before {}? {}", "Give the letter of {}: {}", "Which of these is {}? {}", "Choose {}. {}"),
     "refusal": ("What colour is the {}?", "Where is the {}? Give a point.", "Describe the {} in the picture.", "Tell me about the {} in the picture."),
 }
 KINDS = tuple(dict.fromkeys(name.split()[0] for name in WORDINGS))
@@ -40,7 +42,7 @@ KINDS = tuple(dict.fromkeys(name.split()[0] for name in WORDINGS))
 
 @dataclass
 class GeneralConfig:
-    rows: int = 20000            # training rows
+    rows: int = 40000            # training rows
     probes: int = 400            # probes, as many of each kind
     pictures: int = 240          # pictures for refusals, of all robots and tasks
     seed: int = 0                # of everything
@@ -62,6 +64,10 @@ def instruction(name, rng):
     if name == "ordering numbers":
         numbers = rng.choice(99, rng.integers(3, 5), replace=False)
         return (", ".join(map(str, numbers)),), ", ".join(map(str, sorted(numbers)))
+    if name == "choice":
+        words = some(rng.integers(2, 5))
+        right = int(rng.integers(len(words)))
+        return (words[right], " ".join(f"{letter}) {word}" for letter, word in zip(LETTERS, words))), LETTERS[right]
     if name == "refusal":
         thing = str(rng.choice(ABSENT))
         return (thing,), f"There is no {thing} in the picture."

@@ -111,12 +111,16 @@ def test_general_instructions_are_right_and_probes_are_new(tmp_path):
     asked = [{json.dumps(json.loads(line)["messages"][0]) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()} for name in ("train", "probes")]
     assert len(train) == 600 and len(probes) == 120 and not asked[0] & asked[1]
     lines = [json.loads(line) for line in (tmp_path / "probes.jsonl").read_text().splitlines()]
-    assert Counter(line["kind"] for line in lines) == dict.fromkeys(general.KINDS, 24) and 0.3 < np.mean([line["held_out"] for line in lines]) < 0.7
+    assert Counter(line["kind"] for line in lines) == dict.fromkeys(general.KINDS, 20) and 0.3 < np.mean([line["held_out"] for line in lines]) < 0.7
     for messages in (chats.records[i][1] for chats in (train, probes) for i in range(len(chats))):
         text, answer = messages[0]["content"][-1]["text"], messages[1]["content"]
         if " + " in text:
             a, b = (int(word) for word in text.replace("?", "").replace(".", "").split() if word.isdigit())
             assert int(answer) == a + b
+        if "A) " in text:
+            before, options = text.split("A) ")
+            right = dict(option.split(") ") for option in re.split(" (?=[B-F][)])", "A) " + options))[answer]
+            assert right in re.findall("[a-z]+", before)
         if "numbers" in text:
             numbers = [int(n) for n in answer.split(", ")]
             assert numbers == sorted(numbers) and sorted(numbers) == sorted(int(n) for n in text.rstrip(".").split(": ")[1].split(", "))

@@ -43,7 +43,7 @@ class Corpus:
         classes[:, row, column], offsets[:, row, column] = 1 + i % 3, (0.2, -0.3, 0.05 * (i % 3))
         point = json.dumps({"point_2d": [column * 16 + 8, row * 16 + 8], "label": f"{name} cube"})
         turns = [("What do you see?", f"a {name} cube"), (f"Point to the {name} cube.", point), ("Is it red?", "yes" if name == "red" else "no")]
-        return {"images": list(images), "turns": turns, "patch_class": classes, "patch_offset": offsets}
+        return {"images": list(images), "turns": turns, "often": [9, 9, 1], "patch_class": classes, "patch_offset": offsets}
 
 
 TINY = VLMConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, mrope_section=(4, 4, 4),
@@ -104,6 +104,8 @@ def test_rows_of_a_step_depend_on_seed_and_step_alone(tokenizer):
     assert order[:12] != order[12:24]
     a, b, c = (batch_of([(number, 0)], tokenizer, SFTConfig(questions=2))["input_ids"].tolist() for number in (0, 0, 12))
     assert a == b != c                                                                       # other questions in another epoch
+    asked = [read_row(Corpus(), number, 0, SFTConfig(questions=1))[0][0][0]["content"][-1]["text"] for number in range(300)]
+    assert 0.75 < asked.count("Is it red?") / 300 < 0.9                                      # nine times as rare as either of the others: 9 in 11
 
 
 def chats_file(path, n, **more):
