@@ -61,7 +61,7 @@ class SFTConfig(RunConfig):
     model: str = "nano"            # sizes of a model from nothing
     train: str = "vision,merger,llm"       # parts that are trained
     lora_rank: int = 0             # train low-rank additions to the LLM's matrices instead of those; merged when saved; 0: off
-    frozen_blocks: int = 0         # freeze the ViT, the embeddings and so many LLM blocks: a policy that reads the last of them stays valid (with --dense_weight 0)
+    frozen_blocks: int = 0         # freeze the ViT, the embeddings and so many LLM blocks: a policy that reads the last of them stays valid and comes along (with --dense_weight 0)
     checkpointing: bool = False    # compute blocks again in the backward pass: a third more time, much less memory
     steps: int = 2900              # optimiser steps
     micro_batch: int = 32          # rows in memory at once; smaller needs less memory and gives the same gradient
@@ -497,6 +497,12 @@ def choose_parts(model, cfg):
             part.requires_grad_(False)
 
 
+def carried_policy(cfg):
+    """The files of the policy beside --backbone, if the blocks that it reads are frozen; else none."""
+    files = [find_folder(cfg.backbone) / name for name in ("policy.safetensors", "policy.json")] if cfg.frozen_blocks and cfg.backbone else []
+    return files if files and files[1].exists() and read_json(files[1])["config"]["intent_layer"] <= cfg.frozen_blocks else []
+
+
 def ensure_data(cfg):
     """Make the default corpus and the general instructions where --data names them and they are not there."""
     paths = [re.sub(r":[\d.]+$", "", part.strip()) for part in cfg.data.split(",")]
@@ -574,6 +580,9 @@ def train(cfg):
                 save_file(dense, path)
             model.save_pretrained(cfg.out, dtype, weights)
             tokenizer.save_pretrained(cfg.out)
+            for file in carried_policy(cfg):
+                with atomic(Path(cfg.out) / file.name) as path:
+                    path.write_bytes(file.read_bytes())
             write_json(Path(cfg.out) / "training.json", about())
 
     def about():

@@ -11,6 +11,8 @@ import train_sft
 import trainer
 from cli import UserError
 from conftest import last_state, spawn_two
+from model import BLM
+from policy import Policy, PolicyConfig
 from train_sft import DenseHeads, LoRA, Mixture, SFTConfig, add_lora, make_batch, merged, read_row, train
 from tokenizer import Tokenizer, collate, train_tokenizer
 from vlm import PRESETS, VLM, VisionConfig, VLMConfig
@@ -307,3 +309,17 @@ def test_two_processes_equal_one(tmp_path):
             torch.testing.assert_close(one[name], two[name], atol=2e-4, rtol=0)
     losses = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["loss"] for name in ("one", "two")]
     assert abs(losses[0] - losses[1]) < 1e-4
+
+
+def test_a_policy_comes_along_while_what_it_reads_is_frozen(tmp_path):
+    train(config(tmp_path / "base", steps=1))
+    blm = BLM.from_pretrained(tmp_path / "base")
+    blm.policy = Policy(PolicyConfig(intent_layer=2, hidden_size=48, num_heads=2), TINY.hidden_size, {"widowx": (16, 7)})
+    blm.save_policy(tmp_path / "base")
+    for blocks, comes in ((2, True), (1, False)):
+        out = tmp_path / str(blocks)
+        train(config(out, backbone=str(tmp_path / "base"), frozen_blocks=blocks, dense_weight=0.0, dense_steps=0, steps=2, lr=1e-2))
+        after = BLM.from_pretrained(out)
+        assert (after.policy is not None) == comes
+        assert not torch.equal(after.vlm.model.layers[2].mlp.down_proj.weight, blm.vlm.model.layers[2].mlp.down_proj.weight)
+    assert load_file(tmp_path / "2" / "policy.safetensors").keys() == load_file(tmp_path / "base" / "policy.safetensors").keys()
