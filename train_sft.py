@@ -8,7 +8,7 @@
     python train_sft.py --backbone Qwen/Qwen2.5-VL-3B-Instruct --data mine.jsonl --lr 1e-4 --lora_rank 16 --dense_weight 0       from the hub's weights
 
 A row is a corpus scene with some of its questions, or a record of a JSON lines file (data/chats.py). Rows of a step are packed end to end, none seeing
-another, so nothing is spent on padding; a scene's questions share its pictures, each as if it were asked alone; the cross-entropy is on answers alone, whose lengths do not matter.
+another, so nothing is spent on padding; a scene's questions share its pictures, each as if it were asked alone; the cross-entropy is on answers alone.
 
 A model of 5 M parameters that starts from nothing hardly learns to see from sparse words, so linear heads, of use to training alone, read what each
 16-pixel patch shows and where that object's centre is: one from the ViT, one from the hidden states of block k, which is what the policy will read.
@@ -42,7 +42,7 @@ from cli import UserError, at_least, atomic, choose, choose_many, parse, run, th
 from data import corpus as corpora
 from data import general
 from data.chats import Chats
-from data.env import IMAGE_SIZE
+from data.env import IMAGE_SIZE, VIEWS
 from model import BLM
 from tokenizer import SYSTEM_PROMPT, Tokenizer, chat, train_tokenizer
 import trainer
@@ -61,7 +61,7 @@ class SFTConfig(RunConfig):
     model: str = "nano"            # sizes of a model from nothing
     train: str = "vision,merger,llm"       # parts that are trained
     lora_rank: int = 0             # train low-rank additions to the LLM's matrices instead of those; merged when saved; 0: off
-    frozen_blocks: int = 0         # freeze the ViT, the embeddings and so many LLM blocks: a policy that reads the last of them stays valid and comes along (with --dense_weight 0)
+    frozen_blocks: int = 0         # freeze the ViT, the embeddings and so many LLM blocks: a policy that reads the last of them stays valid and comes along
     checkpointing: bool = False    # compute blocks again in the backward pass: a third more time, much less memory
     steps: int = 2900              # optimiser steps
     micro_batch: int = 32          # rows in memory at once; smaller needs less memory and gives the same gradient
@@ -85,6 +85,8 @@ PARTS = ("vision", "merger", "llm")
 NOTHING_WEIGHT = 0.25                        # most patches show nothing
 PLACE_SCALE = (1.0, 1.0, 10.0, 1.0, 1.0)     # patches, patches, decimetres, patches, patches: errors of like size
 HEADS = "heads.safetensors"
+MOST_PICTURES = 4
+ANSWER_PLACES = 2 + MOST_PICTURES * 3 * 3
 ANSWER_PLACE_WEIGHT = 0.3                    # beside the words' own loss; at 1 it drowns them
 LARGEST_OFFSET = 4.0                         # patches: a centre beside or behind the camera projects to hundreds, and one such row would drown a step
 BLOCK = 100                                  # rows that hold the mixture exactly
@@ -215,8 +217,9 @@ def branched(tokenizer, talks, grids, merge):
 def make_batch(rows, tokenizer, config, cfg):
     """Rows as `read_row` gives them, packed: input_ids and labels (1, L), the VLM's vision inputs and `segments`, the lengths of each row; and of the
     pictures of corpus scenes, which come first, row by row patch_class (P,), patch_place (P, 5): the object's centre from the patch's (x, y in patches,
-    depth in m) and from the picture's (x, y in patches), patch_located (P,), True where that is to be learned; and answer_place (1, L, 2), what a point
-    or box in an answer is about (x, y in patches from the picture's centre), on the answer's tokens, NaN elsewhere.
+    depth in m) and from the picture's (x, y in patches), patch_located (P,), True where that is to be learned; and answer_place (1, L, ANSWER_PLACES), on an
+    answer's tokens where that is which it must know: the place of what it points at or names, and of the gripper and of the two things that it is about in
+    each of up to four pictures, as `object_places` has them; NaN where there is none, and elsewhere.
     """
     rows = sorted(rows, key=lambda row: row[2] is None)                                              # dense ones first
     batch, grids = process_media([pair for _, media, _ in rows for pair in media], config)
@@ -241,16 +244,45 @@ def make_batch(rows, tokenizer, config, cfg):
 
 
 def answer_places(labels, row, patch):
-    """labels, a row's list, and the row, to (len(labels), 2); see make_batch."""
+    """labels, a row's list, and the row, to (len(labels), ANSWER_PLACES); see make_batch."""
     talks, media, scene = row
-    learned, places = torch.tensor(labels) >= 0, torch.full((len(labels), 2), torch.nan)
+    learned, places = torch.tensor(labels) >= 0, torch.full((len(labels), ANSWER_PLACES), torch.nan)
     if scene is None or not learned.any():
         return places
     height, width = media[0][1].shape[:2]
-    found = [place_in(message["content"]) for messages in talks for message in messages if message["role"] == "assistant"]
-    known = torch.tensor([[math.nan] * 2 if xy is None else [(xy[0] - width / 2) / patch, (xy[1] - height / 2) / patch] for xy in found])
+    shown, known = object_places(scene), []                                                          # (V, C, 3)
+    for asked, answered in talks:
+        (question, _, options), reply = asked["content"][-1]["text"].partition(" A) "), answered["content"]
+        option = re.search(rf"\b{reply}\) (.+?)(?= [B-F]\)|$)", "A) " + options) if options else None
+        things = (scene["things"] or named(question))[:2]
+        numbers = np.full((MOST_PICTURES, 3, 3), np.nan, np.float32)
+        for i, name in enumerate(["gripper", *things]):
+            numbers[:len(shown), i] = shown[:MOST_PICTURES, corpora.CLASSES.index(name)]
+        about = place_in(reply)
+        if about is None:
+            own = named(option[1] if option else reply)
+            about = shown[0, corpora.CLASSES.index(own[0]), :2] if own and len(shown) <= len(VIEWS) else (np.nan, np.nan)
+        else:
+            about = (about - (width / 2, height / 2)) / patch
+        known.append(np.append(about, numbers))
     number = begins(learned[None])[0].cumsum(0) - 1                                                  # which answer a token belongs to
-    places[learned] = known[number[learned]]
+    places[learned] = torch.tensor(np.stack(known), dtype=torch.float32)[number[learned]]
+    return places
+
+
+def named(text):
+    """The objects that a text names, in order."""
+    return re.findall("|".join(sorted(corpora.LABELS, key=len, reverse=True)), text)
+
+
+def object_places(scene):
+    """(V, CLASSES, 3) from a scene's dense targets: each object's centre in each picture, x and y in patches from the picture's centre, depth in decimetres
+    minus 6; NaN where it does not show, or its centre is far outside."""
+    classes, offsets = scene["patch_class"], scene["patch_offset"]
+    places = np.full((len(classes), max(len(corpora.CLASSES), classes.max() + 1), 3), np.nan, np.float32)
+    for view, row, column in zip(*np.nonzero((classes > 0) & (np.abs(offsets[..., :2]).max(-1) <= LARGEST_OFFSET))):
+        x, y, depth = offsets[view, row, column]
+        places[view, classes[view, row, column]] = x + column + 0.5 - classes.shape[2] / 2, y + row + 0.5 - classes.shape[1] / 2, 10 * depth
     return places
 
 
@@ -260,9 +292,10 @@ def begins(learned):
 
 
 def answer_weights(learned):
-    """(B, L) bool of answer tokens to (n,) of those: one over the length of their answer. An answer counts once: a box's thirty tokens would drown a colour's two."""
+    """(B, L) bool of answer tokens to (n,) of those: one over the root of their answer's length, as InternVL 2.5 (arXiv 2412.05271), or a box's thirty tokens
+    would drown a colour's two."""
     number = begins(learned)[learned].cumsum(0) - 1
-    return 1 / torch.bincount(number)[number]
+    return torch.bincount(number)[number] ** -0.5
 
 
 def place_in(text):
@@ -287,7 +320,7 @@ class DenseHeads(nn.Module):
         vision, text = config.vision_config.hidden_size, config.hidden_size
         self.vit = nn.Sequential(nn.LayerNorm(vision), nn.Linear(vision, num_classes + 3))
         self.llm = nn.Sequential(nn.LayerNorm(text), nn.Linear(text, self.merge ** 2 * (num_classes + 5)))
-        self.answer = nn.Linear(text, 2)                      # on the last hidden states of answers; `read` calls it
+        self.answer = nn.Linear(text, ANSWER_PLACES)          # on the last hidden states of answers; `read` calls it
 
     def forward(self, patch_features, token_features, grid):
         """(P, D of the ViT) and (P / m², D) of pictures of one size, grid (t, h, w), to classes and places of each patch in raster order:
@@ -301,8 +334,8 @@ INPUTS = ("input_ids", "pixel_values", "image_grid_thw", "pixel_values_videos", 
 
 
 def read(model, heads, batch, cfg, dense_only=False):
-    """One pass: answer logits (n, V) with their labels (n,), what DenseHeads returns, and the guessed and true places (n', 2) of answers that have
-    one; None for what is not asked."""
+    """One pass: answer logits (n, V) with their labels (n,), what DenseHeads returns, and the guessed and true places (n, ANSWER_PLACES) of answers;
+    None for what is not asked."""
     learned = batch["labels"][:, 1:] >= 0                                                            # token i predicts token i + 1, of its own row: rows begin unlearned
     places = F.pad(learned, (0, 1))
     depth = {"num_layers": cfg.intent_layer} if dense_only else {"logits_at": places}
@@ -313,19 +346,19 @@ def read(model, heads, batch, cfg, dense_only=False):
         tokens = out.hidden_states[cfg.intent_layer][batch["input_ids"] == model.config.image_token_id][:patches // heads.merge ** 2]
         dense = heads(out.patch_features[:patches], tokens, batch["image_grid_thw"][0].tolist())
         if not dense_only:
-            place = batch["answer_place"][:, 1:][learned]
-            placed = place.isfinite().all(-1)
-            about = heads.answer(out.last_hidden_state[placed]), place[placed]
+            about = heads.answer(out.last_hidden_state), batch["answer_place"][:, 1:][learned]
     return out.logits, batch["labels"][:, 1:][learned], dense, about
 
 
 def count(batches):
-    """What the losses are divided by, over all micro-batches and processes: answers, patches by weight, patches with a place, answer tokens with one."""
+    """What the losses are divided by, over all micro-batches and processes: answer tokens by weight, patches by weight, patches with a place, answer tokens with one by weight."""
     totals = torch.zeros(4, dtype=torch.float64)
     for batch in batches:
         shown, located = batch.get("patch_class", torch.zeros(0)), batch.get("patch_located", torch.zeros(0))
-        placed = batch.get("answer_place", torch.full((1, 2, 2), torch.nan))[:, 1:].isfinite().all(-1)
-        totals += torch.tensor([begins(batch["labels"][:, 1:] >= 0).sum(), (shown > 0).sum() + NOTHING_WEIGHT * (shown == 0).sum(), located.sum(), placed.sum()])
+        learned = batch["labels"][:, 1:] >= 0
+        weights = answer_weights(learned)
+        placed = batch["answer_place"][:, 1:][learned].isfinite().any(-1) if "answer_place" in batch else torch.zeros_like(weights)
+        totals += torch.tensor([weights.sum(), (shown > 0).sum() + NOTHING_WEIGHT * (shown == 0).sum(), located.sum(), (weights * placed).sum()])
     if dist.is_initialized():
         device = batches[0]["input_ids"].device
         shared = totals.to(device)
@@ -336,12 +369,13 @@ def count(batches):
 
 def losses(model, heads, batch, totals, cfg, dense_only):
     """This micro-batch's share of the step's losses, scalars that add up: answer cross-entropy; class cross-entropy + smooth L1 of places, twice; smooth
-    L1 of answers' places. Zero where the rows have none: every process names the same ones."""
+    L1 of answers' places, of its own and the mean of the others. Zero where the rows have none: every process names the same ones."""
     logits, labels, dense, about = read(model, heads, batch, cfg, dense_only)
     names = ("dense_vit", "dense_llm") if dense_only else ("answer", "dense_vit", "dense_llm", "answer_place") if cfg.dense_weight else ("answer",)
     found = dict.fromkeys(names, torch.zeros((), device=batch["input_ids"].device))
+    weights = answer_weights(batch["labels"][:, 1:] >= 0)
     if not dense_only:
-        found["answer"] = answer_weights(batch["labels"][:, 1:] >= 0) @ F.cross_entropy(logits, labels, reduction="none") / totals[0]
+        found["answer"] = weights @ F.cross_entropy(logits, labels, reduction="none") / totals[0]
     if dense:
         located, weight = batch["patch_located"], torch.ones(heads.num_classes, device=batch["patch_class"].device)
         weight[0] = NOTHING_WEIGHT
@@ -351,7 +385,10 @@ def losses(model, heads, batch, totals, cfg, dense_only):
             where = F.smooth_l1_loss(place[located], truth[:, :place.shape[1]], reduction="sum", beta=0.1) / totals[2]
             found[name] = cfg.dense_weight * (what + where)
     if about:
-        found["answer_place"] = ANSWER_PLACE_WEIGHT * cfg.dense_weight * F.smooth_l1_loss(*about, reduction="sum", beta=0.1) / totals[3]
+        known = about[1].isfinite()
+        error = F.smooth_l1_loss(about[0], torch.where(known, about[1], about[0]), reduction="none", beta=0.1)
+        error = sum(part.sum(-1) / there.sum(-1).clamp(min=1) for part, there in zip(error.tensor_split([2], -1), known.tensor_split([2], -1)))      # its own place, all others
+        found["answer_place"] = ANSWER_PLACE_WEIGHT * cfg.dense_weight * (weights @ error) / totals[3]
     found["loss"] = sum(found.values())
     return found
 
@@ -392,7 +429,8 @@ def evaluate(model, heads, mixture, tokenizer, cfg, device, dense_only=False):
                 tally(f"exact_{kind}", right[~json_like].float()), tally("exact_coordinates" if is_dense else "exact_general", right[json_like].float())
                 tally("answer_loss", F.cross_entropy(logits, labels, reduction="none"))
                 if about:
-                    tally("answer_place_error_px", (about[0] - about[1]).norm(dim=-1) * config.vision_config.patch_size)
+                    error = (about[0] - about[1])[:, :2].norm(dim=-1) * config.vision_config.patch_size
+                    tally("answer_place_error_px", error[error.isfinite()])
             if dense:
                 named, located, patch = batch["patch_class"] > 0, batch["patch_located"], config.vision_config.patch_size
                 for name, (shown, place) in zip(("vit", "llm"), dense):
@@ -483,8 +521,8 @@ def start_model(cfg, mixture):
 def choose_parts(model, cfg):
     """Leave only what cfg trains with gradients. UserError if that cannot be."""
     parts, blocks = choose_many(cfg.train, PARTS, "part"), model.config.num_hidden_layers
-    if cfg.frozen_blocks and (not cfg.frozen_blocks < blocks or cfg.dense_weight):
-        raise UserError(f"--frozen_blocks {cfg.frozen_blocks} must leave some of the {blocks} blocks to train, and goes with --dense_weight 0")
+    if not cfg.frozen_blocks < blocks:
+        raise UserError(f"--frozen_blocks {cfg.frozen_blocks} must leave some of the {blocks} blocks to train")
     model.requires_grad_(False)
     for name, module in (("vision", model.visual), ("llm", model.model), ("llm", model.lm_head)):
         if name in parts and module is not None:

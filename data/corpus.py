@@ -350,9 +350,11 @@ class Corpus:
 
     def __getitem__(self, i):
         number, a, b, questions = self.scenes[i]
+        about = self.files[number].metadata()
         images, classes, offsets = (self.files[number].get_slice(name)[a:b] for name in ("images", "patch_class", "patch_offset"))
         return {"images": list(images), "turns": [(q["question"], q["answer"]) for q in questions], "questions": questions, "often": [self.often[q["category"]] for q in questions],
-                "patch_class": classes.astype(np.int64), "patch_offset": offsets.astype(np.float32), "robot": self.files[number].metadata()["robot"]}
+                "patch_class": classes.astype(np.int64), "patch_offset": offsets.astype(np.float32), "robot": about["robot"],
+                "things": list(TASKS[about["task"]].labels.values()) if b - a > len(VIEWS) else []}
 
 
 def main():

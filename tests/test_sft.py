@@ -45,7 +45,7 @@ class Corpus:
         classes[:, row, column], offsets[:, row, column] = 1 + i % 3, (0.2, -0.3, 0.05 * (i % 3))
         point = json.dumps({"point_2d": [column * 16 + 8, row * 16 + 8], "label": f"{name} cube"})
         turns = [("What do you see?", f"a {name} cube"), (f"Point to the {name} cube.", point), ("Is it red?", "yes" if name == "red" else "no")]
-        return {"images": list(images), "turns": turns, "often": [9, 9, 1], "patch_class": classes, "patch_offset": offsets}
+        return {"images": list(images), "turns": turns, "often": [9, 9, 1], "things": [], "patch_class": classes, "patch_offset": offsets}
 
 
 TINY = VLMConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, mrope_section=(4, 4, 4),
@@ -189,15 +189,27 @@ def test_places_are_where_the_offsets_lead(tokenizer):
         assert np.allclose(places[view, row, column, 3:], (x - 4, y - 4), atol=1e-5)             # patches from the picture's centre
 
 
-def test_tokens_of_an_answer_know_its_place_and_only_they(tokenizer):
+def test_tokens_of_an_answer_know_what_it_depends_on_and_only_they(tokenizer):
     batch = batch_of([(None, 3), (None, 4)], tokenizer, SFTConfig())
     rows = zip((3, 4), *(batch[name][0].split([sum(lengths) for lengths in batch["segments"]]) for name in ("labels", "answer_place")))
     for scene, labels, places in rows:
         learned = labels >= 0
         number = (learned & ~torch.nn.functional.pad(learned, (1, 0))[:-1]).cumsum(0)                # 1, 2, 3: what, where, is it red
         about = learned & (number == 2)
-        assert about.sum() > 3 and places[~about].isnan().all()
-        assert np.allclose(places[about], (scene * 3 % 8 + 0.5 - 4, scene * 5 % 8 + 0.5 - 4))        # patches from the picture's centre
+        assert about.sum() > 3 and places[~learned].isnan().all()
+        assert np.allclose(places[about][:, :2], (scene * 3 % 8 + 0.5 - 4, scene * 5 % 8 + 0.5 - 4))          # patches from the picture's centre
+    gripper, peg, target = (train_sft.corpora.CLASSES.index(name) for name in ("gripper", "peg", "target"))
+    scene = {**Corpus()[0], "things": [], "patch_class": np.zeros((2, 8, 8), np.int64), "patch_offset": np.zeros((2, 8, 8, 3), np.float32)}
+    scene["patch_class"][0, 1, 2], scene["patch_class"][1, 4, 4], scene["patch_class"][0, 7, 0] = peg, gripper, target
+    scene["patch_offset"][0, 1, 2], scene["patch_offset"][0, 7, 0, 0] = (0.5, 0, 0.1), 99                    # the target's centre is far outside
+    for asked, reply, own in (("Is the target left of the peg?", "yes", None), ("What is near? A) target B) peg", "B", (-1, -2.5)), ("What is near?", "peg", (-1, -2.5))):
+        talks = train_sft.conversations(2, [(asked, reply)])
+        found = train_sft.answer_places([-100, 5], (talks, [("image", image) for image in scene["images"] * 2], scene), 16)[1]
+        numbers = found[2:].reshape(4, 3, 3)                                                         # pictures; gripper, first and second thing; x, y, depth
+        assert numbers[1, 0].tolist() == [0.5, 0.5, 0] and numbers[0, 0].isnan().all() and numbers[2:].isnan().all()
+        assert found[:2].isnan().all() if own is None else found[:2].tolist() == list(own)
+        if own is None:
+            assert numbers[0, 1].isnan().all() and numbers[0, 2].tolist() == [-1, -2.5, 1]
     assert train_sft.place_in('{"bbox_2d": [10, 20, 30, 60], "label": "bin"}').tolist() == [20, 40]
     for text in ("yes", "63, 100", '{"point_2d": [63], "label": "peg"}', '{"point_2d": [1, 2, 3]}'):
         assert train_sft.place_in(text) is None
