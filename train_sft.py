@@ -13,8 +13,9 @@ another, so nothing is spent on padding; a scene's questions share its pictures,
 A model of 5 M parameters that starts from nothing hardly learns to see from sparse words, so linear heads, of use to training alone, read what each
 16-pixel patch shows and where that object's centre is: one from the ViT, one from the hidden states of block k, which is what the policy will read.
 Rotary positions tell a patch only where others are; the second head also asks for the place in the picture, which is what coordinates in answers are.
-A third head reads the place that an answer is about from the tokens of that answer: digits follow soon after. The first `dense_steps` train the heads
-alone, on pictures without text and through k blocks only, several times as fast.
+A third head reads from the tokens of an answer the places that it depends on, of the gripper and of what is asked about, in each picture: digits follow
+soon after, and comparisons, which hardly come by themselves. The first `dense_steps` train the first two heads alone, on pictures without text and through
+k blocks only, several times as fast.
 
 Written to --out: config.json, model.safetensors (float16, or as in the backbone's file), heads.safetensors, tokenizer.json, training.json (command,
 figures), and what trainer.py writes.
