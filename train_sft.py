@@ -86,8 +86,8 @@ PARTS = ("vision", "merger", "llm")
 NOTHING_WEIGHT = 0.25                        # most patches show nothing
 PLACE_SCALE = (1.0, 1.0, 10.0, 1.0, 1.0)     # patches, patches, decimetres, patches, patches: errors of like size
 HEADS = "heads.safetensors"
-MOST_PICTURES = 4
-ANSWER_PLACES = 2 + MOST_PICTURES * 3 * 3
+MOST_PICTURES = 4                            # of a scene
+ANSWER_PLACES = 2 + MOST_PICTURES * 3 * 3    # numbers that an answer's tokens learn: x, y of its own place; x, y, depth of gripper and two things in each picture
 ANSWER_PLACE_WEIGHT = 0.3                    # beside the words' own loss; at 1 it drowns them
 LARGEST_OFFSET = 4.0                         # patches: a centre beside or behind the camera projects to hundreds, and one such row would drown a step
 BLOCK = 100                                  # rows that hold the mixture exactly
@@ -219,8 +219,8 @@ def make_batch(rows, tokenizer, config, cfg):
     """Rows as `read_row` gives them, packed: input_ids and labels (1, L), the VLM's vision inputs and `segments`, the lengths of each row; and of the
     pictures of corpus scenes, which come first, row by row patch_class (P,), patch_place (P, 5): the object's centre from the patch's (x, y in patches,
     depth in m) and from the picture's (x, y in patches), patch_located (P,), True where that is to be learned; and answer_place (1, L, ANSWER_PLACES), on an
-    answer's tokens where that is which it must know: the place of what it points at or names, and of the gripper and of the two things that it is about in
-    each of up to four pictures, as `object_places` has them; NaN where there is none, and elsewhere.
+    answer's tokens: the place of what it points at or names, then those of the gripper and of the two things that it is about in each of up to four
+    pictures, as `object_places` has them; NaN where there is none, and on all other tokens.
     """
     rows = sorted(rows, key=lambda row: row[2] is None)                                              # dense ones first
     batch, grids = process_media([pair for _, media, _ in rows for pair in media], config)
@@ -235,10 +235,8 @@ def make_batch(rows, tokenizer, config, cfg):
         if classes.shape[1:] != (h, w):
             raise UserError(f"the corpus describes {classes.shape[1]} x {classes.shape[2]} patches a picture, this model has {h} x {w}: add --dense_weight 0")
         offsets = np.concatenate([scene["patch_offset"] for scene in scenes])
+        places = picture_places(offsets)
         located = (classes > 0) & (np.abs(offsets[..., :2]).max(-1) <= LARGEST_OFFSET)
-        rows_columns = np.indices(classes.shape[1:], np.float32) + 0.5
-        lattice = np.stack([rows_columns[1] - classes.shape[2] / 2, rows_columns[0] - classes.shape[1] / 2], -1)      # patches' centres from the picture's
-        places = np.concatenate([offsets, offsets[..., :2] + lattice], -1)
         batch |= {"patch_class": torch.from_numpy(classes).flatten(), "patch_place": torch.from_numpy(places).flatten(0, 2), "patch_located": torch.from_numpy(located).flatten(),
                   "answer_place": torch.cat([answer_places(text[1], row, config.vision_config.patch_size) for text, row in zip(texts, rows)])[None]}
     return batch
@@ -276,14 +274,20 @@ def named(text):
     return re.findall("|".join(sorted(corpora.LABELS, key=len, reverse=True)), text)
 
 
+def picture_places(offsets):
+    """(V, h, w, 3) offsets of objects from their patches' centres, with depth (m), to (V, h, w, 5): the same, then x and y in patches from the picture's centre."""
+    rows_columns = np.indices(offsets.shape[1:3], np.float32) + 0.5
+    lattice = np.stack([rows_columns[1] - offsets.shape[2] / 2, rows_columns[0] - offsets.shape[1] / 2], -1)
+    return np.concatenate([offsets, offsets[..., :2] + lattice], -1)
+
+
 def object_places(scene):
-    """(V, CLASSES, 3) from a scene's dense targets: each object's centre in each picture, x and y in patches from the picture's centre, depth in decimetres
-    minus 6; NaN where it does not show, or its centre is far outside."""
+    """(V, C, 3) from a scene's dense targets: each object's centre in each picture, x and y in patches from the picture's centre, depth in decimetres minus 6;
+    NaN where it does not show, or its centre is far outside."""
     classes, offsets = scene["patch_class"], scene["patch_offset"]
+    located, found = (classes > 0) & (np.abs(offsets[..., :2]).max(-1) <= LARGEST_OFFSET), picture_places(offsets) * PLACE_SCALE
     places = np.full((len(classes), max(len(corpora.CLASSES), classes.max() + 1), 3), np.nan, np.float32)
-    for view, row, column in zip(*np.nonzero((classes > 0) & (np.abs(offsets[..., :2]).max(-1) <= LARGEST_OFFSET))):
-        x, y, depth = offsets[view, row, column]
-        places[view, classes[view, row, column]] = x + column + 0.5 - classes.shape[2] / 2, y + row + 0.5 - classes.shape[1] / 2, 10 * depth
+    places[np.nonzero(located)[0], classes[located]] = found[located][:, [3, 4, 2]]
     return places
 
 
@@ -352,7 +356,8 @@ def read(model, heads, batch, cfg, dense_only=False):
 
 
 def count(batches):
-    """What the losses are divided by, over all micro-batches and processes: answer tokens by weight, patches by weight, patches with a place, answer tokens with one by weight."""
+    """What the losses are divided by, over all micro-batches and processes: answer tokens by weight, patches by weight, patches with a place, answer tokens
+    with one by weight."""
     totals = torch.zeros(4, dtype=torch.float64)
     for batch in batches:
         shown, located = batch.get("patch_class", torch.zeros(0)), batch.get("patch_located", torch.zeros(0))

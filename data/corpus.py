@@ -4,7 +4,8 @@
 
 A scene is one of two things:
     a picture    front, or front and wrist: a random layout with spare cubes around, the arm anywhere, now and then ready to grasp or nearly so
-    a clip       four front views in order: an attempt at the task, by the expert or with one of four faults, as a whole or up to the end of a step
+    a clip       four front views in order: an attempt at the task, by the expert or with one of four faults, as a whole, its end,
+                 up to the end of a step, or two pictures with two that may follow
 It has at most ten questions (data/questions.py) and, for the base stage, dense targets of every picture:
     patch_class  (V, 8, 8) int     what a patch shows, index into CLASSES, 0 = nothing named
     patch_offset (V, 8, 8, 3)      that object's centre minus the patch's centre (in patches, x to the right, y down), and its camera depth (m) minus 0.6
@@ -304,15 +305,16 @@ def ensure(folder):
     """Make the default corpus in `folder` unless it is there."""
     config = CorpusConfig(out=str(folder), workers=os.cpu_count() or 1)
     if not any(Path(folder).glob("val/*.safetensors")):
-        print(f"no corpus in {folder}: rendering {config.scenes} scenes (about {config.scenes / 50 / 60 / config.workers:.0f} minutes)")
+        print(f"no corpus in {folder}: rendering {config.scenes} scenes (about {config.scenes / 10 / 60 / config.workers:.0f} minutes)")
         make(config)
 
 
 class Corpus:
     """Scenes of a split ("train" or "val"), read from memory-mapped shards.
 
-    corpus[i] -> {"images": [(128, 128, 3) uint8], "turns": [(question, answer)], "questions": the same with category, form and chance, "often": how many of each one's category there are,
-    "patch_class": (V, 8, 8), "patch_offset": (V, 8, 8, 3), "robot": str}.
+    corpus[i] -> {"images": [(128, 128, 3) uint8], "turns": [(question, answer)], "questions": the same with category, form and chance,
+    "often": how many the corpus has of each one's category, "patch_class": (V, 8, 8), "patch_offset": (V, 8, 8, 3), "robot": str, "things": [str], the labels
+    of what a clip's task is about, none for pictures}.
     """
     num_classes = len(CLASSES)
 
