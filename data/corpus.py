@@ -305,7 +305,7 @@ def ensure(folder):
     """Make the default corpus in `folder` unless it is there."""
     config = CorpusConfig(out=str(folder), workers=os.cpu_count() or 1)
     if not any(Path(folder).glob("val/*.safetensors")):
-        print(f"no corpus in {folder}: rendering {config.scenes} scenes (about {config.scenes / 10 / 60 / config.workers:.0f} minutes)")
+        print(f"no corpus in {folder}: rendering {config.scenes} scenes (about {config.scenes / 25 / 60 / config.workers:.0f} minutes)")
         make(config)
 
 
