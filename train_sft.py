@@ -14,8 +14,9 @@ A model of 5 M parameters that starts from nothing hardly learns to see from spa
 16-pixel patch shows and where that object's centre is: one from the ViT, one from the hidden states of block k, which is what the policy will read.
 Rotary positions tell a patch only where others are; the second head also asks for the place in the picture, which is what coordinates in answers are.
 A third head reads from the tokens of an answer the places that it depends on, of the gripper and of what is asked about, in each picture: digits follow
-soon after, and comparisons, which hardly come by themselves. The first `dense_steps` train the first two heads alone, on pictures without text and through
-k blocks only, several times as fast.
+soon after, and comparisons, which hardly come by themselves. It reads two blocks below the top, so that these have something to compare; and at the end
+of each option of a choice it also asks whether that is the answer, without which letters are not learned where words are. The first `dense_steps` train
+the first two heads alone, on pictures without text and through k blocks only, several times as fast.
 
 Written to --out: config.json, model.safetensors (float16, or as in the backbone's file), heads.safetensors, tokenizer.json, training.json (command,
 figures), and what trainer.py writes.
@@ -44,6 +45,7 @@ from data import corpus as corpora
 from data import general
 from data.chats import Chats
 from data.env import IMAGE_SIZE, VIEWS
+from data.questions import LETTERS
 from model import BLM
 from tokenizer import SYSTEM_PROMPT, Tokenizer, chat, train_tokenizer
 import trainer
@@ -87,8 +89,8 @@ NOTHING_WEIGHT = 0.25                        # most patches show nothing
 PLACE_SCALE = (1.0, 1.0, 10.0, 1.0, 1.0)     # patches, patches, decimetres, patches, patches: errors of like size
 HEADS = "heads.safetensors"
 MOST_PICTURES = 4                            # of a scene
-ANSWER_PLACES = 2 + MOST_PICTURES * 3 * 3    # numbers that an answer's tokens learn: x, y of its own place; x, y, depth of gripper and two things in each picture
-ANSWER_PLACE_WEIGHT = 0.3                    # beside the words' own loss; at 1 it drowns them
+ANSWER_PARTS = (2, 1, MOST_PICTURES * 3 * 3) # numbers that an answer's tokens learn: x, y of its own place; right (1) or wrong (-1); x, y, depth of gripper and two things in each picture
+ANSWER_PLACE_WEIGHT = 0.3                    # of each part, beside the words' own loss; at 1 they drown them
 LARGEST_OFFSET = 4.0                         # patches: a centre beside or behind the camera projects to hundreds, and one such row would drown a step
 BLOCK = 100                                  # rows that hold the mixture exactly
 VALIDATION = 50                              # one record in so many of a JSON lines file is not trained on
@@ -218,9 +220,8 @@ def branched(tokenizer, talks, grids, merge):
 def make_batch(rows, tokenizer, config, cfg):
     """Rows as `read_row` gives them, packed: input_ids and labels (1, L), the VLM's vision inputs and `segments`, the lengths of each row; and of the
     pictures of corpus scenes, which come first, row by row patch_class (P,), patch_place (P, 5): the object's centre from the patch's (x, y in patches,
-    depth in m) and from the picture's (x, y in patches), patch_located (P,), True where that is to be learned; and answer_place (1, L, ANSWER_PLACES), on an
-    answer's tokens: the place of what it points at or names, then those of the gripper and of the two things that it is about in each of up to four
-    pictures, as `object_places` has them; NaN where there is none, and on all other tokens.
+    depth in m) and from the picture's (x, y in patches), patch_located (P,), True where that is to be learned; and what `answer_places` returns, answer_place
+    (1, L, sum of ANSWER_PARTS) and answer_place_weight (1, L).
     """
     rows = sorted(rows, key=lambda row: row[2] is None)                                              # dense ones first
     batch, grids = process_media([pair for _, media, _ in rows for pair in media], config)
@@ -237,36 +238,71 @@ def make_batch(rows, tokenizer, config, cfg):
         offsets = np.concatenate([scene["patch_offset"] for scene in scenes])
         places = picture_places(offsets)
         located = (classes > 0) & (np.abs(offsets[..., :2]).max(-1) <= LARGEST_OFFSET)
-        batch |= {"patch_class": torch.from_numpy(classes).flatten(), "patch_place": torch.from_numpy(places).flatten(0, 2), "patch_located": torch.from_numpy(located).flatten(),
-                  "answer_place": torch.cat([answer_places(text[1], row, config.vision_config.patch_size) for text, row in zip(texts, rows)])[None]}
+        batch |= {"patch_class": torch.from_numpy(classes).flatten(), "patch_place": torch.from_numpy(places).flatten(0, 2), "patch_located": torch.from_numpy(located).flatten()}
+    if cfg.dense_weight:
+        known = [answer_places(*text, row, tokenizer, config.vision_config.patch_size) for text, row in zip(texts, rows)]
+        batch |= {name: torch.cat(parts)[None] for name, parts in zip(("answer_place", "answer_place_weight"), zip(*known))}
     return batch
 
 
-def answer_places(labels, row, patch):
-    """labels, a row's list, and the row, to (len(labels), ANSWER_PLACES); see make_batch."""
+def answer_places(ids, labels, lengths, row, tokenizer, patch):
+    """A row and what `branched` made of it, to the places that its tokens shall know, (L, sum of ANSWER_PARTS), NaN where there is none; and how much each
+    token counts, (L,).
+
+    Tokens that an answer's are predicted from: the place of what it points at or names, in patches from the picture's centre, then those of the gripper and
+    of the two things that it is about in each of up to four pictures, as `object_places` has them. The last token of each option of a choice: the same, with
+    the place of what that option names, and whether it is the answer.
+    """
     talks, media, scene = row
-    learned, places = torch.tensor(labels) >= 0, torch.full((len(labels), ANSWER_PLACES), torch.nan)
+    learned = F.pad(torch.tensor(labels)[1:] >= 0, (0, 1))
+    places, weights, listed = torch.full((len(ids), sum(ANSWER_PARTS)), torch.nan), torch.zeros(len(ids)), options(ids, labels, tokenizer)
+    weights[learned] = answer_weights(learned[None])
+    for end, _, right in listed:
+        places[end, 2], weights[end] = 1 if right else -1, 1
     if scene is None or not learned.any():
-        return places
-    height, width = media[0][1].shape[:2]
-    shown, known = object_places(scene), []                                                          # (V, C, 3)
-    for asked, answered in talks:
-        (question, _, options), reply = asked["content"][-1]["text"].partition(" A) "), answered["content"]
-        option = re.search(rf"\b{reply}\) (.+?)(?= [B-F]\)|$)", "A) " + options) if options else None
-        things = (scene["things"] or named(question))[:2]
+        return places, weights
+    shown, end = object_places(scene), len(ids) - sum(lengths[-len(talks):])
+    where = lambda text: shown[0, corpora.CLASSES.index(named(text)[0]), :2] if named(text) and len(shown) <= len(VIEWS) else (np.nan, np.nan)
+    for (asked, answered), length in zip(talks, lengths[-len(talks):]):
+        begin, end = end, end + length
+        choices = [choice for choice in listed if begin <= choice[0] < end]
+        tokens = [begin + i for i in learned[begin:end].nonzero()[:, 0].tolist()]
         numbers = np.full((MOST_PICTURES, 3, 3), np.nan, np.float32)
-        for i, name in enumerate(["gripper", *things]):
+        for i, name in enumerate(["gripper", *(scene["things"] or named(asked["content"][-1]["text"].partition(" A) ")[0]))[:2]]):
             numbers[:len(shown), i] = shown[:MOST_PICTURES, corpora.CLASSES.index(name)]
-        about = place_in(reply)
-        if about is None:
-            own = named(option[1] if option else reply)
-            about = shown[0, corpora.CLASSES.index(own[0]), :2] if own and len(shown) <= len(VIEWS) else (np.nan, np.nan)
-        else:
-            about = (about - (width / 2, height / 2)) / patch
-        known.append(np.append(about, numbers))
-    number = begins(learned[None])[0].cumsum(0) - 1                                                  # which answer a token belongs to
-    places[learned] = torch.tensor(np.stack(known), dtype=torch.float32)[number[learned]]
-    return places
+        places[tokens + [choice[0] for choice in choices], 3:] = torch.from_numpy(numbers).flatten()
+        for place, text, right in choices:
+            places[place, :2] = torch.tensor(where(text))
+            if right:
+                places[tokens, :2] = places[place, :2]
+        if not choices:
+            reply, (height, width) = answered["content"], media[0][1].shape[:2]
+            pointed = place_in(reply)
+            places[tokens, :2] = torch.tensor(where(reply) if pointed is None else (pointed - (width / 2, height / 2)) / patch, dtype=torch.float32)
+    return places, weights
+
+
+def options(ids, labels, tokenizer):
+    """[(place of its last token, text, is it the answer)] of the options "A) ... B) ..." of all questions that a letter answers, in a row's tokens."""
+    letters, bracket, close = letter_tokens(tokenizer)
+    marks, found = [], []
+    for i, token in enumerate(ids):
+        if token == close and marks and labels[i] < 0:                                               # the question ends
+            reply = next((j for j in range(i, len(ids)) if labels[j] >= 0), i)
+            if ids[reply] in letters and ids[reply + 1] == close:
+                found += [(end - 1, tokenizer.decode(ids[mark + 2:end]).strip(), letters[ids[mark]] == letters[ids[reply]])
+                          for mark, end in zip(marks, [*marks[1:], i])]
+            marks = []
+        elif token in letters and ids[i + 1] == bracket and labels[i] < 0:
+            marks.append(i)
+    return found
+
+
+@lru_cache(maxsize=2)
+def letter_tokens(tokenizer):
+    """{token: letter} of the letters before options, and the tokens of the bracket behind them and of a message's end."""
+    spelled = [(tokenizer.encode(space + letter), letter) for letter in LETTERS for space in ("", " ")]
+    return {ids[0]: letter for ids, letter in spelled if len(ids) == 1}, tokenizer.encode("A)")[-1], tokenizer.special["<|im_end|>"]
 
 
 def named(text):
@@ -325,7 +361,7 @@ class DenseHeads(nn.Module):
         vision, text = config.vision_config.hidden_size, config.hidden_size
         self.vit = nn.Sequential(nn.LayerNorm(vision), nn.Linear(vision, num_classes + 3))
         self.llm = nn.Sequential(nn.LayerNorm(text), nn.Linear(text, self.merge ** 2 * (num_classes + 5)))
-        self.answer = nn.Linear(text, ANSWER_PLACES)          # on the last hidden states of answers; `read` calls it
+        self.answer = nn.Sequential(nn.LayerNorm(text), nn.Linear(text, sum(ANSWER_PARTS)))          # `read` calls it
 
     def forward(self, patch_features, token_features, grid):
         """(P, D of the ViT) and (P / m², D) of pictures of one size, grid (t, h, w), to classes and places of each patch in raster order:
@@ -339,8 +375,8 @@ INPUTS = ("input_ids", "pixel_values", "image_grid_thw", "pixel_values_videos", 
 
 
 def read(model, heads, batch, cfg, dense_only=False):
-    """One pass: answer logits (n, V) with their labels (n,), what DenseHeads returns, and the guessed and true places (n, ANSWER_PLACES) of answers;
-    None for what is not asked."""
+    """One pass: answer logits (n, V) with their labels (n,), what DenseHeads returns, and the guessed and true places (m, sum of ANSWER_PARTS) of answers
+    and options with their weights (m,); None for what is not asked."""
     learned = batch["labels"][:, 1:] >= 0                                                            # token i predicts token i + 1, of its own row: rows begin unlearned
     places = F.pad(learned, (0, 1))
     depth = {"num_layers": cfg.intent_layer} if dense_only else {"logits_at": places}
@@ -350,21 +386,21 @@ def read(model, heads, batch, cfg, dense_only=False):
         patches = len(batch["patch_class"])
         tokens = out.hidden_states[cfg.intent_layer][batch["input_ids"] == model.config.image_token_id][:patches // heads.merge ** 2]
         dense = heads(out.patch_features[:patches], tokens, batch["image_grid_thw"][0].tolist())
-        if not dense_only:
-            about = heads.answer(out.last_hidden_state), batch["answer_place"][:, 1:][learned]
+    if "answer_place" in batch and not dense_only:
+        chosen = batch["answer_place_weight"] > 0
+        about = heads.answer(out.hidden_states[max(cfg.intent_layer, model.config.num_hidden_layers - 2)][chosen]), *(batch[name][chosen] for name in ("answer_place", "answer_place_weight"))
     return out.logits, batch["labels"][:, 1:][learned], dense, about
 
 
 def count(batches):
-    """What the losses are divided by, over all micro-batches and processes: answer tokens by weight, patches by weight, patches with a place, answer tokens
-    with one by weight."""
-    totals = torch.zeros(4, dtype=torch.float64)
+    """What the losses are divided by, over all micro-batches and processes: answer tokens by weight, patches by weight, patches with a place, and for each
+    of ANSWER_PARTS the tokens that have it, by weight."""
+    totals = torch.zeros(3 + len(ANSWER_PARTS), dtype=torch.float64)
     for batch in batches:
         shown, located = batch.get("patch_class", torch.zeros(0)), batch.get("patch_located", torch.zeros(0))
-        learned = batch["labels"][:, 1:] >= 0
-        weights = answer_weights(learned)
-        placed = batch["answer_place"][:, 1:][learned].isfinite().any(-1) if "answer_place" in batch else torch.zeros_like(weights)
-        totals += torch.tensor([weights.sum(), (shown > 0).sum() + NOTHING_WEIGHT * (shown == 0).sum(), located.sum(), (weights * placed).sum()])
+        weights = answer_weights(batch["labels"][:, 1:] >= 0)
+        placed = [(batch["answer_place_weight"] * part.isfinite().any(-1)).sum() for part in batch["answer_place"].split(ANSWER_PARTS, -1)] if "answer_place" in batch else [0, 0, 0]
+        totals += torch.tensor([weights.sum(), (shown > 0).sum() + NOTHING_WEIGHT * (shown == 0).sum(), located.sum(), *placed])
     if dist.is_initialized():
         device = batches[0]["input_ids"].device
         shared = totals.to(device)
@@ -375,7 +411,7 @@ def count(batches):
 
 def losses(model, heads, batch, totals, cfg, dense_only):
     """This micro-batch's share of the step's losses, scalars that add up: answer cross-entropy; class cross-entropy + smooth L1 of places, twice; smooth
-    L1 of answers' places, of its own and the mean of the others. Zero where the rows have none: every process names the same ones."""
+    L1 of what answers and options know, each part a mean. Zero where the rows have none: every process names the same ones."""
     logits, labels, dense, about = read(model, heads, batch, cfg, dense_only)
     names = ("dense_vit", "dense_llm") if dense_only else ("answer", "dense_vit", "dense_llm", "answer_place") if cfg.dense_weight else ("answer",)
     found = dict.fromkeys(names, torch.zeros((), device=batch["input_ids"].device))
@@ -391,10 +427,11 @@ def losses(model, heads, batch, totals, cfg, dense_only):
             where = F.smooth_l1_loss(place[located], truth[:, :place.shape[1]], reduction="sum", beta=0.1) / totals[2]
             found[name] = cfg.dense_weight * (what + where)
     if about:
-        known = about[1].isfinite()
-        error = F.smooth_l1_loss(about[0], torch.where(known, about[1], about[0]), reduction="none", beta=0.1)
-        error = sum(part.sum(-1) / there.sum(-1).clamp(min=1) for part, there in zip(error.tensor_split([2], -1), known.tensor_split([2], -1)))      # its own place, all others
-        found["answer_place"] = ANSWER_PLACE_WEIGHT * cfg.dense_weight * (weights @ error) / totals[3]
+        guess, truth, weight = about
+        known = truth.isfinite()
+        error = F.smooth_l1_loss(guess, torch.where(known, truth, guess), reduction="none", beta=0.1)
+        parts = [part.sum(-1) / there.sum(-1).clamp(min=1) for part, there in zip(error.split(ANSWER_PARTS, -1), known.split(ANSWER_PARTS, -1))]
+        found["answer_place"] = ANSWER_PLACE_WEIGHT * cfg.dense_weight * sum(weight @ part / total for part, total in zip(parts, totals[3:]))
     found["loss"] = sum(found.values())
     return found
 
@@ -437,6 +474,8 @@ def evaluate(model, heads, mixture, tokenizer, cfg, device, dense_only=False):
                 if about:
                     error = (about[0] - about[1])[:, :2].norm(dim=-1) * config.vision_config.patch_size
                     tally("answer_place_error_px", error[error.isfinite()])
+                    option = about[1][:, 2].isfinite()
+                    tally(f"option_{kind}", (about[0][option, 2].sign() == about[1][option, 2]).float())
             if dense:
                 named, located, patch = batch["patch_class"] > 0, batch["patch_located"], config.vision_config.patch_size
                 for name, (shown, place) in zip(("vit", "llm"), dense):

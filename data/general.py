@@ -2,8 +2,10 @@
 
     python -m data.general                 writes out/general/{train,probes}.jsonl and the pictures that some of them show
 
-Six kinds: format (answer in capital letters, twice, as JSON), copying, ordering (words and numbers), arithmetic, choice (the letter before a word), and
-refusal (asked about what the picture does not show, say so). Probes use words and numbers of which training sees other combinations, and half of them a wording that it never sees.
+Six kinds: format (answer in capital letters, twice, as JSON), copying, ordering (words and numbers), arithmetic, choice (which letter stands before some
+words, which words after a letter), and refusal (asked about what the picture does not show, say so). Probes use words and numbers of which training sees
+other combinations, and half of them a wording that it never sees. Training has most of copying and choice: looking up in the text what is to be said
+next comes late in a small model, suddenly, and the letter of an answer rests on it.
 Each line is a chat, {"messages": [...], "kind": ..., "held_out": bool}: the shape in which people have their own data (data/chats.py reads both).
 """
 import json
@@ -34,15 +36,17 @@ WORDINGS = {                                         # the last of each is held 
     "ordering numbers": ("Sort these numbers: {}.", "Put these numbers in order, the smallest first: {}.", "Order these numbers: {}.", "Put in order: {}."),
     "arithmetic plus": ("What is {} + {}?", "Add {} and {}.", "How much is {} + {}?", "Give the sum of {} and {}."),
     "arithmetic minus": ("What is {} - {}?", "Take {1} from {0}.", "How much is {} - {}?", "Give {} - {}."),
-    "choice": ("Which letter stands before {}? {}", "Give the letter of {}: {}", "Which of these is {}? {}", "Choose {}. {}"),
+    "choice letter": ("Which letter stands before {}? {}", "Give the letter of {}: {}", "Which of these is {}? {}", "Choose {}. {}"),
+    "choice words": ("What stands after {}? {}", "Give what has the letter {}: {}", "Which words have the letter {}? {}", "Say what is behind {}. {}"),
     "refusal": ("What colour is the {}?", "Where is the {}? Give a point.", "Describe the {} in the picture.", "Tell me about the {} in the picture."),
 }
 KINDS = tuple(dict.fromkeys(name.split()[0] for name in WORDINGS))
+OFTEN = {"copying": 6, "choice letter": 4, "choice words": 4}        # times as many training rows as of the others
 
 
 @dataclass
 class GeneralConfig:
-    rows: int = 40000            # training rows
+    rows: int = 60000            # training rows
     probes: int = 400            # probes, as many of each kind
     pictures: int = 240          # pictures for refusals, of all robots and tasks
     seed: int = 0                # of everything
@@ -56,7 +60,7 @@ def instruction(name, rng):
         word, = some(1)
         return (word,), {"capitals": word.upper(), "twice": f"{word} {word}", "json": json.dumps({"word": word})}[name.split()[1]]
     if name == "copying":
-        text = " ".join(some(rng.integers(2, 6)))
+        text = " ".join(some(rng.integers(2, 13)))
         return (text,), text
     if name == "ordering words":
         words = some(rng.integers(3, 5))
@@ -64,10 +68,11 @@ def instruction(name, rng):
     if name == "ordering numbers":
         numbers = rng.choice(99, rng.integers(3, 5), replace=False)
         return (", ".join(map(str, numbers)),), ", ".join(map(str, sorted(numbers)))
-    if name == "choice":
-        words = some(rng.integers(2, 5))
-        right = int(rng.integers(len(words)))
-        return (words[right], " ".join(f"{letter}) {word}" for letter, word in zip(LETTERS, words))), LETTERS[right]
+    if name.startswith("choice"):
+        lengths = rng.integers(1, 4, rng.integers(2, 6))
+        options = [" ".join(part) for part in np.split(np.array(some(lengths.sum())), lengths.cumsum()[:-1])]
+        right, listed = int(rng.integers(len(options))), " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options))
+        return ((options[right], listed), LETTERS[right]) if name == "choice letter" else ((LETTERS[right], listed), options[right])
     if name == "refusal":
         thing = str(rng.choice(ABSENT))
         return (thing,), f"There is no {thing} in the picture."
@@ -104,9 +109,9 @@ def make(config):
         probes.append(row(per_kind[kind][i // len(KINDS) % len(per_kind[kind])], rng, pictures[::8], bool(i // len(KINDS) // len(per_kind[kind]) % 2)))
     taken = {json.dumps(probe["messages"][0]) for probe in probes}
     shown = [picture for i, picture in enumerate(pictures) if i % 8]
-    train = []
+    train, odds = [], np.array([OFTEN.get(name, 1) for name in names]) / sum(OFTEN.get(name, 1) for name in names)
     while len(train) < config.rows:
-        made = row(names[rng.integers(len(names))], rng, shown, False)
+        made = row(str(rng.choice(names, p=odds)), rng, shown, False)
         if json.dumps(made["messages"][0]) not in taken:
             train.append(made)
     for name, rows in (("train", train), ("probes", probes)):

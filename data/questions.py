@@ -1,4 +1,4 @@
-"""What is asked about a scene: 17 categories, ten wordings each, five forms of answers, none of which can be guessed without the pictures.
+"""What is asked about a scene: 17 categories, ten wordings each or more, five forms of answers, none of which can be guessed without the pictures.
 
 A question is {"question", "answer", "category", "form", "chance"}. Forms: "yes/no"; "words", a short text; "choice", the letter of one of the options that
 the question lists; "point" and "box", pixels as Qwen2.5-VL writes them: {"point_2d": [x, y], "label": ...}, {"bbox_2d": [x1, y1, x2, y2], "label": ...}; "steps", a numbered list.
@@ -65,13 +65,17 @@ WORDINGS = {
     "task": ("What is the robot doing in these pictures?", "Which task is this?", "What task does the robot work on?", "What does the robot do in these pictures?",
              "Which task does the robot do?", "Name the task of the robot.", "Which task do these pictures show?", "What task is the robot at work on?",
              "What is the task in these pictures?", "Name this task."),
-    "past": ("What has the robot just done?", "What did the robot do last?", "Which step has the robot just done?", "Which step was the last one?",
+    "past": ("What has just been done?", "Which step has just been done?", "Name the last step.", "What did the robot do just now?",
+             "What has the robot just done?", "What did the robot do last?", "Which step has the robot just done?", "Which step was the last one?",
              "Name the step that the robot has just done.", "What was the robot's last step?", "What step has just been done?", "What was the last step of the robot?",
              "Which step did the robot do last?", "Name the robot's last step."),
-    "next": ("The task: {}. What comes next?", "To {}, what is the next step?", "The robot shall {}. What should it do now?", "The task: {}. What is the next step?",
+    "next": ("What is next, to {}?", "Which step is next to {}?", "To {}, what should the robot do now?", "The task: {}. Which step is next?",
+             "The task: {}. What comes next?", "To {}, what is the next step?", "The robot shall {}. What should it do now?", "The task: {}. What is the next step?",
              "What should the robot do now to {}?", "What comes next, to {}?", "The robot is told to {}. Which step is next?", "In order to {}, which step comes next?",
              "The robot shall {}. What comes next?", "The task: {}. Which step comes next?"),
-    "remaining": ("The task: {}. Which steps remain?", "To {}, which steps are left?", "The robot shall {}. Which steps remain?", "The task: {}. List the steps that are left.",
+    "remaining": ("What steps are left to {}?", "What remains to be done to {}?", "List the steps left to {}.", "The task: {}. What steps are left?", "To {}, what steps remain?",
+                  "Name the steps that are left to {}.", "The robot shall {}. What remains to be done?", "Which of the steps are still left to {}?",
+                  "The task: {}. Which steps remain?", "To {}, which steps are left?", "The robot shall {}. Which steps remain?", "The task: {}. List the steps that are left.",
                   "Which steps remain to {}?", "The task: {}. Name the steps that remain.", "The robot is told to {}. Which steps are left?",
                   "In order to {}, which steps remain?", "Which steps are left, to {}?", "The robot shall {}. List the steps that remain."),
     "plan": ("The robot shall pick up the cube {} it. Plan the steps.", "Give the steps to pick up the cube {} the robot.", "Plan how to pick up the cube {} the robot.",
@@ -84,9 +88,12 @@ WORDINGS = {
                "Which of 3 and 4 comes after pictures 1 and 2?", "Does picture 3 or picture 4 come next after 1 and 2?", "Which picture follows pictures 1 and 2, 3 or 4?",
                "Given pictures 1 and 2, which one is next, 3 or 4?", "Which picture comes next after 1 and 2: 3 or 4?",
                "Pictures 1 and 2 are in order. Is picture 3 or picture 4 the next?"),
-    "success": ("The task: {}. Is it done?", "Did the robot {}?", "Is this finished: {}?", "The robot shall {}. Is it done?", "The task: {}. Has the robot finished?",
+    "success": ("Has the robot done what it was told: {}?", "Is the task finished: {}?", "Did the robot finish this: {}?", "Has the robot managed to {}?", "Has this been done: {}?",
+                "Did the robot do this: {}?", "Is this task done: {}?", "Has the arm done it: {}?",
+                "The task: {}. Is it done?", "Did the robot {}?", "Is this finished: {}?", "The robot shall {}. Is it done?", "The task: {}. Has the robot finished?",
                 "Is it done: {}?", "The task: {}. Did the robot do it?", "The robot was told to {}. Is it done?", "Has the robot done this: {}?", "Has the robot finished: {}?"),
-    "failure": ("The task: {}. What went wrong?", "Why did the robot not {}?", "The robot should {}. Why is it not done?", "What went wrong when the robot should {}?",
+    "failure": ("Why has the robot failed to {}?", "What kept the robot from this: {}?", "The robot failed to {}. Why?", "This is not done: {}. Why not?",
+                "The task: {}. What went wrong?", "Why did the robot not {}?", "The robot should {}. Why is it not done?", "What went wrong when the robot should {}?",
                 "The robot shall {}. What went wrong?", "The task: {}. Why did the robot fail?", "The robot was told to {}. What went wrong?", "Why is this not done: {}?",
                 "The task: {}. Why is it not done?", "Why did the robot fail to {}?"),
     "embodiment robot": ("Which robot is this?", "Name the robot.", "What robot do you see?", "What robot is this?", "What is the name of this robot?", "Which robot is at work?",

@@ -191,28 +191,51 @@ def test_places_are_where_the_offsets_lead(tokenizer):
 
 def test_tokens_of_an_answer_know_what_it_depends_on_and_only_they(tokenizer):
     batch = batch_of([(None, 3), (None, 4)], tokenizer, SFTConfig())
-    rows = zip((3, 4), *(batch[name][0].split([sum(lengths) for lengths in batch["segments"]]) for name in ("labels", "answer_place")))
-    for scene, labels, places in rows:
-        learned = labels >= 0
+    rows = zip((3, 4), *(batch[name][0].split([sum(lengths) for lengths in batch["segments"]]) for name in ("labels", "answer_place", "answer_place_weight")))
+    for scene, labels, places, weights in rows:
+        learned = torch.nn.functional.pad(labels[1:] >= 0, (0, 1))                                   # where answers are predicted from
         number = (learned & ~torch.nn.functional.pad(learned, (1, 0))[:-1]).cumsum(0)                # 1, 2, 3: what, where, is it red
         about = learned & (number == 2)
-        assert about.sum() > 3 and places[~learned].isnan().all()
+        assert about.sum() > 3 and places[~learned].isnan().all() and torch.equal(weights > 0, learned)
+        assert torch.allclose(weights[about], about.sum() ** -0.5)
         assert np.allclose(places[about][:, :2], (scene * 3 % 8 + 0.5 - 4, scene * 5 % 8 + 0.5 - 4))          # patches from the picture's centre
     gripper, peg, target = (train_sft.corpora.CLASSES.index(name) for name in ("gripper", "peg", "target"))
     scene = {**Corpus()[0], "things": [], "patch_class": np.zeros((2, 8, 8), np.int64), "patch_offset": np.zeros((2, 8, 8, 3), np.float32)}
     scene["patch_class"][0, 1, 2], scene["patch_class"][1, 4, 4], scene["patch_class"][0, 7, 0] = peg, gripper, target
     scene["patch_offset"][0, 1, 2], scene["patch_offset"][0, 7, 0, 0] = (0.5, 0, 0.1), 99                    # the target's centre is far outside
+
+    def known(*turns):
+        talks = train_sft.conversations(2, turns)
+        ids, labels, lengths = train_sft.branched(tokenizer, talks, [(1, 8, 8)] * 2, 2)
+        places, weights = train_sft.answer_places(ids, labels, lengths, (talks, [("image", image) for image in scene["images"] * 2], scene), tokenizer, 16)
+        return ids, [p - 1 for p, label in enumerate(labels) if label >= 0], places, weights
+
     for asked, reply, own in (("Is the target left of the peg?", "yes", None), ("What is near? A) target B) peg", "B", (-1, -2.5)), ("What is near?", "peg", (-1, -2.5))):
-        talks = train_sft.conversations(2, [(asked, reply)])
-        found = train_sft.answer_places([-100, 5], (talks, [("image", image) for image in scene["images"] * 2], scene), 16)[1]
-        numbers = found[2:].reshape(4, 3, 3)                                                         # pictures; gripper, first and second thing; x, y, depth
-        assert numbers[1, 0].tolist() == [0.5, 0.5, 0] and numbers[0, 0].isnan().all() and numbers[2:].isnan().all()
-        assert found[:2].isnan().all() if own is None else found[:2].tolist() == list(own)
-        if own is None:
-            assert numbers[0, 1].isnan().all() and numbers[0, 2].tolist() == [-1, -2.5, 1]
+        for turns in ([(asked, reply)], [("Where is the bin?", "there"), (asked, reply)]):
+            _, read_from, places, _ = known(*turns)
+            found = places[read_from[-2]]
+            numbers = found[3:].reshape(4, 3, 3)                                                     # pictures; gripper, first and second thing; x, y, depth
+            assert numbers[1, 0].tolist() == [0.5, 0.5, 0] and numbers[0, 0].isnan().all() and numbers[2:].isnan().all() and found[2].isnan()
+            assert found[:2].isnan().all() if own is None else found[:2].tolist() == list(own)
+            if own is None:
+                assert numbers[0, 1].isnan().all() and numbers[0, 2].tolist() == [-1, -2.5, 1]
+    ids, read_from, places, weights = known(("Where is the bin?", "there"), ("What is near? A) target B) peg", "B"))
+    ends = places[:, 2].isfinite().nonzero()[:, 0].tolist()
+    assert [tokenizer.decode(ids[:end + 1]).rpartition(") ")[2].strip() for end in ends] == ["target", "peg"] and not set(ends) & set(read_from)
+    assert places[ends, 2].tolist() == [-1, 1] and weights[ends].tolist() == [1, 1] and places[ends[0], :2].isnan().all() and places[ends[1], :2].tolist() == [-1, -2.5]
     assert train_sft.place_in('{"bbox_2d": [10, 20, 30, 60], "label": "bin"}').tolist() == [20, 40]
     for text in ("yes", "63, 100", '{"point_2d": [63], "label": "peg"}', '{"point_2d": [1, 2, 3]}'):
         assert train_sft.place_in(text) is None
+
+
+def test_options_are_found_where_a_letter_answers(tokenizer):
+    def found(question, answer):
+        ids, labels = train_sft.chat(tokenizer, [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], answer=False)
+        return [(text, right) for _, text, right in train_sft.options(ids, labels, tokenizer)]
+
+    assert found("Which? A) the red cube B) peg C) bin", "C") == [("the red cube", False), ("peg", False), ("bin", True)]
+    for question, answer in (("Which? A) red B) peg", "peg"), ("Which?", "B"), ("Which? A) red B) peg", "B) peg")):
+        assert found(question, answer) == []
 
 
 def test_centres_behind_the_camera_do_not_reach_the_loss(tokenizer):
@@ -244,7 +267,7 @@ def test_token_head_lays_its_patches_where_the_pixels_are():
 
 
 def test_overfits_a_few_scenes_and_the_folder_answers(tmp_path):
-    figures = train(config(tmp_path, steps=600, batch_size=6, lr=1e-2, eval_rows=12, point_scenes=12, warmup=10, save_every=600,
+    figures = train(config(tmp_path, steps=600, batch_size=6, lr=5e-3, eval_rows=12, point_scenes=12, warmup=10, save_every=600,
                            dense_steps=60))
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     answers = [line["answer"] for line in log if "answer" in line]
