@@ -14,9 +14,9 @@ A model of 5 M parameters that starts from nothing hardly learns to see from spa
 16-pixel patch shows and where that object's centre is: one from the ViT, one from the hidden states of block k, which is what the policy will read.
 Rotary positions tell a patch only where others are; the second head also asks for the place in the picture, which is what coordinates in answers are.
 A third head reads from the tokens of an answer the places that it depends on, of the gripper and of what is asked about, in each picture: digits follow
-soon after, and comparisons, which hardly come by themselves. It reads two blocks below the top, so that these have something to compare; and at the end
-of each option of a choice it also asks whether that is the answer, without which letters are not learned where words are. The first `dense_steps` train
-the first two heads alone, on pictures without text and through k blocks only, several times as fast.
+soon after, and comparisons, which hardly come by themselves. It reads at the top and two blocks below, so that these have something to compare; and at the
+end of each option of a choice it asks whether that is the answer and which letter it has, or letters are not learned where words are. The first
+`dense_steps` train the first two heads alone, on pictures without text and through k blocks only, several times as fast.
 
 Written to --out: config.json, model.safetensors (float16, or as in the backbone's file), heads.safetensors, tokenizer.json, training.json (command,
 figures), and what trainer.py writes.
@@ -65,6 +65,7 @@ class SFTConfig(RunConfig):
     train: str = "vision,merger,llm"       # parts that are trained
     lora_rank: int = 0             # train low-rank additions to the LLM's matrices instead of those; merged when saved; 0: off
     frozen_blocks: int = 0         # freeze the ViT, the embeddings and so many LLM blocks: a policy that reads the last of them stays valid and comes along
+    grow: int = 0                  # put so many LLM blocks on top of the backbone's, which at first change nothing
     checkpointing: bool = False    # compute blocks again in the backward pass: a third more time, much less memory
     steps: int = 2900              # optimiser steps
     micro_batch: int = 32          # rows in memory at once; smaller needs less memory and gives the same gradient
@@ -89,7 +90,9 @@ NOTHING_WEIGHT = 0.25                        # most patches show nothing
 PLACE_SCALE = (1.0, 1.0, 10.0, 1.0, 1.0)     # patches, patches, decimetres, patches, patches: errors of like size
 HEADS = "heads.safetensors"
 MOST_PICTURES = 4                            # of a scene
-ANSWER_PARTS = (2, 1, MOST_PICTURES * 3 * 3) # numbers that an answer's tokens learn: x, y of its own place; right (1) or wrong (-1); x, y, depth of gripper and two things in each picture
+ANSWER_PARTS = (2, 2, MOST_PICTURES * 3 * 3) # numbers that an answer's tokens learn: x, y of its own place; an option's right (1) or wrong (-1), and letter; x, y, depth of gripper
+                                             # and two things in each picture
+RIGHT = 2                                    # where among them
 ANSWER_PLACE_WEIGHT = 0.3                    # of each part, beside the words' own loss; at 1 they drown them
 LARGEST_OFFSET = 4.0                         # patches: a centre beside or behind the camera projects to hundreds, and one such row would drown a step
 BLOCK = 100                                  # rows that hold the mixture exactly
@@ -251,14 +254,14 @@ def answer_places(ids, labels, lengths, row, tokenizer, patch):
 
     Tokens that an answer's are predicted from: the place of what it points at or names, in patches from the picture's centre, then those of the gripper and
     of the two things that it is about in each of up to four pictures, as `object_places` has them. The last token of each option of a choice: the same, with
-    the place of what that option names, and whether it is the answer.
+    the place of what that option names, whether it is the answer, and its letter (-2 for A, -1 for B, ...).
     """
     talks, media, scene = row
     learned = F.pad(torch.tensor(labels)[1:] >= 0, (0, 1))
     places, weights, listed = torch.full((len(ids), sum(ANSWER_PARTS)), torch.nan), torch.zeros(len(ids)), options(ids, labels, tokenizer)
     weights[learned] = answer_weights(learned[None])
-    for end, _, right in listed:
-        places[end, 2], weights[end] = 1 if right else -1, 1
+    for end, _, right, letter in listed:
+        places[end, RIGHT:RIGHT + 2], weights[end] = torch.tensor((1.0 if right else -1.0, LETTERS.index(letter) - 2.0)), 1
     if scene is None or not learned.any():
         return places, weights
     shown, end = object_places(scene), len(ids) - sum(lengths[-len(talks):])
@@ -270,8 +273,8 @@ def answer_places(ids, labels, lengths, row, tokenizer, patch):
         numbers = np.full((MOST_PICTURES, 3, 3), np.nan, np.float32)
         for i, name in enumerate(["gripper", *(scene["things"] or named(asked["content"][-1]["text"].partition(" A) ")[0]))[:2]]):
             numbers[:len(shown), i] = shown[:MOST_PICTURES, corpora.CLASSES.index(name)]
-        places[tokens + [choice[0] for choice in choices], 3:] = torch.from_numpy(numbers).flatten()
-        for place, text, right in choices:
+        places[tokens + [choice[0] for choice in choices], sum(ANSWER_PARTS[:2]):] = torch.from_numpy(numbers).flatten()
+        for place, text, right, _ in choices:
             places[place, :2] = torch.tensor(where(text))
             if right:
                 places[tokens, :2] = places[place, :2]
@@ -283,14 +286,14 @@ def answer_places(ids, labels, lengths, row, tokenizer, patch):
 
 
 def options(ids, labels, tokenizer):
-    """[(place of its last token, text, is it the answer)] of the options "A) ... B) ..." of all questions that a letter answers, in a row's tokens."""
+    """[(place of its last token, text, is it the answer, letter)] of the options "A) ... B) ..." of all questions that a letter answers, in a row's tokens."""
     letters, bracket, close = letter_tokens(tokenizer)
     marks, found = [], []
     for i, token in enumerate(ids):
         if token == close and marks and labels[i] < 0:                                               # the question ends
             reply = next((j for j in range(i, len(ids)) if labels[j] >= 0), i)
             if ids[reply] in letters and ids[reply + 1] == close:
-                found += [(end - 1, tokenizer.decode(ids[mark + 2:end]).strip(), letters[ids[mark]] == letters[ids[reply]])
+                found += [(end - 1, tokenizer.decode(ids[mark + 2:end]).strip(), letters[ids[mark]] == letters[ids[reply]], letters[ids[mark]])
                           for mark, end in zip(marks, [*marks[1:], i])]
             marks = []
         elif token in letters and ids[i + 1] == bracket and labels[i] < 0:
@@ -361,7 +364,7 @@ class DenseHeads(nn.Module):
         vision, text = config.vision_config.hidden_size, config.hidden_size
         self.vit = nn.Sequential(nn.LayerNorm(vision), nn.Linear(vision, num_classes + 3))
         self.llm = nn.Sequential(nn.LayerNorm(text), nn.Linear(text, self.merge ** 2 * (num_classes + 5)))
-        self.answer = nn.Sequential(nn.LayerNorm(text), nn.Linear(text, sum(ANSWER_PARTS)))          # `read` calls it
+        self.answer = nn.ModuleList(nn.Sequential(nn.LayerNorm(text), nn.Linear(text, sum(ANSWER_PARTS))) for _ in range(2))         # `read` calls them
 
     def forward(self, patch_features, token_features, grid):
         """(P, D of the ViT) and (P / m², D) of pictures of one size, grid (t, h, w), to classes and places of each patch in raster order:
@@ -375,8 +378,8 @@ INPUTS = ("input_ids", "pixel_values", "image_grid_thw", "pixel_values_videos", 
 
 
 def read(model, heads, batch, cfg, dense_only=False):
-    """One pass: answer logits (n, V) with their labels (n,), what DenseHeads returns, and the guessed and true places (m, sum of ANSWER_PARTS) of answers
-    and options with their weights (m,); None for what is not asked."""
+    """One pass: answer logits (n, V) with their labels (n,), what DenseHeads returns, and what the places (m, sum of ANSWER_PARTS) of answers
+    and options are guessed to be two blocks below the top and there, what they are, and their weights (m,); None for what is not asked."""
     learned = batch["labels"][:, 1:] >= 0                                                            # token i predicts token i + 1, of its own row: rows begin unlearned
     places = F.pad(learned, (0, 1))
     depth = {"num_layers": cfg.intent_layer} if dense_only else {"logits_at": places}
@@ -388,7 +391,8 @@ def read(model, heads, batch, cfg, dense_only=False):
         dense = heads(out.patch_features[:patches], tokens, batch["image_grid_thw"][0].tolist())
     if "answer_place" in batch and not dense_only:
         chosen = batch["answer_place_weight"] > 0
-        about = heads.answer(out.hidden_states[max(cfg.intent_layer, model.config.num_hidden_layers - 2)][chosen]), *(batch[name][chosen] for name in ("answer_place", "answer_place_weight"))
+        behind = (max(cfg.intent_layer, model.config.num_hidden_layers - 2), -1)
+        about = [head(out.hidden_states[block][chosen]) for head, block in zip(heads.answer, behind)], batch["answer_place"][chosen], batch["answer_place_weight"][chosen]
     return out.logits, batch["labels"][:, 1:][learned], dense, about
 
 
@@ -411,7 +415,7 @@ def count(batches):
 
 def losses(model, heads, batch, totals, cfg, dense_only):
     """This micro-batch's share of the step's losses, scalars that add up: answer cross-entropy; class cross-entropy + smooth L1 of places, twice; smooth
-    L1 of what answers and options know, each part a mean. Zero where the rows have none: every process names the same ones."""
+    L1 of what answers and options know, logistic of right and wrong, each part a mean. Zero where the rows have none: every process names the same ones."""
     logits, labels, dense, about = read(model, heads, batch, cfg, dense_only)
     names = ("dense_vit", "dense_llm") if dense_only else ("answer", "dense_vit", "dense_llm", "answer_place") if cfg.dense_weight else ("answer",)
     found = dict.fromkeys(names, torch.zeros((), device=batch["input_ids"].device))
@@ -427,9 +431,13 @@ def losses(model, heads, batch, totals, cfg, dense_only):
             where = F.smooth_l1_loss(place[located], truth[:, :place.shape[1]], reduction="sum", beta=0.1) / totals[2]
             found[name] = cfg.dense_weight * (what + where)
     if about:
-        guess, truth, weight = about
-        known = truth.isfinite()
-        error = F.smooth_l1_loss(guess, torch.where(known, truth, guess), reduction="none", beta=0.1)
+        guesses, truth, weight = about
+        known, error = truth.isfinite(), 0
+        for guess in guesses:
+            aim = torch.where(known, truth, guess)
+            far = F.smooth_l1_loss(guess, aim, reduction="none", beta=0.1)
+            unsure = known * F.softplus(-guess * aim)                                                # logistic: half a hint is worth something, which L1 denies
+            error = error + torch.cat([far[:, :RIGHT], unsure[:, RIGHT:RIGHT + 1], far[:, RIGHT + 1:]], dim=1)
         parts = [part.sum(-1) / there.sum(-1).clamp(min=1) for part, there in zip(error.split(ANSWER_PARTS, -1), known.split(ANSWER_PARTS, -1))]
         found["answer_place"] = ANSWER_PLACE_WEIGHT * cfg.dense_weight * sum(weight @ part / total for part, total in zip(parts, totals[3:]))
     found["loss"] = sum(found.values())
@@ -472,10 +480,11 @@ def evaluate(model, heads, mixture, tokenizer, cfg, device, dense_only=False):
                 tally(f"exact_{kind}", right[~json_like].float()), tally("exact_coordinates" if is_dense else "exact_general", right[json_like].float())
                 tally("answer_loss", F.cross_entropy(logits, labels, reduction="none"))
                 if about:
-                    error = (about[0] - about[1])[:, :2].norm(dim=-1) * config.vision_config.patch_size
+                    (*_, guess), truth, _ = about
+                    error = (guess - truth)[:, :2].norm(dim=-1) * config.vision_config.patch_size
                     tally("answer_place_error_px", error[error.isfinite()])
-                    option = about[1][:, 2].isfinite()
-                    tally(f"option_{kind}", (about[0][option, 2].sign() == about[1][option, 2]).float())
+                    option = truth[:, RIGHT].isfinite()
+                    tally(f"option_{kind}", (guess[option, RIGHT].sign() == truth[option, RIGHT]).float())
             if dense:
                 named, located, patch = batch["patch_class"] > 0, batch["patch_located"], config.vision_config.patch_size
                 for name, (shown, place) in zip(("vit", "llm"), dense):
@@ -556,11 +565,22 @@ def start_model(cfg, mixture):
     """(model, tokenizer): from --backbone, or from nothing with a tokenizer learned from the data."""
     torch.manual_seed(cfg.seed)
     if cfg.backbone:
-        return VLM.from_pretrained(cfg.backbone).train(), Tokenizer.from_pretrained(cfg.backbone)
+        return grown(VLM.from_pretrained(cfg.backbone).train(), cfg.grow), Tokenizer.from_pretrained(cfg.backbone)
     texts = [text for source in mixture.sources for text in source.texts()]
     frame = f"system\n{SYSTEM_PROMPT}\nuser\nassistant\n"                                             # in every row, so worth whole tokens
     tokenizer = train_tokenizer([*texts[::max(1, len(texts) // 50_000)], *[frame] * 1000], cfg.vocab_size)
     return VLM(SIZES[cfg.model].for_tokenizer(tokenizer)), tokenizer
+
+
+def grown(model, blocks):
+    """A VLM with `blocks` more LLM blocks on top, which compute the same as long as nobody trains them: what they would add begins as zero."""
+    if not blocks:
+        return model
+    made = VLM(dataclasses.replace(model.config, num_hidden_layers=model.config.num_hidden_layers + blocks)).train()
+    made.load_state_dict(model.state_dict(), strict=False)
+    for layer in made.model.layers[-blocks:]:
+        nn.init.zeros_(layer.self_attn.o_proj.weight), nn.init.zeros_(layer.mlp.down_proj.weight)
+    return made
 
 
 def choose_parts(model, cfg):
@@ -600,7 +620,7 @@ def check(cfg):
     """UserError for what is wrong with a SFTConfig: to be told before any work."""
     choose(cfg.on_bad, ("refuse", "skip"), "--on_bad"), choose_many(cfg.train, PARTS, "part"), choose(cfg.model, SIZES, "model")
     at_least(cfg, 1, "micro_batch", "questions", "eval_rows", "intent_layer"), at_least(cfg, 256, "vocab_size")
-    at_least(cfg, 0, "lora_rank", "frozen_blocks", "dense_weight", "dense_steps", "point_scenes")
+    at_least(cfg, 0, "lora_rank", "frozen_blocks", "grow", "dense_weight", "dense_steps", "point_scenes")
 
 
 def train(cfg):
@@ -624,7 +644,7 @@ def train(cfg):
     sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in (("all", model), ("vision", model.visual), ("llm", model.model))}
     sizes["trained"] = sum(p.numel() for module in (model, heads) for p in module.parameters() if p.requires_grad)
     if run.sharded:
-        shard(model, [*model.visual.blocks, *model.model.layers], run.device), shard(heads, [heads.answer], run.device)
+        shard(model, [*model.visual.blocks, *model.model.layers], run.device), shard(heads, heads.answer, run.device)
     model.to(run.device), heads.to(run.device)
     run.begin({"model": model, "heads": heads}, make_optimizer((model, heads), cfg))
     dense_steps = cfg.dense_steps if cfg.dense_weight else 0

@@ -170,6 +170,18 @@ def test_lora_starts_as_nothing_trains_alone_and_is_merged_when_saved(tmp_path):
     assert torch.allclose(plain(**inputs).logits, changed, atol=1e-5) and not torch.allclose(changed, before, atol=1e-3)
 
 
+def test_blocks_put_on_top_change_nothing_at_first(tmp_path):
+    train(config(tmp_path / "base", steps=2))
+    model = VLM.from_pretrained(tmp_path / "base")
+    ids = torch.arange(12)[None] % model.config.vocab_size
+    taller = train_sft.grown(model, 2).eval()
+    assert torch.equal(taller(ids).logits, model(ids).logits) and len(taller.model.layers) == len(model.model.layers) + 2
+    train(config(tmp_path / "taller", backbone=str(tmp_path / "base"), grow=2, frozen_blocks=2, steps=3, dense_steps=0))
+    base, tuned = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "taller"))
+    assert tuned.keys() > base.keys() and tuned["model.layers.4.mlp.down_proj.weight"].any() and torch.equal(base["model.layers.1.mlp.down_proj.weight"], tuned["model.layers.1.mlp.down_proj.weight"])
+    assert len(VLM.from_pretrained(tmp_path / "taller").model.layers) == 5
+
+
 def test_only_the_chosen_parts_are_trained(tmp_path):
     train(config(tmp_path / "base", steps=2))
     for parts, prefixes in (("vision", ("visual.patch", "visual.blocks")), ("merger", ("visual.merger",)), ("llm", ("model.",))):
@@ -214,7 +226,7 @@ def test_tokens_of_an_answer_know_what_it_depends_on_and_only_they(tokenizer):
         for turns in ([(asked, reply)], [("Where is the bin?", "there"), (asked, reply)]):
             _, read_from, places, _ = known(*turns)
             found = places[read_from[-2]]
-            numbers = found[3:].reshape(4, 3, 3)                                                     # pictures; gripper, first and second thing; x, y, depth
+            numbers = found[4:].reshape(4, 3, 3)                                                     # pictures; gripper, first and second thing; x, y, depth
             assert numbers[1, 0].tolist() == [0.5, 0.5, 0] and numbers[0, 0].isnan().all() and numbers[2:].isnan().all() and found[2].isnan()
             assert found[:2].isnan().all() if own is None else found[:2].tolist() == list(own)
             if own is None:
@@ -222,7 +234,7 @@ def test_tokens_of_an_answer_know_what_it_depends_on_and_only_they(tokenizer):
     ids, read_from, places, weights = known(("Where is the bin?", "there"), ("What is near? A) target B) peg", "B"))
     ends = places[:, 2].isfinite().nonzero()[:, 0].tolist()
     assert [tokenizer.decode(ids[:end + 1]).rpartition(") ")[2].strip() for end in ends] == ["target", "peg"] and not set(ends) & set(read_from)
-    assert places[ends, 2].tolist() == [-1, 1] and weights[ends].tolist() == [1, 1] and places[ends[0], :2].isnan().all() and places[ends[1], :2].tolist() == [-1, -2.5]
+    assert places[ends, 2].tolist() == [-1, 1] and weights[ends].tolist() == [1, 1] and places[ends, 3].tolist() == [-2, -1] and places[ends[0], :2].isnan().all() and places[ends[1], :2].tolist() == [-1, -2.5]
     assert train_sft.place_in('{"bbox_2d": [10, 20, 30, 60], "label": "bin"}').tolist() == [20, 40]
     for text in ("yes", "63, 100", '{"point_2d": [63], "label": "peg"}', '{"point_2d": [1, 2, 3]}'):
         assert train_sft.place_in(text) is None
@@ -231,7 +243,7 @@ def test_tokens_of_an_answer_know_what_it_depends_on_and_only_they(tokenizer):
 def test_options_are_found_where_a_letter_answers(tokenizer):
     def found(question, answer):
         ids, labels = train_sft.chat(tokenizer, [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], answer=False)
-        return [(text, right) for _, text, right in train_sft.options(ids, labels, tokenizer)]
+        return [(text, right) for _, text, right, _ in train_sft.options(ids, labels, tokenizer)]
 
     assert found("Which? A) the red cube B) peg C) bin", "C") == [("the red cube", False), ("peg", False), ("bin", True)]
     for question, answer in (("Which? A) red B) peg", "peg"), ("Which?", "B"), ("Which? A) red B) peg", "B) peg")):
