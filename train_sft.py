@@ -14,9 +14,10 @@ A model of 5 M parameters that starts from nothing hardly learns to see from spa
 16-pixel patch shows and where that object's centre is: one from the ViT, one from the hidden states of block k, which is what the policy will read.
 Rotary positions tell a patch only where others are; the second head also asks for the place in the picture, which is what coordinates in answers are.
 A third head reads from the tokens of an answer the places that it depends on, of the gripper and of what is asked about, in each picture: digits follow
-soon after, and comparisons, which hardly come by themselves. It reads at the top and two blocks below, so that these have something to compare; and at the
-end of each option of a choice it asks whether that is the answer and which letter it has, or letters are not learned where words are. The first
-`dense_steps` train the first two heads alone, on pictures without text and through k blocks only, several times as fast.
+soon after, and comparisons, which hardly come by themselves. It reads at the top and two blocks below, so that these have something to compare. Letters of
+choices come last, since they are found by words: each option learns its letter and whether it is the answer, and where a letter is due the LLM's own head,
+two blocks below the top, shall know the word that tells the right option from the others. The first `dense_steps` train the first two heads alone, on
+pictures without text and through k blocks only, several times as fast.
 
 Written to --out: config.json, model.safetensors (float16, or as in the backbone's file), heads.safetensors, tokenizer.json, training.json (command,
 figures), and what trainer.py writes.
@@ -30,6 +31,7 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -93,6 +95,7 @@ MOST_PICTURES = 4                            # of a scene
 ANSWER_PARTS = (2, 2, MOST_PICTURES * 3 * 3) # numbers that an answer's tokens learn: x, y of its own place; an option's right (1) or wrong (-1), and letter; x, y, depth of gripper
                                              # and two things in each picture
 RIGHT = 2                                    # where among them
+CHOICE_WEIGHT = 0.3                          # of the words that tell the right options
 ANSWER_PLACE_WEIGHT = 0.3                    # of each part, beside the words' own loss; at 1 they drown them
 LARGEST_OFFSET = 4.0                         # patches: a centre beside or behind the camera projects to hundreds, and one such row would drown a step
 BLOCK = 100                                  # rows that hold the mixture exactly
@@ -224,7 +227,7 @@ def make_batch(rows, tokenizer, config, cfg):
     """Rows as `read_row` gives them, packed: input_ids and labels (1, L), the VLM's vision inputs and `segments`, the lengths of each row; and of the
     pictures of corpus scenes, which come first, row by row patch_class (P,), patch_place (P, 5): the object's centre from the patch's (x, y in patches,
     depth in m) and from the picture's (x, y in patches), patch_located (P,), True where that is to be learned; and what `answer_places` returns, answer_place
-    (1, L, sum of ANSWER_PARTS) and answer_place_weight (1, L).
+    (1, L, sum of ANSWER_PARTS), answer_place_weight (1, L) and answer_word (1, L).
     """
     rows = sorted(rows, key=lambda row: row[2] is None)                                              # dense ones first
     batch, grids = process_media([pair for _, media, _ in rows for pair in media], config)
@@ -244,57 +247,72 @@ def make_batch(rows, tokenizer, config, cfg):
         batch |= {"patch_class": torch.from_numpy(classes).flatten(), "patch_place": torch.from_numpy(places).flatten(0, 2), "patch_located": torch.from_numpy(located).flatten()}
     if cfg.dense_weight:
         known = [answer_places(*text, row, tokenizer, config.vision_config.patch_size) for text, row in zip(texts, rows)]
-        batch |= {name: torch.cat(parts)[None] for name, parts in zip(("answer_place", "answer_place_weight"), zip(*known))}
+        batch |= {name: torch.cat(parts)[None] for name, parts in zip(("answer_place", "answer_place_weight", "answer_word"), zip(*known))}
     return batch
 
 
 def answer_places(ids, labels, lengths, row, tokenizer, patch):
-    """A row and what `branched` made of it, to the places that its tokens shall know, (L, sum of ANSWER_PARTS), NaN where there is none; and how much each
-    token counts, (L,).
+    """A row and what `branched` made of it, to the places that its tokens shall know, (L, sum of ANSWER_PARTS), NaN where there is none; how much each
+    token counts, (L,); and the word that is to be known already below the top, (L,), -100 where there is none.
 
     Tokens that an answer's are predicted from: the place of what it points at or names, in patches from the picture's centre, then those of the gripper and
-    of the two things that it is about in each of up to four pictures, as `object_places` has them. The last token of each option of a choice: the same, with
-    the place of what that option names, whether it is the answer, and its letter (-2 for A, -1 for B, ...).
+    of the two things that it is about in each of up to four pictures, as `object_places` has them. The first token that tells an option from the others:
+    the same, with the place of what that option names, whether it is the answer, and its letter (-2 for A, -1 for B, ...).
     """
     talks, media, scene = row
     learned = F.pad(torch.tensor(labels)[1:] >= 0, (0, 1))
     places, weights, listed = torch.full((len(ids), sum(ANSWER_PARTS)), torch.nan), torch.zeros(len(ids)), options(ids, labels, tokenizer)
-    weights[learned] = answer_weights(learned[None])
-    for end, _, right, letter in listed:
-        places[end, RIGHT:RIGHT + 2], weights[end] = torch.tensor((1.0 if right else -1.0, LETTERS.index(letter) - 2.0)), 1
+    words, weights[learned] = torch.full((len(ids),), -100), answer_weights(learned[None])
+    for option in listed:
+        places[option.place, RIGHT:RIGHT + 2], weights[option.place] = torch.tensor((1.0 if option.right else -1.0, LETTERS.index(option.letter) - 2.0)), 1
+        if option.right:
+            words[option.due] = ids[option.place]
     if scene is None or not learned.any():
-        return places, weights
+        return places, weights, words
     shown, end = object_places(scene), len(ids) - sum(lengths[-len(talks):])
     where = lambda text: shown[0, corpora.CLASSES.index(named(text)[0]), :2] if named(text) and len(shown) <= len(VIEWS) else (np.nan, np.nan)
     for (asked, answered), length in zip(talks, lengths[-len(talks):]):
         begin, end = end, end + length
-        choices = [choice for choice in listed if begin <= choice[0] < end]
+        choices = [option for option in listed if begin <= option.place < end]
         tokens = [begin + i for i in learned[begin:end].nonzero()[:, 0].tolist()]
         numbers = np.full((MOST_PICTURES, 3, 3), np.nan, np.float32)
         for i, name in enumerate(["gripper", *(scene["things"] or named(asked["content"][-1]["text"].partition(" A) ")[0]))[:2]]):
             numbers[:len(shown), i] = shown[:MOST_PICTURES, corpora.CLASSES.index(name)]
-        places[tokens + [choice[0] for choice in choices], sum(ANSWER_PARTS[:2]):] = torch.from_numpy(numbers).flatten()
-        for place, text, right, _ in choices:
-            places[place, :2] = torch.tensor(where(text))
-            if right:
-                places[tokens, :2] = places[place, :2]
+        places[tokens + [option.place for option in choices], sum(ANSWER_PARTS[:2]):] = torch.from_numpy(numbers).flatten()
+        for option in choices:
+            places[option.place, :2] = torch.tensor(where(option.text))
+            if option.right:
+                places[tokens, :2] = places[option.place, :2]
         if not choices:
             reply, (height, width) = answered["content"], media[0][1].shape[:2]
             pointed = place_in(reply)
             places[tokens, :2] = torch.tensor(where(reply) if pointed is None else (pointed - (width / 2, height / 2)) / patch, dtype=torch.float32)
-    return places, weights
+    return places, weights, words
+
+
+class Option(NamedTuple):
+    """One of the options of a question: the place of the first token that tells it from the others, its text, whether it is the answer, its letter, and the
+    place that the answer's letter is predicted from."""
+    place: int
+    text: str
+    right: bool
+    letter: str
+    due: int
 
 
 def options(ids, labels, tokenizer):
-    """[(place of its last token, text, is it the answer, letter)] of the options "A) ... B) ..." of all questions that a letter answers, in a row's tokens."""
+    """The Options "A) ... B) ..." of all questions that a letter answers, in a row's tokens."""
     letters, bracket, close = letter_tokens(tokenizer)
     marks, found = [], []
     for i, token in enumerate(ids):
         if token == close and marks and labels[i] < 0:                                               # the question ends
             reply = next((j for j in range(i, len(ids)) if labels[j] >= 0), i)
-            if ids[reply] in letters and ids[reply + 1] == close:
-                found += [(end - 1, tokenizer.decode(ids[mark + 2:end]).strip(), letters[ids[mark]] == letters[ids[reply]], letters[ids[mark]])
-                          for mark, end in zip(marks, [*marks[1:], i])]
+            spans = [range(mark + 2, end) for mark, end in zip(marks, [*marks[1:], i])]
+            if ids[reply] in letters and ids[reply + 1] == close and all(spans):
+                for mark, span in zip(marks, spans):
+                    others = {ids[j] for other in spans if other != span for j in other}
+                    place = next((j for j in span if ids[j] not in others), span[0])
+                    found.append(Option(place, tokenizer.decode([ids[j] for j in span]).strip(), letters[ids[mark]] == letters[ids[reply]], letters[ids[mark]], reply - 1))
             marks = []
         elif token in letters and ids[i + 1] == bracket and labels[i] < 0:
             marks.append(i)
@@ -379,7 +397,8 @@ INPUTS = ("input_ids", "pixel_values", "image_grid_thw", "pixel_values_videos", 
 
 def read(model, heads, batch, cfg, dense_only=False):
     """One pass: answer logits (n, V) with their labels (n,), what DenseHeads returns, and what the places (m, sum of ANSWER_PARTS) of answers
-    and options are guessed to be two blocks below the top and there, what they are, and their weights (m,); None for what is not asked."""
+    and options are guessed to be two blocks below the top and there, what they are, their weights (m,), and logits (c, V) of the words of choices below the
+    top, with those words (c,); None for what is not asked."""
     learned = batch["labels"][:, 1:] >= 0                                                            # token i predicts token i + 1, of its own row: rows begin unlearned
     places = F.pad(learned, (0, 1))
     depth = {"num_layers": cfg.intent_layer} if dense_only else {"logits_at": places}
@@ -391,19 +410,21 @@ def read(model, heads, batch, cfg, dense_only=False):
         dense = heads(out.patch_features[:patches], tokens, batch["image_grid_thw"][0].tolist())
     if "answer_place" in batch and not dense_only:
         chosen = batch["answer_place_weight"] > 0
-        behind = (max(cfg.intent_layer, model.config.num_hidden_layers - 2), -1)
-        about = [head(out.hidden_states[block][chosen]) for head, block in zip(heads.answer, behind)], batch["answer_place"][chosen], batch["answer_place_weight"][chosen]
+        below, words = out.hidden_states[max(cfg.intent_layer, model.config.num_hidden_layers - 2)], batch["answer_word"] >= 0
+        about = ([head(hidden[chosen]) for head, hidden in zip(heads.answer, (below, out.hidden_states[-1]))], batch["answer_place"][chosen], batch["answer_place_weight"][chosen],
+                 model.head(model.model.norm(below[words])), batch["answer_word"][words])
     return out.logits, batch["labels"][:, 1:][learned], dense, about
 
 
 def count(batches):
     """What the losses are divided by, over all micro-batches and processes: answer tokens by weight, patches by weight, patches with a place, and for each
-    of ANSWER_PARTS the tokens that have it, by weight."""
-    totals = torch.zeros(3 + len(ANSWER_PARTS), dtype=torch.float64)
+    of ANSWER_PARTS the tokens that have it, by weight, and choices."""
+    totals = torch.zeros(4 + len(ANSWER_PARTS), dtype=torch.float64)
     for batch in batches:
         shown, located = batch.get("patch_class", torch.zeros(0)), batch.get("patch_located", torch.zeros(0))
         weights = answer_weights(batch["labels"][:, 1:] >= 0)
         placed = [(batch["answer_place_weight"] * part.isfinite().any(-1)).sum() for part in batch["answer_place"].split(ANSWER_PARTS, -1)] if "answer_place" in batch else [0, 0, 0]
+        placed.append((batch["answer_word"] >= 0).sum() if "answer_word" in batch else 0)
         totals += torch.tensor([weights.sum(), (shown > 0).sum() + NOTHING_WEIGHT * (shown == 0).sum(), located.sum(), *placed])
     if dist.is_initialized():
         device = batches[0]["input_ids"].device
@@ -415,9 +436,9 @@ def count(batches):
 
 def losses(model, heads, batch, totals, cfg, dense_only):
     """This micro-batch's share of the step's losses, scalars that add up: answer cross-entropy; class cross-entropy + smooth L1 of places, twice; smooth
-    L1 of what answers and options know, logistic of right and wrong, each part a mean. Zero where the rows have none: every process names the same ones."""
+    L1 of what answers and options know, logistic of right and wrong, each part a mean; cross-entropy of the words of choices. Zero where the rows have none: every process names the same ones."""
     logits, labels, dense, about = read(model, heads, batch, cfg, dense_only)
-    names = ("dense_vit", "dense_llm") if dense_only else ("answer", "dense_vit", "dense_llm", "answer_place") if cfg.dense_weight else ("answer",)
+    names = ("dense_vit", "dense_llm") if dense_only else ("answer", "dense_vit", "dense_llm", "answer_place", "choice") if cfg.dense_weight else ("answer",)
     found = dict.fromkeys(names, torch.zeros((), device=batch["input_ids"].device))
     weights = answer_weights(batch["labels"][:, 1:] >= 0)
     if not dense_only:
@@ -431,7 +452,7 @@ def losses(model, heads, batch, totals, cfg, dense_only):
             where = F.smooth_l1_loss(place[located], truth[:, :place.shape[1]], reduction="sum", beta=0.1) / totals[2]
             found[name] = cfg.dense_weight * (what + where)
     if about:
-        guesses, truth, weight = about
+        guesses, truth, weight, below, words = about
         known, error = truth.isfinite(), 0
         for guess in guesses:
             aim = torch.where(known, truth, guess)
@@ -440,6 +461,7 @@ def losses(model, heads, batch, totals, cfg, dense_only):
             error = error + torch.cat([far[:, :RIGHT], unsure[:, RIGHT:RIGHT + 1], far[:, RIGHT + 1:]], dim=1)
         parts = [part.sum(-1) / there.sum(-1).clamp(min=1) for part, there in zip(error.split(ANSWER_PARTS, -1), known.split(ANSWER_PARTS, -1))]
         found["answer_place"] = ANSWER_PLACE_WEIGHT * cfg.dense_weight * sum(weight @ part / total for part, total in zip(parts, totals[3:]))
+        found["choice"] = CHOICE_WEIGHT * cfg.dense_weight * F.cross_entropy(below, words, reduction="sum") / totals[-1]
     found["loss"] = sum(found.values())
     return found
 
@@ -480,11 +502,11 @@ def evaluate(model, heads, mixture, tokenizer, cfg, device, dense_only=False):
                 tally(f"exact_{kind}", right[~json_like].float()), tally("exact_coordinates" if is_dense else "exact_general", right[json_like].float())
                 tally("answer_loss", F.cross_entropy(logits, labels, reduction="none"))
                 if about:
-                    (*_, guess), truth, _ = about
+                    (*_, guess), truth, _, below, words = about
                     error = (guess - truth)[:, :2].norm(dim=-1) * config.vision_config.patch_size
                     tally("answer_place_error_px", error[error.isfinite()])
                     option = truth[:, RIGHT].isfinite()
-                    tally(f"option_{kind}", (guess[option, RIGHT].sign() == truth[option, RIGHT]).float())
+                    tally(f"option_{kind}", (guess[option, RIGHT].sign() == truth[option, RIGHT]).float()), tally(f"choice_{kind}", (below.argmax(-1) == words).float())
             if dense:
                 named, located, patch = batch["patch_class"] > 0, batch["patch_located"], config.vision_config.patch_size
                 for name, (shown, place) in zip(("vit", "llm"), dense):

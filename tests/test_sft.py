@@ -219,22 +219,23 @@ def test_tokens_of_an_answer_know_what_it_depends_on_and_only_they(tokenizer):
     def known(*turns):
         talks = train_sft.conversations(2, turns)
         ids, labels, lengths = train_sft.branched(tokenizer, talks, [(1, 8, 8)] * 2, 2)
-        places, weights = train_sft.answer_places(ids, labels, lengths, (talks, [("image", image) for image in scene["images"] * 2], scene), tokenizer, 16)
-        return ids, [p - 1 for p, label in enumerate(labels) if label >= 0], places, weights
+        places, weights, words = train_sft.answer_places(ids, labels, lengths, (talks, [("image", image) for image in scene["images"] * 2], scene), tokenizer, 16)
+        return ids, [p - 1 for p, label in enumerate(labels) if label >= 0], places, weights, words
 
     for asked, reply, own in (("Is the target left of the peg?", "yes", None), ("What is near? A) target B) peg", "B", (-1, -2.5)), ("What is near?", "peg", (-1, -2.5))):
         for turns in ([(asked, reply)], [("Where is the bin?", "there"), (asked, reply)]):
-            _, read_from, places, _ = known(*turns)
+            _, read_from, places, *_ = known(*turns)
             found = places[read_from[-2]]
             numbers = found[4:].reshape(4, 3, 3)                                                     # pictures; gripper, first and second thing; x, y, depth
             assert numbers[1, 0].tolist() == [0.5, 0.5, 0] and numbers[0, 0].isnan().all() and numbers[2:].isnan().all() and found[2].isnan()
             assert found[:2].isnan().all() if own is None else found[:2].tolist() == list(own)
             if own is None:
                 assert numbers[0, 1].isnan().all() and numbers[0, 2].tolist() == [-1, -2.5, 1]
-    ids, read_from, places, weights = known(("Where is the bin?", "there"), ("What is near? A) target B) peg", "B"))
-    ends = places[:, 2].isfinite().nonzero()[:, 0].tolist()
-    assert [tokenizer.decode(ids[:end + 1]).rpartition(") ")[2].strip() for end in ends] == ["target", "peg"] and not set(ends) & set(read_from)
-    assert places[ends, 2].tolist() == [-1, 1] and weights[ends].tolist() == [1, 1] and places[ends, 3].tolist() == [-2, -1] and places[ends[0], :2].isnan().all() and places[ends[1], :2].tolist() == [-1, -2.5]
+    ids, read_from, places, weights, words = known(("Where is the bin?", "there"), ("What is near? A) the target B) the peg", "B"))
+    tell = places[:, 2].isfinite().nonzero()[:, 0].tolist()
+    assert len(tell) == 2 and not set(tell) & set(read_from) and all(tokenizer.decode(ids[p:]).strip().startswith(name) for p, name in zip(tell, "tp"))
+    assert places[tell, 2:4].tolist() == [[-1, -2], [1, -1]] and weights[tell].tolist() == [1, 1] and places[tell[0], :2].isnan().all() and places[tell[1], :2].tolist() == [-1, -2.5]
+    assert (words >= 0).nonzero()[:, 0].tolist() == [read_from[-2]] and words[read_from[-2]] == ids[tell[1]]
     assert train_sft.place_in('{"bbox_2d": [10, 20, 30, 60], "label": "bin"}').tolist() == [20, 40]
     for text in ("yes", "63, 100", '{"point_2d": [63], "label": "peg"}', '{"point_2d": [1, 2, 3]}'):
         assert train_sft.place_in(text) is None
@@ -243,7 +244,7 @@ def test_tokens_of_an_answer_know_what_it_depends_on_and_only_they(tokenizer):
 def test_options_are_found_where_a_letter_answers(tokenizer):
     def found(question, answer):
         ids, labels = train_sft.chat(tokenizer, [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], answer=False)
-        return [(text, right) for _, text, right, _ in train_sft.options(ids, labels, tokenizer)]
+        return [(option.text, option.right) for option in train_sft.options(ids, labels, tokenizer)]
 
     assert found("Which? A) the red cube B) peg C) bin", "C") == [("the red cube", False), ("peg", False), ("bin", True)]
     for question, answer in (("Which? A) red B) peg", "peg"), ("Which?", "B"), ("Which? A) red B) peg", "B) peg")):
