@@ -48,7 +48,7 @@ from data import general
 from data.chats import Chats
 from data.env import IMAGE_SIZE, VIEWS
 from data.questions import LETTERS
-from model import BLM
+from model import BLM, backbone_hash
 from tokenizer import SYSTEM_PROMPT, Tokenizer, chat, train_tokenizer
 import trainer
 from trainer import Run, RunConfig, checkpoints, make_optimizer, shard, whole
@@ -622,10 +622,14 @@ def choose_parts(model, cfg):
             part.requires_grad_(False)
 
 
-def carried_policy(cfg):
-    """The files of the policy beside --backbone, if the blocks that it reads are frozen; else none."""
-    files = [find_folder(cfg.backbone) / name for name in ("policy.safetensors", "policy.json")] if cfg.frozen_blocks and cfg.backbone else []
-    return files if files and files[1].exists() and read_json(files[1])["config"]["intent_layer"] <= cfg.frozen_blocks else []
+def carried_policy(cfg, model):
+    """(its weights' file, its policy.json) of the policy beside --backbone, if the blocks that it reads are frozen; else None. It names the language model
+    that it reads by a hash, which blocks put on top change."""
+    path = find_folder(cfg.backbone) / "policy.json" if cfg.frozen_blocks and cfg.backbone else None
+    found = read_json(path) if path is not None and path.exists() else None
+    if found is None or found["config"]["intent_layer"] > cfg.frozen_blocks:
+        return None
+    return path.with_name("policy.safetensors"), found | {"backbone": backbone_hash(model, found["config"]["intent_layer"])}
 
 
 def ensure_data(cfg):
@@ -658,6 +662,7 @@ def train(cfg):
     if not 1 <= cfg.intent_layer <= model.config.num_hidden_layers:
         raise UserError(f"--intent_layer {cfg.intent_layer}: this model has blocks 1 to {model.config.num_hidden_layers}")
     choose_parts(model, cfg)
+    policy = carried_policy(cfg, model)
     model.checkpointing = model.visual.checkpointing = cfg.checkpointing
     heads = DenseHeads(model.config, corpora.Corpus.num_classes)
     if cfg.backbone and (Path(cfg.backbone) / HEADS).exists():           # new ones would undo in a hundred steps what the backbone has learned
@@ -705,9 +710,10 @@ def train(cfg):
                 save_file(dense, path)
             model.save_pretrained(cfg.out, dtype, weights)
             tokenizer.save_pretrained(cfg.out)
-            for file in carried_policy(cfg):
-                with atomic(Path(cfg.out) / file.name) as path:
-                    path.write_bytes(file.read_bytes())
+            if policy:
+                with atomic(Path(cfg.out) / policy[0].name) as path:
+                    path.write_bytes(policy[0].read_bytes())
+                write_json(Path(cfg.out) / "policy.json", policy[1])
             write_json(Path(cfg.out) / "training.json", about())
 
     def about():

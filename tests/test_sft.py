@@ -364,10 +364,10 @@ def test_a_policy_comes_along_while_what_it_reads_is_frozen(tmp_path):
     blm = BLM.from_pretrained(tmp_path / "base")
     blm.policy = Policy(PolicyConfig(intent_layer=2, hidden_size=48, num_heads=2), TINY.hidden_size, {"widowx": (16, 7)})
     blm.save_policy(tmp_path / "base")
-    for blocks, comes in ((2, True), (1, False)):
-        out = tmp_path / str(blocks)
-        train(config(out, backbone=str(tmp_path / "base"), frozen_blocks=blocks, dense_weight=0.0, dense_steps=0, steps=2, lr=1e-2))
+    for blocks, grow, comes in ((2, 0, True), (2, 1, True), (1, 0, False)):
+        out = tmp_path / f"{blocks}-{grow}"
+        train(config(out, backbone=str(tmp_path / "base"), frozen_blocks=blocks, grow=grow, dense_weight=0.0, dense_steps=0, steps=2, lr=1e-2))
         after = BLM.from_pretrained(out)
         assert (after.policy is not None) == comes
         assert not torch.equal(after.vlm.model.layers[2].mlp.down_proj.weight, blm.vlm.model.layers[2].mlp.down_proj.weight)
-    assert load_file(tmp_path / "2" / "policy.safetensors").keys() == load_file(tmp_path / "base" / "policy.safetensors").keys()
+    assert load_file(tmp_path / "2-0" / "policy.safetensors").keys() == load_file(tmp_path / "base" / "policy.safetensors").keys()
