@@ -10,18 +10,12 @@
 A row is a corpus scene with some of its questions, or a record of a JSON lines file (data/chats.py). Rows of a step are packed end to end, none seeing
 another, so nothing is spent on padding; a scene's questions share its pictures, each as if it were asked alone; the cross-entropy is on answers alone.
 
-A model of 5 M parameters that starts from nothing hardly learns to see from sparse words, so linear heads, of use to training alone, read what each
-16-pixel patch shows and where that object's centre is: one from the ViT, one from the hidden states of block k, which is what the policy will read.
-Rotary positions tell a patch only where others are; the second head also asks for the place in the picture, which is what coordinates in answers are.
-A third head reads from the tokens of an answer the places that it depends on, of the gripper and of what is asked about, in each picture: digits follow
-soon after, and comparisons, which hardly come by themselves. It reads at the top and two blocks below, so that these have something to compare. Letters of
-choices come last, since they are found by words: each option learns its letter and whether it is the answer, and where a letter is due the LLM's own head,
-two blocks below the top, shall know the word that tells the right option from the others. The first `dense_steps` train the first two heads alone, on
-pictures without text and through k blocks only, several times as fast.
+A small model that starts from nothing hardly learns to see from sparse words: heads that only training has ask it more (dense.py). The first `dense_steps`
+train what pictures show alone, without text and through k blocks only, several times as fast.
 
 Written to --out: config.json, model.safetensors (float16, or as in the backbone's file), heads.safetensors, tokenizer.json, training.json (command,
 figures), and what trainer.py writes.
-Letters: B rows, L tokens of all rows, P patches of the pictures that have dense targets, C classes, m patches a token merges along a side.
+Letters: B rows, L tokens of all rows, V size of the vocabulary.
 """
 import dataclasses
 import math
@@ -31,23 +25,22 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+import dense
 from cli import UserError, at_least, atomic, choose, choose_many, parse, run, this_process, write_json
 from data import corpus as corpora
 from data import general
 from data.chats import Chats
-from data.env import IMAGE_SIZE, VIEWS
-from data.questions import LETTERS
+from data.env import IMAGE_SIZE
+from dense import DenseHeads, answer_weights, begins, place_in
 from model import BLM, backbone_hash
 from tokenizer import SYSTEM_PROMPT, Tokenizer, chat, train_tokenizer
 import trainer
@@ -88,16 +81,7 @@ PRESETS = {"embodied": SFTConfig(), "base": SFTConfig(data="out/corpus:1,out/gen
                                                       backbone="", steps=2400, questions=8, lr=1.5e-3, dense_steps=900)}
 FREE_TO_CHANGE = {"on_bad", "eval_rows", "point_scenes", "micro_batch", "checkpointing"}     # when resuming, beside trainer.FREE
 PARTS = ("vision", "merger", "llm")
-NOTHING_WEIGHT = 0.25                        # most patches show nothing
-PLACE_SCALE = (1.0, 1.0, 10.0, 1.0, 1.0)     # patches, patches, decimetres, patches, patches: errors of like size
 HEADS = "heads.safetensors"
-MOST_PICTURES = 4                            # of a scene
-ANSWER_PARTS = (2, 2, MOST_PICTURES * 3 * 3) # numbers that an answer's tokens learn: x, y of its own place; an option's right (1) or wrong (-1), and letter; x, y, depth of gripper
-                                             # and two things in each picture
-RIGHT = 2                                    # where among them
-CHOICE_WEIGHT = 0.3                          # of the words that tell the right options
-ANSWER_PLACE_WEIGHT = 0.3                    # of each part, beside the words' own loss; at 1 they drown them
-LARGEST_OFFSET = 4.0                         # patches: a centre beside or behind the camera projects to hundreds, and one such row would drown a step
 BLOCK = 100                                  # rows that hold the mixture exactly
 VALIDATION = 50                              # one record in so many of a JSON lines file is not trained on
 
@@ -119,8 +103,8 @@ class Mixture:
         self.dense = np.array([isinstance(source, corpora.Corpus) for source in self.sources])
         if cfg.dense_weight and not self.dense.any():
             raise UserError(f"--data {cfg.data} has no corpus, so there are no dense targets: add --dense_weight 0")
-        self.chosen = [np.arange(len(source)) if dense else np.array([i for i in range(len(source)) if i % VALIDATION or len(source) < VALIDATION])
-                       for source, dense in zip(self.sources, self.dense)]
+        self.chosen = [np.arange(len(source)) if is_dense else np.array([i for i in range(len(source)) if i % VALIDATION or len(source) < VALIDATION])
+                       for source, is_dense in zip(self.sources, self.dense)]
 
     def validation(self, source):
         """(what to read from, its validation rows) of a source."""
@@ -224,10 +208,8 @@ def branched(tokenizer, talks, grids, merge):
 
 
 def make_batch(rows, tokenizer, config, cfg):
-    """Rows as `read_row` gives them, packed: input_ids and labels (1, L), the VLM's vision inputs and `segments`, the lengths of each row; and of the
-    pictures of corpus scenes, which come first, row by row patch_class (P,), patch_place (P, 5): the object's centre from the patch's (x, y in patches,
-    depth in m) and from the picture's (x, y in patches), patch_located (P,), True where that is to be learned; and what `answer_places` returns, answer_place
-    (1, L, sum of ANSWER_PARTS), answer_place_weight (1, L) and answer_word (1, L).
+    """Rows as `read_row` gives them, packed: input_ids and labels (1, L), the VLM's vision inputs and `segments`, the lengths of each row; and what
+    `dense.patch_targets` and `dense.answer_targets` make of them. Corpus scenes come first.
     """
     rows = sorted(rows, key=lambda row: row[2] is None)                                              # dense ones first
     batch, grids = process_media([pair for _, media, _ in rows for pair in media], config)
@@ -235,136 +217,12 @@ def make_batch(rows, tokenizer, config, cfg):
     texts = [branched(tokenizer, talks, [next(grids) for _ in media], merge) for talks, media, _ in rows]
     batch |= {name: torch.tensor([[token for text in texts for token in text[i]]]) for i, name in enumerate(("input_ids", "labels"))}
     batch["segments"] = [lengths for _, _, lengths in texts]
-    scenes = [scene for _, _, scene in rows if scene is not None]
-    if cfg.dense_weight and scenes:
-        classes = np.concatenate([scene["patch_class"] for scene in scenes])                       # (n, 8, 8)
-        t, h, w = batch["image_grid_thw"][0].tolist()
-        if classes.shape[1:] != (h, w):
-            raise UserError(f"the corpus describes {classes.shape[1]} x {classes.shape[2]} patches a picture, this model has {h} x {w}: add --dense_weight 0")
-        offsets = np.concatenate([scene["patch_offset"] for scene in scenes])
-        places = picture_places(offsets)
-        located = (classes > 0) & (np.abs(offsets[..., :2]).max(-1) <= LARGEST_OFFSET)
-        batch |= {"patch_class": torch.from_numpy(classes).flatten(), "patch_place": torch.from_numpy(places).flatten(0, 2), "patch_located": torch.from_numpy(located).flatten()}
     if cfg.dense_weight:
-        known = [answer_places(*text, row, tokenizer, config.vision_config.patch_size) for text, row in zip(texts, rows)]
-        batch |= {name: torch.cat(parts)[None] for name, parts in zip(("answer_place", "answer_place_weight", "answer_word"), zip(*known))}
+        scenes = [scene for _, _, scene in rows if scene is not None]
+        if scenes:
+            batch |= dense.patch_targets(scenes, batch["image_grid_thw"][0].tolist())
+        batch |= dense.answer_targets(texts, rows, tokenizer, config.vision_config.patch_size)
     return batch
-
-
-def answer_places(ids, labels, lengths, row, tokenizer, patch):
-    """A row and what `branched` made of it, to the places that its tokens shall know, (L, sum of ANSWER_PARTS), NaN where there is none; how much each
-    token counts, (L,); and the word that is to be known already below the top, (L,), -100 where there is none.
-
-    Tokens that an answer's are predicted from: the place of what it points at or names, in patches from the picture's centre, then those of the gripper and
-    of the two things that it is about in each of up to four pictures, as `object_places` has them. The first token that tells an option from the others:
-    the same, with the place of what that option names, whether it is the answer, and its letter (-2 for A, -1 for B, ...).
-    """
-    talks, media, scene = row
-    learned = F.pad(torch.tensor(labels)[1:] >= 0, (0, 1))
-    places, weights, listed = torch.full((len(ids), sum(ANSWER_PARTS)), torch.nan), torch.zeros(len(ids)), options(ids, labels, tokenizer)
-    words, weights[learned] = torch.full((len(ids),), -100), answer_weights(learned[None])
-    for option in listed:
-        places[option.place, RIGHT:RIGHT + 2], weights[option.place] = torch.tensor((1.0 if option.right else -1.0, LETTERS.index(option.letter) - 2.0)), 1
-        if option.right:
-            words[option.due] = ids[option.place]
-    if scene is None or not learned.any():
-        return places, weights, words
-    shown, end = object_places(scene), len(ids) - sum(lengths[-len(talks):])
-    where = lambda text: shown[0, corpora.CLASSES.index(named(text)[0]), :2] if named(text) and len(shown) <= len(VIEWS) else (np.nan, np.nan)
-    for (asked, answered), length in zip(talks, lengths[-len(talks):]):
-        begin, end = end, end + length
-        choices = [option for option in listed if begin <= option.place < end]
-        tokens = [begin + i for i in learned[begin:end].nonzero()[:, 0].tolist()]
-        numbers = np.full((MOST_PICTURES, 3, 3), np.nan, np.float32)
-        for i, name in enumerate(["gripper", *(scene["things"] or named(asked["content"][-1]["text"].partition(" A) ")[0]))[:2]]):
-            numbers[:len(shown), i] = shown[:MOST_PICTURES, corpora.CLASSES.index(name)]
-        places[tokens + [option.place for option in choices], sum(ANSWER_PARTS[:2]):] = torch.from_numpy(numbers).flatten()
-        for option in choices:
-            places[option.place, :2] = torch.tensor(where(option.text))
-            if option.right:
-                places[tokens, :2] = places[option.place, :2]
-        if not choices:
-            reply, (height, width) = answered["content"], media[0][1].shape[:2]
-            pointed = place_in(reply)
-            places[tokens, :2] = torch.tensor(where(reply) if pointed is None else (pointed - (width / 2, height / 2)) / patch, dtype=torch.float32)
-    return places, weights, words
-
-
-class Option(NamedTuple):
-    """One of the options of a question: the place of the first token that tells it from the others, its text, whether it is the answer, its letter, and the
-    place that the answer's letter is predicted from."""
-    place: int
-    text: str
-    right: bool
-    letter: str
-    due: int
-
-
-def options(ids, labels, tokenizer):
-    """The Options "A) ... B) ..." of all questions that a letter answers, in a row's tokens."""
-    letters, bracket, close = letter_tokens(tokenizer)
-    marks, found = [], []
-    for i, token in enumerate(ids):
-        if token == close and marks and labels[i] < 0:                                               # the question ends
-            reply = next((j for j in range(i, len(ids)) if labels[j] >= 0), i)
-            spans = [range(mark + 2, end) for mark, end in zip(marks, [*marks[1:], i])]
-            if ids[reply] in letters and ids[reply + 1] == close and all(spans):
-                for mark, span in zip(marks, spans):
-                    others = {ids[j] for other in spans if other != span for j in other}
-                    place = next((j for j in span if ids[j] not in others), span[0])
-                    found.append(Option(place, tokenizer.decode([ids[j] for j in span]).strip(), letters[ids[mark]] == letters[ids[reply]], letters[ids[mark]], reply - 1))
-            marks = []
-        elif token in letters and ids[i + 1] == bracket and labels[i] < 0:
-            marks.append(i)
-    return found
-
-
-@lru_cache(maxsize=2)
-def letter_tokens(tokenizer):
-    """{token: letter} of the letters before options, and the tokens of the bracket behind them and of a message's end."""
-    spelled = [(tokenizer.encode(space + letter), letter) for letter in LETTERS for space in ("", " ")]
-    return {ids[0]: letter for ids, letter in spelled if len(ids) == 1}, tokenizer.encode("A)")[-1], tokenizer.special["<|im_end|>"]
-
-
-def named(text):
-    """The objects that a text names, in order."""
-    return re.findall("|".join(sorted(corpora.LABELS, key=len, reverse=True)), text)
-
-
-def picture_places(offsets):
-    """(V, h, w, 3) offsets of objects from their patches' centres, with depth (m), to (V, h, w, 5): the same, then x and y in patches from the picture's centre."""
-    rows_columns = np.indices(offsets.shape[1:3], np.float32) + 0.5
-    lattice = np.stack([rows_columns[1] - offsets.shape[2] / 2, rows_columns[0] - offsets.shape[1] / 2], -1)
-    return np.concatenate([offsets, offsets[..., :2] + lattice], -1)
-
-
-def object_places(scene):
-    """(V, C, 3) from a scene's dense targets: each object's centre in each picture, x and y in patches from the picture's centre, depth in decimetres minus 6;
-    NaN where it does not show, or its centre is far outside."""
-    classes, offsets = scene["patch_class"], scene["patch_offset"]
-    located, found = (classes > 0) & (np.abs(offsets[..., :2]).max(-1) <= LARGEST_OFFSET), picture_places(offsets) * PLACE_SCALE
-    places = np.full((len(classes), max(len(corpora.CLASSES), classes.max() + 1), 3), np.nan, np.float32)
-    places[np.nonzero(located)[0], classes[located]] = found[located][:, [3, 4, 2]]
-    return places
-
-
-def begins(learned):
-    """(B, L) bool, True on answer tokens, to True on the first of each answer."""
-    return learned & ~F.pad(learned, (1, 0))[:, :-1]
-
-
-def answer_weights(learned):
-    """(B, L) bool of answer tokens to (n,) of those: one over the root of their answer's length, as InternVL 2.5 (arXiv 2412.05271), or a box's thirty tokens
-    would drown a colour's two."""
-    number = begins(learned)[learned].cumsum(0) - 1
-    return torch.bincount(number)[number] ** -0.5
-
-
-def place_in(text):
-    """(x, y) pixels of the first point, or of the centre of the first box, in an answer; None without."""
-    found = re.search(r'"(?:point|bbox)_2d": \[(\d+(?:, \d+){1,3})\]', text)
-    numbers = [] if found is None else [int(n) for n in found[1].split(", ")]
-    return np.array(numbers, np.float32).reshape(-1, 2).mean(0) if len(numbers) in (2, 4) else None
 
 
 def move(batch, device):
@@ -373,95 +231,37 @@ def move(batch, device):
 
 # ---- losses
 
-class DenseHeads(nn.Module):
-    """What a patch shows and where that object's centre is: one linear layer on the ViT's patches, one on block k's image tokens (m x m each)."""
-
-    def __init__(self, config, num_classes):
-        super().__init__()
-        self.merge, self.num_classes = config.vision_config.spatial_merge_size, num_classes
-        vision, text = config.vision_config.hidden_size, config.hidden_size
-        self.vit = nn.Sequential(nn.LayerNorm(vision), nn.Linear(vision, num_classes + 3))
-        self.llm = nn.Sequential(nn.LayerNorm(text), nn.Linear(text, self.merge ** 2 * (num_classes + 5)))
-        self.answer = nn.ModuleList(nn.Sequential(nn.LayerNorm(text), nn.Linear(text, sum(ANSWER_PARTS))) for _ in range(2))         # `read` calls them
-
-    def forward(self, patch_features, token_features, grid):
-        """(P, D of the ViT) and (P / m², D) of pictures of one size, grid (t, h, w), to classes and places of each patch in raster order:
-        [(P, C), (P, 3)] by the ViT, [(P, C), (P, 5)] by block k."""
-        m, h, w = self.merge, grid[1] // self.merge, grid[2] // self.merge
-        tokens = rearrange(self.llm(token_features), "(n h w) (a b c) -> (n h a w b) c", a=m, b=m, h=h, w=w)
-        return [guess.tensor_split([self.num_classes], dim=1) for guess in (self.vit(patch_features), tokens)]
-
-
 INPUTS = ("input_ids", "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "segments")
 
 
 def read(model, heads, batch, cfg, dense_only=False):
-    """One pass: answer logits (n, V) with their labels (n,), what DenseHeads returns, and what the places (m, sum of ANSWER_PARTS) of answers
-    and options are guessed to be two blocks below the top and there, what they are, their weights (m,), and logits (c, V) of the words of choices below the
-    top, with those words (c,); None for what is not asked."""
+    """One pass: answer logits (n, V) with their labels (n,), None if not asked for, and the guesses of `heads` (dense.py)."""
     learned = batch["labels"][:, 1:] >= 0                                                            # token i predicts token i + 1, of its own row: rows begin unlearned
-    places = F.pad(learned, (0, 1))
-    depth = {"num_layers": cfg.intent_layer} if dense_only else {"logits_at": places}
+    depth = {"num_layers": cfg.intent_layer} if dense_only else {"logits_at": F.pad(learned, (0, 1))}
     out = model(**{name: batch[name] for name in INPUTS if name in batch}, **depth)
-    dense = about = None
-    if "patch_class" in batch:
-        patches = len(batch["patch_class"])
-        tokens = out.hidden_states[cfg.intent_layer][batch["input_ids"] == model.config.image_token_id][:patches // heads.merge ** 2]
-        dense = heads(out.patch_features[:patches], tokens, batch["image_grid_thw"][0].tolist())
-    if "answer_place" in batch and not dense_only:
-        chosen = batch["answer_place_weight"] > 0
-        below, words = out.hidden_states[max(cfg.intent_layer, model.config.num_hidden_layers - 2)], batch["answer_word"] >= 0
-        about = ([head(hidden[chosen]) for head, hidden in zip(heads.answer, (below, out.hidden_states[-1]))], batch["answer_place"][chosen], batch["answer_place_weight"][chosen],
-                 model.head(model.model.norm(below[words])), batch["answer_word"][words])
-    return out.logits, batch["labels"][:, 1:][learned], dense, about
+    return out.logits, batch["labels"][:, 1:][learned], dense.guess(model, heads, batch, out, cfg.intent_layer)
 
 
 def count(batches):
-    """What the losses are divided by, over all micro-batches and processes: answer tokens by weight, patches by weight, patches with a place, and for each
-    of ANSWER_PARTS the tokens that have it, by weight, and choices."""
-    totals = torch.zeros(4 + len(ANSWER_PARTS), dtype=torch.float64)
-    for batch in batches:
-        shown, located = batch.get("patch_class", torch.zeros(0)), batch.get("patch_located", torch.zeros(0))
-        weights = answer_weights(batch["labels"][:, 1:] >= 0)
-        placed = [(batch["answer_place_weight"] * part.isfinite().any(-1)).sum() for part in batch["answer_place"].split(ANSWER_PARTS, -1)] if "answer_place" in batch else [0, 0, 0]
-        placed.append((batch["answer_word"] >= 0).sum() if "answer_word" in batch else 0)
-        totals += torch.tensor([weights.sum(), (shown > 0).sum() + NOTHING_WEIGHT * (shown == 0).sum(), located.sum(), *placed])
+    """What the losses are divided by, over all micro-batches and processes: answer tokens by weight, and `dense.count`."""
+    totals = torch.tensor([[float(answer_weights(batch["labels"][:, 1:] >= 0).sum()), *dense.count(batch)] for batch in batches], dtype=torch.float64).sum(0)
     if dist.is_initialized():
-        device = batches[0]["input_ids"].device
-        shared = totals.to(device)
+        shared = totals.to(batches[0]["input_ids"].device)
         dist.all_reduce(shared)
         totals = shared.cpu()
     return totals.clamp(min=1).tolist()
 
 
 def losses(model, heads, batch, totals, cfg, dense_only):
-    """This micro-batch's share of the step's losses, scalars that add up: answer cross-entropy; class cross-entropy + smooth L1 of places, twice; smooth
-    L1 of what answers and options know, logistic of right and wrong, each part a mean; cross-entropy of the words of choices. Zero where the rows have none: every process names the same ones."""
-    logits, labels, dense, about = read(model, heads, batch, cfg, dense_only)
-    names = ("dense_vit", "dense_llm") if dense_only else ("answer", "dense_vit", "dense_llm", "answer_place", "choice") if cfg.dense_weight else ("answer",)
-    found = dict.fromkeys(names, torch.zeros((), device=batch["input_ids"].device))
-    weights = answer_weights(batch["labels"][:, 1:] >= 0)
+    """This micro-batch's share of the step's losses, scalars that add up: the cross-entropy of answers and what dense.py adds. Zero where the rows have
+    none: every process names the same ones."""
+    logits, labels, guesses = read(model, heads, batch, cfg, dense_only)
+    zero, found = torch.zeros((), device=batch["input_ids"].device), {}
     if not dense_only:
-        found["answer"] = weights @ F.cross_entropy(logits, labels, reduction="none") / totals[0]
-    if dense:
-        located, weight = batch["patch_located"], torch.ones(heads.num_classes, device=batch["patch_class"].device)
-        weight[0] = NOTHING_WEIGHT
-        truth = batch["patch_place"][located] * torch.tensor(PLACE_SCALE, device=weight.device)
-        for name, (shown, place) in zip(("dense_vit", "dense_llm"), dense):
-            what = F.cross_entropy(shown, batch["patch_class"], weight, reduction="sum") / totals[1]
-            where = F.smooth_l1_loss(place[located], truth[:, :place.shape[1]], reduction="sum", beta=0.1) / totals[2]
-            found[name] = cfg.dense_weight * (what + where)
-    if about:
-        guesses, truth, weight, below, words = about
-        known, error = truth.isfinite(), 0
-        for guess in guesses:
-            aim = torch.where(known, truth, guess)
-            far = F.smooth_l1_loss(guess, aim, reduction="none", beta=0.1)
-            unsure = known * F.softplus(-guess * aim)                                                # logistic: half a hint is worth something, which L1 denies
-            error = error + torch.cat([far[:, :RIGHT], unsure[:, RIGHT:RIGHT + 1], far[:, RIGHT + 1:]], dim=1)
-        parts = [part.sum(-1) / there.sum(-1).clamp(min=1) for part, there in zip(error.split(ANSWER_PARTS, -1), known.split(ANSWER_PARTS, -1))]
-        found["answer_place"] = ANSWER_PLACE_WEIGHT * cfg.dense_weight * sum(weight @ part / total for part, total in zip(parts, totals[3:]))
-        found["choice"] = CHOICE_WEIGHT * cfg.dense_weight * F.cross_entropy(below, words, reduction="sum") / totals[-1]
+        found["answer"] = answer_weights(batch["labels"][:, 1:] >= 0) @ F.cross_entropy(logits, labels, reduction="none") / totals[0]
+    if cfg.dense_weight:
+        named = dense.losses(heads, batch, guesses, totals[1:])
+        found |= {name: cfg.dense_weight * named.get(name, zero) for name in (dense.PATCH_LOSSES if dense_only else dense.PATCH_LOSSES + dense.ANSWER_LOSSES)}
     found["loss"] = sum(found.values())
     return found
 
@@ -492,30 +292,17 @@ def evaluate(model, heads, mixture, tokenizer, cfg, device, dense_only=False):
         chosen = [rows[i] for i in np.linspace(0, len(rows) - 1, min(cfg.eval_rows, len(rows))).astype(int)]
         for i in range(0, len(chosen), cfg.micro_batch):
             batch = move(make_batch(read_rows([(None, source, row) for row in chosen[i:i + cfg.micro_batch]], mixture, cfg, dense_only), tokenizer, config, cfg), device)
-            logits, labels, dense, about = read(model, heads, batch, cfg, dense_only)
+            logits, labels, guesses = read(model, heads, batch, cfg, dense_only)
+            kind = "words" if is_dense else "general"
             if not dense_only:
                 learned = batch["labels"] >= 0
                 first = begins(learned)[:, 1:][learned[:, 1:]]
                 right = answers_right(logits, labels, first)
                 json_like = torch.tensor([tokenizer.decode([int(token)]).startswith("{") for token in labels[first]], device=device)
-                kind = "words" if is_dense else "general"
                 tally(f"exact_{kind}", right[~json_like].float()), tally("exact_coordinates" if is_dense else "exact_general", right[json_like].float())
                 tally("answer_loss", F.cross_entropy(logits, labels, reduction="none"))
-                if about:
-                    (*_, guess), truth, _, below, words = about
-                    error = (guess - truth)[:, :2].norm(dim=-1) * config.vision_config.patch_size
-                    tally("answer_place_error_px", error[error.isfinite()])
-                    option = truth[:, RIGHT].isfinite()
-                    tally(f"option_{kind}", (guess[option, RIGHT].sign() == truth[option, RIGHT]).float()), tally(f"choice_{kind}", (below.argmax(-1) == words).float())
-            if dense:
-                named, located, patch = batch["patch_class"] > 0, batch["patch_located"], config.vision_config.patch_size
-                for name, (shown, place) in zip(("vit", "llm"), dense):
-                    hit, size = shown.argmax(-1) == batch["patch_class"], place.shape[1]
-                    error = place[located] / torch.tensor(PLACE_SCALE[:size], device=device) - batch["patch_place"][located, :size]
-                    tally(f"patch_accuracy_{name}", hit.float()), tally(f"object_accuracy_{name}", hit[named].float())
-                    tally(f"centre_error_px_{name}", error[:, :2].norm(dim=-1) * patch), tally(f"depth_error_cm_{name}", error[:, 2].abs() * 100)
-                    if size > 3:
-                        tally(f"place_error_px_{name}", error[:, 3:].norm(dim=-1) * patch)
+            for name, values in dense.errors(batch, guesses, kind, config.vision_config.patch_size):
+                tally(name, values)
     figures = {name: round(total / n, 4) for name, (total, n) in sums.items() if n}
     if not dense_only and mixture.dense.any():
         figures.update(pointing(model, mixture.validation(int(mixture.dense.argmax()))[0], tokenizer, cfg))
@@ -704,10 +491,10 @@ def train(cfg):
         return 6 * (sizes["vision"] * patches + deep * sizes["llm"] * tokens)
 
     def export():
-        weights, dense = merged(whole(model)), whole(heads)
+        weights, more = merged(whole(model)), whole(heads)
         if run.rank == 0:
             with atomic(Path(cfg.out) / HEADS) as path:
-                save_file(dense, path)
+                save_file(more, path)
             model.save_pretrained(cfg.out, dtype, weights)
             tokenizer.save_pretrained(cfg.out)
             if policy:

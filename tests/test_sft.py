@@ -7,13 +7,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import dense
 import train_sft
 import trainer
 from cli import UserError
 from conftest import last_state, spawn_two
 from model import BLM
 from policy import Policy, PolicyConfig
-from train_sft import DenseHeads, LoRA, Mixture, SFTConfig, add_lora, make_batch, merged, read_row, train
+from dense import DenseHeads
+from train_sft import LoRA, Mixture, SFTConfig, add_lora, make_batch, merged, read_row, train
 from tokenizer import Tokenizer, collate, train_tokenizer
 from vlm import PRESETS, VLM, VisionConfig, VLMConfig
 
@@ -219,7 +221,7 @@ def test_tokens_of_an_answer_know_what_it_depends_on_and_only_they(tokenizer):
     def known(*turns):
         talks = train_sft.conversations(2, turns)
         ids, labels, lengths = train_sft.branched(tokenizer, talks, [(1, 8, 8)] * 2, 2)
-        places, weights, words = train_sft.answer_places(ids, labels, lengths, (talks, [("image", image) for image in scene["images"] * 2], scene), tokenizer, 16)
+        places, weights, words = dense.answer_places(ids, labels, lengths, (talks, [("image", image) for image in scene["images"] * 2], scene), tokenizer, 16)
         return ids, [p - 1 for p, label in enumerate(labels) if label >= 0], places, weights, words
 
     for asked, reply, own in (("Is the target left of the peg?", "yes", None), ("What is near? A) target B) peg", "B", (-1, -2.5)), ("What is near?", "peg", (-1, -2.5))):
@@ -236,15 +238,15 @@ def test_tokens_of_an_answer_know_what_it_depends_on_and_only_they(tokenizer):
     assert len(tell) == 2 and not set(tell) & set(read_from) and all(tokenizer.decode(ids[p:]).strip().startswith(name) for p, name in zip(tell, "tp"))
     assert places[tell, 2:4].tolist() == [[-1, -2], [1, -1]] and weights[tell].tolist() == [1, 1] and places[tell[0], :2].isnan().all() and places[tell[1], :2].tolist() == [-1, -2.5]
     assert (words >= 0).nonzero()[:, 0].tolist() == [read_from[-2]] and words[read_from[-2]] == ids[tell[1]]
-    assert train_sft.place_in('{"bbox_2d": [10, 20, 30, 60], "label": "bin"}').tolist() == [20, 40]
+    assert dense.place_in('{"bbox_2d": [10, 20, 30, 60], "label": "bin"}').tolist() == [20, 40]
     for text in ("yes", "63, 100", '{"point_2d": [63], "label": "peg"}', '{"point_2d": [1, 2, 3]}'):
-        assert train_sft.place_in(text) is None
+        assert dense.place_in(text) is None
 
 
 def test_options_are_found_where_a_letter_answers(tokenizer):
     def found(question, answer):
         ids, labels = train_sft.chat(tokenizer, [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], answer=False)
-        return [(option.text, option.right) for option in train_sft.options(ids, labels, tokenizer)]
+        return [(option.text, option.right) for option in dense.options(ids, labels, tokenizer)]
 
     assert found("Which? A) the red cube B) peg C) bin", "C") == [("the red cube", False), ("peg", False), ("bin", True)]
     for question, answer in (("Which? A) red B) peg", "peg"), ("Which?", "B"), ("Which? A) red B) peg", "B) peg")):
