@@ -182,6 +182,8 @@ def test_blocks_put_on_top_change_nothing_at_first(tmp_path):
     base, tuned = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "taller"))
     assert tuned.keys() > base.keys() and tuned["model.layers.4.mlp.down_proj.weight"].any() and torch.equal(base["model.layers.1.mlp.down_proj.weight"], tuned["model.layers.1.mlp.down_proj.weight"])
     assert len(VLM.from_pretrained(tmp_path / "taller").model.layers) == 5
+    with pytest.raises(UserError, match="--grow puts blocks on a backbone"):
+        train(config(tmp_path / "none", grow=1))
 
 
 def test_only_the_chosen_parts_are_trained(tmp_path):
