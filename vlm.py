@@ -406,7 +406,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, config.hidden_size, kernel, stride=kernel, bias=False)
 
     def forward(self, pixel_values):
-        return F.linear(pixel_values.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+        dtype = self.proj.weight.dtype
+        return F.linear(pixel_values.to(dtype), self.proj.weight.flatten(1)).to(dtype)               # autocast: what blocks add to stays in float32
 
 
 class PatchMerger(nn.Module):
@@ -612,7 +613,7 @@ class VLM(nn.Module):
             places = input_ids == token_id
             if int(places.sum()) != len(some):
                 raise ValueError(f"the text has {int(places.sum())} places for tokens of images or videos, the pictures make {len(some)}")
-            x = x.masked_scatter(places[..., None], some) if len(some) else x
+            x = x.masked_scatter(places[..., None], some.to(x.dtype)) if len(some) else x
         return x, features
 
     def forward(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, pixel_values_videos=None, video_grid_thw=None,
