@@ -39,7 +39,7 @@ from model import BLM, backbone_hash, load_training
 from policy import PRESETS, EmbodimentLinear, Policy, PolicyConfig
 from rollout import EXECUTE_STEPS
 from tokenizer import Tokenizer
-from trainer import Run, RunConfig, checkpoints, make_optimizer, read_record, shard, whole
+from trainer import Run, RunConfig, checkpoints, make_optimizers, read_record, shard, whole
 from vlm import VLM, find_folder, stored_dtype
 
 
@@ -301,13 +301,13 @@ def train(cfg, config):
             shard(module, (), run.device, ("sample",))
         module.to(run.device)
     averages = list(blm.policy.parameters())
-    optimizer = make_optimizer((policy,), dataclasses.replace(cfg, weight_decay=0.0) if only_new else cfg)       # it would shrink the others' layers
+    optimizers = make_optimizers((policy,), dataclasses.replace(cfg, weight_decay=0.0) if only_new else cfg, run.dtype)       # it would shrink the others' layers
 
     def check_origin(before):
         if before["robots"] != list(policy.embodiments):
             raise UserError(f"{cfg.out} was trained on {', '.join(before['robots'])}, --data has {', '.join(policy.embodiments)}: choose another --out")
 
-    run.begin({"policy": policy, "ema": blm.policy}, optimizer, check_origin)
+    run.begin({"policy": policy, "ema": blm.policy}, optimizers, check_origin)
     before = [*run.record.get("before", []), {name: run.record[name] for name in ("command", "step", "episodes")}] if cfg.resume else []
 
     def batches_of(step):
@@ -323,7 +323,8 @@ def train(cfg, config):
     def gradients(batches, step):
         """Leaves this process's share of the step's gradient in the parameters; returns its share of the losses."""
         batch, totals = batches
-        losses = policy({name: tensor.to(run.device) for name, tensor in batch.items()}, totals)
+        with run.autocast():
+            losses = policy({name: tensor.to(run.device) for name, tensor in batch.items()}, totals)
         run.backward(losses["loss"])
         return {name: value.detach() for name, value in losses.items()}
 

@@ -14,6 +14,7 @@ absent; log.jsonl, a line a step; loss.png. Ctrl-C and SIGTERM save before they 
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -56,10 +57,11 @@ class RunConfig:
     tracker: str = "none"          # send the log to wandb or tensorboard as well, if it is installed
     seed: int = 0                  # of weights, rows and noise
     device: str = "auto"           # auto, cpu, cuda or mps
+    dtype: str = "auto"            # of matrix products: float32 or bfloat16; auto: bfloat16 on CUDA. A CPU with AVX-512 BF16 or AMX gains by it as well
     resume: bool = False           # go on from the last checkpoint in --out; with more --steps, train it longer
 
 
-FREE = {"steps", "spike", "on_spike", "eval_every", "save_every", "keep", "fsdp", "tracker", "device", "resume", "out", "data"}         # may change when resuming
+FREE = {"steps", "spike", "on_spike", "eval_every", "save_every", "keep", "fsdp", "tracker", "device", "dtype", "resume", "out", "data"}         # may change when resuming
 
 
 # ---- processes
@@ -111,11 +113,42 @@ def add_gradients(parameters):
 
 # ---- optimiser
 
-def make_optimizer(modules, cfg):
-    named = [p for module in modules for p in module.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in named if p.ndim > 1], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in named if p.ndim == 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step has all singular values near one (Jordan et al. 2024), for the matrices of blocks: what is rare in the gradient is learned as fast
+    as what is common. A step is as large as AdamW's at the same rate (arXiv 2502.16982). torch.optim's is in bfloat16 whatever the machine; this one, in `dtype`."""
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95, dtype=torch.float32):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "dtype": dtype})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad)).lerp_(p.grad, 1 - group["momentum"])
+                    step = orthogonal(p.grad.lerp(mean, group["momentum"]).to(group["dtype"])).to(p.dtype)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+def orthogonal(matrix, steps=5):
+    """U S V' to about U V', by a Newton-Schulz iteration that pulls each singular value towards one, its coefficients Jordan's."""
+    x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if matrix.shape[0] > matrix.shape[1] else x
+
+
+def make_optimizers(modules, cfg, dtype=torch.float32):
+    """Muon for the matrices of blocks; AdamW for embeddings, heads, what robots have each for themselves, and, without decay, for vectors."""
+    parameters = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
+    in_blocks = lambda name, p: p.ndim == 2 and re.search(r"\b(layers|blocks|attentions|mlps)\.\d", name)
+    hidden, rest = [p for name, p in parameters if in_blocks(name, p)], [p for name, p in parameters if not in_blocks(name, p)]
+    groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": cfg.weight_decay}, {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    muon = [Muon(hidden, cfg.lr, cfg.weight_decay, dtype=dtype)] if hidden else []
+    return muon + ([torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)] if groups else [])
 
 
 def learning_rate(step, cfg):
@@ -175,7 +208,7 @@ def check(cfg):
     """UserError for what is wrong with a RunConfig and its folder: to be told before any work."""
     choose(cfg.on_spike, ("skip", "stop"), "--on_spike")
     at_least(cfg, 1, "steps", "batch_size", "eval_every", "save_every", "keep"), at_least(cfg, 0, "lr", "warmup", "weight_decay", "grad_clip", "spike", "seed")
-    choose(cfg.tracker, ("none", "wandb", "tensorboard"), "--tracker")
+    choose(cfg.tracker, ("none", "wandb", "tensorboard"), "--tracker"), choose(cfg.dtype, ("auto", "float32", "bfloat16"), "--dtype")
     world, found = this_process()[1], checkpoints(cfg.out)
     if cfg.fsdp and world == 1:
         raise UserError("--fsdp shards over several processes: start it with `torchrun --nproc_per_node 2` or more")
@@ -197,6 +230,9 @@ class Run:
         self.track = tracker(cfg, flags)
         self.rank, self.world, self.device = start_processes(cfg)
         self.sharded = cfg.fsdp
+        self.dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or cfg.dtype == "auto" and self.device.type == "cuda" else torch.float32
+        if self.rank == 0 and self.dtype == torch.bfloat16:
+            print("matrix products in bfloat16")
         self.step, self.seconds, self.norms, self.skipped, self.figures, self.record, self.signal, self.ending = 0, 0.0, [], 0, {}, {}, None, None
         self.writer, self.writing = ThreadPoolExecutor(1), None
 
@@ -210,14 +246,19 @@ class Run:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
 
+    def autocast(self):
+        """What the forward pass runs under."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
     def backward(self, loss):
         """Of a loss that is this process's share of the step's: gradients add up. fully_shard would take their mean."""
         (loss * self.world if self.sharded else loss).backward()
 
-    def begin(self, modules, optimizer, check=lambda record: None):
-        """Take modules {name: module} and their optimiser, and put the last checkpoint back into them when resuming; `check` may refuse its record."""
-        self.modules, self.optimizer = modules, optimizer
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    def begin(self, modules, optimizers, check=lambda record: None):
+        """Take modules {name: module} and their optimisers, and put the last checkpoint back into them when resuming; `check` may refuse its record."""
+        self.modules, self.optimizers = modules, optimizers
+        owners = [(p, optimizer.state) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        self.parameters, self.states = [p for p, _ in owners], [state for _, state in owners]
         if not self.cfg.resume:
             return
         for leftover in (Path(self.cfg.out) / "state").glob(".*") if self.rank == 0 else ():           # of a process that was killed while it wrote
@@ -230,18 +271,18 @@ class Run:
                 raise UserError(f"{self.cfg.out} was trained with --{name} {before}, not {value}: resume with that, or choose another --out")
         check(record)
         for name in sorted(stored(path)):
-            if name.startswith("optimizer."):                            # AdamW makes these in its first step
+            if name.startswith("optimizer."):                            # optimisers make these in their first step
                 _, i, kind = name.split(".")
                 parameter = self.parameters[int(i)]
-                self.optimizer.state[parameter][kind] = torch.zeros((), device=self.device) if kind == "step" else torch.zeros_like(parameter)
+                self.states[int(i)][parameter][kind] = torch.zeros((), device=self.device) if kind == "step" else torch.zeros_like(parameter)
         read_tensors(path, self.tensors())
         self.step, self.seconds, self.norms, self.figures = record["step"], record["seconds"], record.get("norms", []), record.get("figures", {})
 
     def tensors(self):
         """All that a checkpoint holds, by name."""
         found = {f"{owner}.{name}": tensor for owner, module in self.modules.items() for name, tensor in module.state_dict().items()}
-        for i, parameter in enumerate(self.parameters):
-            found.update({f"optimizer.{i}.{kind}": value for kind, value in self.optimizer.state.get(parameter, {}).items()})
+        for i, (parameter, state) in enumerate(zip(self.parameters, self.states)):
+            found.update({f"optimizer.{i}.{kind}": value for kind, value in state.get(parameter, {}).items()})
         return found
 
     def save(self, record):
@@ -288,7 +329,7 @@ class Run:
                 float(gradients(batches_of(step), step)["loss"])
                 seconds = time.perf_counter() - start
             told.append((number, seconds))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget_gradients()
         if self.rank == 0 and told:
             each = ", ".join(f"{number} steps at {seconds:.2f} s ({self.cfg.batch_size / seconds:.0f} rows/s)" for number, seconds in told)
             print(f"about {sum(number * seconds for number, seconds in told) / 60:.0f} minutes without evaluation: {each}")
@@ -301,7 +342,7 @@ class Run:
         rank 0, export on every process if sharded; describe(step): the step's rows in words; flops(batches, step) of this process; after(step) follows an
         optimiser step.
         """
-        cfg, begun, peak = self.cfg, time.time() - self.seconds, product_speed(self.device)
+        cfg, begun, peak = self.cfg, time.time() - self.seconds, product_speed(self.device, self.dtype)
         log = open_log(Path(cfg.out) / "log.jsonl", self.step) if self.rank == 0 else None
         before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=cfg.steps, initial=self.step, disable=self.rank > 0, mininterval=1, unit="step")
@@ -313,7 +354,7 @@ class Run:
                     if self.step + 1 < cfg.steps:
                         upcoming = loader.submit(batches_of, self.step + 1)
                     rate = learning_rate(self.step, cfg)
-                    for group in self.optimizer.param_groups:
+                    for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                         group["lr"] = rate
                     line = self.one_step(gradients, batches, describe)
                     if "skipped" not in line:
@@ -384,9 +425,14 @@ class Run:
         else:
             self.norms, self.skipped = [*self.norms, line["grad_norm"]][-NORMS:], 0
             nn.utils.clip_grads_with_norm_(with_gradient, self.cfg.grad_clip or math.inf, norm)
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers:
+                optimizer.step()
+        self.forget_gradients()
         return line
+
+    def forget_gradients(self):
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def spike(self, line, usual, describe):
         about = f"step {self.step + 1}: loss {line['loss']}, gradient norm {line['grad_norm']}" + (f" where {usual:.3g} is usual" if usual < math.inf else "")
@@ -439,9 +485,9 @@ def memory(device):
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6), 2)
 
 
-def product_speed(device, n=1024):
-    """FLOP/s of a matrix product on this device, in the type that training takes there: what utilisation is a share of."""
-    a, sync = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32), lambda: device.type == "cuda" and torch.cuda.synchronize()
+def product_speed(device, dtype, n=1024):
+    """FLOP/s of a matrix product on this device: what utilisation is a share of."""
+    a, sync = torch.randn(n, n, device=device, dtype=dtype), lambda: device.type == "cuda" and torch.cuda.synchronize()
     best = math.inf
     for _ in range(4):
         start = time.perf_counter()

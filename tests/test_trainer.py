@@ -21,7 +21,7 @@ import trainer
 from cli import UserError
 from conftest import last_state, spawn_two
 from policy import PolicyConfig
-from trainer import Run, RunConfig, checkpoints, make_optimizer, shard, whole
+from trainer import Muon, Run, RunConfig, checkpoints, make_optimizers, orthogonal, shard, whole
 
 made = test_train_policy.made                                            # the fixture
 
@@ -40,7 +40,7 @@ def fit(out, bad=(), watch=lambda run: None, evaluate=lambda: {"val": 1.0}, **ch
     run = Run(cfg, asdict(cfg))
     if run.sharded:
         shard(model, [model[0]], run.device)
-    run.begin({"model": model}, make_optimizer((model,), cfg))
+    run.begin({"model": model}, make_optimizers((model,), cfg))
 
     def batches_of(step):
         x = torch.randn(cfg.batch_size, 3, generator=torch.Generator().manual_seed(step))
@@ -230,3 +230,32 @@ def test_recomputing_blocks_changes_no_gradient():
         model(ids).logits.square().mean().backward()
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert found[0] and all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_muon_makes_singular_values_alike_and_steps_like_torchs():
+    torch.manual_seed(0)
+    for shape in ((48, 32), (32, 48), (16, 16)):
+        matrix = torch.randn(shape) * torch.logspace(0, -1.5, shape[1])                    # singular values far apart
+        values = torch.linalg.svdvals(orthogonal(matrix))
+        assert values.max() < 1.3 and values.median() > 0.6 and torch.linalg.svdvals(matrix / matrix.norm()).median() < 0.3
+    weights = [nn.Parameter(torch.randn(24, 40)) for _ in range(2)]
+    weights[1].data.copy_(weights[0].data)
+    before, settings = weights[0].detach().clone(), {"lr": 0.02, "weight_decay": 0.1}
+    optimizers = Muon(weights[:1], **settings), torch.optim.Muon(weights[1:], adjust_lr_fn="match_rms_adamw", **settings)
+    for _ in range(5):
+        gradient = torch.randn(24, 40)
+        for weight, optimizer in zip(weights, optimizers):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    ours, theirs = (weight.detach() - before for weight in weights)
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()                                   # theirs is in bfloat16
+
+
+def test_every_parameter_has_one_optimizer_and_matrices_of_blocks_have_muon():
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)]), "embed": nn.Embedding(5, 4), "frozen": nn.Linear(4, 4).requires_grad_(False)})
+    twin = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)])})
+    muon, adamw = make_optimizers((model, twin), RunConfig(weight_decay=0.3))
+    owned = [{id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]} for optimizer in (muon, adamw)]
+    assert owned[0] == {id(module.layers[0].weight): 0.3 for module in (model, twin)}
+    assert owned[1] == {id(model.embed.weight): 0.3, id(model.layers[0].bias): 0.0, id(twin.layers[0].bias): 0.0}
+    assert len(make_optimizers((model.embed,), RunConfig())) == len(make_optimizers((twin.layers[0],), RunConfig())) == 1
