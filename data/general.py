@@ -26,19 +26,28 @@ WORDS = ("apple bread chair cloud door eagle field fish garden glass hat house i
          "winter wolf wood yard zebra").split()
 ABSENT = ("car dog tree house bird clock horse lamp boat flower book cat chair cup hat key plate shoe train window").split()
 NUMBERS = range(1, 10)
-WORDINGS = {                                         # the last of each is held out
-    "format capitals": ("Write the word {} in capital letters.", "Write {} in capital letters.", "Give the word {} in capitals.", "Put the word {} in capital letters."),
-    "format twice": ("Write the word {} twice.", "Say {} two times.", "Write {} twice.", "Say the word {} twice."),
+WORDINGS = {                                         # the last of each is held out: a new sentence, of words that the others have
+    "format capitals": ("Write the word {} in capital letters.", "Write {} in capital letters.", "Give the word {} in capitals.", "Put {} into capital letters.",
+                        "Say the word {} in capitals.", "Put the word {} in capital letters."),
+    "format twice": ("Write the word {} twice.", "Say {} two times.", "Write {} twice.", "Give the word {} two times.", "Put the word {} twice.", "Say the word {} twice."),
     "format json": ("Write the word {} as JSON with the key \"word\".", "Give {} as JSON with the key \"word\".", "Answer in JSON: the word {}, with the key \"word\".",
-                    "Put the word {} into JSON with the key \"word\"."),
-    "copying": ("Repeat: {}.", "Repeat these words: {}.", "Say after me: {}.", "Copy these words: {}."),
-    "ordering words": ("Put these words in alphabetical order: {}.", "Sort these words: {}.", "Order these words by the alphabet: {}.", "Sort by the alphabet: {}."),
-    "ordering numbers": ("Sort these numbers: {}.", "Put these numbers in order, the smallest first: {}.", "Order these numbers: {}.", "Put in order: {}."),
-    "arithmetic plus": ("What is {} + {}?", "Add {} and {}.", "How much is {} + {}?", "Give the sum of {} and {}."),
-    "arithmetic minus": ("What is {} - {}?", "Take {1} from {0}.", "How much is {} - {}?", "Give {} - {}."),
-    "choice letter": ("Which letter stands before {}? {}", "Give the letter of {}: {}", "Which of these is {}? {}", "Choose {}. {}"),
-    "choice words": ("What stands after {}? {}", "Give what has the letter {}: {}", "Which words have the letter {}? {}", "Say what is behind {}. {}"),
-    "refusal": ("What colour is the {}?", "Where is the {}? Give a point.", "Describe the {} in the picture.", "Tell me about the {} in the picture."),
+                    "Put {} into JSON, the key is \"word\".", "Say {} in JSON with the key \"word\".", "Put the word {} into JSON with the key \"word\"."),
+    "copying": ("Repeat: {}.", "Repeat these words: {}.", "Say after me: {}.", "Copy: {}.", "Write these words again: {}.", "Say these words: {}.", "Copy what I write: {}.",
+                "Write after me, these words: {}.", "Copy these words: {}."),
+    "ordering words": ("Put these words in alphabetical order: {}.", "Sort these words: {}.", "Order these words by the alphabet: {}.", "Sort: {}.",
+                       "Put in order by the alphabet: {}.", "Write these words in alphabetical order: {}.", "Give these words, sorted: {}.", "Sort by the alphabet: {}."),
+    "ordering numbers": ("Sort these numbers: {}.", "Put these numbers in order, the smallest first: {}.", "Order these numbers: {}.", "Put these in order: {}.",
+                         "Give these numbers in order: {}.", "Write these numbers, sorted: {}.", "Order: {}.", "Put in order: {}."),
+    "arithmetic plus": ("What is {} + {}?", "Add {} and {}.", "How much is {} + {}?", "Give {} + {}.", "What is the sum of {} and {}?", "What do {} and {} give?",
+                        "Write the sum of {} and {}.", "Give the sum of {} and {}."),
+    "arithmetic minus": ("What is {} - {}?", "Take {1} from {0}.", "How much is {} - {}?", "Give what is left of {} without {}.", "Write {} - {}.",
+                         "What is left of {} without {}?", "Give {} - {}."),
+    "choice letter": ("Which letter stands before {}? {}", "Give the letter of {}: {}", "Which of these is {}? {}", "Which letter has {}? {}", "Choose the letter of {}. {}",
+                      "Say which is {}. {}", "Choose {}. {}"),
+    "choice words": ("What stands after {}? {}", "Give what has the letter {}: {}", "Which words have the letter {}? {}", "What has the letter {}? {}", "Say what {} is. {}",
+                     "Which words stand behind {}? {}", "Say what is behind {}. {}"),
+    "refusal": ("What colour is the {}?", "Where is the {}? Give a point.", "Describe the {} in the picture.", "What shape is the {}?", "Tell where the {} is.",
+                "What do you see of the {}?", "Tell me what you see of the {}.", "Is the {} red?", "Give the box of the {} in the picture.", "Tell me about the {} in the picture."),
 }
 KINDS = tuple(dict.fromkeys(name.split()[0] for name in WORDINGS))
 OFTEN = {"copying": 6, "choice letter": 4, "choice words": 4}        # times as many training rows as of the others
