@@ -44,7 +44,7 @@ from dense import DenseHeads, answer_weights, begins, place_in
 from model import BLM, backbone_hash
 from tokenizer import SYSTEM_PROMPT, Tokenizer, chat, train_tokenizer
 import trainer
-from trainer import Run, RunConfig, checkpoints, make_optimizer, shard, whole
+from trainer import Run, RunConfig, checkpoints, make_optimizers, shard, whole
 from vlm import PRESETS as SIZES
 from vlm import VLM, find_folder, process_media, read_json, stored_dtype
 
@@ -184,7 +184,7 @@ def read_rows(rows, mixture, cfg, dense_only=False):
 def grey_row(scene):
     """A row that teaches nothing: a grey picture, nothing asked; as a `scene` it has dense targets, which the losses leave out."""
     grey, grid = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), 128, np.uint8), (1, corpora.GRID, corpora.GRID)
-    targets = {"patch_class": np.full(grid, -100), "patch_offset": np.zeros((*grid, 3), np.float32)}           # -100: cross_entropy leaves it out
+    targets = {"patch_class": np.full(grid, -100), "patch_offset": np.zeros((*grid, 3), np.float32), "gripper": np.zeros((1, 4), np.float32)}           # -100: cross_entropy leaves it out
     return conversations(1, []), [("image", grey)], targets if scene else None
 
 
@@ -261,7 +261,7 @@ def losses(model, heads, batch, totals, cfg, dense_only):
         found["answer"] = answer_weights(batch["labels"][:, 1:] >= 0) @ F.cross_entropy(logits, labels, reduction="none") / totals[0]
     if cfg.dense_weight:
         named = dense.losses(heads, batch, guesses, totals[1:])
-        found |= {name: cfg.dense_weight * named.get(name, zero) for name in (dense.PATCH_LOSSES if dense_only else dense.PATCH_LOSSES + dense.ANSWER_LOSSES)}
+        found |= {name: cfg.dense_weight * named.get(name, zero) for name in (dense.LOSSES[:2] if dense_only else dense.LOSSES)}
     found["loss"] = sum(found.values())
     return found
 
@@ -462,7 +462,7 @@ def train(cfg):
     if run.sharded:
         shard(model, [*model.visual.blocks, *model.model.layers], run.device), shard(heads, heads.answer, run.device)
     model.to(run.device), heads.to(run.device)
-    run.begin({"model": model, "heads": heads}, make_optimizer((model, heads), cfg))
+    run.begin({"model": model, "heads": heads}, make_optimizers((model, heads), cfg, run.dtype))
     dense_steps = cfg.dense_steps if cfg.dense_weight else 0
 
     def batches_of(step):
@@ -478,7 +478,7 @@ def train(cfg):
         batches = [move(batch, run.device) for batch in batches]
         totals, sums = count(batches), {}
         for batch in batches:
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
+            with run.autocast():
                 found = losses(model, heads, batch, totals, cfg, step < dense_steps)
             if found["loss"].requires_grad:                      # rows without a picture teach a ViT nothing
                 run.backward(found["loss"])

@@ -1,6 +1,6 @@
 """Stage I's corpus: pictures from the simulator, and questions whose answers are its true state.
 
-    python -m data.corpus --scenes 36000 --workers 2            (train; a fifteenth of it for validation beside it)
+    python -m data.corpus --scenes 42000 --workers 2            (train; a fifteenth of it for validation beside it)
 
 A scene is one of two things:
     a picture    front, or front and wrist: a random layout with spare cubes around, the arm anywhere, now and then ready to grasp or nearly so
@@ -9,6 +9,7 @@ A scene is one of two things:
 It has at most ten questions (data/questions.py) and, for the base stage, dense targets of every picture:
     patch_class  (V, 8, 8) int     what a patch shows, index into CLASSES, 0 = nothing named
     patch_offset (V, 8, 8, 3)      that object's centre minus the patch's centre (in patches, x to the right, y down), and its camera depth (m) minus 0.6
+    gripper      (V, 4)            where it is, seen or not: x, y (patches from the picture's centre), depth (dm) minus 6; its opening, 0 closed to 1 open
 Files: <folder>/<split>/<shard>.safetensors with images (n, 128, 128, 3) uint8, first (scenes + 1), the targets, and the questions as JSON in the header.
 Validation scenes come from seeds that training never sees; their questions are asked twice, in wordings that it sees and in those that it does not.
 """
@@ -45,7 +46,7 @@ VALIDATION_SEED = 2_000_000
 
 @dataclass
 class CorpusConfig:
-    scenes: int = 36000        # training scenes, spread over all robots and tasks
+    scenes: int = 42000        # training scenes, spread over all robots and tasks
     seed: int = 0              # first seed
     workers: int = 2           # processes
     out: str = "out/corpus"    # folder
@@ -63,7 +64,7 @@ def project(env, view, point):
 
 
 def look(env, view, spare):
-    """The picture, its dense targets, and {label: (x1, y1, x2, y2, pixels, x, y of its centre)} of what it shows. spare {body: label}."""
+    """The picture, its patch_class, patch_offset and gripper, and {label: (x1, y1, x2, y2, pixels, x, y of its centre)} of what it shows. spare {body: label}."""
     names = {**env.task.labels, **spare}
     label_of = np.zeros(env.model.ngeom + 1, int)             # the last entry serves id -1, the sky
     centres = {1: env.data.site_xpos[env.tcp]}
@@ -91,18 +92,21 @@ def look(env, view, spare):
     for c in np.unique(classes[classes > 1]):
         ys, xs = np.nonzero(classes == c)
         seen[CLASSES[c]] = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1, len(xs), *project(env, view, centres[c])[:2])
-    return picture, patch_class, patch_offset, seen
+    x, y, depth = project(env, view, centres[1])
+    gripper = (*np.clip((x / patch - GRID / 2, y / patch - GRID / 2), -GRID, GRID), 10 * depth - 6, env.data.qpos[env.robot.dof] / env.robot.travel)
+    return picture, patch_class, patch_offset, gripper, seen
 
 
 # ---- scenes
 
-def scene_of(env, shots, spare, asked, rng):
-    """A scene of `shots` [(view, look's result)]: images, targets, and up to MOST_QUESTIONS of what was asked."""
+def scene_of(shots, asked, rng):
+    """A scene of `shots`, what `look` returned: {name: one of each shot}, and up to MOST_QUESTIONS of what was asked."""
     mixed, ranks = [asked[i] for i in rng.permutation(len(asked))], Counter()
     for question in mixed:                                   # one of each category first, then a second of each
         question["rank"] = ranks[question["category"]] = ranks[question["category"]] + 1
     chosen = sorted(mixed, key=lambda question: question.pop("rank"))[:MOST_QUESTIONS]
-    return [shot[0] for shot in shots], [shot[1] for shot in shots], [shot[2] for shot in shots], chosen
+    images, classes, offsets, grippers, _ = zip(*shots)
+    return {"images": images, "patch_class": classes, "patch_offset": offsets, "gripper": grippers}, chosen
 
 
 def grasp_point(env, label, body):
@@ -132,11 +136,11 @@ def picture(env, seed, rng, asker):
     views = VIEWS if rng.random() < 0.7 else VIEWS[:1]
     looks = {view: look(env, view, spare) for view in views}
     grasps = {label: (ready(env, label, body), project(env, "front", grasp_point(env, label, body))[:2]) for label, body in bodies.items() if label in GRASPED}
-    asked = asker.picture({view: shot[3] for view, shot in looks.items()}, list(bodies), {label: env.position(body) for label, body in bodies.items()}, COLOURS, grasps,
+    asked = asker.picture({view: shot[-1] for view, shot in looks.items()}, list(bodies), {label: env.position(body) for label, body in bodies.items()}, COLOURS, grasps,
                           (env.robot.display_name, env.robot.dof, [get_robot(name).display_name for name in ROBOTS]), sum("cube" in label for label in env.task.labels.values()))
     for i in range(CLUTTER):
         env.place(f"clutter{i}", (0.1 * i, 0, -0.5))
-    return scene_of(env, list(looks.values()), spare, asked, rng)
+    return scene_of(list(looks.values()), asked, rng)
 
 
 def pose_arm(env, bodies, rng):
@@ -210,9 +214,10 @@ def attempt(env, seed, rng, fault):
 
 
 def clips(env, seed, rng, asker):
-    """The scenes of one attempt: twice as a whole, up to the ends of four of its steps, its end, and twice two pictures with two that may follow."""
+    """The scenes of one attempt: twice as a whole, four times if it failed, its end, up to the end of each of its steps, and three times two pictures with two that
+    may follow."""
     causes = faults_of(env.task)
-    fault = rng.choice(causes) if rng.random() < 0.6 else None
+    fault = causes[seed // 4 % len(causes)] if rng.random() < 0.5 else None
     trace, success = attempt(env, seed, rng, fault)
     if len(trace) < 12 or success == (fault is not None):    # a fault that did no harm, or an expert that failed
         return []
@@ -230,29 +235,28 @@ def clips(env, seed, rng, asker):
 
     def add(times, asked):
         if asked:
-            found.append(scene_of(env, shots(times), {}, asked, rng))
+            found.append(scene_of(shots(times), asked, rng))
 
     wording = lambda: env.task.instructions[rng.integers(len(env.task.instructions))]
-    for _ in range(2):
+    for _ in range(4 if fault else 2):
         times = np.linspace(0, last, 4) + np.append(np.insert(rng.uniform(-0.1, 0.1, 2) * last, 0, 0), 0)
         still = rng.random() < 0.25                          # the same picture four times over: nothing moves
         times = np.full(4, rng.integers(last)) if still else times.astype(int)
         moved = bool(np.abs(trace[times[-1]][0][:dof] - trace[times[0]][0][:dof]).max() > 0.05)
         questions = asker.whole(task, tasks, wording(), label, success, fault, causes, moved)
         add(times, [q for q in questions if q["category"] == "embodiment"] if still else questions)
-    add(np.linspace(max(0, last - rng.integers(9, 40)), last, 4).astype(int), [q for q in [asker.yes_no("success", success, (wording(),), (task,))] if q])
+    add(np.linspace(max(0, last - rng.integers(9, 40)), last, 4).astype(int), [q for q in [asker.yes_no("success", success, (wording(),), (task,), ahead=3)] if q])
     ends = [t for t in range(8, last) if names[t] != names[t + 1] and names[t] in STEP_TEXT]
     if fault is None and names.count("approach") and len(set(names)) == len([1 for a, b in zip(names, names[1:]) if a != b]) + 1:     # each step once: no second try
         order = list(dict.fromkeys(names))
-        for t in rng.permutation(ends)[:4]:
+        for t in ends:
             add(np.linspace(max(0, t - 24), t, 4).astype(int), asker.within(task, wording(), label, order, order.index(names[t])))
-    step = 8
-    for t in rng.integers(step, max(step + 1, last - step), 2):
-        if last >= 3 * step and np.abs(trace[min(t + step, last)][0] - trace[t][0]).max() > 0.05:
-            third = rng.random() < 0.5
-            other = t - 2 * step if t >= 2 * step and rng.random() < 0.7 else min(t + 5 * step, last)
-            candidates = [min(t + step, last), other]
-            add([t - step, t, *(candidates if third else candidates[::-1])], asker.future(third))
+    step, far = 8, lambda t, other: np.abs(trace[other][0] - trace[t][0]).max()
+    for t in rng.integers(step, max(step + 1, last - step), 3):
+        third, after = rng.random() < 0.5, min(t + step, last)
+        other = t - 2 * step if t >= 2 * step and rng.random() < 0.7 else min(t + 5 * step, last)
+        if last >= 3 * step and far(t, after) > 0.05 and far(t, other) > 1.5 * far(t, after):        # what stays where it was might be next as well
+            add([t - step, t, *((after, other) if third else (other, after))], asker.future(third))
     return found
 
 
@@ -271,16 +275,17 @@ def make_shard(job):
             rng = np.random.default_rng([seed, 11])
             made = [picture(env, seed, rng, asker)] if seed % 4 else clips(env, seed, rng, asker)     # a clip's seed gives up to nine scenes
             for scene in made:
-                for question in scene[3]:
+                for question in scene[1]:
                     question["held_out"] = asker.held_out
             scenes += made
         seed += 1
     env.close()
     scenes = scenes[:count]
-    tensors = {"images": np.concatenate([np.stack(s[0]) for s in scenes]), "patch_class": np.concatenate([np.stack(s[1]) for s in scenes]).astype(np.uint8),
-               "patch_offset": np.concatenate([np.stack(s[2]) for s in scenes]).astype(np.float16), "first": np.cumsum([0] + [len(s[0]) for s in scenes])}
+    joined = lambda name, dtype: np.concatenate([np.stack(shots[name]) for shots, _ in scenes]).astype(dtype)
+    tensors = {"images": joined("images", np.uint8), "patch_class": joined("patch_class", np.uint8), "patch_offset": joined("patch_offset", np.float16),
+               "gripper": joined("gripper", np.float16), "first": np.cumsum([0] + [len(shots["images"]) for shots, _ in scenes])}
     with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata={"questions": json.dumps([s[3] for s in scenes]), "robot": robot, "task": task, "classes": json.dumps(CLASSES)})
+        save_file(tensors, temporary, metadata={"questions": json.dumps([questions for _, questions in scenes]), "robot": robot, "task": task, "classes": json.dumps(CLASSES)})
     return count
 
 
@@ -313,7 +318,7 @@ class Corpus:
     """Scenes of a split ("train" or "val"), read from memory-mapped shards.
 
     corpus[i] -> {"images": [(128, 128, 3) uint8], "turns": [(question, answer)], "questions": the same with category, form and chance,
-    "often": how many the corpus has of each one's category, "patch_class": (V, 8, 8), "patch_offset": (V, 8, 8, 3), "robot": str, "things": [str], the labels
+    "often": how many the corpus has of each one's category, "patch_class": (V, 8, 8), "patch_offset": (V, 8, 8, 3), "gripper": (V, 4), "robot": str, "things": [str], the labels
     of what a clip's task is about, none for pictures}.
     """
     num_classes = len(CLASSES)
@@ -330,8 +335,8 @@ class Corpus:
                 questions, first = json.loads(file.metadata()["questions"]), file.get_tensor("first")
             except Exception as error:
                 raise UserError(f"broken corpus file {path} ({type(error).__name__}: {error}); delete it and run `python -m data.corpus --out {folder}` again") from None
-            if file.metadata()["classes"] != json.dumps(CLASSES):
-                raise UserError(f"{path} was made for other object classes; delete {folder} and run `python -m data.corpus --out {folder}` again")
+            if file.metadata()["classes"] != json.dumps(CLASSES) or "gripper" not in file.keys():
+                raise UserError(f"{path} is of another version of the corpus; delete {folder} and run `python -m data.corpus --out {folder}` again")
             places += [(len(self.files), int(a), int(b)) for a, b in zip(first, first[1:])]
             asked += [[question for question in scene if question["category"] in chosen] for scene in questions]
             self.files.append(file)
@@ -353,9 +358,9 @@ class Corpus:
     def __getitem__(self, i):
         number, a, b, questions = self.scenes[i]
         about = self.files[number].metadata()
-        images, classes, offsets = (self.files[number].get_slice(name)[a:b] for name in ("images", "patch_class", "patch_offset"))
+        images, classes, offsets, gripper = (self.files[number].get_slice(name)[a:b] for name in ("images", "patch_class", "patch_offset", "gripper"))
         return {"images": list(images), "turns": [(q["question"], q["answer"]) for q in questions], "questions": questions, "often": [self.often[q["category"]] for q in questions],
-                "patch_class": classes.astype(np.int64), "patch_offset": offsets.astype(np.float32), "robot": about["robot"],
+                "patch_class": classes.astype(np.int64), "patch_offset": offsets.astype(np.float32), "gripper": gripper.astype(np.float32), "robot": about["robot"],
                 "things": list(TASKS[about["task"]].labels.values()) if b - a > len(VIEWS) else []}
 
 

@@ -1,8 +1,8 @@
 """What is asked about a scene: 17 categories, ten wordings each or more, five forms of answers, none of which can be guessed without the pictures.
 
-A question is {"question", "answer", "category", "form", "chance"}. Forms: "yes/no"; "words", a short text; "choice", the letter of one of the options that
-the question lists; "point" and "box", pixels as Qwen2.5-VL writes them: {"point_2d": [x, y], "label": ...}, {"bbox_2d": [x1, y1, x2, y2], "label": ...}; "steps", a numbered list.
-chance: how often a guess among the possible answers is right, 0 where answers are open.
+A question is {"question", "answer", "category", "form", "chance"}. Forms: "yes/no"; "words", a short text; "choice", one of the options that the question
+lists and then its letter, "green: B", in the order in which they can be found out; "point" and "box", pixels as Qwen2.5-VL writes them: {"point_2d": [x, y], "label": ...}, {"bbox_2d": [x1, y1, x2, y2], "label": ...}; "steps", a numbered list.
+chance: how often a guess among the answers that the text leaves possible is right, 0 where answers are open.
 
 `Asker.ask` keeps count of the answers given so far to everything that reads alike, and leaves out a question whose answer is ahead of its alternatives:
 whoever has only the text gains little from what is usual; of yes and no, which are guessed most easily, `equalise` leaves exactly as many. The last two
@@ -145,16 +145,17 @@ class Asker:
     def __init__(self, rng, held_out=False):
         self.rng, self.held_out, self.given = rng, held_out, {}
 
-    def ask(self, name, answer, words=(), options=(), forms=("words",), about=(), balance=True):
-        """A question of WORDINGS[name] about `words`, or None if its answer has been given more often than the rarest of its `options`.
+    def ask(self, name, answer, words=(), options=(), forms=("words",), about=(), ahead=0, unseen=()):
+        """A question of WORDINGS[name] about `words`, or None if its answer is more than `ahead` of the rarest of its `options`.
 
         options: the answers that can occur, `answer` among them; none where answers are open. forms: one is drawn. about: what else tells questions apart.
-        balance=False: the answer is the same for a robot and task, and the corpus has as much of each.
+        ahead=inf: the answer is the same for a robot and task, and the corpus has as much of each. unseen: the answers that are possible for one who does not
+        see which `options` there are.
         """
         options = sorted(options)
-        if options and balance:
+        if options and ahead < np.inf:
             given = self.given.setdefault((name, *about, *options), Counter())
-            if given[answer] > min(given[option] for option in options):
+            if given[answer] > min(given[option] for option in options) + ahead:
                 return None
             given[answer] += 1
         wordings = WORDINGS[name]
@@ -164,16 +165,16 @@ class Asker:
             listed = [answer, *self.rng.permutation([option for option in options if option != answer])[:3]]
             listed = [str(option) for option in self.rng.permutation(listed)]
             question += " " + " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, listed))
-            return {"question": question, "answer": LETTERS[listed.index(answer)], "category": name.split()[0], "form": form, "chance": 1 / len(listed)}
-        made = {"question": question, "answer": answer, "category": name.split()[0], "form": form, "chance": 1 / len(options) if options else 0.0}
+            return {"question": question, "answer": f"{answer}: {LETTERS[listed.index(answer)]}", "category": name.split()[0], "form": form, "chance": 1 / len(listed)}
+        made = {"question": question, "answer": answer, "category": name.split()[0], "form": form, "chance": 1 / len(unseen or options) if options else 0.0}
         return made | {"about": " ".join(about)} if form == "yes/no" else made
 
-    def closed(self, name, answer, options, words=(), about=(), balance=True):
-        """As words or as a choice of letters, whichever the draw says; None with fewer than two options."""
-        return self.ask(name, answer, words, options, ("words", "choice"), about, balance) if len(set(options)) > 1 else None
+    def closed(self, name, answer, options, words=(), about=(), ahead=0, unseen=()):
+        """As words or as a choice, whichever the draw says; None with fewer than two options."""
+        return self.ask(name, answer, words, options, ("words", "choice"), about, ahead, unseen) if len(set(options)) > 1 else None
 
-    def yes_no(self, name, truth, words=(), about=()):
-        return self.ask(name, "yes" if truth else "no", words, ("yes", "no"), ("yes/no",), about or tuple(words))
+    def yes_no(self, name, truth, words=(), about=(), ahead=0):
+        return self.ask(name, "yes" if truth else "no", words, ("yes", "no"), ("yes/no",), about or tuple(words), ahead)
 
     # ---- about one picture, or one from each camera
 
@@ -186,13 +187,13 @@ class Asker:
         """
         rng, found, front = self.rng, [], seen["front"]
         visible = [label for label in bodies if front.get(label, (0,) * 5)[4] >= 6]
-        found.append(self.closed("embodiment robot", arm[0], arm[2], balance=False))
-        found.append(self.ask("embodiment joints", str(arm[1]), (), ("6", "7"), balance=False))
+        found.append(self.closed("embodiment robot", arm[0], arm[2], ahead=np.inf))
+        found.append(self.ask("embodiment joints", str(arm[1]), (), ("6", "7"), ahead=np.inf))
         for label in rng.permutation(sorted(colours)).tolist():
             if label in visible or label not in bodies:              # not where something hides it
                 found.append(self.yes_no("existence", label in visible, (label,)))
         number = sum("cube" in label for label in visible)
-        found.append(self.ask("counting", str(number), (), [str(n) for n in range(own, own + 4)]) if own <= number <= own + 3 else None)
+        found.append(self.ask("counting", str(number), (), [str(n) for n in range(own, own + 4)], unseen=range(6)) if own <= number <= own + 3 else None)
         for label in visible:
             same = [other for other in visible if colours[other] == colours[label]]
             if colours[label] and len(same) == 1:
@@ -204,14 +205,15 @@ class Asker:
             ends = [("nearest to", order[0], gap(order[0], order[1])), ("farthest from", order[-1], gap(order[-2], order[-1]))]
             for word, label, clear in ends:
                 if clear:
-                    found.append(self.closed("nearest", label, order, (word,), (word,)))
+                    found.append(self.closed("nearest", label, order, (word,), (word,), unseen=colours))
             cubes = [label for label in order if "cube" in label]
             for word, a, b, label in (("nearest to", 0, 1, 0), ("farthest from", -2, -1, -1)):
                 if len(cubes) > 1 and gap(cubes[a], cubes[b]):
                     plans = [steps(("approach", "descend", "grasp", "lift"), other) for other in cubes]
-                    found.append(self.ask("plan", plans[label], (word,), plans, ("steps",), (word,)))
+                    found.append(self.ask("plan", plans[label], (word,), plans, ("steps",), (word,), unseen=[other for other in colours if "cube" in other]))
             if ends[0][2] and colours[order[0]]:
-                found.append(self.closed("attribute colour", colours[order[0]], {colours[label] for label in order if colours[label]}))
+                found.append(self.closed("attribute colour", colours[order[0]], {colours[label] for label in order if colours[label]},
+                                         unseen=set(filter(None, colours.values()))))
         for a in visible:
             for b in visible:
                 if a != b and abs(front[a][0] + front[a][2] - front[b][0] - front[b][2]) > 12:
@@ -233,10 +235,10 @@ class Asker:
 
     def whole(self, task, tasks, wording, label, success, cause, causes, moved):
         """Questions about an attempt from beginning to end. task and tasks: instructions; cause: of its failure, or None."""
-        found = [self.closed("task", task, tasks, balance=False), self.yes_no("success", success, (wording,), (task,))]
+        found = [self.closed("task", task, tasks, ahead=np.inf), self.yes_no("success", success, (wording,), (task,), ahead=3)]      # as many as an attempt gives
         if cause:
             texts = [CAUSE_TEXT[name].format(label) for name in causes]
-            found.append(self.closed("failure", CAUSE_TEXT[cause].format(label), texts, (wording,), (task,)))
+            found.append(self.closed("failure", CAUSE_TEXT[cause].format(label), texts, (wording,), (task,), ahead=3))
         return [question for question in [*found, self.yes_no("embodiment moving", moved, (), ("moving",))] if question]
 
     def within(self, task, wording, label, phases, now):

@@ -150,8 +150,9 @@ def test_answers_are_balanced_whatever_is_usual():
     for _ in range(600):
         question = asker.closed("past", str(rng.choice(["a", "b", "c"], p=[0.7, 0.2, 0.1])), ["a", "b", "c"])
         if question and question["form"] == "choice":
-            letters[question["answer"]] += 1
-            assert f"{question['answer']}) " in question["question"] and question["chance"] == 1 / 3
+            word, letter = question["answer"].split(": ")
+            letters[letter] += 1
+            assert f"{letter}) {word}" in question["question"] and question["chance"] == 1 / 3
         elif question:
             seen[question["answer"]] += 1
     assert all(0.2 < letters[letter] / letters.total() < 0.47 for letter in "ABC") and all(0.2 < seen[word] / seen.total() < 0.47 for word in "abc")

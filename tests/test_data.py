@@ -304,12 +304,14 @@ def test_corpus_tells_the_truth(tmp_path):
     assert {q["held_out"] for i in range(len(validation)) for q in validation[i]["questions"]} == {False, True}
     env = TabletopEnv("widowx", "PickCube", render=False, clutter=CLUTTER)
     env.reset(4)
-    picture, patch_class, patch_offset, seen = look(env, "front", {})
+    picture, patch_class, patch_offset, gripper, seen = look(env, "front", {})
     x, y, depth = project(env, "front", env.position("cube"))
     red = np.argwhere((picture[..., 0] > 150) & (picture[..., 1] < 60))
     assert np.abs(red.mean(0)[::-1] - (x, y)).max() < 4                     # the projected centre lies where the red pixels are
     rows, columns = np.nonzero(patch_class == CLASSES.index("red cube"))
     assert len(rows) and np.allclose((columns + 0.5 + patch_offset[rows, columns, 0]) * 16, x, atol=0.1) and np.allclose(patch_offset[rows, columns, 2] + 0.6, depth, atol=1e-4)
+    tip = project(env, "front", env.data.site_xpos[env.tcp])
+    assert np.allclose((gripper[0] * 16 + 64, gripper[1] * 16 + 64, gripper[2] / 10 + 0.6), tip) and np.isclose(gripper[3], env.data.qpos[env.robot.dof] / env.robot.travel)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="broken corpus"):
         Corpus(tmp_path, "train")

@@ -47,7 +47,7 @@ class Corpus:
         classes[:, row, column], offsets[:, row, column] = 1 + i % 3, (0.2, -0.3, 0.05 * (i % 3))
         point = json.dumps({"point_2d": [column * 16 + 8, row * 16 + 8], "label": f"{name} cube"})
         turns = [("What do you see?", f"a {name} cube"), (f"Point to the {name} cube.", point), ("Is it red?", "yes" if name == "red" else "no")]
-        return {"images": list(images), "turns": turns, "often": [9, 9, 1], "things": [], "patch_class": classes, "patch_offset": offsets}
+        return {"images": list(images), "turns": turns, "often": [9, 9, 1], "things": [], "patch_class": classes, "patch_offset": offsets, "gripper": np.zeros((views, 4), np.float32)}
 
 
 TINY = VLMConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, mrope_section=(4, 4, 4),
@@ -216,41 +216,46 @@ def test_tokens_of_an_answer_know_what_it_depends_on_and_only_they(tokenizer):
         assert torch.allclose(weights[about], about.sum() ** -0.5)
         assert np.allclose(places[about][:, :2], (scene * 3 % 8 + 0.5 - 4, scene * 5 % 8 + 0.5 - 4))          # patches from the picture's centre
     gripper, peg, target = (train_sft.corpora.CLASSES.index(name) for name in ("gripper", "peg", "target"))
-    scene = {**Corpus()[0], "things": [], "patch_class": np.zeros((2, 8, 8), np.int64), "patch_offset": np.zeros((2, 8, 8, 3), np.float32)}
+    scene = {**Corpus()[0], "things": [], "patch_class": np.zeros((2, 8, 8), np.int64), "patch_offset": np.zeros((2, 8, 8, 3), np.float32),
+             "gripper": np.array([[1.5, 0.5, 1, 0], [0.5, 0.5, 0, 1]], np.float32)}
     scene["patch_class"][0, 1, 2], scene["patch_class"][1, 4, 4], scene["patch_class"][0, 7, 0] = peg, gripper, target
     scene["patch_offset"][0, 1, 2], scene["patch_offset"][0, 7, 0, 0] = (0.5, 0, 0.1), 99                    # the target's centre is far outside
 
     def known(*turns):
         talks = train_sft.conversations(2, turns)
         ids, labels, lengths = train_sft.branched(tokenizer, talks, [(1, 8, 8)] * 2, 2)
-        places, weights, words = dense.answer_places(ids, labels, lengths, (talks, [("image", image) for image in scene["images"] * 2], scene), tokenizer, 16)
-        return ids, [p - 1 for p, label in enumerate(labels) if label >= 0], places, weights, words
+        places, weights = dense.answer_places(ids, labels, lengths, (talks, [("image", image) for image in scene["images"] * 2], scene), tokenizer, 16)
+        return ids, [p - 1 for p, label in enumerate(labels) if label >= 0], places, weights
 
-    for asked, reply, own in (("Is the target left of the peg?", "yes", None), ("What is near? A) target B) peg", "B", (-1, -2.5)), ("What is near?", "peg", (-1, -2.5))):
+    for asked, reply, own in (("Is the target left of the peg?", "yes", None), ("What is near? A) target B) peg", "peg: B", (-1, -2.5)), ("What is near?", "peg", (-1, -2.5))):
         for turns in ([(asked, reply)], [("Where is the bin?", "there"), (asked, reply)]):
             _, read_from, places, *_ = known(*turns)
             found = places[read_from[-2]]
-            numbers = found[4:].reshape(4, 3, 3)                                                     # pictures; gripper, first and second thing; x, y, depth
-            assert numbers[1, 0].tolist() == [0.5, 0.5, 0] and numbers[0, 0].isnan().all() and numbers[2:].isnan().all() and found[2].isnan()
+            numbers = found[4:40].reshape(4, 3, 3)                                                   # pictures; gripper, first and second thing; x, y, depth
+            assert numbers[:2, 0].tolist() == [[1.5, 0.5, 1], [0.5, 0.5, 0]] and numbers[2:].isnan().all() and found[2].isnan()
             assert found[:2].isnan().all() if own is None else found[:2].tolist() == list(own)
             if own is None:
                 assert numbers[0, 1].isnan().all() and numbers[0, 2].tolist() == [-1, -2.5, 1]
-    ids, read_from, places, weights, words = known(("Where is the bin?", "there"), ("What is near? A) the target B) the peg", "B"))
+    ids, read_from, places, weights = known(("Where is the bin?", "there"), ("What is near? A) the target B) the peg", "the peg: B"))
     tell = places[:, 2].isfinite().nonzero()[:, 0].tolist()
     assert len(tell) == 2 and not set(tell) & set(read_from) and all(tokenizer.decode(ids[p:]).strip().startswith(name) for p, name in zip(tell, "tp"))
     assert places[tell, 2:4].tolist() == [[-1, -2], [1, -1]] and weights[tell].tolist() == [1, 1] and places[tell[0], :2].isnan().all() and places[tell[1], :2].tolist() == [-1, -2.5]
-    assert (words >= 0).nonzero()[:, 0].tolist() == [read_from[-2]] and words[read_from[-2]] == ids[tell[1]]
     assert dense.place_in('{"bbox_2d": [10, 20, 30, 60], "label": "bin"}').tolist() == [20, 40]
+    clip = {**scene, "things": ["peg"], "gripper": np.array([[0.5, 2.5, 0, 1], [0.5, 0.5, 0, 0.25]], np.float32)}
+    moments = dense.moments(clip, dense.object_places(clip), ["peg"])
+    assert moments[36:38].tolist() == [1, 0.25] and np.isclose(moments[40], 2 ** 0.5) and np.isnan(moments[[38, 39, *range(41, 46)]]).all()      # two patches up
+    assert np.isnan(dense.moments({**clip, "things": []}, dense.object_places(clip), ["peg"])[40:]).all()
     for text in ("yes", "63, 100", '{"point_2d": [63], "label": "peg"}', '{"point_2d": [1, 2, 3]}'):
         assert dense.place_in(text) is None
 
 
-def test_options_are_found_where_a_letter_answers(tokenizer):
+def test_options_are_found_where_an_answer_ends_in_a_letter(tokenizer):
     def found(question, answer):
         ids, labels = train_sft.chat(tokenizer, [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], answer=False)
         return [(option.text, option.right) for option in dense.options(ids, labels, tokenizer)]
 
-    assert found("Which? A) the red cube B) peg C) bin", "C") == [("the red cube", False), ("peg", False), ("bin", True)]
+    for answer in ("C", "bin: C"):
+        assert found("Which? A) the red cube B) peg C) bin", answer) == [("the red cube", False), ("peg", False), ("bin", True)]
     for question, answer in (("Which? A) red B) peg", "peg"), ("Which?", "B"), ("Which? A) red B) peg", "B) peg")):
         assert found(question, answer) == []
 
@@ -318,6 +323,14 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch):
     whole, parts = (last_state(tmp_path / name) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and any(name.startswith("optimizer") for name in whole)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_it_learns_in_bfloat16_as_in_float32(tmp_path):
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        train(config(tmp_path / dtype, dtype=dtype, steps=20, lr=1e-3))
+        losses.append([json.loads(line)["loss"] for line in (tmp_path / dtype / "log.jsonl").read_text().splitlines()])
+    assert losses[0] != losses[1] and np.allclose(*losses, rtol=0.05) and np.mean(losses[1][-4:]) < 0.8 * np.mean(losses[1][2:6])         # two were dense alone
 
 
 def test_dense_stage_stops_at_block_k_and_micro_batches_change_nothing(tmp_path):
