@@ -3,7 +3,7 @@
     python -m data.general                 writes out/general/{train,probes}.jsonl and the pictures that some of them show
 
 Six kinds: format (answer in capital letters, twice, as JSON), copying, ordering (words and numbers), arithmetic, choice (which letter stands before some
-words, which words after a letter), and refusal (asked about what the picture does not show, say so). Probes use words and numbers of which training sees
+words, which words after a letter; take an option and give its letter), and refusal (asked about what the picture does not show, say so). Probes use words and numbers of which training sees
 other combinations, and half of them a wording that it never sees. Training has most of copying and choice: looking up in the text what is to be said
 next comes late in a small model, suddenly, and the letter of an answer rests on it.
 Each line is a chat, {"messages": [...], "kind": ..., "held_out": bool}: the shape in which people have their own data (data/chats.py reads both).
@@ -46,11 +46,13 @@ WORDINGS = {                                         # the last of each is held 
                       "Say which is {}. {}", "Choose {}. {}"),
     "choice words": ("What stands after {}? {}", "Give what has the letter {}: {}", "Which words have the letter {}? {}", "What has the letter {}? {}", "Say what {} is. {}",
                      "Which words stand behind {}? {}", "Say what is behind {}. {}"),
+    "choice both": ("Take {}. {}", "Take {} and give its letter. {}", "It is {}. {}", "Say {} and its letter. {}", "Write {} with its letter: {}", "Choose what is {}. {}",
+                    "Repeat {} and its letter. {}", "Take what is {}. {}"),
     "refusal": ("What colour is the {}?", "Where is the {}? Give a point.", "Describe the {} in the picture.", "What shape is the {}?", "Tell where the {} is.",
                 "What do you see of the {}?", "Tell me what you see of the {}.", "Is the {} red?", "Give the box of the {} in the picture.", "Tell me about the {} in the picture."),
 }
 KINDS = tuple(dict.fromkeys(name.split()[0] for name in WORDINGS))
-OFTEN = {"copying": 6, "choice letter": 4, "choice words": 4}        # times as many training rows as of the others
+OFTEN = {"copying": 6, "choice letter": 4, "choice words": 4, "choice both": 6}        # times as many training rows as of the others
 
 
 @dataclass
@@ -81,7 +83,9 @@ def instruction(name, rng):
         lengths = rng.integers(1, 4, rng.integers(2, 6))
         options = [" ".join(part) for part in np.split(np.array(some(lengths.sum())), lengths.cumsum()[:-1])]
         right, listed = int(rng.integers(len(options))), " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options))
-        return ((options[right], listed), LETTERS[right]) if name == "choice letter" else ((LETTERS[right], listed), options[right])
+        if name == "choice words":
+            return (LETTERS[right], listed), options[right]
+        return (options[right], listed), LETTERS[right] if name == "choice letter" else f"{options[right]}: {LETTERS[right]}"
     if name == "refusal":
         thing = str(rng.choice(ABSENT))
         return (thing,), f"There is no {thing} in the picture."
