@@ -65,6 +65,7 @@ class SFTConfig(RunConfig):
     steps: int = 2900              # optimiser steps
     micro_batch: int = 32          # rows in memory at once; smaller needs less memory and gives the same gradient
     questions: int = 4             # at most so many questions of a scene in a step, drawn anew each time
+    blind: float = 0.05            # share of a corpus's rows with noise for pictures: the model learns to guess where it sees nothing, instead of babbling
     lr: float = 1.0e-3             # peak learning rate; about 1e-5 for downloaded weights, 1e-4 with LoRA
     weight_decay: float = 0.05     # on matrices
     intent_layer: int = 3          # k: the LLM block that the second dense head (and later the policy) reads
@@ -160,9 +161,18 @@ def read_row(source, number, index, cfg, dense_only=False):
         return [found["messages"]], found["media"], None
     turns = [] if dense_only else found["turns"]
     if number is not None:
+        draw = np.random.default_rng([cfg.seed, 2, number])
+        if draw.random() < cfg.blind and not dense_only:
+            found = unseen(found, draw)
         wait = np.random.default_rng([cfg.seed, 1, number]).exponential(found["often"][:len(turns)])
         turns = [turns[i] for i in np.argsort(wait)[:cfg.questions]]                                 # the rarer its category, the likelier a question is asked
     return conversations(len(found["images"]), turns), [("image", image) for image in found["images"]], found
+
+
+def unseen(scene, rng):
+    """A corpus scene with noise for pictures, and nothing to be told about them."""
+    noise = [rng.integers(0, 256, image.shape, dtype=np.uint8) for image in scene["images"]]
+    return {**scene, "images": noise, "patch_class": np.full_like(scene["patch_class"], -100), "gripper": np.full_like(scene["gripper"], np.nan)}    # the losses leave those out
 
 
 def read_rows(rows, mixture, cfg, dense_only=False):
@@ -433,7 +443,7 @@ def check(cfg):
     """UserError for what is wrong with a SFTConfig: to be told before any work."""
     choose(cfg.on_bad, ("refuse", "skip"), "--on_bad"), choose_many(cfg.train, PARTS, "part"), choose(cfg.model, SIZES, "model")
     at_least(cfg, 1, "micro_batch", "questions", "eval_rows", "intent_layer"), at_least(cfg, 256, "vocab_size")
-    at_least(cfg, 0, "lora_rank", "frozen_blocks", "grow", "dense_weight", "dense_steps", "point_scenes")
+    at_least(cfg, 0, "lora_rank", "frozen_blocks", "grow", "dense_weight", "dense_steps", "point_scenes", "blind")
     if cfg.grow and not cfg.backbone:
         raise UserError("--grow puts blocks on a backbone: name one with --backbone")
 

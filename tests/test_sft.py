@@ -249,6 +249,18 @@ def test_tokens_of_an_answer_know_what_it_depends_on_and_only_they(tokenizer):
         assert dense.place_in(text) is None
 
 
+def test_blind_rows_show_noise_and_tell_nothing_of_it(tokenizer):
+    corpus, rows = Corpus(), [(number, 3) for number in range(40)]
+    assert all((train_sft.read_row(corpus, None, 3, SFTConfig(blind=1.0))[1][0][1] == corpus[3]["images"][0]).all() for _ in range(3))         # figures never are
+    noisy = [not np.array_equal(train_sft.read_row(corpus, number, index, SFTConfig(blind=0.5))[1][0][1], corpus[3]["images"][0]) for number, index in rows]
+    assert 10 < sum(noisy) < 30
+    batch = batch_of(rows[:2], tokenizer, SFTConfig(blind=1.0))
+    assert (batch["labels"] >= 0).any() and (batch["patch_class"] == -100).all() and not batch["patch_located"].any() and batch["answer_place"][..., 4:].isnan().all()
+    model, heads, cfg = VLM(TINY.for_tokenizer(tokenizer)), DenseHeads(TINY, 4), SFTConfig(intent_layer=2)
+    found = train_sft.losses(model, heads, batch, train_sft.count([batch]), cfg, False)
+    assert found["dense_llm"] == 0 and found["answer"] > 0 and torch.isfinite(found["loss"])
+
+
 def test_options_are_found_where_an_answer_ends_in_a_letter(tokenizer):
     def found(question, answer):
         ids, labels = train_sft.chat(tokenizer, [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], answer=False)
