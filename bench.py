@@ -26,6 +26,7 @@ from model import BLM, VIEWS
 from policy import Policy, PolicyConfig
 from tokenizer import Tokenizer, collate
 from train_policy import TrainConfig
+from trainer import make_optimizers
 from vlm import PRESETS, VLM, VisionConfig, VLMConfig, process_images
 
 GENERATED = 32
@@ -178,12 +179,13 @@ def bench_policy(config):
     instruction = "stack the red cube on the green cube"
 
     def stepper(policy, batch):
-        optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
+        optimizers = make_optimizers((policy,), TrainConfig())
 
         def step(**more):
             policy({**batch, **more})["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         return step
 
     def trainable(config, condition_size):
@@ -262,7 +264,8 @@ def bench_engine(config):
 
 
 def bench_sft(config):
-    """Stage I's step on the default mixture, forward and backward: the same rows packed end to end, and padded to the longest of them."""
+    """Stage I's step on the default mixture, forward and backward: the same rows packed end to end, padded to the longest of them, and packed with matrix products
+    in bfloat16."""
     import train_sft
     device, cfg = pick_device(config.device), train_sft.SFTConfig(dense_weight=0)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -276,22 +279,23 @@ def bench_sft(config):
         vision = {key: packed[key] for key in ("pixel_values", "image_grid_thw") if key in packed}
         padded = {key: torch.as_tensor(value) for key, value in collate(lines, model.config.bos_token_id, side="right").items()} | vision
 
-        def train(batch):
+        def train(batch, half=False):
             batch = train_sft.move(batch, device)
             learned = batch["labels"][:, 1:] >= 0
             inputs = {key: batch[key] for key in (*train_sft.INPUTS, "attention_mask") if key in batch}
-            logits = model(**inputs, logits_at=torch.nn.functional.pad(learned, (0, 1))).logits
-            torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:][learned]).backward()
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                logits = model(**inputs, logits_at=torch.nn.functional.pad(learned, (0, 1))).logits
+            torch.nn.functional.cross_entropy(logits.float(), batch["labels"][:, 1:][learned]).backward()
             model.zero_grad(set_to_none=True)
 
         tokens = packed["input_ids"].numel()
-        ms, padded_ms = median_ms([lambda: train(packed), lambda: train(padded)], config.runs, sync)
+        ms, padded_ms, half_ms = median_ms([lambda: train(packed), lambda: train(padded), lambda: train(packed, half=True)], config.runs, sync)
         rows.append({"what": name, "rows": len(chosen), "tokens": tokens, "padded_tokens": padded["input_ids"].numel(), "ms": round(ms, 1), "padded_ms": round(padded_ms, 1),
-                     "tokens_per_s": round(1000 * tokens / ms), "ratio": round(padded_ms / ms, 2)})
+                     "bfloat16_ms": round(half_ms, 1), "tokens_per_s": round(1000 * tokens / ms), "ratio": round(padded_ms / ms, 2)})
     machine = about_machine(device)
-    print("\n" + ", ".join(f"{name} {value}" for name, value in machine.items()) + "\n\n| rows | tokens | with padding | packed ms | padded ms | tokens/s packed | times as fast |\n" + "|---" * 7 + "|")
+    print("\n" + ", ".join(f"{name} {value}" for name, value in machine.items()) + "\n\n| rows | tokens | with padding | packed ms | padded ms | packed, bfloat16 ms | tokens/s packed | times as fast as padded |\n" + "|---" * 8 + "|")
     for row in rows:
-        print(f"| {row['rows']} of {row['what']} | {row['tokens']} | {row['padded_tokens']} | {row['ms']:.0f} | {row['padded_ms']:.0f} | {row['tokens_per_s']} | {row['ratio']} |")
+        print(f"| {row['rows']} of {row['what']} | {row['tokens']} | {row['padded_tokens']} | {row['ms']:.0f} | {row['padded_ms']:.0f} | {row['bfloat16_ms']:.0f} | {row['tokens_per_s']} | {row['ratio']} |")
     return {"what": "sft", "machine": machine, "rows": rows}
 
 
