@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 from PIL import Image
@@ -316,7 +317,8 @@ def draw_dialogues(talks, path):
         pictures, question, reply = talks[i]
         strip, right = np.full((pictures[0].shape[0], 4 * pictures[0].shape[1], 3), 250, np.uint8), is_right(question, reply)
         strip[:, :len(pictures) * pictures[0].shape[1]] = np.concatenate(pictures, 1)
-        rows.append(np.asarray(caption(strip, [question["question"], reply + ("" if right else f"      (it is: {question['answer']})")], GREEN if right else RED)))
+        lines = wrap(question["question"], 80) + ([] if right else wrap(f"(It is: {question['answer']})", 80))
+        rows.append(np.asarray(caption(strip, [*lines, reply], GREEN if right else RED)))
     with atomic(path) as temporary:
         Image.fromarray(np.concatenate(rows)).save(temporary)
 
