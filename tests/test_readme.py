@@ -57,3 +57,14 @@ def test_figures_come_from_the_result_files(what):
         if what == "physical":
             line = next(l for l in TEXT.splitlines() if l.startswith(f"| {robot} |"))
             assert line.rstrip(" |").endswith(f"{mean:.1f}") and all(f"{100 * cell['success']:.0f} (" in line for cell in row.values())
+
+
+def test_digital_figures_come_from_the_result_file():
+    result, percent = json.loads((ROOT / "results" / "digital.json").read_text()), lambda share: f"{100 * share:.0f}"
+    for name, row in result["categories"].items():
+        cells = [cell.strip() for cell in next(line for line in TEXT.splitlines() if line.startswith(f"| {name} | {row['asked']} |")).split("|")]
+        assert {percent(row[who]) for who in ("chance", "blind", "base", "model")} <= set(cells) and f"{percent(row['seen'])} / {percent(row['held_out'])}" in cells
+    mean = next(line for line in TEXT.splitlines() if line.startswith(f"| mean | {result['asked']} |"))
+    assert all(f"{100 * result[who]:.1f}" in mean for who in ("mean", "blind_mean", "chance_mean", "seen_mean", "held_out_mean"))
+    for row in result["retention"].values():
+        assert " | ".join(map(percent, row.values())) in TEXT
