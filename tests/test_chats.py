@@ -120,8 +120,9 @@ def test_general_instructions_are_right_and_probes_are_new(tmp_path):
         if "A) " in text:
             before, options = text.split("A) ")
             listed = dict(option.split(") ") for option in re.split(" (?=[B-F][)])", "A) " + options))
-            letter, words = (answer, listed[answer]) if answer in listed else (next(name for name in listed if re.search(rf"\b{name}\b", before)), answer)
-            assert listed[letter] == words and (words if answer == letter else letter) in before
+            taken, _, last = answer.rpartition(": ")                           # "words: letter", the letter alone, or the words alone
+            letter = last if last in listed else next(name for name in listed if re.search(rf"\b{name}\b", before))
+            assert (listed[letter] if last in listed else letter) in before and listed[letter] == (taken or (listed[last] if last in listed else answer))
         if "numbers" in text:
             numbers = [int(n) for n in answer.split(", ")]
             assert numbers == sorted(numbers) and sorted(numbers) == sorted(int(n) for n in text.rstrip(".").split(": ")[1].split(", "))
