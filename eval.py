@@ -317,8 +317,8 @@ def draw_dialogues(talks, path):
         pictures, question, reply = talks[i]
         strip, right = np.full((pictures[0].shape[0], 4 * pictures[0].shape[1], 3), 250, np.uint8), is_right(question, reply)
         strip[:, :len(pictures) * pictures[0].shape[1]] = np.concatenate(pictures, 1)
-        lines = wrap(question["question"], 80) + ([] if right else wrap(f"(It is: {question['answer']})", 80))
-        rows.append(np.asarray(caption(strip, [*lines, reply], GREEN if right else RED)))
+        asked, said = wrap(question["question"], 80) + ([] if right else wrap(f"(It is: {question['answer']})", 80)), wrap(reply, 80)
+        rows.append(np.asarray(caption(strip, asked + said, GREEN if right else RED, len(said))))
     with atomic(path) as temporary:
         Image.fromarray(np.concatenate(rows)).save(temporary)
 

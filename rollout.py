@@ -63,13 +63,13 @@ def why(task, held):
     return "never grasped" if not any(held) else "held to the end" if held[-1] else "let go elsewhere"
 
 
-def caption(picture, lines, colour=INK):
-    """A PIL image with lines of text on a band below the picture (H, W, 3)."""
+def caption(picture, lines, colour=INK, coloured=1):
+    """A PIL image with lines of text on a band below the picture (H, W, 3), the last `coloured` of them in a colour."""
     image = Image.new("RGB", (picture.shape[1], picture.shape[0] + 18 * len(lines) + 6), (250, 250, 250))
     image.paste(Image.fromarray(picture))
     draw = ImageDraw.Draw(image)
     for i, line in enumerate(lines):
-        draw.text((6, picture.shape[0] + 4 + 18 * i), line, fill=colour if i == len(lines) - 1 else INK, font_size=13)
+        draw.text((6, picture.shape[0] + 4 + 18 * i), line, fill=colour if i >= len(lines) - coloured else INK, font_size=13)
     return image
 
 
