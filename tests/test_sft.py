@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import dense
 import train_sft
@@ -331,6 +332,13 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch):
         train(config(tmp_path / "parts", resume=True, lr=5e-4))
     with pytest.raises(UserError, match="--resume"):
         train(config(tmp_path / "parts"))
+    older = trainer.checkpoints(tmp_path / "parts")[-1]
+    kept = older.read_bytes()
+    with safe_open(older, "pt") as file:
+        save_file({name: file.get_tensor(name) for name in file.keys() if not name.endswith("momentum_buffer")}, older, file.metadata())
+    with pytest.raises(UserError, match="older trainer"):
+        train(config(tmp_path / "parts", resume=True))
+    older.write_bytes(kept)
     train(config(tmp_path / "parts", resume=True))
     whole, parts = (last_state(tmp_path / name) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and any(name.startswith("optimizer") for name in whole)
