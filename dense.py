@@ -27,7 +27,7 @@ from data import corpus as corpora
 from data.env import VIEWS
 from data.questions import LETTERS
 
-LOSSES = ("dense_vit", "dense_llm", "answer_place")
+LOSSES = ("dense_vit", "dense_llm", "answer_place")      # the first two need no text
 NOTHING_WEIGHT = 0.25                        # most patches show nothing
 PLACE_SCALE = (1.0, 1.0, 10.0, 1.0, 1.0)     # patches, patches, decimetres, patches, patches: errors of like size
 LARGEST_OFFSET = 4.0                         # patches: a centre beside or behind the camera projects to hundreds, and one such row would drown a step

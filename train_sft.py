@@ -444,6 +444,8 @@ def check(cfg):
     choose(cfg.on_bad, ("refuse", "skip"), "--on_bad"), choose_many(cfg.train, PARTS, "part"), choose(cfg.model, SIZES, "model")
     at_least(cfg, 1, "micro_batch", "questions", "eval_rows", "intent_layer"), at_least(cfg, 256, "vocab_size")
     at_least(cfg, 0, "lora_rank", "frozen_blocks", "grow", "dense_weight", "dense_steps", "point_scenes", "blind")
+    if cfg.blind > 1:
+        raise UserError(f"--blind {cfg.blind} is a share of rows: at most 1")
     if cfg.grow and not cfg.backbone:
         raise UserError("--grow puts blocks on a backbone: name one with --backbone")
 

@@ -270,15 +270,13 @@ class Run:
             if name not in self.free and before != value:
                 raise UserError(f"{self.cfg.out} was trained with --{name} {before}, not {value}: resume with that, or choose another --out")
         check(record)
-        names = sorted(stored(path))
-        moments = [name for name in names if name.startswith("optimizer.")]
+        moments = sorted(name for name in stored(path) if name.startswith("optimizer."))         # optimisers make these in their first step
         if moments and any(isinstance(optimizer, Muon) for optimizer in optimizers) != any(name.endswith(".momentum_buffer") for name in moments):
             raise UserError(f"{path} was written by an older trainer, with other optimisers: begin a new run from the model in {self.cfg.out}, with another --out")
-        for name in names:
-            if name.startswith("optimizer."):                            # optimisers make these in their first step
-                _, i, kind = name.split(".")
-                parameter = self.parameters[int(i)]
-                self.states[int(i)][parameter][kind] = torch.zeros((), device=self.device) if kind == "step" else torch.zeros_like(parameter)
+        for name in moments:
+            _, i, kind = name.split(".")
+            parameter = self.parameters[int(i)]
+            self.states[int(i)][parameter][kind] = torch.zeros((), device=self.device) if kind == "step" else torch.zeros_like(parameter)
         read_tensors(path, self.tensors())
         self.step, self.seconds, self.norms, self.figures = record["step"], record["seconds"], record.get("norms", []), record.get("figures", {})
 

@@ -193,7 +193,7 @@ class Asker:
             if label in visible or label not in bodies:              # not where something hides it
                 found.append(self.yes_no("existence", label in visible, (label,)))
         number = sum("cube" in label for label in visible)
-        found.append(self.ask("counting", str(number), (), [str(n) for n in range(own, own + 4)], unseen=range(6)) if own <= number <= own + 3 else None)
+        found.append(self.ask("counting", str(number), (), [str(n) for n in range(own, own + 4)], unseen=range(6)) if own <= number <= own + 3 else None)      # a task has two at most
         for label in visible:
             same = [other for other in visible if colours[other] == colours[label]]
             if colours[label] and len(same) == 1:

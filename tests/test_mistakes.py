@@ -112,6 +112,8 @@ MISTAKES = [
     (train_sft, "--data {tmp}/good.jsonl --backbone {nano} --out {tmp}/o", "no corpus.*--dense_weight 0"),
     (train_sft, "--data {tmp}/good.jsonl --dense_weight 0 --backbone {nano} --out {tmp}/o --train eyes", "unknown part 'eyes'.*vision, merger, llm"),
     (train_sft, "--data {tmp}/good.jsonl --dense_weight 0 --backbone {nano} --out {tmp}/o --frozen_blocks 9", "--frozen_blocks 9"),
+    (train_sft, "--data {tmp}/good.jsonl --dense_weight 0 --backbone {nano} --out {tmp}/o --blind 2", "--blind 2.*at most 1"),
+    (train_sft, "--data {tmp}/good.jsonl --dense_weight 0 --backbone {nano} --out {tmp}/o --dtype half", "half.*auto, float32, bfloat16"),
     (train_sft, "--data {tmp}/good.jsonl --dense_weight 0 --backbone {tmp}/nowhere --out {tmp}/o", "nowhere"),
     (train_policy, "--frame_stride 3 --out {tmp}/o", "--frame_stride 3 must divide"),
     (train_policy, "--ema 1.5 --out {tmp}/o", "--ema 1.5"),
