@@ -489,17 +489,14 @@ def rotary_tables(head_dim, theta, sections, device):
         return torch.repeat_interleave(torch.arange(3), torch.tensor(sections)).to(device), theta ** (-pairs / head_dim)
 
 
-def attention_mask_for(L, S, real, device):
-    """None where SDPA needs no mask: causal from an empty past, or one new token that sees all. Else (B, 1, L, S), True where a query may look.
-
-    Padding on the right needs none either: no real token looks ahead. real (B, S) or None.
-    """
-    padded = real is not None and bool((real[:, :-1] < real[:, 1:]).any() if L == S else not real.all())
-    if not padded and L in (1, S):
+def attention_mask_for(real):
+    """None where SDPA needs no mask but causal, as with padding on the right: no real token looks ahead. Else (B, 1, L, L), True where a query may look.
+    real (B, L) or None."""
+    if real is None or not (real[:, :-1] < real[:, 1:]).any():
         return None
-    query, key = torch.arange(S - L, S, device=device)[:, None], torch.arange(S, device=device)
-    mask = (key <= query)[None, None]
-    return mask & real.bool()[:, None, None] | (key == query) if padded else mask          # a padded query sees itself: no empty rows, no NaN
+    token = torch.arange(real.shape[1], device=real.device)
+    mask = (token <= token[:, None])[None, None]
+    return mask & real.bool()[:, None, None] | (token == token[:, None])         # a padded query sees itself: no empty rows, no NaN
 
 
 def branch_mask(lengths, device):
@@ -512,19 +509,16 @@ def branch_mask(lengths, device):
 
 
 class Cache:
-    """Keys and values of the tokens so far, written into one buffer (B, G, `size`, d) a layer; and where the next token of each row stands."""
+    """Keys and values of the tokens so far: a buffer (B, 2 G, `size`, d) a layer, keys first; and where the next token of each row stands."""
 
     def __init__(self, size):
-        self.size, self.length, self.layers, self.next_position = size, 0, {}, None
+        self.size, self.length, self.layers, self.next_position = size, 0, [], None
 
-    def append(self, layer, k, v):
-        """Keys and values (B, G, L, d) of new tokens to those of all tokens, (B, G, S, d); `length` is moved on by whoever runs all layers."""
-        if layer not in self.layers:
-            self.layers[layer] = [new.new_empty(*new.shape[:2], self.size, new.shape[3]) for new in (k, v)]
-        end = self.length + k.shape[2]
-        for buffer, new in zip(self.layers[layer], (k, v)):
-            buffer[:, :, self.length:end] = new
-        return [buffer[:, :, :end] for buffer in self.layers[layer]]
+    def begin(self, k, v):
+        """Take a layer's keys and values (B, G, L, d) of the prompt; `length` is set by whoever runs all layers."""
+        buffer = k.new_empty(k.shape[0], 2 * k.shape[1], self.size, k.shape[3])
+        torch.cat((k, v), dim=1, out=buffer[:, :, :k.shape[2]])
+        self.layers.append(buffer)
 
 
 class Attention(nn.Module):
@@ -533,38 +527,46 @@ class Attention(nn.Module):
     segments: [(length, mask)] of texts that share the row and do not see each other, or None; a mask (L, L) as in branch_mask.
     """
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        self.layer, self.heads, self.kv_heads, self.head_dim = layer, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim)      # the hub's q_proj, k_proj, v_proj: `FUSED`
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x, cos, sin, mask, cache, segments=None):
-        # views, not einops, and one rotation for queries and keys: a new token's step is so short that calls are what it costs
         qkv = self.qkv_proj(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)         # (B, H + 2 G, L, d)
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         q, k = apply_rotary(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)          # q (B, H, L, d); k and v (B, G, L, d)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)                                            # (B, G, S, d)
+            cache.begin(k, v)
         if segments is None:
-            causal = mask is None and q.shape[2] == k.shape[2] > 1
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         else:                                                                                # no mask is as fast as none, and no padding is computed
             parts = zip(*(tensor.split([length for length, _ in segments], dim=2) for tensor in (q, k, v)))
             y = torch.cat([F.scaled_dot_product_attention(*part, attn_mask=m, is_causal=m is None, enable_gqa=True) for part, (_, m) in zip(parts, segments)], dim=2)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
+    def step(self, x, cos, sin, mask, past, at):
+        """`forward` of one new token a row, x (B, D), at place `at` of the layer's Cache buffer; cos and sin from `VLM.step_rotary`. A token of a small model
+        costs what its calls cost, so they are few: one rotation, which leaves values as they are, and one copy for keys and values."""
+        qkv = self.qkv_proj(x).view(len(x), -1, 2, self.head_dim // 2)
+        qkv = torch.addcmul(qkv * cos, qkv.flip(2), sin).view(len(x), -1, 1, self.head_dim)
+        past[:, :, at:at + 1] = qkv[:, self.heads:]
+        k, v = past[:, :, :at + 1].split(self.kv_heads, dim=1)
+        q = qkv[:, :self.heads].view(len(x), self.kv_heads, -1, self.head_dim)               # all that look at the same keys
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v, mask).view(len(x), -1))
+
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(self, x, cos, sin, mask, cache, segments=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, segments)
+    def forward(self, x, *where, step=False):
+        x = x + (self.self_attn.step if step else self.self_attn)(self.input_layernorm(x), *where)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -572,7 +574,7 @@ class TextModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -604,6 +606,13 @@ class VLM(nn.Module):
         dtype = self.model.norm.weight.dtype
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
+    def step_rotary(self, positions):
+        """[(cos (B, H + 2 G, 1, d/2), sin (B, H + 2 G, 2, d/2))] for `Attention.step` of text at positions (B, n): values are turned by an angle of zero."""
+        turned, kept = self.config.num_attention_heads + self.config.num_key_value_heads, self.config.num_key_value_heads
+        cos, sin = (torch.cat((part.expand(-1, turned, -1, -1), torch.full_like(part, still).expand(-1, kept, -1, -1)), dim=1)
+                    for part, still in zip(self.rotary(positions.expand(3, -1, -1)), (1, 0)))            # (B, H + 2 G, n, d/2)
+        return list(zip(cos[:, :, :, None].unbind(2), torch.stack((-sin, sin), dim=3).unbind(2)))
+
     def look(self, x, input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw):
         """Embeddings (B, L, D) with what the ViT makes of images and videos in their places, and its patch features (P, D of the ViT), images first."""
         pairs = [pair for pair in ((pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw)) if pair[0] is not None]
@@ -618,43 +627,40 @@ class VLM(nn.Module):
 
     def forward(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, pixel_values_videos=None, video_grid_thw=None,
                 second_per_grid_ts=None, num_layers=None, logits_at=None, cache=None, segments=None):
-        """input_ids (B, L), attention_mask (B, S) 1 on real tokens, vision inputs, to a VLMOutput.
+        """input_ids (B, L), attention_mask (B, L) 1 on real tokens, vision inputs, to a VLMOutput.
 
-        num_layers=k runs the first k blocks only (no logits). logits_at (B, L) bool: logits of these places only. With a cache, input_ids are the
-        new tokens, attention_mask covers the past too. segments: of each text packed into one row (B = 1) its length, [L]; or [stem, branch, branch, ...],
-        each branch going on where the stem ends, as if it were alone. No text sees another, no branch another. ValueError if pictures do not fill the places that the text has for them.
+        num_layers=k runs the first k blocks only (no logits). logits_at (B, L) bool: logits of these places only. An empty cache is filled for `step`.
+        segments: of each text packed into one row (B = 1) its length, [L]; or [stem, branch, branch, ...], each branch going on where the stem ends, as if
+        it were alone. No text sees another, no branch another. ValueError if pictures do not fill the places that the text has for them.
         """
-        past, L = 0 if cache is None else cache.length, input_ids.shape[1]
-        if past:
-            position_ids = (cache.next_position[:, None] + torch.arange(L, device=input_ids.device)).expand(3, -1, -1)
-        else:
-            texts = input_ids if segments is None else pad_sequence(input_ids[0].split([sum(lengths) for lengths in segments]), batch_first=True, padding_value=-1)
-            real = attention_mask if segments is None else (texts >= 0).int()
-            position_ids = mrope_positions(texts, real, self.config, image_grid_thw, video_grid_thw, second_per_grid_ts)
-            if segments is not None:                                             # a branch does not count those before it
-                before = [n for stem, *branches in segments for n in (0, *(accumulate(branches[:-1], initial=0) if branches else ()))]
-                before = torch.repeat_interleave(torch.tensor(before), torch.tensor([n for lengths in segments for n in lengths])).to(texts.device)
-                position_ids = (position_ids[:, texts >= 0] - before)[:, None]
+        texts = input_ids if segments is None else pad_sequence(input_ids[0].split([sum(lengths) for lengths in segments]), batch_first=True, padding_value=-1)
+        real = attention_mask if segments is None else (texts >= 0).int()
+        position_ids = mrope_positions(texts, real, self.config, image_grid_thw, video_grid_thw, second_per_grid_ts)
+        if segments is not None:                                                 # a branch does not count those before it
+            before = [n for stem, *branches in segments for n in (0, *(accumulate(branches[:-1], initial=0) if branches else ()))]
+            before = torch.repeat_interleave(torch.tensor(before), torch.tensor([n for lengths in segments for n in lengths])).to(texts.device)
+            position_ids = (position_ids[:, texts >= 0] - before)[:, None]
         x, patch_features = self.model.embed_tokens(input_ids), None
         if pixel_values is not None or pixel_values_videos is not None:
             x, patch_features = self.look(x, input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         segments = segments and [(sum(lengths), branch_mask(lengths, x.device)) for lengths in segments]
-        hidden = self.blocks(x, *self.rotary(position_ids), attention_mask_for(L, past + L, attention_mask, x.device), cache, segments, num_layers)
+        (cos, sin), mask, hidden = self.rotary(position_ids), attention_mask_for(attention_mask), [x]
+        for layer in self.model.layers[:num_layers]:
+            hidden.append(compute(layer, self.checkpointing, hidden[-1], cos, sin, mask, cache, segments))
         if cache is not None:
-            cache.next_position = position_ids.amax(dim=(0, 2)) + 1
+            cache.length, cache.next_position = input_ids.shape[1], position_ids.amax(dim=(0, 2)) + 1
         if num_layers is not None:
             return VLMOutput(None, hidden, patch_features)
         chosen = self.model.norm(hidden[-1] if logits_at is None else hidden[-1][logits_at])
         return VLMOutput(self.head(chosen), hidden, patch_features, chosen)
 
-    def blocks(self, x, cos, sin, mask, cache=None, segments=None, num_layers=None):
-        """Hidden states (B, L, D) before the first and behind each of the blocks that run."""
-        hidden = [x]
-        for layer in self.model.layers[:num_layers]:
-            hidden.append(compute(layer, self.checkpointing, hidden[-1], cos, sin, mask, cache, segments))
-        if cache is not None:
-            cache.length += x.shape[1]
-        return hidden
+    def step(self, tokens, cos, sin, mask, cache):
+        """Logits (B, V) behind one more token (B,) of each row, whose keys and values join the cache. mask (B, 1, 1, S), True where it may look, or None."""
+        x = self.model.embed_tokens(tokens)
+        for layer, past in zip(self.model.layers, cache.layers):
+            x = layer(x, cos, sin, mask, past, cache.length, step=True)
+        cache.length += 1
+        return self.head(self.model.norm(x))
 
     def head(self, x):
         return F.linear(x, (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight)
@@ -675,11 +681,9 @@ class VLM(nn.Module):
         last = torch.zeros_like(input_ids, dtype=torch.bool)
         last[:, -1] = True
         logits = self(input_ids, attention_mask, pixel_values, image_grid_thw, **videos, logits_at=last, cache=cache).logits      # (B, V)
-        # what does not depend on the tokens is made once, for all steps: a step of a small model costs what its calls cost
         padded = attention_mask is not None and not attention_mask.all()
         mask = F.pad(attention_mask, (0, max_new_tokens), value=1).bool()[:, None, None] if padded else None
-        steps = torch.arange(max_new_tokens, device=device)
-        cos, sin = (part.unbind(2) for part in self.rotary((cache.next_position[:, None] + steps).expand(3, -1, -1)))             # (B, 1, d/2) each
+        turns = self.step_rotary(cache.next_position[:, None] + torch.arange(max_new_tokens, device=device))
         made, running = [], torch.ones(B, dtype=torch.bool, device=device)
         for i in range(max_new_tokens):
             token = logits.argmax(-1) if temperature == 0 else draw(logits / temperature, top_p, generator)
@@ -690,9 +694,7 @@ class VLM(nn.Module):
                 stream(token)
             if i + 1 == max_new_tokens or not running.any():
                 break
-            x = self.model.embed_tokens(token[:, None])
-            x = self.blocks(x, cos[i][:, :, None], sin[i][:, :, None], None if mask is None else mask[..., :cache.length + 1], cache)[-1]
-            logits = self.head(self.model.norm(x))[:, 0]
+            logits = self.step(token, *turns[i], None if mask is None else mask[..., :cache.length + 1], cache)
         ends = stops.tolist()
         return [list(takewhile(lambda token: token not in ends, row)) for row in torch.stack(made, dim=1).tolist()]
 
