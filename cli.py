@@ -93,7 +93,7 @@ def parse(*config_classes, presets=None, description=None, argv=None):
     parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     preset = None
     if presets:
-        parser.add_argument("--preset", default=next(iter(presets)), help="set of sizes: " + ", ".join(presets))
+        parser.add_argument("--preset", default=next(iter(presets)), help="set of defaults: " + ", ".join(presets))
         first = Parser(add_help=False, allow_abbrev=False)
         first.add_argument("--preset", default=next(iter(presets)))
         preset = presets[choose(first.parse_known_args(argv)[0].preset, presets, "preset")]

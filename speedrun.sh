@@ -29,7 +29,8 @@ said demonstrations python -m data.record --out $out/demos --workers "$workers"
 said corpus python -m data.corpus --out $out/corpus --workers "$workers"
 said general python -m data.general --out $out/general
 said base python train_sft.py --preset base --data $out/corpus:1,$out/general/train.jsonl:1 --out $out/base $(resume $out/base)
-said stage1 python train_sft.py --data $out/corpus:3,$out/general/train.jsonl:1 --backbone $out/base --out $out/sft $(resume $out/sft)
+said scenes python train_sft.py --preset scenes --data $out/corpus:3,$out/general/train.jsonl:1 --backbone $out/base --out $out/scenes $(resume $out/scenes)
+said stage1 python train_sft.py --data $out/corpus:1,$out/general/train.jsonl:1 --backbone $out/scenes --out $out/sft $(resume $out/sft)
 policy="python train_policy.py --data $out/demos --backbone $out/sft --cache $out/intents --out $out/policy"
 said stage2 $policy --steps 9000 $(resume $out/policy)
 [ "$budget" = gpu ] && said table1 python eval.py physical --weights $out/policy --workers "$workers" --out $out/physical-1.json

@@ -1,11 +1,13 @@
 """Stage I: teach the vision-language model to look, point and answer, on questions about the simulator's scenes and on any conversations of your own.
 
-    python train_sft.py                                        `nano`, on a laptop: first the base model, from nothing, then Stage I on top of it
-    python train_sft.py --preset base                          the base model alone: it sees, points, and follows instructions
+    python train_sft.py                                        `nano`, on a laptop, from nothing: each of the stages below that is not there yet
+    python train_sft.py --preset base                          stands in for Qwen's pretraining: the model sees, points, and follows instructions
+    python train_sft.py --preset scenes                        Stage I: all of the model, on all questions
+    python train_sft.py --preset embodied                      Stage I goes on above block k, in half the time a step: what policies read is there already
     python train_sft.py --resume                               goes on where a stopped run saved last
     python train_sft.py --data out/corpus:3,mine.jsonl:1       a mixture: of every four rows, three from the corpus and one from your file
     torchrun --nproc_per_node 8 train_sft.py --batch_size 256  the same on several GPUs (trainer.py); --fsdp shards a model that does not fit one
-    python train_sft.py --backbone Qwen/Qwen2.5-VL-3B-Instruct --data mine.jsonl --lr 1e-4 --lora_rank 16 --dense_weight 0       from the hub's weights
+    python train_sft.py --preset qwen --data mine.jsonl --lora_rank 16 --lr 1e-4         from the hub's weights
 
 A row is a corpus scene with some of its questions, or a record of a JSON lines file (data/chats.py). Rows of a step are packed end to end, none seeing
 another, so nothing is spent on padding; a scene's questions share its pictures, each as if it were asked alone; the cross-entropy is on answers alone.
@@ -41,7 +43,7 @@ from data import general
 from data.chats import Chats
 from data.env import IMAGE_SIZE
 from dense import DenseHeads, answer_weights, begins, place_in
-from model import BLM, backbone_hash
+from model import BLM
 from tokenizer import SYSTEM_PROMPT, Tokenizer, chat, train_tokenizer
 import trainer
 from trainer import Run, RunConfig, checkpoints, make_optimizers, shard, whole
@@ -60,13 +62,12 @@ class SFTConfig(RunConfig):
     train: str = "vision,merger,llm"       # parts that are trained
     lora_rank: int = 0             # train low-rank additions to the LLM's matrices instead of those; merged when saved; 0: off
     frozen_blocks: int = 0         # freeze the ViT, the embeddings and so many LLM blocks: a policy that reads the last of them stays valid and comes along
-    grow: int = 0                  # put so many LLM blocks on top of the backbone's, which at first change nothing
     checkpointing: bool = False    # compute blocks again in the backward pass: a third more time, much less memory
-    steps: int = 2900              # optimiser steps
+    steps: int = 2200              # optimiser steps
     micro_batch: int = 32          # rows in memory at once; smaller needs less memory and gives the same gradient
     questions: int = 4             # at most so many questions of a scene in a step, drawn anew each time
     blind: float = 0.05            # share of a corpus's rows with noise for pictures: the model learns to guess where it sees nothing, instead of babbling
-    lr: float = 1.0e-3             # peak learning rate; about 1e-5 for downloaded weights, 1e-4 with LoRA
+    lr: float = 2e-3               # peak learning rate; about 1e-5 for downloaded weights, 1e-4 with LoRA
     weight_decay: float = 0.05     # on matrices
     intent_layer: int = 3          # k: the LLM block that the second dense head (and later the policy) reads
     dense_weight: float = 1.0      # weight of the dense loss beside that of the answers; 0 for none
@@ -78,8 +79,13 @@ class SFTConfig(RunConfig):
     save_every: int = 300          # steps
 
 
-PRESETS = {"embodied": SFTConfig(), "base": SFTConfig(data="out/corpus:1,out/general/train.jsonl:1", categories="attribute,existence,point,box", out="out/base",
-                                                      backbone="", steps=2400, questions=8, lr=1.5e-3, dense_steps=900)}
+EVEN = "out/corpus:1,out/general/train.jsonl:1"
+STAGES = {                         # each starts where the one below it ends
+    "embodied": SFTConfig(data=EVEN, backbone="out/scenes", frozen_blocks=3, steps=9000, questions=5, blind=0.15, eval_every=1000),
+    "scenes": SFTConfig(out="out/scenes"),
+    "base": SFTConfig(data=EVEN, categories="attribute,existence,point,box", out="out/base", backbone="", steps=2400, questions=8, lr=4e-3, dense_steps=900),
+}
+PRESETS = STAGES | {"qwen": SFTConfig(data="mine.jsonl", backbone="Qwen/Qwen2.5-VL-3B-Instruct", lr=1e-5, dense_weight=0.0, micro_batch=1, checkpointing=True, out="out/mine")}
 FREE_TO_CHANGE = {"on_bad", "eval_rows", "point_scenes", "micro_batch", "checkpointing"}     # when resuming, beside trainer.FREE
 PARTS = ("vision", "merger", "llm")
 HEADS = "heads.safetensors"
@@ -163,16 +169,15 @@ def read_row(source, number, index, cfg, dense_only=False):
     if number is not None:
         draw = np.random.default_rng([cfg.seed, 2, number])
         if draw.random() < cfg.blind and not dense_only:
-            found = unseen(found, draw)
+            found = untaught(found, [draw.integers(0, 256, image.shape, dtype=np.uint8) for image in found["images"]])
         wait = np.random.default_rng([cfg.seed, 1, number]).exponential(found["often"][:len(turns)])
         turns = [turns[i] for i in np.argsort(wait)[:cfg.questions]]                                 # the rarer its category, the likelier a question is asked
     return conversations(len(found["images"]), turns), [("image", image) for image in found["images"]], found
 
 
-def unseen(scene, rng):
-    """A corpus scene with noise for pictures, and nothing to be told about them."""
-    noise = [rng.integers(0, 256, image.shape, dtype=np.uint8) for image in scene["images"]]
-    return {**scene, "images": noise, "patch_class": np.full_like(scene["patch_class"], -100), "gripper": np.full_like(scene["gripper"], np.nan)}    # the losses leave those out
+def untaught(scene, images):
+    """A corpus scene with other pictures, and nothing to be told about them: the losses leave such targets out."""
+    return {**scene, "images": images, "patch_class": np.full_like(scene["patch_class"], -100), "gripper": np.full_like(scene["gripper"], np.nan)}
 
 
 def read_rows(rows, mixture, cfg, dense_only=False):
@@ -194,8 +199,8 @@ def read_rows(rows, mixture, cfg, dense_only=False):
 def grey_row(scene):
     """A row that teaches nothing: a grey picture, nothing asked; as a `scene` it has dense targets, which the losses leave out."""
     grey, grid = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), 128, np.uint8), (1, corpora.GRID, corpora.GRID)
-    targets = {"patch_class": np.full(grid, -100), "patch_offset": np.zeros((*grid, 3), np.float32), "gripper": np.zeros((1, 4), np.float32)}           # -100: cross_entropy leaves it out
-    return conversations(1, []), [("image", grey)], targets if scene else None
+    targets = {"patch_class": np.zeros(grid, int), "patch_offset": np.zeros((*grid, 3), np.float32), "gripper": np.zeros((1, 4), np.float32)}
+    return conversations(1, []), [("image", grey)], untaught(targets, [grey]) if scene else None
 
 
 def blank_rows(rows, others, mixture, cfg):
@@ -384,22 +389,11 @@ def start_model(cfg, mixture):
     """(model, tokenizer): from --backbone, or from nothing with a tokenizer learned from the data."""
     torch.manual_seed(cfg.seed)
     if cfg.backbone:
-        return grown(VLM.from_pretrained(cfg.backbone).train(), cfg.grow), Tokenizer.from_pretrained(cfg.backbone)
+        return VLM.from_pretrained(cfg.backbone).train(), Tokenizer.from_pretrained(cfg.backbone)
     texts = [text for source in mixture.sources for text in source.texts()]
     frame = f"system\n{SYSTEM_PROMPT}\nuser\nassistant\n"                                             # in every row, so worth whole tokens
     tokenizer = train_tokenizer([*texts[::max(1, len(texts) // 50_000)], *[frame] * 1000], cfg.vocab_size)
     return VLM(SIZES[cfg.model].for_tokenizer(tokenizer)), tokenizer
-
-
-def grown(model, blocks):
-    """A VLM with `blocks` more LLM blocks on top, which compute the same as long as nobody trains them: what they would add begins as zero."""
-    if not blocks:
-        return model
-    made = VLM(dataclasses.replace(model.config, num_hidden_layers=model.config.num_hidden_layers + blocks)).train()
-    made.load_state_dict(model.state_dict(), strict=False)
-    for layer in made.model.layers[-blocks:]:
-        nn.init.zeros_(layer.self_attn.o_proj.weight), nn.init.zeros_(layer.mlp.down_proj.weight)
-    return made
 
 
 def choose_parts(model, cfg):
@@ -419,14 +413,12 @@ def choose_parts(model, cfg):
             part.requires_grad_(False)
 
 
-def carried_policy(cfg, model):
-    """(its weights' file, its policy.json) of the policy beside --backbone, if the blocks that it reads are frozen; else None. It names the language model
-    that it reads by a hash, which blocks put on top change."""
+def carried_policy(cfg):
+    """The files of the policy beside --backbone, if all that it reads is frozen; else none."""
     path = find_folder(cfg.backbone) / "policy.json" if cfg.frozen_blocks and cfg.backbone else None
-    found = read_json(path) if path is not None and path.exists() else None
-    if found is None or found["config"]["intent_layer"] > cfg.frozen_blocks:
-        return None
-    return path.with_name("policy.safetensors"), found | {"backbone": backbone_hash(model, found["config"]["intent_layer"])}
+    if path is None or not path.exists() or read_json(path)["config"]["intent_layer"] > cfg.frozen_blocks:
+        return []
+    return [path.with_name("policy.safetensors"), path]
 
 
 def ensure_data(cfg):
@@ -443,11 +435,9 @@ def check(cfg):
     """UserError for what is wrong with a SFTConfig: to be told before any work."""
     choose(cfg.on_bad, ("refuse", "skip"), "--on_bad"), choose_many(cfg.train, PARTS, "part"), choose(cfg.model, SIZES, "model")
     at_least(cfg, 1, "micro_batch", "questions", "eval_rows", "intent_layer"), at_least(cfg, 256, "vocab_size")
-    at_least(cfg, 0, "lora_rank", "frozen_blocks", "grow", "dense_weight", "dense_steps", "point_scenes", "blind")
+    at_least(cfg, 0, "lora_rank", "frozen_blocks", "dense_weight", "dense_steps", "point_scenes", "blind")
     if cfg.blind > 1:
         raise UserError(f"--blind {cfg.blind} is a share of rows: at most 1")
-    if cfg.grow and not cfg.backbone:
-        raise UserError("--grow puts blocks on a backbone: name one with --backbone")
 
 
 def train(cfg):
@@ -463,7 +453,7 @@ def train(cfg):
     if not 1 <= cfg.intent_layer <= model.config.num_hidden_layers:
         raise UserError(f"--intent_layer {cfg.intent_layer}: this model has blocks 1 to {model.config.num_hidden_layers}")
     choose_parts(model, cfg)
-    policy = carried_policy(cfg, model)
+    policy = carried_policy(cfg)
     model.checkpointing = model.visual.checkpointing = cfg.checkpointing
     heads = DenseHeads(model.config, corpora.Corpus.num_classes)
     if cfg.backbone and (Path(cfg.backbone) / HEADS).exists():           # new ones would undo in a hundred steps what the backbone has learned
@@ -511,10 +501,9 @@ def train(cfg):
                 save_file(more, path)
             model.save_pretrained(cfg.out, dtype, weights)
             tokenizer.save_pretrained(cfg.out)
-            if policy:
-                with atomic(Path(cfg.out) / policy[0].name) as path:
-                    path.write_bytes(policy[0].read_bytes())
-                write_json(Path(cfg.out) / "policy.json", policy[1])
+            for file in policy:
+                with atomic(Path(cfg.out) / file.name) as path:
+                    path.write_bytes(file.read_bytes())
             write_json(Path(cfg.out) / "training.json", about())
 
     def about():
@@ -542,15 +531,18 @@ def finished(folder):
 
 def main():
     cfg = parse(SFTConfig, presets=PRESETS, description="Stage I: train the vision-language model on questions about scenes, and on conversations of your own.")
-    base = PRESETS["base"].out
-    if cfg.backbone == base and not finished(base):
-        check(cfg), trainer.check(cfg)
-        if this_process()[0] == 0:                           # mistakes in the data are told now, not after the base model's training
-            ensure_data(cfg), Mixture(cfg)
-            print(f"no base model in {base}: training it first (`python train_sft.py --preset base`)")
-        same = {name: getattr(cfg, name) for name in ("device", "fsdp", "micro_batch", "checkpointing", "tracker")}
-        train(dataclasses.replace(PRESETS["base"], **same, resume=bool(checkpoints(base))))
-    train(cfg)
+    check(cfg), trainer.check(cfg)
+    same = {name: getattr(cfg, name) for name in ("device", "dtype", "fsdp", "micro_batch", "checkpointing", "tracker")}
+    stages = {stage.out: dataclasses.replace(stage, **same, resume=bool(checkpoints(stage.out))) for stage in STAGES.values()}
+    missing = [cfg]
+    while missing[0].backbone in stages and not finished(missing[0].backbone):
+        missing.insert(0, stages[missing[0].backbone])
+    if this_process()[0] == 0 and missing[1:]:           # mistakes in the data are told now, not after other stages' training
+        for stage in missing:
+            ensure_data(stage), Mixture(stage)
+        print("stages to train: " + ", ".join(stage.out for stage in missing))
+    for stage in missing:
+        train(stage)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ that was stopped and goes on is the run that was not stopped, on one CPU to the 
 Written to --out: state/<step>.safetensors (with --fsdp the folder state/<step>, of torch.distributed.checkpoint), the last `keep` of them, each whole or
 absent; log.jsonl, a line a step; loss.png. Ctrl-C and SIGTERM save before they end.
 """
+import atexit
 import json
 import math
 import os
@@ -71,7 +72,9 @@ def start_processes(cfg):
     if "RANK" not in os.environ:
         return 0, 1, pick_device(cfg.device)
     cuda = torch.cuda.is_available() and cfg.device in ("auto", "cuda")
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))        # the first one makes data and evaluates, the others wait
+    if not dist.is_initialized():                                    # one stage may follow another
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))        # the first one makes data and evaluates, the others wait
+        atexit.register(dist.destroy_process_group)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -395,8 +398,6 @@ class Run:
         if self.rank == 0:
             curves(Path(cfg.out) / "log.jsonl", Path(cfg.out) / "loss.png")
         self.barrier()                                                   # the last files are written
-        if self.world > 1:
-            dist.destroy_process_group()
         if self.ending:
             if self.rank == 0:
                 print(f"stopped at step {self.step}, which is saved: go on with --resume", file=sys.stderr)

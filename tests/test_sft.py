@@ -1,5 +1,6 @@
 """Stage I keeps its promises: answers alone are learned, it overfits, resuming is bit-exact, two processes equal one, dense stops at block k."""
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -171,20 +172,6 @@ def test_lora_starts_as_nothing_trains_alone_and_is_merged_when_saved(tmp_path):
     plain = VLM(model.config)
     plain.load_state_dict(merged(model.state_dict()))
     assert torch.allclose(plain(**inputs).logits, changed, atol=1e-5) and not torch.allclose(changed, before, atol=1e-3)
-
-
-def test_blocks_put_on_top_change_nothing_at_first(tmp_path):
-    train(config(tmp_path / "base", steps=2))
-    model = VLM.from_pretrained(tmp_path / "base")
-    ids = torch.arange(12)[None] % model.config.vocab_size
-    taller = train_sft.grown(model, 2).eval()
-    assert torch.equal(taller(ids).logits, model(ids).logits) and len(taller.model.layers) == len(model.model.layers) + 2
-    train(config(tmp_path / "taller", backbone=str(tmp_path / "base"), grow=2, frozen_blocks=2, steps=3, dense_steps=0))
-    base, tuned = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "taller"))
-    assert tuned.keys() > base.keys() and tuned["model.layers.4.mlp.down_proj.weight"].any() and torch.equal(base["model.layers.1.mlp.down_proj.weight"], tuned["model.layers.1.mlp.down_proj.weight"])
-    assert len(VLM.from_pretrained(tmp_path / "taller").model.layers) == 5
-    with pytest.raises(UserError, match="--grow puts blocks on a backbone"):
-        train(config(tmp_path / "none", grow=1))
 
 
 def test_only_the_chosen_parts_are_trained(tmp_path):
@@ -396,15 +383,33 @@ def test_two_processes_equal_one(tmp_path):
     assert abs(losses[0] - losses[1]) < 1e-4
 
 
+def test_one_command_trains_the_stages_that_are_missing(tmp_path, monkeypatch, capsys):
+    out = {name: str(tmp_path / name) for name in ("first", "second", "third")}
+    stages = {"third": config(out["third"], backbone=out["second"], steps=2, dense_steps=0), "second": config(out["second"], backbone=out["first"], steps=1, dense_steps=0),
+              "first": config(out["first"], steps=1)}
+    for name in ("STAGES", "PRESETS"):
+        monkeypatch.setattr(train_sft, name, stages)
+    monkeypatch.setattr(sys, "argv", ["train_sft.py"])
+    train(stages["first"])
+    before = (tmp_path / "first" / "log.jsonl").stat().st_mtime_ns
+    train_sft.main()
+    assert f"stages to train: {out['second']}, {out['third']}" in capsys.readouterr().out
+    about = json.loads((tmp_path / "third" / "training.json").read_text())
+    assert (about["step"], about["started_from"]["step"], about["started_from"]["started_from"]["config"]["out"]) == (2, 1, out["first"])
+    assert (tmp_path / "first" / "log.jsonl").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="already holds a training run"):                             # before any stage is trained
+        train_sft.main()
+
+
 def test_a_policy_comes_along_while_what_it_reads_is_frozen(tmp_path):
     train(config(tmp_path / "base", steps=1))
     blm = BLM.from_pretrained(tmp_path / "base")
     blm.policy = Policy(PolicyConfig(intent_layer=2, hidden_size=48, num_heads=2), TINY.hidden_size, {"widowx": (16, 7)})
     blm.save_policy(tmp_path / "base")
-    for blocks, grow, comes in ((2, 0, True), (2, 1, True), (1, 0, False)):
-        out = tmp_path / f"{blocks}-{grow}"
-        train(config(out, backbone=str(tmp_path / "base"), frozen_blocks=blocks, grow=grow, dense_weight=0.0, dense_steps=0, steps=2, lr=1e-2))
+    for blocks, comes in ((2, True), (1, False)):
+        out = tmp_path / str(blocks)
+        train(config(out, backbone=str(tmp_path / "base"), frozen_blocks=blocks, dense_weight=0.0, dense_steps=0, steps=2, lr=1e-2))
         after = BLM.from_pretrained(out)
         assert (after.policy is not None) == comes
         assert not torch.equal(after.vlm.model.layers[2].mlp.down_proj.weight, blm.vlm.model.layers[2].mlp.down_proj.weight)
-    assert load_file(tmp_path / "2-0" / "policy.safetensors").keys() == load_file(tmp_path / "base" / "policy.safetensors").keys()
+    assert load_file(tmp_path / "2" / "policy.safetensors").keys() == load_file(tmp_path / "base" / "policy.safetensors").keys()
