@@ -267,7 +267,7 @@ def make_shard(job):
     path, robot, task, seed, count, validation = job
     if path.exists():
         return count
-    env, scenes = TabletopEnv(robot, task, render=False, clutter=CLUTTER, varied=True), []
+    env, scenes = TabletopEnv(robot, task, render=False, clutter=CLUTTER, varied="looks"), []
     draw = np.random.default_rng([seed, 13])
     askers = [Asker(draw, held_out) for held_out in ((False, True) if validation else (False,))]
     while len(scenes) < count:

@@ -19,7 +19,9 @@ CONTROL_HZ, SUBSTEPS = 20, 20
 IMAGE_SIZE = 128
 VIEWS = ("front", "wrist")
 INITIAL_NOISE = 0.02                                   # rad on every joint, as ManiSkill
-VARIED = 0.6                                           # share of the episodes whose light and table are drawn anew, where looks vary
+VARIED = 0.6                                           # share of the episodes whose light and table are drawn anew, where those vary
+MOVED, CROWDED = 0.5, 0.3                              # shares of the demonstrations with the front camera moved, and with one cube more on the table
+CROWD = ((0.55, 0.15, 0.65, 1), (1, 0.5, 0.05, 1), (0.95, 0.95, 0.95, 1))          # its colours: none that a task names, nor the condition's yellow
 CONDITIONS = {                                         # what `condition` changes, each alone
     "lighting": "half the light, from the other side",
     "table": "a grey-blue table top",
@@ -99,10 +101,13 @@ def repaint(model, condition):
     elif condition == "table":
         model.geom("table").rgba[:] = 0.45, 0.5, 0.58, 1
     elif condition == "distractor":
-        cube = model.geom("clutter0")
-        body = model.body("clutter0").id
-        cube.rgba[:], cube.contype[:], cube.conaffinity[:] = (0.95, 0.8, 0.1, 1), 1, 1
-        model.body_contype[body], model.body_conaffinity[body] = 1, 1
+        model.geom("clutter0").rgba[:] = 0.95, 0.8, 0.1, 1
+
+
+def harden(model):
+    """Let the first spare cube be run into."""
+    geom, body = model.geom("clutter0"), model.body("clutter0").id
+    geom.contype[:], geom.conaffinity[:], model.body_contype[body], model.body_conaffinity[body] = 1, 1, 1, 1
 
 
 def vary(model, original, rng):
@@ -157,21 +162,24 @@ def aside(robot, layout, rng, least=0.1):
 
 
 class TabletopEnv:
-    """`robot` at the table with `task` to do. `held_out` takes the wordings kept for evaluation; `render=False` leaves the images out;
-    `varied` draws light and table anew for most episodes, for training; `condition` names one of CONDITIONS, with layouts and wordings as without it, except
-    for what it changes.
+    """`robot` at the table with `task` to do. `held_out` takes the wordings kept for evaluation; `render=False` leaves the images out; `varied`, for training,
+    draws anew for most episodes "looks", which is light and table, or "all", with the front camera's place and one more cube too; `condition` names one of
+    CONDITIONS, with layouts and wordings as without it, except for what it changes.
 
     Raises UserError on an unknown robot or task, and ValueError on an action of the wrong shape or not finite.
     """
 
-    def __init__(self, robot="widowx", task="PickCube", render=True, held_out=False, clutter=0, condition="", varied=False):
+    def __init__(self, robot="widowx", task="PickCube", render=True, held_out=False, clutter=0, condition="", varied=""):
         self.robot, self.task = get_robot(robot), TASKS[choose(task, TASKS, "task")]
         self.render, self.wordings = render, self.task.held_out if held_out else self.task.instructions
-        self.model = self.original = compiled(robot, task, max(clutter, int(condition == "distractor")))
+        crowded = condition == "distractor" or varied == "all"
+        self.model = self.original = compiled(robot, task, max(clutter, int(crowded)))
         self.condition, self.varied = condition and choose(condition, CONDITIONS, "condition"), varied
         if condition or varied:
             self.model = copy.copy(self.model)         # it will be changed
             repaint(self.model, condition)
+        if crowded:
+            harden(self.model)
         self.data = mujoco.MjData(self.model)
         self.base = np.array([-self.robot.base_to_spawn_centre, 0.0, 0.0])
         self.tcp = self.model.site("tcp").id
@@ -195,6 +203,13 @@ class TabletopEnv:
             turn_camera(self.model, self.original, changes)
         if self.varied:
             vary(self.model, self.original, np.random.default_rng([seed, 9]))
+        if self.varied == "all":
+            loose = np.random.default_rng([seed, 13])
+            far = loose.uniform(0, 1.25) * (loose.random() < MOVED)
+            turn_camera(self.model, self.original, loose, 0.02 * far, np.radians(3) * far)
+            if loose.random() < CROWDED:
+                layout["clutter0"] = (aside(self.robot, layout, loose), loose.uniform(0, np.pi))
+                self.model.geom("clutter0").rgba[:] = CROWD[loose.integers(len(CROWD))]
         for name, (position, yaw) in layout.items():
             self.place(name, position, yaw)
         dof = self.robot.dof

@@ -97,7 +97,7 @@ def record_cell(job):
     while kept < wanted:
         path = folder / f"{robot}-{task}-{seed}.safetensors"
         if not path.exists():
-            env = env or TabletopEnv(robot, task, varied=True)
+            env = env or TabletopEnv(robot, task, varied="all")
             if config.policy:
                 blm = blm or load_policy(config.policy)
                 demonstration = correction(blm, env, seed, config.noise)

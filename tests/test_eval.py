@@ -48,6 +48,22 @@ def test_a_condition_changes_what_it_says_and_no_more(condition):
         assert all(np.hypot(*np.subtract(cube, place)[:2]) >= 0.1 for place, _ in told["layout"].values())
 
 
+def test_demonstrations_vary_in_light_camera_and_clutter_and_evaluation_does_not():
+    plain, varied = TabletopEnv("xarm6", "PickCube"), TabletopEnv("xarm6", "PickCube", varied="all")
+    shifts, crowded, alike = [], 0, 0
+    for seed in range(30):
+        before, told = plain.reset(seed)
+        seen, new = varied.reset(seed)
+        shifts.append(np.linalg.norm(varied.model.camera("front").pos - plain.model.camera("front").pos))
+        crowded += "clutter0" in new["layout"]
+        assert varied.position("clutter0")[2] == (0.02 if "clutter0" in new["layout"] else -0.5)
+        assert {name: place for name, place in new["layout"].items() if name != "clutter0"} == told["layout"] and seen["instruction"] == before["instruction"]
+        alike += np.array_equal(seen["images"]["front"], before["images"]["front"])
+    assert max(shifts) < 0.026 and 8 < sum(shift > 0 for shift in shifts) < 22 and 3 < crowded < 16 and 0 < alike < 12
+    again = plain.reset(0)[0]["images"]["front"]
+    assert np.array_equal(again, TabletopEnv("xarm6", "PickCube").reset(0)[0]["images"]["front"])
+
+
 def test_an_arm_stops_at_the_distractor():
     env = TabletopEnv("panda", "PushCube", render=False, condition="distractor")
     env.reset(0)
