@@ -370,11 +370,13 @@ def test_backbone_starts_from_its_weights_without_a_dense_stage(tmp_path):
 def one_of_two(out):
     patch(pytest.MonkeyPatch())
     train(config(out, steps=2))
+    train(config(out + "-next", backbone=out, steps=1, dense_steps=0))             # the stage behind it, in the same processes
 
 
 def test_two_processes_equal_one(tmp_path):
     train(config(tmp_path / "one", steps=2))
     spawn_two(one_of_two, str(tmp_path / "two"))
+    assert json.loads((tmp_path / "two-next" / "training.json").read_text())["started_from"]["step"] == 2
     one, two = (last_state(tmp_path / name) for name in ("one", "two"))
     for name in one:
         if name.startswith("model."):
