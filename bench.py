@@ -13,13 +13,14 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import UserError, choose, parse, pick_device, run, write_json
+from cli import UserError, at_least, choose, parse, pick_device, run, writable, write_json
 from data.robots import ROBOTS, get_robot
 from data.tasks import TASKS
 from model import BLM, VIEWS
@@ -303,13 +304,18 @@ BENCHES = {"engine": bench_engine, "vlm": bench_vlm, "sft": bench_sft, "policy":
 
 
 def main():
+    if sys.argv[1:2] in (["--help"], ["-h"]):
+        print(__doc__ + "\npython bench.py <what> --help lists the flags")
+        return
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         raise UserError(f"say what to time: python bench.py {' | '.join(BENCHES)}")
     what = choose(sys.argv[1], BENCHES, "benchmark")
     config = parse(BenchConfig, description=__doc__.split("\n")[0], argv=sys.argv[2:])
+    at_least(config, 1, "runs"), at_least(config, 0, "threads")
+    out = config.out or f"out/results/bench-{what}.json"
+    writable(Path(out).parent)
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     result = BENCHES[what](config)
-    out = config.out or f"out/results/bench-{what}.json"
     write_json(out, result)
     print(f"written to {out}")
 

@@ -7,12 +7,16 @@ import dataclasses
 import difflib
 import inspect
 import json
+import multiprocessing
 import os
 import re
+import signal
 import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
@@ -69,6 +73,12 @@ def writable(folder):
 def this_process():
     """(rank, world): which of how many processes this is under torchrun, (0, 1) otherwise."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def pool(workers):
+    """A multiprocessing.Pool of fresh processes with one thread each; Ctrl-C is left to the process that asks them to work."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 
 class Parser(argparse.ArgumentParser):
@@ -132,8 +142,8 @@ def atomic(path):
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)                      # mkstemp makes files private
         temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:              # the latter is a full disk, as safetensors tells it
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; what was there before is whole") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -11,7 +11,6 @@ map too. An evaluation of cells that was stopped goes on where it was, if nothin
 """
 import hashlib
 import json
-import multiprocessing
 import os
 import shlex
 import sys
@@ -25,7 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm, trange
 
-from cli import UserError, at_least, atomic, choose, choose_many, parse, pick_device, run, this_process, writable, write_json
+from cli import UserError, at_least, atomic, choose, choose_many, parse, pick_device, pool, run, this_process, writable, write_json
 from data.env import CONDITIONS, CONTROL_HZ, TabletopEnv, front_pixel
 from data.expert import demonstrate
 from data.questions import CATEGORIES, distance, is_right
@@ -137,10 +136,9 @@ def episodes_of(what, config, robots, tasks):
     kept = found if rank == 0 else known(part_of(rank))
     with atomic(part_of(rank)) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in (about, *kept.items())))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with multiprocessing.get_context("spawn").Pool(config.workers) as pool, open(part_of(rank), "a") as part, \
+    with pool(config.workers) as workers, open(part_of(rank), "a") as part, \
             tqdm(total=len(robots) * len(tasks) * config.episodes, initial=sum(map(len, found.values())), unit="episode", disable=rank > 0) as bar:
-        for robot, task, results in pool.imap_unordered(work, mine):
+        for robot, task, results in workers.imap_unordered(work, mine):
             part.write(json.dumps([[robot, task, results[0]["seed"]], results]) + "\n")
             part.flush()
             found[robot, task, results[0]["seed"]] = results
@@ -212,7 +210,7 @@ def conditions(what, config):
     if config.condition:
         raise UserError("eval.py conditions runs them all: leave --condition out, or ask `eval.py physical` for one")
     found = {}
-    for name, about in {"unchanged": "as in the demonstrations", **CONDITIONS}.items():
+    for name, about in {"unchanged": "as in the other tables", **CONDITIONS}.items():
         print(f"\n{name}: {about}")
         found[name] = physical("physical", replace(config, condition=name if name in CONDITIONS else "", out=condition_file(config.out, name)))
     if None in found.values():
@@ -374,6 +372,8 @@ def main():
         if hasattr(config, name):
             at_least(config, low, name)
     config.out = config.out or f"out/results/{config.name if what == 'benchmark' else what}.json"
+    if Path(config.out).suffix != ".json":
+        raise UserError(f"--out {config.out}: name a .json file, the picture is drawn beside it")
     writable(Path(config.out).parent)
     if what in ("digital", "benchmark") and this_process()[0]:
         return                                             # one process does it all

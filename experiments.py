@@ -14,11 +14,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, at_least, choose_many, parse, run, write_json
+from cli import UserError, at_least, choose_many, parse, run, writable, write_json
 from data.robots import ROBOTS
 from data.tasks import TASKS
 from eval import wilson
 from trainer import checkpoints
+from vlm import find_folder, load_config, read_json
 
 HELD_OUT = "widowx"                                  # the robot that comes later
 REST = ",".join(robot for robot in ROBOTS if robot != HELD_OUT)
@@ -44,8 +45,8 @@ ROWS = {                                             # name: (what it asks, flag
 @dataclass
 class ExperimentConfig:
     rows: str = "all"                                # comma-separated rows, or all
-    steps: int = 2000                                # optimiser steps of a row
-    episodes: int = 20                               # evaluation episodes of each robot and task
+    steps: int = 1500                                # optimiser steps of a row
+    episodes: int = 10                               # evaluation episodes of each robot and task
     data: str = "out/demos"                          # folder of demonstrations
     base: str = "weights/base"                       # model folder of the base stage, for no_stage_1
     backbone: str = "weights/nano"                   # model folder whose language model all other rows read
@@ -57,7 +58,7 @@ class ExperimentConfig:
 def commands(name, config):
     """[(train command, evaluate command, result file)] of a row, as lists of words."""
     _, flags, models = ROWS[name]
-    last = json.loads((Path(config.backbone) / "config.json").read_text())["num_hidden_layers"] if "{last}" in flags else 0
+    last = load_config(find_folder(config.backbone)).num_hidden_layers if "{last}" in flags else 0
     flags, made = flags.format(base=config.base, last=last, out=config.out, steps=config.steps).split(), []
     flags += [] if "--backbone" in flags else ["--backbone", config.backbone]
     for i, (robots, tasks, share) in enumerate(models):
@@ -117,9 +118,11 @@ def main():
             print(f"\n{name}: {ROWS[name][0]}", *(f"    {shlex.join(command)}" for pair in commands(name, config) for command in pair[:2]), sep="\n")
         return
     path = Path(config.results)
-    found = json.loads(path.read_text()) if path.exists() else {"steps": config.steps, "episodes": config.episodes, "rows": {}}
-    if (found["steps"], found["episodes"]) != (config.steps, config.episodes):
-        raise UserError(f"{path} holds rows of {found['steps']} steps and {found['episodes']} episodes: take those, or name another file with --results")
+    found = read_json(path) if path.exists() else {"steps": config.steps, "episodes": config.episodes, "rows": {}}
+    if "rows" not in found or (found["steps"], found["episodes"]) != (config.steps, config.episodes):
+        holds = f"rows of {found['steps']} steps and {found['episodes']} episodes: take those" if "rows" in found else "no rows"
+        raise UserError(f"{path} holds {holds}, or name another file with --results")
+    writable(path.parent)
     for name in rows:
         if name in found["rows"]:
             continue

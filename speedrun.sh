@@ -1,14 +1,16 @@
 #!/bin/sh
 # From an empty folder to the table of 24 cells: demonstrations, corpus, base model, Stage I, Stage II, two rounds of corrections, evaluation.
 #
-#   sh speedrun.sh                  two CPU cores: about four hours
+#   sh speedrun.sh                  two CPU cores: about five hours
 #   sh speedrun.sh --budget gpu     one GPU and sixteen cores: the same steps, evaluated after each round
 #
 # Everything goes to out/speedrun; what is there already is not done again, so a run that was stopped goes on when it is started again.
 set -e
-budget=cpu
-[ "$1" = "--budget" ] && budget=$2
-[ "$budget" = cpu ] || [ "$budget" = gpu ] || { echo "error: unknown budget '$budget', choose from: cpu, gpu" >&2; exit 2; }
+budget=${2:-cpu}
+case "${1:---budget} $budget" in
+    "--budget cpu" | "--budget gpu") ;;
+    *) echo "error: '$*': it takes --budget cpu or --budget gpu, or nothing" >&2; exit 2 ;;
+esac
 out=out/speedrun
 workers=$(nproc)
 mkdir -p $out
@@ -30,7 +32,7 @@ said corpus python -m data.corpus --out $out/corpus --workers "$workers"
 said general python -m data.general --out $out/general
 said base python train_sft.py --preset base --data $out/corpus:1,$out/general/train.jsonl:1 --out $out/base $(resume $out/base)
 said scenes python train_sft.py --preset scenes --data $out/corpus:3,$out/general/train.jsonl:1 --backbone $out/base --out $out/scenes $(resume $out/scenes)
-said stage1 python train_sft.py --data $out/corpus:1,$out/general/train.jsonl:1 --backbone $out/scenes --out $out/sft $(resume $out/sft)
+said stage1 python train_sft.py --preset embodied --data $out/corpus:1,$out/general/train.jsonl:1 --backbone $out/scenes --out $out/sft $(resume $out/sft)
 policy="python train_policy.py --data $out/demos --backbone $out/sft --cache $out/intents --out $out/policy"
 said stage2 $policy --steps 9000 $(resume $out/policy)
 [ "$budget" = gpu ] && said table1 python eval.py physical --weights $out/policy --workers "$workers" --out $out/physical-1.json

@@ -39,7 +39,7 @@ from model import BLM, backbone_hash, load_training
 from policy import PRESETS, EmbodimentLinear, Policy, PolicyConfig
 from rollout import EXECUTE_STEPS
 from tokenizer import Tokenizer
-from trainer import Run, RunConfig, checkpoints, make_optimizers, read_record, shard, whole
+from trainer import Run, RunConfig, checkpoints, end_processes, make_optimizers, read_record, shard, whole
 from vlm import VLM, find_folder, stored_dtype
 
 
@@ -269,7 +269,7 @@ def train(cfg, config):
     if config.intent_layer > blm.vlm.config.num_hidden_layers:
         raise UserError(f"--intent_layer {config.intent_layer}: the language model in {folder} has {blm.vlm.config.num_hidden_layers} blocks")
     backbone, old = backbone_hash(blm.vlm, config.intent_layer), None
-    if cfg.resume and read_record(checkpoints(cfg.out)[-1])["backbone"] != backbone:         # before anything in --out is touched
+    if cfg.resume and read_record(checkpoints(cfg.out)[-1]).get("backbone") != backbone:         # before anything in --out is touched
         raise UserError(f"{cfg.out} was trained on another language model than {folder}: resume with that one as --backbone, or choose another --out")
     if cfg.start:
         started = BLM.from_pretrained(cfg.start)
@@ -364,6 +364,7 @@ def train(cfg, config):
 def main():
     cfg, config = parse(TrainConfig, PolicyConfig, presets=PRESETS, description="Stage II: train the policy; the language model stays frozen.")
     train(cfg, config)
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from dense import DenseHeads, answer_weights, begins, place_in
 from model import BLM
 from tokenizer import SYSTEM_PROMPT, Tokenizer, chat, train_tokenizer
 import trainer
-from trainer import Run, RunConfig, checkpoints, make_optimizers, shard, whole
+from trainer import Run, RunConfig, checkpoints, end_processes, make_optimizers, shard, whole
 from vlm import PRESETS as SIZES
 from vlm import VLM, find_folder, process_media, read_json, stored_dtype
 
@@ -88,6 +88,7 @@ STAGES = {                         # each starts where the one below it ends
 PRESETS = STAGES | {"qwen": SFTConfig(data="mine.jsonl", backbone="Qwen/Qwen2.5-VL-3B-Instruct", lr=1e-5, dense_weight=0.0, micro_batch=1, checkpointing=True, out="out/mine")}
 FREE_TO_CHANGE = {"on_bad", "eval_rows", "point_scenes", "micro_batch", "checkpointing"}     # when resuming, beside trainer.FREE
 PARTS = ("vision", "merger", "llm")
+WEIGHT = r":(\d+\.?\d*|\.\d+)$"           # of a source in --data
 HEADS = "heads.safetensors"
 BLOCK = 100                                  # rows that hold the mixture exactly
 VALIDATION = 50                              # one record in so many of a JSON lines file is not trained on
@@ -101,14 +102,14 @@ class Mixture:
     def __init__(self, cfg):
         self.seed, self.sources, self.told, weights = cfg.seed, [], set(), []
         for part in cfg.data.split(","):
-            path, _, weight = part.strip().rpartition(":") if re.search(r":[\d.]+$", part.strip()) else (part.strip(), "", "1")
+            path, _, weight = part.strip().rpartition(":") if re.search(WEIGHT, part.strip()) else (part.strip(), "", "1")
             self.sources.append(Chats(path, cfg.on_bad) if path.endswith(".jsonl") else corpora.Corpus(path, "train", cfg.categories))
             weights.append(float(weight))
         if not sum(weights) > 0:
             raise UserError(f"--data {cfg.data}: the weights must not all be zero")
         self.weights = np.array(weights)
         self.dense = np.array([isinstance(source, corpora.Corpus) for source in self.sources])
-        if cfg.dense_weight and not self.dense.any():
+        if cfg.dense_weight and not (self.weights * self.dense).any():
             raise UserError(f"--data {cfg.data} has no corpus, so there are no dense targets: add --dense_weight 0")
         self.chosen = [np.arange(len(source)) if is_dense else np.array([i for i in range(len(source)) if i % VALIDATION or len(source) < VALIDATION])
                        for source, is_dense in zip(self.sources, self.dense)]
@@ -313,7 +314,7 @@ def evaluate(model, heads, mixture, tokenizer, cfg, device, dense_only=False):
                 learned = batch["labels"] >= 0
                 first = begins(learned)[:, 1:][learned[:, 1:]]
                 right = answers_right(logits, labels, first)
-                json_like = torch.tensor([tokenizer.decode([int(token)]).startswith("{") for token in labels[first]], device=device)
+                json_like = torch.tensor([tokenizer.decode([int(token)]).startswith("{") for token in labels[first]], dtype=torch.bool, device=device)
                 tally(f"exact_{kind}", right[~json_like].float()), tally("exact_coordinates" if is_dense else "exact_general", right[json_like].float())
                 tally("answer_loss", F.cross_entropy(logits, labels, reduction="none"))
             for name, values in dense.errors(batch, guesses, kind, config.vision_config.patch_size):
@@ -390,6 +391,9 @@ def start_model(cfg, mixture):
     torch.manual_seed(cfg.seed)
     if cfg.backbone:
         return VLM.from_pretrained(cfg.backbone).train(), Tokenizer.from_pretrained(cfg.backbone)
+    if cfg.resume:                                               # the data may be others by now
+        tokenizer = Tokenizer.from_pretrained(cfg.out)
+        return VLM(SIZES[cfg.model].for_tokenizer(tokenizer)), tokenizer
     texts = [text for source in mixture.sources for text in source.texts()]
     frame = f"system\n{SYSTEM_PROMPT}\nuser\nassistant\n"                                             # in every row, so worth whole tokens
     tokenizer = train_tokenizer([*texts[::max(1, len(texts) // 50_000)], *[frame] * 1000], cfg.vocab_size)
@@ -397,10 +401,8 @@ def start_model(cfg, mixture):
 
 
 def choose_parts(model, cfg):
-    """Leave only what cfg trains with gradients. UserError if that cannot be."""
-    parts, blocks = choose_many(cfg.train, PARTS, "part"), model.config.num_hidden_layers
-    if not cfg.frozen_blocks < blocks:
-        raise UserError(f"--frozen_blocks {cfg.frozen_blocks} must leave some of the {blocks} blocks to train")
+    """Leave only what cfg trains with gradients."""
+    parts = choose_many(cfg.train, PARTS, "part")
     model.requires_grad_(False)
     for name, module in (("vision", model.visual), ("llm", model.model), ("llm", model.lm_head)):
         if name in parts and module is not None:
@@ -423,7 +425,7 @@ def carried_policy(cfg):
 
 def ensure_data(cfg):
     """Make the default corpus and the general instructions where --data names them and they are not there."""
-    paths = [re.sub(r":[\d.]+$", "", part.strip()) for part in cfg.data.split(",")]
+    paths = [re.sub(WEIGHT, "", part.strip()) for part in cfg.data.split(",")]
     for path in paths:
         if Path(path) == Path(general.GeneralConfig.out) / "train.jsonl":
             general.ensure(general.GeneralConfig.out)
@@ -440,6 +442,14 @@ def check(cfg):
         raise UserError(f"--blind {cfg.blind} is a share of rows: at most 1")
 
 
+def check_blocks(cfg, blocks):
+    """UserError for what does not fit a model of so many LLM blocks."""
+    if not 1 <= cfg.intent_layer <= blocks:
+        raise UserError(f"--intent_layer {cfg.intent_layer}: this model has blocks 1 to {blocks}")
+    if not cfg.frozen_blocks < blocks:
+        raise UserError(f"--frozen_blocks {cfg.frozen_blocks} must leave some of the {blocks} blocks to train")
+
+
 def train(cfg):
     """Train with a SFTConfig; returns the last figures."""
     check(cfg)
@@ -450,8 +460,7 @@ def train(cfg):
     mixture = Mixture(cfg)
     model, tokenizer = start_model(cfg, mixture)
     dtype = stored_dtype(find_folder(cfg.backbone)) if cfg.backbone else torch.float16
-    if not 1 <= cfg.intent_layer <= model.config.num_hidden_layers:
-        raise UserError(f"--intent_layer {cfg.intent_layer}: this model has blocks 1 to {model.config.num_hidden_layers}")
+    check_blocks(cfg, model.config.num_hidden_layers)
     choose_parts(model, cfg)
     policy = carried_policy(cfg)
     model.checkpointing = model.visual.checkpointing = cfg.checkpointing
@@ -531,18 +540,25 @@ def finished(folder):
 
 def main():
     cfg = parse(SFTConfig, presets=PRESETS, description="Stage I: train the vision-language model on questions about scenes, and on conversations of your own.")
-    check(cfg), trainer.check(cfg)
-    same = {name: getattr(cfg, name) for name in ("device", "dtype", "fsdp", "micro_batch", "checkpointing", "tracker")}
+    check(cfg)
+    same = {name: getattr(cfg, name) for name in ("batch_size", "seed", "device", "dtype", "fsdp", "micro_batch", "checkpointing", "tracker")}
     stages = {stage.out: dataclasses.replace(stage, **same, resume=bool(checkpoints(stage.out))) for stage in STAGES.values()}
     missing = [cfg]
     while missing[0].backbone in stages and not finished(missing[0].backbone):
         missing.insert(0, stages[missing[0].backbone])
-    if this_process()[0] == 0 and missing[1:]:           # mistakes in the data are told now, not after other stages' training
+    if missing[1:]:                                      # a run that was stopped before its last stage
+        cfg.resume = cfg.resume and bool(checkpoints(cfg.out))
+        if cfg.out in (stage.out for stage in missing[:-1]):
+            raise UserError(f"--out {cfg.out} is where an earlier stage goes: choose another")
+    trainer.check(cfg)
+    if this_process()[0] == 0 and missing[1:]:           # mistakes are told now, not after other stages' training
         for stage in missing:
             ensure_data(stage), Mixture(stage)
+            check_blocks(stage, SIZES[missing[0].model].num_hidden_layers)
         print("stages to train: " + ", ".join(stage.out for stage in missing))
     for stage in missing:
         train(stage)
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ that was stopped and goes on is the run that was not stopped, on one CPU to the 
 Written to --out: state/<step>.safetensors (with --fsdp the folder state/<step>, of torch.distributed.checkpoint), the last `keep` of them, each whole or
 absent; log.jsonl, a line a step; loss.png. Ctrl-C and SIGTERM save before they end.
 """
-import atexit
 import json
 import math
 import os
@@ -71,14 +70,21 @@ def start_processes(cfg):
     """(rank, world, device): a world of one under `python`, more under `torchrun`; NCCL with CUDA, else gloo."""
     if "RANK" not in os.environ:
         return 0, 1, pick_device(cfg.device)
-    cuda = torch.cuda.is_available() and cfg.device in ("auto", "cuda")
+    cuda = torch.cuda.is_available() and cfg.device != "cpu"
+    if cfg.device == "cuda" and not cuda:
+        raise UserError("--device cuda: this machine has no usable cuda; leave --device out")
     if not dist.is_initialized():                                    # one stage may follow another
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))        # the first one makes data and evaluates, the others wait
-        atexit.register(dist.destroy_process_group)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def end_processes():
+    """For the end of a script, where all processes arrive."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def shard(module, blocks, device, methods=()):
@@ -128,7 +134,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad)).lerp_(p.grad, 1 - group["momentum"])
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                    mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                     step = orthogonal(p.grad.lerp(mean, group["momentum"]).to(group["dtype"])).to(p.dtype)
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
@@ -144,11 +152,11 @@ def orthogonal(matrix, steps=5):
 
 
 def make_optimizers(modules, cfg, dtype=torch.float32):
-    """Muon for the matrices of blocks; AdamW for embeddings, heads, what robots have each for themselves, and, without decay, for vectors."""
+    """Muon for the matrices of blocks; AdamW for embeddings, heads, what robots have each for themselves, and, without decay, for vectors and biases."""
     parameters = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
     in_blocks = lambda name, p: p.ndim == 2 and re.search(r"\b(layers|blocks|attentions|mlps)\.\d", name)
-    hidden, rest = [p for name, p in parameters if in_blocks(name, p)], [p for name, p in parameters if not in_blocks(name, p)]
-    groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": cfg.weight_decay}, {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0}]
+    hidden, rest = [p for name, p in parameters if in_blocks(name, p)], [pair for pair in parameters if not in_blocks(*pair)]
+    groups = [{"params": [p for name, p in rest if decays == (p.ndim > 1 and not name.endswith("bias"))], "weight_decay": decays * cfg.weight_decay} for decays in (True, False)]
     groups = [group for group in groups if group["params"]]
     muon = [Muon(hidden, cfg.lr, cfg.weight_decay, dtype=dtype)] if hidden else []
     return muon + ([torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)] if groups else [])
@@ -213,6 +221,8 @@ def check(cfg):
     at_least(cfg, 1, "steps", "batch_size", "eval_every", "save_every", "keep"), at_least(cfg, 0, "lr", "warmup", "weight_decay", "grad_clip", "spike", "seed")
     choose(cfg.tracker, ("none", "wandb", "tensorboard"), "--tracker"), choose(cfg.dtype, ("auto", "float32", "bfloat16"), "--dtype")
     world, found = this_process()[1], checkpoints(cfg.out)
+    if world > 1:
+        choose(cfg.device, ("auto", "cpu", "cuda"), "device of several processes")
     if cfg.fsdp and world == 1:
         raise UserError("--fsdp shards over several processes: start it with `torchrun --nproc_per_node 2` or more")
     if cfg.batch_size % world:
@@ -309,11 +319,8 @@ class Run:
             self.writing = self.writer.submit(self.write, folder / f"{self.step:08d}.safetensors", tensors, record)
 
     def write(self, path, tensors, record):
-        try:
-            with atomic(path) as temporary:
-                save_file(tensors, temporary, metadata={"state": json.dumps(record)})
-        except SafetensorError as error:                                 # a full disk, as safetensors tells it
-            raise UserError(f"cannot write {path}: {error}; checkpoints before it are whole: make room, then add --resume") from None
+        with atomic(path) as temporary:
+            save_file(tensors, temporary, metadata={"state": json.dumps(record)})
         self.forget()
 
     def forget(self):
@@ -398,7 +405,9 @@ class Run:
         if self.rank == 0:
             curves(Path(cfg.out) / "log.jsonl", Path(cfg.out) / "loss.png")
         self.barrier()                                                   # the last files are written
+        self.ending = self.ending or self.signal                         # one that came behind the last step: no other stage shall follow
         if self.ending:
+            end_processes()
             if self.rank == 0:
                 print(f"stopped at step {self.step}, which is saved: go on with --resume", file=sys.stderr)
             sys.exit(128 + self.ending)
@@ -471,6 +480,7 @@ def tracker(cfg, flags):
     try:
         if cfg.tracker == "wandb":
             import wandb
+            wandb.finish()                                               # of the stage before
             run = wandb.init(project="nanoblm", name=Path(cfg.out).name, config=flags, resume="allow")
             return lambda line: run.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
         from torch.utils.tensorboard import SummaryWriter

@@ -554,7 +554,7 @@ class Attention(nn.Module):
         past[:, :, at:at + 1] = qkv[:, self.heads:]
         k, v = past[:, :, :at + 1].split(self.kv_heads, dim=1)
         q = qkv[:, :self.heads].view(len(x), self.kv_heads, -1, self.head_dim)               # all that look at the same keys
-        return self.o_proj(F.scaled_dot_product_attention(q, k, v, mask).view(len(x), -1))
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v, mask).flatten(1))
 
 
 class DecoderLayer(nn.Module):

@@ -7,6 +7,7 @@ tasks take place follows from how far the arm reaches. The file must have a site
 the arms of MuJoCo Menagerie do. Afterwards: demonstrations, and a policy (README, "Add a robot").
 """
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 import mujoco
 import numpy as np
 
-from cli import UserError, atomic, choose, parse, run
+from cli import UserError, at_least, atomic, choose, parse, run
 from data.robots import ROBOTS, Kinematics, Robot, get_robot
 
 FILE = Path(__file__).parent / "robots.json"
@@ -196,9 +197,10 @@ def main():
     config = parse(AddConfig, description="Add your own arm, from its MJCF file.")
     if not config.mjcf or not config.name:
         raise UserError("say which arm: python -m data.add_robot --mjcf arm.xml --name my_arm")
-    if config.name in ROBOTS or not config.name.isidentifier():
+    at_least(config, 0.01, "speed")
+    if config.name in ROBOTS or not re.fullmatch("[a-z][a-z0-9_]*", config.name):
         raise UserError(f"--name {config.name}: " + ("there is such a robot already; delete its entry in data/robots.json first" if config.name in ROBOTS
-                                                     else "letters, digits and underscores only"))
+                                                     else "lower-case letters, digits and underscores only"))
     entry = convert(Path(config.mjcf), config.site, choose(config.gripper, ROBOTS, "gripper"), config.speed)
     with atomic(FILE) as temporary:
         temporary.write_text(with_entry(FILE.read_text(), config.name, entry))

@@ -51,6 +51,8 @@ def normalise(record):
         raise ValueError(f"it names {sum(map(len, files.values()))} more pictures or videos than <image> and <video> places in its text")
     for message in messages:
         if message["role"] == "assistant":
+            if any(item["type"] != "text" for item in message["content"]):
+                raise ValueError("an answer holds a picture or video")
             message["content"] = "".join(item.get("text", "") for item in message["content"])
     if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
         raise ValueError("it has no answer")
@@ -121,7 +123,7 @@ class Chats:
     def __init__(self, path, on_bad="refuse"):
         self.path, self.records, bad = Path(path), [], []
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text(encoding="utf-8").split("\n")              # splitlines would also split at what JSON strings may hold
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
         root = self.path.resolve().parent

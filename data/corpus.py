@@ -14,10 +14,9 @@ Files: <folder>/<split>/<shard>.safetensors with images (n, 128, 128, 3) uint8, 
 Validation scenes come from seeds that training never sees; their questions are asked twice, in wordings that it sees and in those that it does not.
 """
 import json
-import multiprocessing
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mujoco
@@ -26,16 +25,15 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from cli import UserError, at_least, atomic, choose_many, parse, run, writable
-from data.env import IMAGE_SIZE, VIEWS, TabletopEnv
+from cli import UserError, at_least, atomic, choose_many, parse, pool, run, writable, write_json
+from data.env import CROWD, IMAGE_SIZE, VIEWS, TabletopEnv
 from data.expert import PEG_LEVER, PRIMITIVES, Infeasible, Planner, azimuth_of, hand_offset, quarter_turns, tool_rotation, yaw_of
 from data.questions import CATEGORIES, CAUSES, STEP_TEXT, Asker, equalise
 from data.robots import ROBOTS, get_kinematics, get_robot
 from data.tasks import BLUE, GREEN, RED, TASKS
 
 GRID = 8                                                      # patches a side of nano's ViT
-SPARE = {"yellow cube": (0.95, 0.85, 0.1, 1), "purple cube": (0.55, 0.15, 0.65, 1), "orange cube": (1, 0.5, 0.05, 1), "white cube": (0.95, 0.95, 0.95, 1),
-         "red cube": RED, "green cube": GREEN, "blue cube": BLUE}             # the last three where the task has none of its own
+SPARE = {"yellow cube": (0.95, 0.85, 0.1, 1), **CROWD, "red cube": RED, "green cube": GREEN, "blue cube": BLUE}      # the last three where the task has none of its own
 LABELS = sorted({label for task in TASKS.values() for label in task.labels.values()} | set(SPARE))
 COLOURS = {label: label.split()[0] if " " in label else None for label in LABELS}
 GRASPED = [label for label in LABELS if "cube" in label or label in ("blue ball", "peg")]
@@ -182,7 +180,7 @@ def attempt(env, seed, rng, fault):
     env.reset(seed)
     planner, trace, done, shift = Planner(env), [], False, np.append(rng.choice([-1, 1], 2) * rng.uniform(0.035, 0.05, 2), 0)
     late = rng.uniform(0.3, 0.8)                             # where in its step a dropped thing is let go
-    for _ in range(1 if fault in ("missed", "dropped", "stopped") else 4):
+    for _ in range(1 if fault else 4):
         try:
             plan = PRIMITIVES[env.task.name](env)
             for step in plan:
@@ -205,8 +203,6 @@ def attempt(env, seed, rng, fault):
                     return trace, bool(done)
             if fault == "dropped" and segment.name == "carry":
                 break
-        if fault:
-            break
     for _ in range(8):                                       # what was let go comes to rest
         *_, done, _, _ = env.step(np.append(env.data.ctrl[:env.robot.dof], env.data.ctrl[env.robot.dof]))
     trace.append((env.data.qpos.copy(), trace[-1][1] if trace else "approach"))
@@ -300,17 +296,17 @@ def make(config):
         jobs.append((Path(config.out) / "val" / f"{robot}-{task}-000.safetensors", robot, task, VALIDATION_SEED + base, max(20, config.scenes // 15 // len(cells)), True))
     # shards are drawn out of order, so that a corpus cut short is balanced
     jobs = [jobs[i] for i in np.random.default_rng(0).permutation(len(jobs))]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with multiprocessing.get_context("spawn").Pool(config.workers) as pool, tqdm(total=sum(j[4] for j in jobs), unit="scene") as bar:
-        for count in pool.imap_unordered(make_shard, jobs):
+    with pool(config.workers) as workers, tqdm(total=sum(j[4] for j in jobs), unit="scene") as bar:
+        for count in workers.imap_unordered(make_shard, jobs):
             bar.update(count)
+    write_json(Path(config.out) / "made.json", asdict(config))
 
 
 def ensure(folder):
-    """Make the default corpus in `folder` unless it is there."""
-    config = CorpusConfig(out=str(folder), workers=os.cpu_count() or 1)
-    if not any(Path(folder).glob("val/*.safetensors")):
-        print(f"no corpus in {folder}: rendering {config.scenes} scenes (about {config.scenes / 25 / 60 / config.workers:.0f} minutes)")
+    """Make the default corpus in `folder` unless one is there; in its own folder, one that was not stopped."""
+    config, there = CorpusConfig(out=str(folder), workers=os.cpu_count() or 1), any(Path(folder).glob("val/*.safetensors"))
+    if not there or Path(folder) == Path(CorpusConfig.out) and not (Path(folder) / "made.json").exists():
+        print(f"no whole corpus in {folder}: rendering {config.scenes} scenes (about {config.scenes / 25 / 60 / config.workers:.0f} minutes)")
         make(config)
 
 

@@ -55,7 +55,7 @@ class Segment:
 
 @dataclass
 class Demonstration:
-    """states (L, S), actions (L, A) clean targets, phases [L], images [L] or [], objects (L, O, 3) m, success, attempts, clipped."""
+    """states (L, S), actions (L, A) clean targets, phases [L], images [L] or [], success, attempts."""
     states: np.ndarray
     actions: np.ndarray
     phases: list
@@ -348,5 +348,4 @@ def demonstrate(env, seed, noise=0.0, watch=None, reset=True):
                     break
             if success or truncated:
                 break
-    shape = (0, env.robot.action_dim)
-    return Demonstration(np.array(states), np.array(actions, np.float32).reshape(-1, shape[1]), phases, images, success, attempt, env.instruction)
+    return Demonstration(np.array(states), np.array(actions, np.float32).reshape(-1, env.robot.action_dim), phases, images, success, attempt, env.instruction)

@@ -104,7 +104,7 @@ def row(name, rng, pictures, held_out):
 
 def make(config):
     """Write both files and the pictures. No probe is also a training row."""
-    at_least(config, 1, "rows", "probes", "pictures"), at_least(config, 0, "seed")
+    at_least(config, 1, "rows", "probes"), at_least(config, 2, "pictures"), at_least(config, 0, "seed")
     out, rng = Path(config.out), np.random.default_rng(config.seed)
     cells, pictures = [(robot, task) for task in TASKS for robot in ROBOTS], []
     for i in range(config.pictures):

@@ -14,7 +14,6 @@ Files appear whole or not at all; a second run records only what is missing. Onl
 """
 import io
 import json
-import multiprocessing
 import os
 import shlex
 import sys
@@ -27,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from cli import UserError, at_least, atomic, choose_many, parse, run, this_process, writable
+from cli import UserError, at_least, atomic, choose_many, parse, pool, run, this_process, writable
 from data.env import TabletopEnv
 from data.expert import demonstrate
 from data.robots import ROBOTS
@@ -122,6 +121,8 @@ def record(config):
     """Record what is missing of robots x tasks x episodes into config.out; returns {cell: failed seeds}."""
     robots, tasks = choose_many(config.robots, ROBOTS, "robot"), choose_many(config.tasks, TASKS, "task")
     at_least(config, 1, "episodes", "workers"), at_least(config, 0, "seed", "noise")
+    if config.seed + 2 * config.episodes > CORRECTION_SEED:
+        raise UserError(f"--seed {config.seed}: stay below {CORRECTION_SEED:,}, where the seeds of corrections begin, and behind those the evaluation's")
     if config.policy:
         load_policy(config.policy)                         # a bad folder is told here, once
         config = replace(config, seed=config.seed + CORRECTION_SEED)
@@ -132,24 +133,14 @@ def record(config):
     jobs = [(r, t, config, first, slices) for t in tasks for r in robots for first in range(slices)][rank::world]
     counts = Path(config.out) / ("failures.json" if world == 1 else f"failures-{rank}.json")
     failures = json.loads(counts.read_text()) if counts.exists() else {}
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with multiprocessing.get_context("spawn").Pool(config.workers) as pool, tqdm(total=sum(len(range(first, config.episodes, slices)) for *_, first, _ in jobs), unit="episode") as bar:
-        for robot, task, kept, failed in pool.imap_unordered(guarded, jobs):
-            if kept is None:
-                raise UserError(failed)
+    with pool(config.workers) as workers, tqdm(total=sum(len(range(first, config.episodes, slices)) for *_, first, _ in jobs), unit="episode") as bar:
+        for robot, task, kept, failed in workers.imap_unordered(record_cell, jobs):
             failures.setdefault(f"{robot}-{task}", []).extend(failed)
             bar.update(kept)
             bar.set_postfix(failed=sum(map(len, failures.values())))
     with atomic(counts) as temporary:
         temporary.write_text(json.dumps({cell: sorted(set(seeds)) for cell, seeds in sorted(failures.items())}, indent=1))
     return failures
-
-
-def guarded(job):
-    try:
-        return record_cell(job)
-    except UserError as error:                             # exceptions of workers come with a traceback; a line is enough
-        return None, None, None, str(error)
 
 
 # ---- reading
@@ -191,12 +182,14 @@ def load_episodes(folder):
     return [Episode(path) for path in paths]
 
 
-def ensure(folder, **settings):
-    """Record the default demonstrations into `folder` unless episodes are there."""
-    if not any(Path(folder).glob("[a-z]*.safetensors")):
-        config = RecordConfig(out=str(folder), workers=os.cpu_count() or 1, **settings)
-        print(f"no demonstrations in {folder}: recording {config.episodes} for each of 24 cells (about {24 * config.episodes / 120 / config.workers:.0f} minutes)")
-        record(config)
+def ensure(folder):
+    """Record the default demonstrations into `folder` unless episodes are there; in their own folder, not those of a recording that was stopped."""
+    there, whole = (any(Path(folder).glob(names)) for names in ("[a-z]*.safetensors", "failures*.json"))
+    if there and (whole or Path(folder) != Path(RecordConfig.out)):
+        return
+    config = RecordConfig(out=str(folder), workers=os.cpu_count() or 1)
+    print(f"{'not all' if there else 'no'} demonstrations in {folder}: recording {config.episodes} for each of 24 cells (about {24 * config.episodes / 120 / config.workers:.0f} minutes)")
+    record(config)
 
 
 # ---- looking

@@ -92,9 +92,9 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatch):
     whole = evaluation.physical("expert", config)
     lines = part.read_text().splitlines(keepends=True)
     assert len(lines) == 3 and whole["episodes"] == 12
-    here = lambda *args: type("Pool", (), {"__enter__": lambda self: self, "__exit__": lambda *a: None,
+    here = lambda workers: type("Pool", (), {"__enter__": lambda self: self, "__exit__": lambda *a: None,
                                            "imap_unordered": lambda self, f, jobs: (ran.append(job) or f(job) for job in jobs)})()
-    monkeypatch.setattr(evaluation.multiprocessing, "get_context", lambda kind: type("Context", (), {"Pool": here}))
+    monkeypatch.setattr(evaluation, "pool", here)
     part.write_text("".join(lines)[:-20])                                # killed while it wrote its last line
     same = evaluation.physical("expert", config)
     assert len(ran) == 1 and len(ran[0][-1]) in (2, 10) and same["cells"] == whole["cells"]
@@ -164,5 +164,5 @@ def test_a_row_is_run_once(tmp_path, monkeypatch, capsys):
     experiments.main()
     assert len(done) == 10
     monkeypatch.setattr(sys, "argv", [*argv, "--steps", "7"])
-    with pytest.raises(cli.UserError, match="2000 steps"):
+    with pytest.raises(cli.UserError, match="1500 steps"):
         experiments.main()

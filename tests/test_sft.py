@@ -1,5 +1,6 @@
 """Stage I keeps its promises: answers alone are learned, it overfits, resuming is bit-exact, two processes equal one, dense stops at block k."""
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -399,8 +400,14 @@ def test_one_command_trains_the_stages_that_are_missing(tmp_path, monkeypatch, c
     about = json.loads((tmp_path / "third" / "training.json").read_text())
     assert (about["step"], about["started_from"]["step"], about["started_from"]["started_from"]["config"]["out"]) == (2, 1, out["first"])
     assert (tmp_path / "first" / "log.jsonl").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="already holds a training run"):                             # before any stage is trained
+    with pytest.raises(UserError, match="already holds a training run"):
         train_sft.main()
+    shutil.rmtree(tmp_path / "third")
+    stages["second"].steps, path = 3, tmp_path / "second" / "training.json"                          # as if it had been stopped in the second
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": 3}))
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", "--resume"])
+    train_sft.main()
+    assert json.loads(path.read_text())["step"] == 3 and train_sft.finished(out["third"])
 
 
 def test_a_policy_comes_along_while_what_it_reads_is_frozen(tmp_path):

@@ -187,7 +187,7 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path, monkeypatch):
         raise trainer.SafetensorError("No space left on device (os error 28)")
 
     monkeypatch.setattr(trainer, "save_file", full)
-    with pytest.raises(UserError, match="No space left.*checkpoints before it are whole"):
+    with pytest.raises(UserError, match="No space left.*what was there before is whole"):
         fit(tmp_path, steps=20, resume=True)
     monkeypatch.setattr(trainer, "save_file", save)
     after = last_state(tmp_path)
@@ -211,7 +211,7 @@ def test_what_cannot_be_resumed_is_told(tmp_path):
 
 def test_the_log_is_sent_where_asked_if_that_is_installed(tmp_path, monkeypatch):
     sent = []
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **about: SimpleNamespace(log=lambda line, step: sent.append((step, line["loss"])))))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(finish=lambda: None, init=lambda **about: SimpleNamespace(log=lambda line, step: sent.append((step, line["loss"])))))
     fit(tmp_path / "sent", steps=3, tracker="wandb")
     assert [step for step, _ in sent] == [1, 2, 3]
     monkeypatch.setitem(sys.modules, "wandb", None)
