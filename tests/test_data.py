@@ -248,7 +248,7 @@ def test_recorder_resumes_and_reads_back(tmp_path):
     episode = load_episodes(tmp_path)[0]
     assert episode.robot == "widowx" and episode.success and episode.seed == 0 and "made" in episode.header
     front, wrist = episode.images(len(episode) - 1)
-    env = TabletopEnv("widowx", "PushCube")
+    env = TabletopEnv("widowx", "PushCube", varied="all")
     observation, _ = env.reset(0)
     assert np.abs(episode.images(0)[0].astype(int) - observation["images"]["front"]).mean() < 3       # JPEG loses little
     assert np.allclose(episode.state[0], observation["state"]) and episode.action.shape == (len(episode), 7)
