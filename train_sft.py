@@ -546,8 +546,9 @@ def main():
     missing = [cfg]
     while missing[0].backbone in stages and not finished(missing[0].backbone):
         missing.insert(0, stages[missing[0].backbone])
-    if missing[1:]:                                      # a run that was stopped before its last stage
-        cfg.resume = cfg.resume and bool(checkpoints(cfg.out))
+    if missing[1:]:
+        if cfg.out in stages and any(checkpoints(stage.out) for stage in missing[:-1]):              # stopped before its last stage
+            cfg.resume = cfg.resume and bool(checkpoints(cfg.out))
         if cfg.out in (stage.out for stage in missing[:-1]):
             raise UserError(f"--out {cfg.out} is where an earlier stage goes: choose another")
     trainer.check(cfg)
