@@ -391,12 +391,12 @@ def start_model(cfg, mixture):
     torch.manual_seed(cfg.seed)
     if cfg.backbone:
         return VLM.from_pretrained(cfg.backbone).train(), Tokenizer.from_pretrained(cfg.backbone)
-    if cfg.resume:                                               # the data may be others by now
+    if cfg.resume:                                               # its own, since the data may be others by now
         tokenizer = Tokenizer.from_pretrained(cfg.out)
-        return VLM(SIZES[cfg.model].for_tokenizer(tokenizer)), tokenizer
-    texts = [text for source in mixture.sources for text in source.texts()]
-    frame = f"system\n{SYSTEM_PROMPT}\nuser\nassistant\n"                                             # in every row, so worth whole tokens
-    tokenizer = train_tokenizer([*texts[::max(1, len(texts) // 50_000)], *[frame] * 1000], cfg.vocab_size)
+    else:
+        texts = [text for source in mixture.sources for text in source.texts()]
+        frame = f"system\n{SYSTEM_PROMPT}\nuser\nassistant\n"                                         # in every row, so worth whole tokens
+        tokenizer = train_tokenizer([*texts[::max(1, len(texts) // 50_000)], *[frame] * 1000], cfg.vocab_size)
     return VLM(SIZES[cfg.model].for_tokenizer(tokenizer)), tokenizer
 
 
@@ -546,13 +546,13 @@ def main():
     missing = [cfg]
     while missing[0].backbone in stages and not finished(missing[0].backbone):
         missing.insert(0, stages[missing[0].backbone])
-    if missing[1:]:
-        if cfg.out in stages and any(checkpoints(stage.out) for stage in missing[:-1]):              # stopped before its last stage
-            cfg.resume = cfg.resume and bool(checkpoints(cfg.out))
-        if cfg.out in (stage.out for stage in missing[:-1]):
-            raise UserError(f"--out {cfg.out} is where an earlier stage goes: choose another")
+    earlier = [stage.out for stage in missing[:-1]]
+    if cfg.out in earlier:
+        raise UserError(f"--out {cfg.out} is where an earlier stage goes: choose another")
+    if cfg.out in stages and any(map(checkpoints, earlier)):                       # stopped before its last stage
+        cfg.resume = cfg.resume and bool(checkpoints(cfg.out))
     trainer.check(cfg)
-    if this_process()[0] == 0 and missing[1:]:           # mistakes are told now, not after other stages' training
+    if this_process()[0] == 0 and earlier:               # mistakes are told now, not after other stages' training
         for stage in missing:
             ensure_data(stage), Mixture(stage)
             check_blocks(stage, SIZES[missing[0].model].num_hidden_layers)
