@@ -21,8 +21,6 @@ Letters: B rows of a step, R rows of all episodes, L tokens, Dc width of the lan
 import copy
 import dataclasses
 import hashlib
-import shlex
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +53,7 @@ class TrainConfig(RunConfig):
     cache: str = "out/intents"     # folder for the language model's hidden states
     steps: int = 8000              # optimiser steps
     batch_size: int = 64           # rows a step, over all processes
-    lr: float = 8e-4               # peak learning rate
+    lr: float = 3e-3               # peak learning rate
     warmup: int = 200              # steps
     ema: float = 0.999             # decay of the moving average of the weights, which is what is shipped
     state_noise: float = 0.02      # added to the normalised state in training, in deviations: the policy must look, not count
@@ -334,10 +332,8 @@ def train(cfg, config):
 
     def about():
         rows = {"train": len(demos.train), "held_out": sum(map(len, demos.held_out.values()))}
-        return {"stage": "policy", "before": before, "command": "python " + shlex.join(sys.argv), "seed": cfg.seed, "step": run.step,
-                "steps": cfg.steps, "seconds": round(run.seconds, 1), "episodes": len(episodes), "rows": rows, "cells": len(demos.cells),
-                "robots": list(demos.embodiments), "backbone": backbone, "figures": run.figures, "config": run.flags,
-                **({"started_from": started.training.get("policy")} if cfg.start else {})}
+        return run.about("policy", before=before, episodes=len(episodes), rows=rows, cells=len(demos.cells), robots=list(demos.embodiments), backbone=backbone,
+                         **({"started_from": started.training.get("policy")} if cfg.start else {}))
 
     def export():
         weights = whole(blm.policy)

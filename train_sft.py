@@ -22,8 +22,6 @@ Letters: B rows, L tokens of all rows, V size of the vocabulary.
 import dataclasses
 import math
 import re
-import shlex
-import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -360,6 +358,14 @@ class LoRA(nn.Module):
     def forward(self, x):
         return self.linear(x) + self.SCALE * F.linear(F.linear(x, self.a), self.b)
 
+    @property
+    def weight(self):                  # as one matrix: what `VLM.step` reads
+        return self.linear.weight + self.SCALE * self.b @ self.a
+
+    @property
+    def bias(self):
+        return self.linear.bias
+
 
 def add_lora(model, rank):
     """Put LoRA around every linear layer of the LLM's blocks; only those additions stay trainable there."""
@@ -516,10 +522,8 @@ def train(cfg):
             write_json(Path(cfg.out) / "training.json", about())
 
     def about():
-        known = {"stage": "sft", "command": "python " + shlex.join(sys.argv), "seed": cfg.seed, "step": run.step, "steps": cfg.steps,
-                 "minutes": round(run.seconds / 60, 1), "figures": run.figures, "intent_layer": cfg.intent_layer, "config": run.flags}
         before = Path(cfg.backbone) / "training.json"
-        return known | ({"started_from": read_json(before)} if cfg.backbone and before.exists() else {})
+        return run.about("sft", **({"started_from": read_json(before)} if cfg.backbone and before.exists() else {}))
 
     def describe(step):
         return ", ".join(mixture.name(source, index) for _, source, index in mixture.rows_of_step(step, cfg.batch_size, step < dense_steps))

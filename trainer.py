@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -293,6 +294,11 @@ class Run:
         read_tensors(path, self.tensors())
         self.step, self.seconds, self.norms, self.figures = record["step"], record["seconds"], record.get("norms", []), record.get("figures", {})
 
+    def about(self, stage, **more):
+        """What is known of the run, for its checkpoints and for training.json."""
+        return {"stage": stage, "command": "python " + shlex.join(sys.argv), "seed": self.cfg.seed, "step": self.step, "steps": self.cfg.steps,
+                "seconds": round(self.seconds, 1), "figures": self.figures, "config": self.flags, **more}
+
     def tensors(self):
         """All that a checkpoint holds, by name."""
         found = {f"{owner}.{name}": tensor for owner, module in self.modules.items() for name, tensor in module.state_dict().items()}
@@ -350,7 +356,7 @@ class Run:
         """Train to cfg.steps; returns the last figures.
 
         batches_of(step): this process's rows, made ahead in a thread; gradients(batches, step) calls `backward` and returns this process's share of the
-        losses {"loss", ...}, tensors; evaluate() -> {name: float}; export() writes the model folder and about() -> what is known of the run, both for
+        losses {"loss", ...}, tensors; evaluate() -> {name: float}; export() writes the model folder and about() -> `Run.about`, both for
         rank 0, export on every process if sharded; describe(step): the step's rows in words; flops(batches, step) of this process; after(step) follows an
         optimiser step.
         """
@@ -391,7 +397,7 @@ class Run:
                     if self.step % cfg.save_every == 0 or ended:
                         if self.rank == 0 or self.sharded:
                             export()
-                        self.save({**about(), "step": self.step, "seconds": round(self.seconds, 1), "figures": self.figures, "config": self.flags})
+                        self.save(about())
                     if self.ending:
                         break
             self.finish_writing()

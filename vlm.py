@@ -255,11 +255,15 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        if x.device.type != "cpu" or x.dtype != torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        if torch.is_grad_enabled():
-            return NormOnCPU.apply(x, self.weight, self.eps)
-        return (x * inverse_rms(x, self.eps)).mul_(self.weight)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x, weight, eps):
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    if torch.is_grad_enabled():
+        return NormOnCPU.apply(x, weight, eps)
+    return (x * inverse_rms(x, eps)).mul_(weight)
 
 
 def inverse_rms(x, eps):
@@ -546,16 +550,6 @@ class Attention(nn.Module):
             y = torch.cat([F.scaled_dot_product_attention(*part, attn_mask=m, is_causal=m is None, enable_gqa=True) for part, (_, m) in zip(parts, segments)], dim=2)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def step(self, x, cos, sin, mask, past, at):
-        """`forward` of one new token a row, x (B, D), at place `at` of the layer's Cache buffer; cos and sin from `VLM.step_rotary`. A token of a small model
-        costs what its calls cost, so they are few: one rotation, which leaves values as they are, and one copy for keys and values."""
-        qkv = self.qkv_proj(x).view(len(x), -1, 2, self.head_dim // 2)
-        qkv = torch.addcmul(qkv * cos, qkv.flip(2), sin).view(len(x), -1, 1, self.head_dim)
-        past[:, :, at:at + 1] = qkv[:, self.heads:]
-        k, v = past[:, :, :at + 1].split(self.kv_heads, dim=1)
-        q = qkv[:, :self.heads].view(len(x), self.kv_heads, -1, self.head_dim)               # all that look at the same keys
-        return self.o_proj(F.scaled_dot_product_attention(q, k, v, mask).flatten(1))
-
 
 class DecoderLayer(nn.Module):
     def __init__(self, config):
@@ -565,9 +559,15 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(self, x, *where, step=False):
-        x = x + (self.self_attn.step if step else self.self_attn)(self.input_layernorm(x), *where)
+    def forward(self, x, *where):
+        x = x + self.self_attn(self.input_layernorm(x), *where)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def weights(self):
+        """All of them, in the order in which `VLM.step` uses them."""
+        attention, mlp = self.self_attn, self.mlp
+        return (self.input_layernorm.weight, attention.qkv_proj.weight, attention.qkv_proj.bias, attention.o_proj.weight,
+                self.post_attention_layernorm.weight, mlp.gate_up_proj.weight, mlp.down_proj.weight)
 
 
 class TextModel(nn.Module):
@@ -607,7 +607,7 @@ class VLM(nn.Module):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def step_rotary(self, positions):
-        """[(cos (B, H + 2 G, 1, d/2), sin (B, H + 2 G, 2, d/2))] for `Attention.step` of text at positions (B, n): values are turned by an angle of zero."""
+        """[(cos (B, H + 2 G, 1, d/2), sin (B, H + 2 G, 2, d/2))] for `step` of text at positions (B, n): values are turned by an angle of zero."""
         turned, kept = self.config.num_attention_heads + self.config.num_key_value_heads, self.config.num_key_value_heads
         cos, sin = (torch.cat((part.expand(-1, turned, -1, -1), torch.full_like(part, still).expand(-1, kept, -1, -1)), dim=1)
                     for part, still in zip(self.rotary(positions.expand(3, -1, -1)), (1, 0)))            # (B, H + 2 G, n, d/2)
@@ -654,11 +654,26 @@ class VLM(nn.Module):
         chosen = self.model.norm(hidden[-1] if logits_at is None else hidden[-1][logits_at])
         return VLMOutput(self.head(chosen), hidden, patch_features, chosen)
 
-    def step(self, tokens, cos, sin, mask, cache):
-        """Logits (B, V) behind one more token (B,) of each row, whose keys and values join the cache. mask (B, 1, 1, S), True where it may look, or None."""
-        x = self.model.embed_tokens(tokens)
-        for layer, past in zip(self.model.layers, cache.layers):
-            x = layer(x, cos, sin, mask, past, cache.length, step=True)
+    def step(self, tokens, cos, sin, mask, cache, weights):
+        """Logits (B, V) behind one more token (B,) of each row, whose keys and values join the cache. cos and sin from `step_rotary`, mask (B, 1, 1, S), True
+        where it may look, or None; weights: each layer's.
+
+        A token of a small model costs what its calls cost, so they are few and plain: one rotation for queries, keys and (by nothing) values, no modules.
+        """
+        heads, kv_heads, d, eps = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim, self.config.rms_norm_eps
+        x, at = self.model.embed_tokens(tokens), cache.length
+        for own, past in zip(weights, cache.layers):
+            if hasattr(own[0], "full_tensor"):                                   # sharded: one layer at a time is whole
+                own = [weight.full_tensor().to(x.dtype) for weight in own]
+            norm, qkv, bias, out, mlp_norm, gate_up, down = own
+            y = F.linear(rms_norm(x, norm, eps), qkv, bias).view(len(x), -1, 2, d // 2)
+            y = torch.addcmul(y * cos, y.flip(2), sin).view(len(x), -1, 1, d)                # (B, H + 2 G, 1, d)
+            past[:, :, at:at + 1] = y[:, heads:]
+            k, v = past[:, :, :at + 1].split(kv_heads, dim=1)
+            q = y[:, :heads].view(len(x), kv_heads, -1, d)                                   # all that look at the same keys
+            x = x + F.linear(F.scaled_dot_product_attention(q, k, v, mask).flatten(1), out)
+            gate, up = F.linear(rms_norm(x, mlp_norm, eps), gate_up).chunk(2, dim=-1)
+            x = x + F.linear(F.silu(gate) * up, down)
         cache.length += 1
         return self.head(self.model.norm(x))
 
@@ -683,7 +698,7 @@ class VLM(nn.Module):
         logits = self(input_ids, attention_mask, pixel_values, image_grid_thw, **videos, logits_at=last, cache=cache).logits      # (B, V)
         padded = attention_mask is not None and not attention_mask.all()
         mask = F.pad(attention_mask, (0, max_new_tokens), value=1).bool()[:, None, None] if padded else None
-        turns = self.step_rotary(cache.next_position[:, None] + torch.arange(max_new_tokens, device=device))
+        turns, weights = self.step_rotary(cache.next_position[:, None] + torch.arange(max_new_tokens, device=device)), [layer.weights() for layer in self.model.layers]
         made, running = [], torch.ones(B, dtype=torch.bool, device=device)
         for i in range(max_new_tokens):
             token = logits.argmax(-1) if temperature == 0 else draw(logits / temperature, top_p, generator)
@@ -694,7 +709,7 @@ class VLM(nn.Module):
                 stream(token)
             if i + 1 == max_new_tokens or not running.any():
                 break
-            logits = self.step(token, *turns[i], None if mask is None else mask[..., :cache.length + 1], cache)
+            logits = self.step(token, *turns[i], None if mask is None else mask[..., :cache.length + 1], cache, weights)
         ends = stops.tolist()
         return [list(takewhile(lambda token: token not in ends, row)) for row in torch.stack(made, dim=1).tolist()]
 

@@ -57,7 +57,7 @@ def fit(out, bad=(), watch=lambda run: None, evaluate=lambda: {"val": 1.0}, **ch
         if run.rank == 0:
             (Path(cfg.out) / "export.json").write_text(json.dumps(float(weights["0.weight"].sum())))
 
-    run.loop(batches_of, gradients, evaluate, export, lambda: {"stage": "line"}, lambda step: f"rows of {step}", lambda batches, step: 1.0)
+    run.loop(batches_of, gradients, evaluate, export, lambda: run.about("line"), lambda step: f"rows of {step}", lambda batches, step: 1.0)
     return run
 
 

@@ -317,7 +317,7 @@ def test_cached_equals_uncached_and_padding_moves_nothing(tokenizer):
         whole, cache = model(**longer), Cache(L + 5)
         model(**batch, cache=cache)
         turns, real = model.step_rotary(cache.next_position[:, None] + torch.arange(5)), longer["attention_mask"].bool()[:, None, None]
-        parts = [model.step(extra[:, i], *turns[i], real[..., :L + i + 1], cache) for i in range(5)]
+        parts = [model.step(extra[:, i], *turns[i], real[..., :L + i + 1], cache, [layer.weights() for layer in model.model.layers]) for i in range(5)]
         torch.testing.assert_close(torch.stack(parts, 1), whole.logits[:, L:], atol=1e-5, rtol=1e-5)
         length = int(batch["attention_mask"][1].sum())                           # of the row without a picture
         alone = {name: batch[name][1:2, -length:] for name in ("input_ids", "attention_mask")}
