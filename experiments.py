@@ -45,11 +45,12 @@ ROWS = {                                             # name: (what it asks, flag
 @dataclass
 class ExperimentConfig:
     rows: str = "all"                                # comma-separated rows, or all
-    steps: int = 1500                                # optimiser steps of a row
+    steps: int = 1000                                # optimiser steps of a row
     episodes: int = 10                               # evaluation episodes of each robot and task
     data: str = "out/demos"                          # folder of demonstrations
     base: str = "weights/base"                       # model folder of the base stage, for no_stage_1
     backbone: str = "weights/nano"                   # model folder whose language model all other rows read
+    dtype: str = "auto"                              # of train_policy.py
     out: str = "out/experiments"                     # folder for the trained policies
     results: str = "results/experiments.json"        # result file; rows that it holds are not run again
     list: bool = False                               # print the rows and their commands, run nothing
@@ -66,7 +67,7 @@ def commands(name, config):
         result = f"{folder}-{config.episodes}-episodes.json"
         steps = max(1, round(config.steps * share))
         chosen = ["--robots", robots, "--tasks", tasks]
-        made.append((["python", "train_policy.py", "--data", config.data, "--out", folder, "--steps", str(steps), "--eval_every", str(steps), *chosen, *flags],
+        made.append((["python", "train_policy.py", "--data", config.data, "--out", folder, "--steps", str(steps), "--eval_every", str(steps), "--dtype", config.dtype, *chosen, *flags],
                      ["python", "eval.py", "physical", "--weights", folder, "--episodes", str(config.episodes), "--out", result, *chosen], result))
     return made
 
