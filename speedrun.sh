@@ -1,8 +1,8 @@
 #!/bin/sh
-# From an empty folder to the table of 24 cells: demonstrations, corpus, base model, Stage I, Stage II, two rounds of corrections, evaluation.
+# From an empty folder to the table of 24 cells: demonstrations, corpus, Stage I in its three parts, Stage II, corrections, evaluation.
 #
-#   sh speedrun.sh                  two CPU cores: about five hours
-#   sh speedrun.sh --budget gpu     one GPU and sixteen cores: the same steps, evaluated after each round
+#   sh speedrun.sh                  two CPU cores: about four hours
+#   sh speedrun.sh --budget gpu     one GPU, and all cores for the simulator: the same steps
 #
 # Everything goes to out/speedrun; what is there already is not done again, so a run that was stopped goes on when it is started again.
 set -e
@@ -26,21 +26,24 @@ said() {                            # said <name> <command>: run it once, and te
 }
 resume() { ls -d "$1"/state/[0-9]* > /dev/null 2>&1 && echo --resume; true; }
 
-hard=PickCube,StackCube,PlaceSphere,LiftPegUpright
+# the budget decides how it is computed, not what
+case $budget in
+    cpu) sft="torchrun --nproc_per_node 2 train_sft.py"; export OMP_NUM_THREADS=$(((workers + 1) / 2))
+         dtype=$(grep -qs avx512_bf16 /proc/cpuinfo && echo bfloat16 || echo float32) ;;
+    gpu) sft="python train_sft.py"; dtype=auto ;;
+esac
 said demonstrations python -m data.record --out $out/demos --workers "$workers"
 said corpus python -m data.corpus --out $out/corpus --workers "$workers"
 said general python -m data.general --out $out/general
-said base python train_sft.py --preset base --data $out/corpus:1,$out/general/train.jsonl:1 --out $out/base $(resume $out/base)
-said scenes python train_sft.py --preset scenes --data $out/corpus:3,$out/general/train.jsonl:1 --backbone $out/base --out $out/scenes $(resume $out/scenes)
-said stage1 python train_sft.py --preset embodied --data $out/corpus:1,$out/general/train.jsonl:1 --backbone $out/scenes --out $out/sft $(resume $out/sft)
-policy="python train_policy.py --data $out/demos --backbone $out/sft --cache $out/intents --out $out/policy"
-said stage2 $policy --steps 9000 $(resume $out/policy)
-[ "$budget" = gpu ] && said table1 python eval.py physical --weights $out/policy --workers "$workers" --out $out/physical-1.json
-said corrections1 python -m data.record --policy $out/policy --tasks $hard --episodes 70 --out $out/demos --workers "$workers"
-said stage2b $policy --resume --steps 15000
-[ "$budget" = gpu ] && said table2 python eval.py physical --weights $out/policy --workers "$workers" --out $out/physical-2.json
-said corrections2 python -m data.record --policy $out/policy --tasks $hard --seed 10000 --episodes 50 --out $out/demos --workers "$workers"
-said stage2c $policy --resume --steps 20000
+said base $sft --dtype $dtype --preset base --data $out/corpus:1,$out/general/train.jsonl:1 --out $out/base $(resume $out/base)
+said scenes $sft --dtype $dtype --preset scenes --data $out/corpus:3,$out/general/train.jsonl:1 --backbone $out/base --out $out/scenes $(resume $out/scenes)
+said stage1 $sft --dtype $dtype --preset embodied --data $out/corpus:1,$out/general/train.jsonl:1 --backbone $out/scenes --out $out/sft $(resume $out/sft)
+unset OMP_NUM_THREADS
+policy="python train_policy.py --dtype $dtype --data $out/demos --backbone $out/sft --cache $out/intents --out $out/policy"
+said stage2 $policy --steps 7000 $(resume $out/policy)
+said table1 python eval.py physical --weights $out/policy --episodes 10 --workers "$workers" --out $out/physical-1.json
+said corrections python -m data.record --policy $out/policy --tasks PickCube,StackCube,PlaceSphere --episodes 80 --out $out/demos --workers "$workers"
+said stage2b $policy --resume --steps 12000
 said digital python eval.py digital --weights $out/policy --base $out/base --corpus $out/corpus --general $out/general --out $out/digital.json
 said table python eval.py physical --weights $out/policy --episodes 50 --workers "$workers" --out $out/physical.json
 cat $out/times.txt

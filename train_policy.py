@@ -2,7 +2,7 @@
 
     python train_policy.py                                     `nano`, on a laptop: reads out/sft (or weights/nano) and out/demos, writes out/policy
     python train_policy.py --resume                            goes on where a stopped run saved last
-    python -m data.record --policy out/policy && python train_policy.py --resume --steps 16000      learns from its own mistakes, corrected by the expert
+    python -m data.record --policy out/policy && python train_policy.py --resume --steps 12000      learns from its own mistakes, corrected by the expert
     python train_policy.py --robots widowx --start out/three --out out/four --steps 600      a robot that out/three lacks: only its own layers are trained
     python train_policy.py --start weights/nano --backbone out/sft      a policy goes on with a new language model: all of it is trained, but not from nothing
     torchrun --nproc_per_node 8 train_policy.py --batch_size 512     the same on several GPUs (trainer.py); --fsdp shards a model that does not fit one
@@ -51,7 +51,7 @@ class TrainConfig(RunConfig):
     start: str = ""                # model folder whose policy to begin with; if there are robots that it lacks, only their own layers are trained
     backbone: str = ""             # folder or hub name of the frozen language model; empty: out/sft if it is there, else weights/nano
     cache: str = "out/intents"     # folder for the language model's hidden states
-    steps: int = 8000              # optimiser steps
+    steps: int = 7000              # optimiser steps
     batch_size: int = 64           # rows a step, over all processes
     lr: float = 3e-3               # peak learning rate
     warmup: int = 200              # steps
