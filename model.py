@@ -74,7 +74,7 @@ class BLM:
 
         def piece(tokens):
             nonlocal said
-            ids.append(int(tokens[0]))
+            ids.append(tokens[0])
             text = self.tokenizer.decode(ids)
             if not text.endswith("\ufffd"):                             # half a character: its other bytes are still to come
                 said, new = text, text[len(said):]

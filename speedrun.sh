@@ -1,7 +1,7 @@
 #!/bin/sh
 # From an empty folder to the table of 24 cells: demonstrations, corpus, Stage I in its three parts, Stage II, corrections, evaluation.
 #
-#   sh speedrun.sh                  two CPU cores: about four hours
+#   sh speedrun.sh                  two CPU cores: about three and a half hours
 #   sh speedrun.sh --budget gpu     one GPU, and all cores for the simulator: the same steps
 #
 # Everything goes to out/speedrun; what is there already is not done again, so a run that was stopped goes on when it is started again.

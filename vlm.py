@@ -686,32 +686,29 @@ class VLM(nn.Module):
         """Continue left-padded prompts (B, L) with their vision inputs until a stop token: a list of B lists of token ids, the stop not among them.
 
         temperature 0 takes the likeliest token; else the smallest set of tokens with probability top_p is drawn from, reproducibly with a seed.
-        stop_token_ids: <|im_end|> and <|endoftext|> unless given. stream(tokens (B,)) is called for every step; rows that are done repeat a stop.
+        stop_token_ids: <|im_end|> and <|endoftext|> unless given. stream(tokens [B]) is called for every step; rows that are done repeat a stop.
         """
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise ValueError("generation needs padding on the left")
         config, (B, L), device = self.config, input_ids.shape, input_ids.device
-        stops, cache = torch.tensor(stop_token_ids or (config.eos_token_id, config.bos_token_id), device=device), Cache(L + max_new_tokens)
+        stops, cache = stop_token_ids or (config.eos_token_id, config.bos_token_id), Cache(L + max_new_tokens)
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         last = torch.zeros_like(input_ids, dtype=torch.bool)
         last[:, -1] = True
         logits = self(input_ids, attention_mask, pixel_values, image_grid_thw, **videos, logits_at=last, cache=cache).logits      # (B, V)
         padded = attention_mask is not None and not attention_mask.all()
         mask = F.pad(attention_mask, (0, max_new_tokens), value=1).bool()[:, None, None] if padded else None
-        turns, weights = self.step_rotary(cache.next_position[:, None] + torch.arange(max_new_tokens, device=device)), [layer.weights() for layer in self.model.layers]
-        made, running = [], torch.ones(B, dtype=torch.bool, device=device)
+        turns = self.step_rotary(cache.next_position[:, None] + torch.arange(max_new_tokens, device=device))
+        weights, made = [layer.weights() for layer in self.model.layers], []
         for i in range(max_new_tokens):
             token = logits.argmax(-1) if temperature == 0 else draw(logits / temperature, top_p, generator)
-            token = torch.where(running, token, stops[0])
-            running &= (token[:, None] != stops).all(-1)
-            made.append(token)
+            made.append([stops[0] if made and made[-1][row] in stops else id for row, id in enumerate(token.tolist())])
             if stream is not None:
-                stream(token)
-            if i + 1 == max_new_tokens or not running.any():
+                stream(made[-1])
+            if i + 1 == max_new_tokens or all(id in stops for id in made[-1]):
                 break
             logits = self.step(token, *turns[i], None if mask is None else mask[..., :cache.length + 1], cache, weights)
-        ends = stops.tolist()
-        return [list(takewhile(lambda token: token not in ends, row)) for row in torch.stack(made, dim=1).tolist()]
+        return [list(takewhile(lambda id: id not in stops, row)) for row in zip(*made)]
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id, device="cpu", dtype=torch.float32):

@@ -317,12 +317,11 @@ class Planner:
 
 # ---- demonstrations
 
-def demonstrate(env, seed, noise=0.0, watch=None, reset=True, further=0):
+def demonstrate(env, seed, noise=0.0, watch=None, reset=True):
     """Solve the layout of `seed`, or with reset=False go on from where env is; returns a Demonstration, successful or not.
 
     noise: size (rad) of smooth disturbances of the executed joint targets while moving freely; the recorded actions stay clean, so that
-    demonstrations show the way back (DART, arXiv 1703.09327). watch(env, phase): called before every control step. further: control steps for which the
-    plan goes on once the task is done: who learns to stop at the edge of the tolerance, stops short of it.
+    demonstrations show the way back (DART, arXiv 1703.09327). watch(env, phase): called before every control step.
     """
     if reset:
         env.reset(seed)
@@ -343,8 +342,7 @@ def demonstrate(env, seed, noise=0.0, watch=None, reset=True, further=0):
             fade = min(1.0, (len(segment.actions) - i) / 6) if free else 0.0   # quiet again where precision begins
             disturbance = 0.8 * disturbance + 0.6 * noise * rng.normal(size=env.robot.dof)
             states.append(observation["state"]), actions.append(action), phases.append(segment.name), images.append(observation["images"])
-            observation, _, done, truncated, _ = env.step(action + np.append(disturbance * fade, 0))
-            success, further = success or done, further - (success or done)
-            if success and further < 0 or truncated:
+            observation, _, success, truncated, _ = env.step(action + np.append(disturbance * fade, 0))
+            if success or truncated:
                 break
     return Demonstration(np.array(states), np.array(actions, np.float32).reshape(-1, env.robot.action_dim), phases, images, success, attempt, env.instruction)

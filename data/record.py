@@ -36,7 +36,6 @@ from rollout import rollout
 VERSION = 1
 JPEG_QUALITY = 92
 CORRECTION_SEED = 500_000
-FURTHER = 12             # control steps that an episode goes on for when its task is done
 
 
 @dataclass
@@ -78,7 +77,7 @@ def correction(blm, env, seed, noise):
     steps = int(np.random.default_rng([seed, 11]).integers(10, env.task.max_steps - 10))
     done = rollout(blm, env, seed, max_steps=steps)["success"]
     env.render = render
-    return None if done else demonstrate(env, seed, noise, reset=False, further=FURTHER)
+    return None if done else demonstrate(env, seed, noise, reset=False)
 
 
 def load_policy(folder):
@@ -102,7 +101,7 @@ def record_cell(job):
                 blm = blm or load_policy(config.policy)
                 demonstration = correction(blm, env, seed, config.noise)
             else:
-                demonstration = demonstrate(env, seed, config.noise, further=FURTHER)
+                demonstration = demonstrate(env, seed, config.noise)
             if demonstration is None or not demonstration.success:
                 if demonstration:
                     failed.append(seed)

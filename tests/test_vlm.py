@@ -350,7 +350,7 @@ def test_every_parameter_gets_gradient(tokenizer):
 def test_generation_stops_streams_and_needs_left_padding(tokenizer):
     model = random_model(small_config(tokenizer))
     batch, steps = prompts(tokenizer, model.config), []
-    found = model.generate(**batch, max_new_tokens=8, stop_token_ids=[-1], stream=lambda tokens: steps.append(tokens.tolist()))
+    found = model.generate(**batch, max_new_tokens=8, stop_token_ids=[-1], stream=steps.append)
     assert [len(row) for row in found] == [8, 8, 8] and torch.equal(torch.tensor(steps).T, torch.tensor(found))
     stop = found[0][3]
     assert model.generate(**batch, max_new_tokens=8, stop_token_ids=[stop, 299])[0] == found[0][:found[0].index(stop)]
