@@ -45,7 +45,7 @@ ROWS = {                                             # name: (what it asks, flag
 @dataclass
 class ExperimentConfig:
     rows: str = "all"                                # comma-separated rows, or all
-    steps: int = 1000                                # optimiser steps of a row
+    steps: int = 1500                                # optimiser steps of a row
     episodes: int = 10                               # evaluation episodes of each robot and task
     data: str = "out/demos"                          # folder of demonstrations
     base: str = "weights/base"                       # model folder of the base stage, for no_stage_1
