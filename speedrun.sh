@@ -1,7 +1,7 @@
 #!/bin/sh
-# From an empty folder to the table of 24 cells: demonstrations, corpus, Stage I in its three parts, Stage II, corrections, evaluation.
+# From an empty folder to the table of 24 cells: demonstrations, corpus, Stage I in its three parts, Stage II, two rounds of corrections, evaluation.
 #
-#   sh speedrun.sh                  two CPU cores: about three and a half hours
+#   sh speedrun.sh                  two CPU cores: about four hours
 #   sh speedrun.sh --budget gpu     one GPU, and all cores for the simulator: the same steps
 #
 # Everything goes to out/speedrun; what is there already is not done again, so a run that was stopped goes on when it is started again.
@@ -42,8 +42,11 @@ unset OMP_NUM_THREADS
 policy="python train_policy.py --dtype $dtype --data $out/demos --backbone $out/sft --cache $out/intents --out $out/policy"
 said stage2 $policy --steps 7000 $(resume $out/policy)
 said table1 python eval.py physical --weights $out/policy --episodes 10 --workers "$workers" --out $out/physical-1.json
-said corrections python -m data.record --policy $out/policy --tasks PickCube,StackCube,PlaceSphere --episodes 80 --out $out/demos --workers "$workers"
+corrections="python -m data.record --policy $out/policy --tasks PickCube,StackCube,PlaceSphere,LiftPegUpright --out $out/demos --workers $workers"
+said corrections1 $corrections --episodes 80
 said stage2b $policy --resume --steps 12000
+said corrections2 $corrections --episodes 40 --seed 10000
+said stage2c $policy --resume --steps 16000
 said digital python eval.py digital --weights $out/policy --base $out/base --corpus $out/corpus --general $out/general --out $out/digital.json
 said table python eval.py physical --weights $out/policy --episodes 50 --workers "$workers" --out $out/physical.json
 cat $out/times.txt

@@ -173,6 +173,8 @@ def test_lora_starts_as_nothing_trains_alone_and_is_merged_when_saved(tmp_path):
     plain = VLM(model.config)
     plain.load_state_dict(merged(model.state_dict()))
     assert torch.allclose(plain(**inputs).logits, changed, atol=1e-5) and not torch.allclose(changed, before, atol=1e-3)
+    said = [each.generate(torch.arange(5)[None], max_new_tokens=6, stop_token_ids=[-1]) for each in (model, plain)]
+    assert said[0] == said[1]
 
 
 def test_only_the_chosen_parts_are_trained(tmp_path):
