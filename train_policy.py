@@ -129,12 +129,12 @@ class Demos:
         names = list(self.embodiments)
         self.where = np.array([(i, j) for i, e in enumerate(episodes) for j in range(len(range(0, len(e), stride)))])     # (R, 2): episode, frame
         R = len(self.where)
-        self.state, self.action, self.valid = np.zeros((R, S), np.float32), np.zeros((R, T, A), np.float32), np.zeros((R, T), bool)
+        self.state, self.action = np.zeros((R, S), np.float32), np.zeros((R, T, A), np.float32)
         self.embodiment = np.array([names.index(episodes[i].robot) for i, _ in self.where])
         for row, (i, j) in enumerate(self.where):
             state, action = episodes[i].state[j * stride], episodes[i].action[j * stride:j * stride + T]
             action = np.pad(action, ((0, T - len(action)), (0, 0)), mode="edge")      # past the end the arm holds still: that is what "done" looks like
-            self.state[row, :len(state)], self.action[row, :, :action.shape[1]], self.valid[row] = state, action, True
+            self.state[row, :len(state)], self.action[row, :, :action.shape[1]] = state, action
         first, trained, self.held_out = np.searchsorted(self.where[:, 0], np.arange(len(episodes) + 1)), [], {}
         rows_of = lambda members: np.concatenate([np.arange(first[i], first[i + 1]) for i in members] or [np.zeros(0, int)])
         for cell in self.cells:                                          # new episodes come last, so those set aside stay so
@@ -149,7 +149,7 @@ class Demos:
             own = self.train[self.embodiment[self.train] == index]
             if policy.normaliser.fitted[index]:
                 continue
-            policy.normaliser.fit(int(index), *(torch.from_numpy(array[own]) for array in (self.state, self.action, self.valid)))
+            policy.normaliser.fit(int(index), torch.from_numpy(self.state[own]), torch.from_numpy(self.action[own]), torch.ones(self.action[own].shape[:2], dtype=torch.bool))
 
     def rows_of_step(self, seed, step, batch_size):
         """(B,) row numbers, a function of (seed, step), sorted by robot: any frame as likely as any other, so the longer and harder tasks weigh more."""
@@ -167,7 +167,8 @@ class Demos:
             for b, frame in enumerate(frames):
                 hidden[b, :len(frame)], mask[b, :len(frame)] = frame, True
             batch[f"{name}hidden"], batch[f"{name}mask"] = torch.from_numpy(hidden), torch.from_numpy(mask)
-        arrays = {"state": self.state, "action": self.action, "action_valid": self.valid, "embodiment": self.embodiment}
+        arrays = {"state": self.state, "action": self.action, "embodiment": self.embodiment}
+        batch["action_valid"] = torch.ones(len(rows), self.action.shape[1], dtype=torch.bool)          # all steps: see __init__
         return {**batch, **{name: torch.from_numpy(array[rows]) for name, array in arrays.items()}}
 
 
@@ -206,8 +207,7 @@ def evaluate(policy, demos, cfg, device):
         tally("joint_error_rad", (made - action).abs()[joints].sum(), joints.sum())
         place = finger[robot][:, None, None].expand(-1, action.shape[1], 1)
         sides = [x.gather(2, place)[..., 0] > halfway[robot][:, None] for x in (made, action)]
-        known = batch["action_valid"][:, :EXECUTE_STEPS]
-        tally("finger_accuracy", (sides[0] == sides[1])[known].sum(), known.sum())
+        tally("finger_accuracy", (sides[0] == sides[1]).sum(), sides[0].numel())
     policy.train()
     return {name: round(total / n, 5) for name, (total, n) in sums.items() if n}
 
@@ -314,7 +314,7 @@ def train(cfg, config):
         generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
         random = {name: tensor[mine] for name, tensor in policy.draw(cfg.batch_size, generator, cfg.state_noise).items()}
         rows = demos.rows_of_step(cfg.seed, step, cfg.batch_size)
-        numbers = demos.valid[rows].sum(1) @ np.array([size for _, size in demos.embodiments.values()])[demos.embodiment[rows]]
+        numbers = config.action_horizon * np.array([size for _, size in demos.embodiments.values()])[demos.embodiment[rows]].sum()
         futures = sum(j + demos.ahead < len(demos.hidden[i]) for i, j in demos.where[rows])
         return {**demos[rows[mine]], **random}, (int(numbers), max(1, int(futures)))
 

@@ -259,6 +259,7 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x, weight, eps):
+    """x (..., D) over its root mean square, times weight (D,)."""
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
     if torch.is_grad_enabled():
@@ -686,7 +687,7 @@ class VLM(nn.Module):
         """Continue left-padded prompts (B, L) with their vision inputs until a stop token: a list of B lists of token ids, the stop not among them.
 
         temperature 0 takes the likeliest token; else the smallest set of tokens with probability top_p is drawn from, reproducibly with a seed.
-        stop_token_ids: <|im_end|> and <|endoftext|> unless given. stream(tokens [B]) is called for every step; rows that are done repeat a stop.
+        stop_token_ids: <|im_end|> and <|endoftext|> unless given. stream(ids), a list of B, is called for every step; rows that are done repeat a stop.
         """
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise ValueError("generation needs padding on the left")
