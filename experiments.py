@@ -45,8 +45,8 @@ ROWS = {                                             # name: (what it asks, flag
 @dataclass
 class ExperimentConfig:
     rows: str = "all"                                # comma-separated rows, or all
-    steps: int = 1500                                # optimiser steps of a row
-    episodes: int = 10                               # evaluation episodes of each robot and task
+    steps: int = 2000                                # optimiser steps of a row
+    episodes: int = 20                               # evaluation episodes of each robot and task
     data: str = "out/demos"                          # folder of demonstrations
     base: str = "weights/base"                       # model folder of the base stage, for no_stage_1
     backbone: str = "weights/nano"                   # model folder whose language model all other rows read
@@ -128,6 +128,7 @@ def main():
         if name in found["rows"]:
             continue
         made = experiment(name, config)
+        found = read_json(path) if path.exists() else found  # another terminal may have added rows
         found["rows"] = {row: (found["rows"] | {name: made})[row] for row in ROWS if row in found["rows"] or row == name}
         write_json(path, found)
         print("\n" + table(found), flush=True)

@@ -565,10 +565,10 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def weights(self):
-        """All of them, in the order in which `VLM.step` uses them."""
+        """All of them, in the order in which `VLM.step` uses them, matrices (in, out)."""
         attention, mlp = self.self_attn, self.mlp
-        return (self.input_layernorm.weight, attention.qkv_proj.weight, attention.qkv_proj.bias, attention.o_proj.weight,
-                self.post_attention_layernorm.weight, mlp.gate_up_proj.weight, mlp.down_proj.weight)
+        return [weight.t() for weight in (self.input_layernorm.weight, attention.qkv_proj.weight, attention.qkv_proj.bias, attention.o_proj.weight,
+                                          self.post_attention_layernorm.weight, mlp.gate_up_proj.weight, mlp.down_proj.weight)]
 
 
 class TextModel(nn.Module):
@@ -667,14 +667,14 @@ class VLM(nn.Module):
             if hasattr(own[0], "full_tensor"):                                   # sharded: one layer at a time is whole
                 own = [weight.full_tensor().to(x.dtype) for weight in own]
             norm, qkv, bias, out, mlp_norm, gate_up, down = own
-            y = F.linear(rms_norm(x, norm, eps), qkv, bias).view(len(x), -1, 2, d // 2)
-            y = torch.addcmul(y * cos, y.flip(2), sin).view(len(x), -1, 1, d)                # (B, H + 2 G, 1, d)
-            past[:, :, at:at + 1] = y[:, heads:]
-            k, v = past[:, :, :at + 1].split(kv_heads, dim=1)
-            q = y[:, :heads].view(len(x), kv_heads, -1, d)                                   # all that look at the same keys
-            x = x + F.linear(F.scaled_dot_product_attention(q, k, v, mask).flatten(1), out)
-            gate, up = F.linear(rms_norm(x, mlp_norm, eps), gate_up).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, down)
+            y = torch.addmm(bias, rms_norm(x, norm, eps), qkv).view(len(x), -1, 2, d // 2)
+            q, kv = torch.addcmul(y * cos, y.flip(2), sin).view(len(x), -1, d).split((heads, 2 * kv_heads), dim=1)
+            past.select(2, at).copy_(kv)
+            k, v = past.narrow(2, 0, at + 1).split(kv_heads, dim=1)
+            q = q.view(len(x), kv_heads, -1, d)                                  # all that look at the same keys
+            x = torch.addmm(x, F.scaled_dot_product_attention(q, k, v, mask).flatten(1), out)
+            gate, up = rms_norm(x, mlp_norm, eps).mm(gate_up).chunk(2, dim=-1)
+            x = torch.addmm(x, F.silu(gate) * up, down)
         cache.length += 1
         return self.head(self.model.norm(x))
 
