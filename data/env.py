@@ -171,7 +171,7 @@ class TabletopEnv:
 
     def __init__(self, robot="widowx", task="PickCube", render=True, held_out=False, clutter=0, condition="", varied=""):
         self.robot, self.task = get_robot(robot), TASKS[choose(task, TASKS, "task")]
-        self.render, self.wordings = render, self.task.held_out if held_out else self.task.instructions
+        self.render, self.wordings = render, self.task.held_out if held_out else self.task.instructions + self.task.paraphrases
         crowded = condition == "distractor" or varied == "all"
         self.model = self.original = compiled(robot, task, max(clutter, int(crowded)))
         self.condition, self.varied = condition and choose(condition, CONDITIONS, "condition"), varied and choose(varied, ("looks", "all"), "variation")

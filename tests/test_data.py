@@ -224,7 +224,7 @@ def test_actions_are_clipped_counted_and_checked():
 
 def test_held_out_wordings_are_never_seen_in_training():
     for task in TASKS.values():
-        assert task.held_out and not set(task.held_out) & set(task.instructions)
+        assert task.held_out and not set(task.held_out) & set(task.instructions + task.paraphrases)
     seen = {TabletopEnv("panda", "PickCube", render=False).reset(s)[0]["instruction"] for s in range(12)}
     assert len(seen) > 2 and not seen & set(TASKS["PickCube"].held_out)
     assert TabletopEnv("panda", "PickCube", render=False, held_out=True).reset(0)[0]["instruction"] in TASKS["PickCube"].held_out

@@ -164,5 +164,5 @@ def test_a_row_is_run_once(tmp_path, monkeypatch, capsys):
     experiments.main()
     assert len(done) == 10
     monkeypatch.setattr(sys, "argv", [*argv, "--steps", "7"])
-    with pytest.raises(cli.UserError, match="1500 steps"):
+    with pytest.raises(cli.UserError, match="2000 steps"):
         experiments.main()
