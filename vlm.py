@@ -565,10 +565,11 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def weights(self):
-        """All of them, in the order in which `VLM.step` uses them, matrices (in, out)."""
+        """All of them, in the order in which `VLM.step` uses them; matrices (in, out), or as they are where they are sharded."""
         attention, mlp = self.self_attn, self.mlp
-        return [weight.t() for weight in (self.input_layernorm.weight, attention.qkv_proj.weight, attention.qkv_proj.bias, attention.o_proj.weight,
-                                          self.post_attention_layernorm.weight, mlp.gate_up_proj.weight, mlp.down_proj.weight)]
+        found = (self.input_layernorm.weight, attention.qkv_proj.weight, attention.qkv_proj.bias, attention.o_proj.weight,
+                 self.post_attention_layernorm.weight, mlp.gate_up_proj.weight, mlp.down_proj.weight)
+        return found if hasattr(found[0], "full_tensor") else [weight.t() for weight in found]
 
 
 class TextModel(nn.Module):
@@ -665,7 +666,7 @@ class VLM(nn.Module):
         x, at = self.model.embed_tokens(tokens), cache.length
         for own, past in zip(weights, cache.layers):
             if hasattr(own[0], "full_tensor"):                                   # sharded: one layer at a time is whole
-                own = [weight.full_tensor().to(x.dtype) for weight in own]
+                own = [weight.full_tensor().to(x.dtype).t() for weight in own]
             norm, qkv, bias, out, mlp_norm, gate_up, down = own
             y = torch.addmm(bias, rms_norm(x, norm, eps), qkv).view(len(x), -1, 2, d // 2)
             q, kv = torch.addcmul(y * cos, y.flip(2), sin).view(len(x), -1, d).split((heads, 2 * kv_heads), dim=1)
