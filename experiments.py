@@ -5,7 +5,8 @@
     python experiments.py --list               what they are, and the commands of each
 
 A row is a list of runs of train_policy.py, each followed by eval.py physical: the commands are printed and kept with the result. A row of several models
-shares the steps among them. Rows that were stopped go on; the table is printed after every row.
+shares the steps among them. Rows that were stopped go on; the table is printed after every row. Two terminals, each
+with --rows of its own, may share a result file.
 """
 import json
 import shlex

@@ -565,11 +565,10 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def weights(self):
-        """All of them, in the order in which `VLM.step` uses them; matrices (in, out), or as they are where they are sharded."""
+        """All of them, in the order in which `VLM.step` uses them."""
         attention, mlp = self.self_attn, self.mlp
-        found = (self.input_layernorm.weight, attention.qkv_proj.weight, attention.qkv_proj.bias, attention.o_proj.weight,
-                 self.post_attention_layernorm.weight, mlp.gate_up_proj.weight, mlp.down_proj.weight)
-        return found if hasattr(found[0], "full_tensor") else [weight.t() for weight in found]
+        return (self.input_layernorm.weight, attention.qkv_proj.weight, attention.qkv_proj.bias, attention.o_proj.weight,
+                self.post_attention_layernorm.weight, mlp.gate_up_proj.weight, mlp.down_proj.weight)
 
 
 class TextModel(nn.Module):
@@ -666,16 +665,16 @@ class VLM(nn.Module):
         x, at = self.model.embed_tokens(tokens), cache.length
         for own, past in zip(weights, cache.layers):
             if hasattr(own[0], "full_tensor"):                                   # sharded: one layer at a time is whole
-                own = [weight.full_tensor().to(x.dtype).t() for weight in own]
+                own = [weight.full_tensor().to(x.dtype) for weight in own]
             norm, qkv, bias, out, mlp_norm, gate_up, down = own
-            y = torch.addmm(bias, rms_norm(x, norm, eps), qkv).view(len(x), -1, 2, d // 2)
+            y = F.linear(rms_norm(x, norm, eps), qkv, bias).view(len(x), -1, 2, d // 2)
             q, kv = torch.addcmul(y * cos, y.flip(2), sin).view(len(x), -1, d).split((heads, 2 * kv_heads), dim=1)
             past.select(2, at).copy_(kv)
             k, v = past.narrow(2, 0, at + 1).split(kv_heads, dim=1)
             q = q.view(len(x), kv_heads, -1, d)                                  # all that look at the same keys
-            x = torch.addmm(x, F.scaled_dot_product_attention(q, k, v, mask).flatten(1), out)
-            gate, up = rms_norm(x, mlp_norm, eps).mm(gate_up).chunk(2, dim=-1)
-            x = torch.addmm(x, F.silu(gate) * up, down)
+            x = torch.addmm(x, F.scaled_dot_product_attention(q, k, v, mask).flatten(1), out.t())
+            gate, up = F.linear(rms_norm(x, mlp_norm, eps), gate_up).chunk(2, dim=-1)
+            x = torch.addmm(x, F.silu(gate) * up, down.t())
         cache.length += 1
         return self.head(self.model.norm(x))
 
