@@ -54,6 +54,7 @@ class PhysicalConfig(EvalConfig):
     execute_steps: int = EXECUTE_STEPS     # control steps of a chunk that are carried out before the policy looks again
     condition: str = ""             # change one thing: lighting, table, camera, outside, noise or distractor (data/env.py)
     temperature: float = 0.0        # of the noise a chunk flows from; 0 is deterministic
+    instruction: str = ""           # what to tell the robot, with one of --tasks; empty: the wordings kept for evaluation
     failures: str = ""              # folder for GIFs of the failed episodes, sorted by reason; empty: none are drawn
     workers: int = 2                # processes
 
@@ -96,7 +97,7 @@ def work(job):
     from model import BLM
     torch.set_num_threads(1)
     blm, env = BLM.from_pretrained(config.weights, config.device), TabletopEnv(robot, task, render=False, held_out=True, condition=config.condition)
-    results = [{"seed": s, **rollout(blm, env, s, config.execute_steps, config.temperature)} for s in seeds]
+    results = [{"seed": s, **rollout(blm, env, s, config.execute_steps, config.temperature, config.instruction or None)} for s in seeds]
     env.close()
     return robot, task, results
 
@@ -169,6 +170,8 @@ def physical(what, config):
             raise UserError(f"--execute_steps {config.execute_steps}: a chunk of this policy has {horizon}")
     if config.condition:
         choose(config.condition, CONDITIONS, "condition")
+    if config.instruction and len(tasks) > 1:
+        raise UserError(f"--instruction {config.instruction!r} asks for one thing: name its task with --tasks")
     start = time.time()
     episodes, cells = episodes_of(what, config, robots, tasks), {}
     if episodes is None:
@@ -201,7 +204,7 @@ def draw_failures(blm, config, cells):
     failed = [(robot, task, seed, reason) for robot, row in cells.items() for task, cell in row.items() for seed, reason in cell["failures"].items()]
     for robot, task, seed, reason in tqdm(failed, unit="picture"):
         env = TabletopEnv(robot, task, render=False, held_out=True, condition=config.condition)
-        draw_episode(blm, env, seed, Path(config.failures) / config.condition / reason.replace(" ", "_"), config.execute_steps, temperature=config.temperature)
+        draw_episode(blm, env, seed, Path(config.failures) / config.condition / reason.replace(" ", "_"), config.execute_steps, config.instruction, config.temperature)
         env.close()
 
 

@@ -80,6 +80,7 @@ MISTAKES = [
     (evaluation, "expert --workers 0", "--workers 0 must be at least 1"),
     (evaluation, "physical --seed -5", "--seed -5"),
     (evaluation, "physical --temperature nan", "--temperature nan"),
+    (evaluation, "physical --instruction push", "--instruction 'push' asks for one thing: name its task with --tasks"),
     (evaluation, "digital --questions 0", "--questions 0"),
     (evaluation, "benchmark --name robofale", "unknown benchmark 'robofale'.*did you mean robofail"),
     (evaluation, "benchmark --data {tmp}/nowhere", "there is no folder"),
