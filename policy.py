@@ -23,6 +23,7 @@ from einops import rearrange
 from torch import nn
 
 from cli import UserError
+from vlm import attend
 
 # ---- configuration
 
@@ -148,7 +149,7 @@ class Attention(nn.Module):
 
     def forward(self, x, key_value, mask=None):
         q = rearrange(self.query(x), "B Q (H d) -> B H Q d", H=self.heads)
-        y = F.scaled_dot_product_attention(q, key_value[0], key_value[1], mask)
+        y = attend(q, key_value[0], key_value[1], mask)
         return self.out(rearrange(y, "B H Q d -> B Q (H d)"))
 
 

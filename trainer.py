@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -126,6 +127,7 @@ def add_gradients(parameters):
 class Muon(torch.optim.Optimizer):
     """Momentum whose step has all singular values near one (Jordan et al. 2024), for the matrices of blocks: what is rare in the gradient is learned as fast
     as what is common. A step is as large as AdamW's at the same rate (arXiv 2502.16982). torch.optim's is in bfloat16 whatever the machine; this one, in `dtype`."""
+    TOGETHER = 2 ** 24                 # numbers in one product of several matrices
 
     def __init__(self, params, lr, weight_decay, momentum=0.95, dtype=torch.float32):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "dtype": dtype})
@@ -133,23 +135,35 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = defaultdict(list)                            # matrices of one shape take one product together: small ones alone leave a machine idle
             for p in group["params"]:
                 if p.grad is not None:
-                    if "momentum_buffer" not in self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-                    mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                    step = orthogonal(p.grad.lerp(mean, group["momentum"]).to(group["dtype"])).to(p.dtype)
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+                    alike[p.shape].append(p)
+            for shape, matrices in alike.items():
+                together = max(1, self.TOGETHER // shape.numel())
+                for i in range(0, len(matrices), together):
+                    self.move(matrices[i:i + together], **group)
+
+    def move(self, matrices, lr, weight_decay, momentum, dtype, **_):
+        wanted = []
+        for p in matrices:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+            mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+            wanted.append(p.grad.lerp(mean, momentum).to(dtype))
+        for p, step in zip(matrices, orthogonal(torch.stack(wanted)).to(matrices[0].dtype)):
+            p.mul_(1 - lr * weight_decay).add_(step, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
 
 
-def orthogonal(matrix, steps=5):
-    """U S V' to about U V', by a Newton-Schulz iteration that pulls each singular value towards one, its coefficients Jordan's."""
-    x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
+def orthogonal(x, steps=5):
+    """U S V' of each matrix of x (N, m, n) to about U V', by a Newton-Schulz iteration that pulls each singular value towards one, its coefficients Jordan's."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT, steps).mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if matrix.shape[0] > matrix.shape[1] else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x
 
 
 def make_optimizers(modules, cfg, dtype=torch.float32):

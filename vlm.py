@@ -296,6 +296,14 @@ class NormOnCPU(torch.autograd.Function):
         return inner.addcmul_(normal, along, value=-1).mul_(inverse), (grad * normal).flatten(0, -2).sum(0), None
 
 
+def attend(q, k, v, mask=None, **how):
+    """`scaled_dot_product_attention`; on a CPU always in float32, whose gradient takes a third to three quarters of the time of bfloat16's there."""
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, mask, **how)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, **how).to(q.dtype)
+
+
 def compute(block, checkpointing, *inputs):
     """A block's output; with checkpointing nothing in between is kept, and the backward pass computes it again."""
     return checkpoint(block, *inputs, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(*inputs)
@@ -385,7 +393,7 @@ class VisionAttention(nn.Module):
         q, k = apply_rotary(qkv[:, :2], cos, sin).unbind(1)
         parts = [[rearrange(part, "(n l) H d -> n H l d", l=size) for (_, size), part in zip(runs, tensor.split([n * size for n, size in runs]))]
                  for tensor in (q, k, qkv[:, 2])]
-        y = [rearrange(F.scaled_dot_product_attention(*group), "n H l d -> (n l) (H d)") for group in zip(*parts)]
+        y = [rearrange(attend(*group), "n H l d -> (n l) (H d)") for group in zip(*parts)]
         return self.proj(torch.cat(y) if len(y) > 1 else y[0])
 
 
@@ -545,10 +553,10 @@ class Attention(nn.Module):
         if cache is not None:
             cache.begin(k, v)
         if segments is None:
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+            y = attend(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         else:                                                                                # no mask is as fast as none, and no padding is computed
             parts = zip(*(tensor.split([length for length, _ in segments], dim=2) for tensor in (q, k, v)))
-            y = torch.cat([F.scaled_dot_product_attention(*part, attn_mask=m, is_causal=m is None, enable_gqa=True) for part, (_, m) in zip(parts, segments)], dim=2)
+            y = torch.cat([attend(*part, m, is_causal=m is None, enable_gqa=True) for part, (_, m) in zip(parts, segments)], dim=2)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 

@@ -236,7 +236,7 @@ def test_muon_makes_singular_values_alike_and_steps_like_torchs():
     torch.manual_seed(0)
     for shape in ((48, 32), (32, 48), (16, 16)):
         matrix = torch.randn(shape) * torch.logspace(0, -1.5, shape[1])                    # singular values far apart
-        values = torch.linalg.svdvals(orthogonal(matrix))
+        values = torch.linalg.svdvals(orthogonal(matrix[None])[0])
         assert values.max() < 1.3 and values.median() > 0.6 and torch.linalg.svdvals(matrix / matrix.norm()).median() < 0.3
     weights = [nn.Parameter(torch.randn(24, 40)) for _ in range(2)]
     weights[1].data.copy_(weights[0].data)
@@ -249,6 +249,27 @@ def test_muon_makes_singular_values_alike_and_steps_like_torchs():
             optimizer.step()
     ours, theirs = (weight.detach() - before for weight in weights)
     assert (ours - theirs).norm() < 0.02 * theirs.norm()                                   # theirs is in bfloat16
+
+
+def test_muon_moves_a_matrix_among_others_as_it_would_alone(monkeypatch):
+    torch.manual_seed(0)
+    shapes = [(12, 8), (8, 12), (12, 8), (8, 8), (12, 8)]
+    start = [torch.randn(shape) for shape in shapes]
+    gradients = [[torch.randn(shape) for shape in shapes] for _ in range(3)]
+
+    def moved(groups):
+        weights = [nn.Parameter(weight.clone()) for weight in start]
+        optimizers = [Muon([weights[i] for i in group], lr=0.1, weight_decay=0.1) for group in groups]
+        for gradient in gradients:
+            for i, weight in enumerate(weights):
+                weight.grad = None if i == 2 and gradient is gradients[0] else gradient[i].clone()         # one has none at first
+            for optimizer in optimizers:
+                optimizer.step()
+        return torch.cat([weight.detach().flatten() for weight in weights])
+    alone, together = moved([[i] for i in range(5)]), moved([range(5)])
+    monkeypatch.setattr(Muon, "TOGETHER", 2 * 96)                                          # two of three alike at a time
+    assert (alone - torch.cat([weight.flatten() for weight in start])).norm() > 0.1
+    assert torch.allclose(alone, together, atol=1e-6) and torch.allclose(alone, moved([range(5)]), atol=1e-6)
 
 
 def test_every_parameter_has_one_optimizer_and_matrices_of_blocks_have_muon():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from cli import UserError
 from conftest import ROOT
 from tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer, chat, collate, train_tokenizer
-from vlm import CLIP_MEAN, VLM, Cache, VisionConfig, VLMConfig, hub_weights, load_image, mrope_positions, process_images, process_videos
+from vlm import CLIP_MEAN, VLM, Cache, VisionConfig, VLMConfig, attend, hub_weights, load_image, mrope_positions, process_images, process_videos
 
 CORPUS = ["Where is the red cube? It is left of the blue sphere.", '{"point_2d": [41, 57], "label": "red cube"}',
           "system\nYou are a helpful assistant.\nuser\nassistant\n", "Pick up the cube, then stack it on the green one."] * 3
@@ -337,6 +337,18 @@ def test_first_k_blocks_equal_hidden_states_of_the_full_run(tokenizer):
             assert torch.equal(first.patch_features, full.patch_features)
         some = torch.rand(batch["input_ids"].shape) > 0.7
         torch.testing.assert_close(model(**batch, logits_at=some).logits, full.logits[some])
+
+
+def test_attention_of_bfloat16_is_computed_in_float32_on_a_cpu():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 40, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
+    wide = [tensor.detach().float().requires_grad_() for tensor in (q, k, v)]
+    with torch.autocast("cpu", torch.bfloat16):                                            # which would have it in bfloat16 again
+        y = attend(q, k, v, is_causal=True, enable_gqa=True)
+    expected = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True)
+    y.float().square().sum().backward(), expected.to(y.dtype).float().square().sum().backward()
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected.to(y.dtype))
+    assert all(torch.equal(half.grad, full.grad.to(half.dtype)) for half, full in zip((q, k, v), wide))
 
 
 def test_every_parameter_gets_gradient(tokenizer):
