@@ -179,11 +179,13 @@ def bench_policy(config):
     pictures = [[rng.integers(0, 255, (128, 128, 3), dtype=np.uint8) for _ in VIEWS] for _ in range(2 * n)]
     instruction = "stack the red cube on the green cube"
 
-    def stepper(policy, batch):
-        optimizers = make_optimizers((policy,), TrainConfig())
+    def stepper(policy, batch, half=False):
+        optimizers = make_optimizers((policy,), TrainConfig(), torch.bfloat16 if half else torch.float32)
 
         def step(**more):
-            policy({**batch, **more})["loss"].backward()
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                loss = policy({**batch, **more})["loss"]
+            loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -194,18 +196,20 @@ def bench_policy(config):
         policy.normaliser.fitted[:] = True
         return policy
 
-    def cached_and_anew(seer, k, runs):
+    def cached_and_anew(seer, k, runs, half=False):
         """Milliseconds of a step from cached hidden states behind block k of a model, and of one that computes them."""
         tokens = seer.intent_states(pictures[:1], [instruction], k)[0].shape[1]
         policy = trainable(blm.policy.config, seer.vlm.config.hidden_size)
-        step = stepper(policy, rows_of(policy, n, tokens, device))
+        step = stepper(policy, rows_of(policy, n, tokens, device), half)
 
         def anew():                                  # a frame and the one T steps later, as train_policy.py would without its cache; pictures are there already
-            now, later = (seer.intent_states(part, [instruction] * n, k)[0] for part in (pictures[:n], pictures[n:]))
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                now, later = (seer.intent_states(part, [instruction] * n, k)[0] for part in (pictures[:n], pictures[n:]))
             step(hidden=now, future_hidden=later)
         return median_ms([step, anew], runs, sync)
 
     cached_ms, anew_ms = cached_and_anew(blm, blm.policy.config.intent_layer, config.runs)
+    half_cached_ms, half_anew_ms = cached_and_anew(blm, blm.policy.config.intent_layer, config.runs, half=True)
     larger = BLM(VLM(LARGER.for_tokenizer(blm.tokenizer)).to(device), blm.tokenizer)
     large_cached_ms, large_anew_ms = cached_and_anew(larger, LARGER.num_hidden_layers // 2, min(3, config.runs))
     robot = ROBOTS[0]
@@ -216,7 +220,8 @@ def bench_policy(config):
     chunk_ms, train_ms = median_ms([lambda: head.sample(small["hidden"], small["mask"], small["state"], small["embodiment"]), stepper(head, large)], config.runs, sync)
     size = sum(p.numel() for p in head.parameters()) / 1e6
     rows = [{"what": f"Stage II, a step of {n} rows from cached hidden states", "ms": cached_ms, "beside": [anew_ms], "beside_what": "computed anew"},
-            {"what": "the same, the language model ten times as large", "ms": large_cached_ms, "beside": [large_anew_ms], "beside_what": "computed anew"},
+            {"what": "the same, `--dtype bfloat16`", "ms": half_cached_ms, "beside": [half_anew_ms], "beside_what": "computed anew"},
+            {"what": "the same in float32, the language model ten times as large", "ms": large_cached_ms, "beside": [large_anew_ms], "beside_what": "computed anew"},
             {"what": "act, one chunk", "ms": act_ms, "beside": [], "beside_what": ""},
             {"what": f"a head of {size:.1f} M, 88 tokens: one chunk", "ms": chunk_ms, "beside": PEER["chunk"], "beside_what": "GR00T N1.5's head in lerobot"},
             {"what": f"a head of {size:.1f} M, 88 tokens: a training step of 16", "ms": train_ms, "beside": PEER["train"], "beside_what": "GR00T N1.5's head in lerobot"}]
