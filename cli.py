@@ -46,8 +46,8 @@ def choose(name, choices, what):
 
 
 def choose_many(names, choices, what):
-    """A comma-separated list of names, or "all", as a list in the order of `choices`' own names."""
-    return list(choices) if names == "all" else [choose(name.strip(), choices, what) for name in names.split(",")]
+    """A comma-separated list of names, each once, or "all", as a list."""
+    return list(choices) if names == "all" else list(dict.fromkeys(choose(name.strip(), choices, what) for name in names.split(",")))
 
 
 def at_least(config, low, *names):
@@ -149,14 +149,14 @@ def atomic(path):
 
 
 def pick_device(name="auto"):
-    """torch.device for "auto", "cpu", "cuda", "cuda:1" or "mps"; prints the choice, its dtype and why. UserError if it is not there."""
+    """torch.device for "auto", "cpu", "cuda", "cuda:1" or "mps"; prints the choice and why. UserError if it is not there."""
     import torch
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     wanted = best if name == "auto" else name
     kind = choose(wanted.split(":")[0], ["cpu", "cuda", "mps"], "device")
     if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
         raise UserError(f"--device {name}: this machine has no usable {kind}; leave --device out to take {best}")
-    print(f"device {wanted}, float32 ({'found' if name == 'auto' else 'asked for'})")
+    print(f"device {wanted} ({'found' if name == 'auto' else 'asked for'})")
     return torch.device(wanted)
 
 

@@ -46,17 +46,24 @@ class EvalConfig:
 
 
 @dataclass
-class PhysicalConfig(EvalConfig):
+class ExpertConfig:
     robots: str = "all"             # comma-separated robots, or all
     tasks: str = "all"              # comma-separated tasks, or all
     episodes: int = 50              # episodes for each robot and task
     seed: int = 1_000_000           # first layout seed
-    execute_steps: int = EXECUTE_STEPS     # control steps of a chunk that are carried out before the policy looks again
     condition: str = ""             # change one thing: lighting, table, camera, outside, noise or distractor (data/env.py)
+    workers: int = 2                # processes
+    out: str = ""                   # result file; default out/results/<what>.json
+
+
+@dataclass
+class PhysicalConfig(ExpertConfig):
+    weights: str = "weights/nano"   # checkpoint folder
+    device: str = "auto"            # auto, cpu, cuda or mps
+    execute_steps: int = EXECUTE_STEPS     # control steps of a chunk that are carried out before the policy looks again
     temperature: float = 0.0        # of the noise a chunk flows from; 0 is deterministic
     instruction: str = ""           # what to tell the robot, with one of --tasks; empty: the wordings kept for evaluation
     failures: str = ""              # folder for GIFs of the failed episodes, sorted by reason; empty: none are drawn
-    workers: int = 2                # processes
 
 
 @dataclass
@@ -168,10 +175,10 @@ def physical(what, config):
         robots, horizon = robots_of(blm, config.robots), blm.policy.config.action_horizon
         if config.execute_steps > horizon:
             raise UserError(f"--execute_steps {config.execute_steps}: a chunk of this policy has {horizon}")
+        if config.instruction and len(tasks) > 1:
+            raise UserError(f"--instruction {config.instruction!r} asks for one thing: name its task with --tasks")
     if config.condition:
         choose(config.condition, CONDITIONS, "condition")
-    if config.instruction and len(tasks) > 1:
-        raise UserError(f"--instruction {config.instruction!r} asks for one thing: name its task with --tasks")
     start = time.time()
     episodes, cells = episodes_of(what, config, robots, tasks), {}
     if episodes is None:
@@ -358,7 +365,7 @@ def digital_table(result):
     return "\n".join([*lines, f"| mean | {result['asked']} | {means} | | {100 * result['seen_mean']:.1f} / {100 * result['held_out_mean']:.1f} |"])
 
 
-KINDS = {"expert": (physical, PhysicalConfig), "physical": (physical, PhysicalConfig), "conditions": (conditions, PhysicalConfig), "digital": (digital, DigitalConfig),
+KINDS = {"expert": (physical, ExpertConfig), "physical": (physical, PhysicalConfig), "conditions": (conditions, PhysicalConfig), "digital": (digital, DigitalConfig),
          "benchmark": (benchmark, BenchmarkConfig)}
 
 

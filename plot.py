@@ -1,5 +1,6 @@
 """Pictures of results, for people who would rather look than read: drawn with Pillow, since nothing else is installed."""
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ def curves(log, path, wide=900, high=420, left=70, smooth=0.05):
     """The losses of a log.jsonl over its steps, on a logarithmic scale: thin as they came, thick as a running mean over `smooth` of the run."""
     lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
     names = [name for name in ("loss", "answer", "flow", "dense_llm", "future") if sum(name in line for line in lines) > 1]
-    series = {name: np.array([(line["step"], line[name]) for line in lines if line.get(name, 0) > 0]) for name in names}
+    series = {name: np.array([(line["step"], line[name]) for line in lines if 0 < line.get(name, 0) < math.inf]) for name in names}
     series = {name: points for name, points in series.items() if len(points) > 1}
     image = Image.new("RGB", (wide, high), "white")
     if series:

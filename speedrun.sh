@@ -37,10 +37,10 @@ case $budget in
 esac
 said demonstrations python -m data.record --workers "$workers"
 said corpus python -m data.corpus --workers "$workers"
-said base $sft "$root/train_sft.py" --preset base --steps 1500 --dtype $dtype $(resume out/base)
-said scenes $sft "$root/train_sft.py" --preset scenes --steps 1200 --dtype $dtype $(resume out/scenes)
-said embodied $sft "$root/train_sft.py" --preset embodied --steps 2000 --dtype $dtype $(resume out/sft)
-said policy python "$root/train_policy.py" --steps 4000 --dtype $dtype $(resume out/policy)
-said physical python "$root/eval.py" physical --weights out/policy --episodes 50 --workers "$workers" --out physical.json
-said digital python "$root/eval.py" digital --weights out/policy --base out/base --out digital.json
+said base $sft ../../train_sft.py --preset base --steps 1500 --dtype $dtype $(resume out/base)
+said scenes $sft ../../train_sft.py --preset scenes --steps 1200 --dtype $dtype $(resume out/scenes)
+said embodied $sft ../../train_sft.py --preset embodied --steps 2000 --dtype $dtype $(resume out/sft)
+said policy python ../../train_policy.py --steps 4000 --dtype $dtype $(resume out/policy)
+said physical python ../../eval.py physical --weights out/policy --episodes 50 --workers "$workers" --out physical.json
+said digital python ../../eval.py digital --weights out/policy --base out/base --out digital.json
 cat times.txt

@@ -287,9 +287,11 @@ def train(cfg, config):
     if run.sharded:
         shard(blm.vlm, [*blm.vlm.visual.blocks, *blm.vlm.model.layers], run.device)
     hidden = cache_intents(blm, episodes, cfg, config.intent_layer, backbone, run)
-    demos = Demos(episodes, hidden, config, cfg.frame_stride, cfg.held_out, known)
+    demos, condition_size = Demos(episodes, hidden, config, cfg.frame_stride, cfg.held_out, known), blm.vlm.config.hidden_size
+    origin = {"started_from": started.training.get("policy")} if cfg.start else {}
+    blm.vlm = started = None                                             # all that they say is cached: their memory is the policy's now
     torch.manual_seed(cfg.seed)
-    policy = Policy(config, blm.vlm.config.hidden_size, demos.embodiments)
+    policy = Policy(config, condition_size, demos.embodiments)
     only_new = old is not None and begin_with(policy, old)
     demos.statistics(policy)
     blm.policy = copy.deepcopy(policy).requires_grad_(False)             # the moving average
@@ -332,8 +334,7 @@ def train(cfg, config):
 
     def about():
         rows = {"train": len(demos.train), "held_out": sum(map(len, demos.held_out.values()))}
-        return run.about("policy", before=before, episodes=len(episodes), rows=rows, cells=len(demos.cells), robots=list(demos.embodiments), backbone=backbone,
-                         **({"started_from": started.training.get("policy")} if cfg.start else {}))
+        return run.about("policy", before=before, episodes=len(episodes), rows=rows, cells=len(demos.cells), robots=list(demos.embodiments), backbone=backbone, **origin)
 
     def export():
         weights = whole(blm.policy)

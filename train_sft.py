@@ -107,6 +107,9 @@ class Mixture:
             raise UserError(f"--data {cfg.data}: the weights must not all be zero")
         self.weights = np.array(weights)
         self.dense = np.array([isinstance(source, corpora.Corpus) for source in self.sources])
+        shares = np.bincount(self.block(0, False), minlength=len(self.sources))
+        if lost := [part for part, weight, share in zip(cfg.data.split(","), weights, shares) if weight and not share]:
+            raise UserError(f"--data {cfg.data}: {lost[0]} has no row in {BLOCK}, so it would never be trained on: give it a larger weight, or 0")
         if cfg.dense_weight and not (self.weights * self.dense).any():
             raise UserError(f"--data {cfg.data} has no corpus, so there are no dense targets: add --dense_weight 0")
         self.chosen = [np.arange(len(source)) if is_dense else np.array([i for i in range(len(source)) if i % VALIDATION or len(source) < VALIDATION])
@@ -553,7 +556,7 @@ def main():
     earlier = [stage.out for stage in missing[:-1]]
     if cfg.out in earlier:
         raise UserError(f"--out {cfg.out} is where an earlier stage goes: choose another")
-    if cfg.out in stages and any(map(checkpoints, earlier)):                       # stopped before its last stage
+    if cfg.out in stages and any(checkpoints(folder) for folder in (*earlier, missing[0].backbone) if folder in stages):       # stopped before its last stage, or between two
         cfg.resume = cfg.resume and bool(checkpoints(cfg.out))
     trainer.check(cfg)
     if this_process()[0] == 0 and earlier:               # mistakes are told now, not after other stages' training

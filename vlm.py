@@ -155,14 +155,26 @@ MAX_IMAGE_PIXELS = 64_000_000            # larger files are refused before they 
 SHIFTED = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
-def load_image(path):
-    """The picture in file `path` as PIL RGB: upright (EXIF), transparency on white, 16-bit greys scaled. UserError if it is none or too large."""
+def open_image(path):
+    """A picture's header (PIL), nothing decoded yet. UserError if it is none or too large."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)      # our own limit is lower
             image = Image.open(path)
-        if image.width * image.height > MAX_IMAGE_PIXELS:
-            raise UserError(f"{path} has {image.width}x{image.height} pixels, more than {MAX_IMAGE_PIXELS:,}: shrink it first")
+    except Image.DecompressionBombError:
+        raise UserError(f"{path} has more than {MAX_IMAGE_PIXELS:,} pixels: shrink it first") from None
+    except (OSError, ValueError, SyntaxError, EOFError) as error:                # PIL's readers raise all of these on broken files
+        raise UserError(f"cannot read the picture {path}: {error if getattr(error, 'strerror', None) is None else error.strerror}") from None
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        image.close()
+        raise UserError(f"{path} has {image.width}x{image.height} pixels, more than {MAX_IMAGE_PIXELS:,}: shrink it first")
+    return image
+
+
+def load_image(path):
+    """The picture in file `path` as PIL RGB: upright (EXIF), transparency on white, 16-bit greys scaled. UserError if it is none or too large."""
+    image = open_image(path)
+    try:
         image = ImageOps.exif_transpose(image)
         if image.mode in SHIFTED:                                                # PIL would clip at 255
             grey = np.asarray(image).astype(np.int64)
@@ -171,9 +183,7 @@ def load_image(path):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except Image.DecompressionBombError:
-        raise UserError(f"{path} has more than {MAX_IMAGE_PIXELS:,} pixels: shrink it first") from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:                # PIL's decoders raise all of these on broken files
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise UserError(f"cannot read the picture {path}: {error if getattr(error, 'strerror', None) is None else error.strerror}") from None
 
 

@@ -9,6 +9,7 @@ Paths start at the file's own folder and may not leave it. A bad record is told 
 error; with "skip" they are counted and left out. Pictures whose body is broken and films that do not play are met when they are read.
 """
 import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 from PIL import Image, ImageSequence
 
 from cli import UserError
-from vlm import VLMConfig, load_image, smart_resize
+from vlm import VLMConfig, load_image, open_image, smart_resize
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 MOST_TOLD = 5                    # bad records that an error names
@@ -34,6 +35,10 @@ def normalise(record):
         turns = [(turn.get("from"), turn.get("value")) for turn in record["conversations"]]
         listed = lambda kind: [record[kind]] if isinstance(record.get(kind), str) else list(record.get(kind) or record.get(f"{kind}s") or [])
         files = {"image": listed("image"), "video": listed("video")}
+        asked = [i for i, (role, text) in enumerate(turns) if ROLES.get(role) == "user" and isinstance(text, str)]
+        if asked and not any(f"<{kind}>" in turns[i][1] for i in asked for kind in files):              # no place for them: before the first question
+            role, text = turns[asked[0]]
+            turns[asked[0]] = role, "".join(f"<{kind}>" * len(paths) for kind, paths in files.items()) + text
     else:
         raise ValueError("it has neither \"messages\" nor \"conversations\"")
     messages, media = [], []
@@ -71,10 +76,8 @@ def one(item, media):
 
 
 def split(text, files, media):
-    """LLaVA's text with <image> and <video> in it, as content items; its pictures move from `files` to `media`. Those without a place come first."""
+    """LLaVA's text with <image> and <video> in it, as content items; its pictures move from `files` to `media`."""
     items = []
-    if media == [] and not any(f"<{kind}>" in text for kind in files):
-        text = "".join(f"<{kind}>" * len(paths) for kind, paths in files.items()) + text
     while text:
         found = min(((text.find(f"<{kind}>"), kind) for kind in files if f"<{kind}>" in text), default=None)
         before, text = (text, "") if found is None else (text[:found[0]], text[found[0] + len(found[1]) + 2:].lstrip("\n"))
@@ -95,7 +98,8 @@ def load_media(kind, path):
     if not path.is_dir() and path.suffix.lower() not in (".gif", ".webp"):
         return load_film(path)
     if path.is_dir():
-        frames = [load_image(file) for file in sorted(path.iterdir()) if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
+        numbers = lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)]            # 2.png comes before 10.png
+        frames = [load_image(file) for file in sorted(path.iterdir(), key=numbers) if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
     else:
         try:
             with Image.open(path) as film:
@@ -139,7 +143,7 @@ class Chats:
                     if not found.exists():
                         raise ValueError(f"{name} is not there")
                     if kind == "image":
-                        with Image.open(found) as picture:               # its header; a broken body is told when it is read
+                        with open_image(found) as picture:               # its header; a broken body is told when it is read
                             smart_resize(picture.height, picture.width, VLMConfig())
                 self.records.append((number, messages, paths))
             except (ValueError, OSError, TypeError, AttributeError, UserError) as error:

@@ -14,6 +14,7 @@ Files: <folder>/<split>/<shard>.safetensors with images (n, 128, 128, 3) uint8, 
 Validation scenes come from seeds that training never sees; their questions are asked twice, in wordings that it sees and in those that it does not.
 """
 import json
+import math
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import mujoco
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
@@ -258,10 +259,19 @@ def clips(env, seed, rng, asker):
 
 # ---- shards
 
+def scenes_of(path):
+    """How many scenes a shard holds; None if it is not there or cannot be read."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return file.get_slice("first").get_shape()[0] - 1
+    except (OSError, SafetensorError):
+        return None
+
+
 def make_shard(job):
     """Write one shard of `count` scenes of one cell; returns how many are there. Validation shards ask every question in seen and in held-out wordings."""
     path, robot, task, seed, count, validation = job
-    if path.exists():
+    if scenes_of(path) == count:
         return count
     env, scenes = TabletopEnv(robot, task, render=False, clutter=CLUTTER, varied="looks"), []
     draw = np.random.default_rng([seed, 13])
@@ -286,13 +296,13 @@ def make_shard(job):
 
 
 def make(config):
-    """Render what is missing of config.scenes training scenes, and a fifteenth for validation; the result does not depend on the number of workers."""
+    """Render what is missing of config.scenes training scenes (rounded up to as many for each robot and task), and a fifteenth for validation; the result does not depend on the number of workers."""
     at_least(config, 1, "scenes", "workers"), at_least(config, 0, "seed"), writable(config.out)
     cells, jobs = [(r, t) for t in TASKS for r in ROBOTS], []
-    shards = max(1, round(config.scenes / len(cells) / SHARD))
+    of_cell = math.ceil(config.scenes / len(cells))
     for c, (robot, task) in enumerate(cells):
         base = config.seed + 10_000 * c
-        jobs += [(Path(config.out) / "train" / f"{robot}-{task}-{i:03d}.safetensors", robot, task, base + 300 * i, SHARD, False) for i in range(shards)]
+        jobs += [(Path(config.out) / "train" / f"{robot}-{task}-{i:03d}.safetensors", robot, task, base + 300 * i, min(SHARD, of_cell - SHARD * i), False) for i in range(math.ceil(of_cell / SHARD))]
         jobs.append((Path(config.out) / "val" / f"{robot}-{task}-000.safetensors", robot, task, VALIDATION_SEED + base, max(20, config.scenes // 15 // len(cells)), True))
     # shards are drawn out of order, so that a corpus cut short is balanced
     jobs = [jobs[i] for i in np.random.default_rng(0).permutation(len(jobs))]
@@ -304,7 +314,7 @@ def make(config):
 
 def ensure(folder):
     """Make the default corpus in `folder` unless one is there; in its own folder, one that was not stopped."""
-    config, there = CorpusConfig(out=str(folder), workers=os.cpu_count() or 1), any(Path(folder).glob("val/*.safetensors"))
+    config, there = CorpusConfig(out=str(folder), workers=os.cpu_count() or 1), any(Path(folder).glob("val/[a-z]*.safetensors"))
     if not there or Path(folder) == Path(CorpusConfig.out) and not (Path(folder) / "made.json").exists():
         print(f"no whole corpus in {folder}: rendering {config.scenes} scenes (about {config.scenes / 25 / 60 / config.workers:.0f} minutes)")
         make(config)
@@ -321,7 +331,7 @@ class Corpus:
 
     def __init__(self, folder, split, categories="all"):
         self.folder, self.categories, chosen = folder, categories, set(choose_many(categories, CATEGORIES, "category"))
-        paths = sorted((Path(folder) / split).glob("*.safetensors"))
+        paths = sorted((Path(folder) / split).glob("[a-z]*.safetensors"))               # others are what a killed process left
         if not paths:
             raise UserError(f"no {split} corpus in {folder}; make it with `python -m data.corpus --out {folder}`")
         self.files, places, asked = [], [], []

@@ -26,7 +26,7 @@ PLANS = 6                # how often the expert may look again and plan from whe
 
 
 class Infeasible(Exception):
-    """No joint path reaches this pose: `primitive` says which."""
+    """No joint path reaches a pose: the message says which."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What is asked about a scene: 17 categories, ten wordings each or more, five forms of answers, none of which can be guessed without the pictures.
+"""What is asked about a scene: 17 categories, ten wordings each or more, six forms of answers, none of which can be guessed without the pictures.
 
 A question is {"question", "answer", "category", "form", "chance"}. Forms: "yes/no"; "words", a short text; "choice", one of the options that the question
 lists and then its letter, "green: B", in the order in which they can be found out; "point" and "box", pixels as Qwen2.5-VL writes them: {"point_2d": [x, y], "label": ...}, {"bbox_2d": [x1, y1, x2, y2], "label": ...}; "steps", a numbered list.

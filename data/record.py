@@ -31,7 +31,7 @@ from data.env import TabletopEnv
 from data.expert import demonstrate
 from data.robots import ROBOTS
 from data.tasks import TASKS
-from rollout import rollout
+from rollout import robots_of, rollout
 
 VERSION = 1
 JPEG_QUALITY = 92
@@ -124,7 +124,7 @@ def record(config):
     if config.seed + 2 * config.episodes > CORRECTION_SEED:
         raise UserError(f"--seed {config.seed}: stay below {CORRECTION_SEED:,}, where the seeds of corrections begin, and behind those the evaluation's")
     if config.policy:
-        load_policy(config.policy)                         # a bad folder is told here, once
+        robots = robots_of(load_policy(config.policy), config.robots)              # a bad folder is told here, once
         config = replace(config, seed=config.seed + CORRECTION_SEED)
     writable(config.out)
     # slices of ten interleaved seeds, so that the work divides well and the files do not depend on the number of workers

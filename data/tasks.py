@@ -3,7 +3,7 @@
 Frame: z = 0 is the table top, the origin is the centre of the spawn region, x points away from the robot, y to its left; m, rad, kg.
 Source: ManiSkill 3.0.1, mani_skill/envs/tasks/tabletop. Departures, each for a reason:
 - spawn regions, goal heights and (for the small WidowX) every distance of the layout follow the arm's workspace in robots.json: the source's lie beyond some arms' reach.
-- layouts with an object that the tool cannot reach pointing straight down are drawn again; so are a ball and a bin too close for the fingers,
+- layouts of StackCube with a cube that the tool cannot reach pointing straight down are drawn again; so are a ball and a bin too close for the fingers,
   and a cube that lies at its goal already.
 - PickCube's goal is drawn for the policy's cameras and stands on a thin stem: the source hides it and hands the policy its coordinates, and one picture shows no height.
 - PlaceSphere's ball has rolling friction (condim 6): without it the ball rocks in the bin and never comes to rest.
@@ -102,10 +102,10 @@ def square(robot, rng):
     return rng.uniform(-robot.spawn_half_size, robot.spawn_half_size, 2)
 
 
-def reachable(robot, *points, margin=0.0):
+def reachable(robot, *points):
     """True if the tool can point straight down at every xy (in the task's frame)."""
     near, far = robot.reach
-    return all(near <= np.hypot(x + robot.base_to_spawn_centre, y) <= far - margin for x, y in points)
+    return all(near <= np.hypot(x + robot.base_to_spawn_centre, y) <= far for x, y in points)
 
 
 def pick_spawn(robot, rng):

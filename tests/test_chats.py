@@ -9,7 +9,7 @@ from PIL import Image
 
 from cli import UserError
 from data import general
-from data.chats import Chats, normalise
+from data.chats import Chats, load_media, normalise
 from data.questions import CATEGORIES, HELD_OUT, WORDINGS, Asker, equalise
 from train_sft import Mixture, SFTConfig, make_batch, read_row, read_rows
 from tokenizer import train_tokenizer
@@ -51,6 +51,9 @@ def test_places_of_pictures_and_videos():
     assert [item["type"] for item in messages[0]["content"]] == ["text", "video", "text", "image", "text"] and media == [("video", "v.gif"), ("image", "i.png")]
     messages, media = talk("What is this?", images=["1.png", "2.png"])                       # no place named: they come first
     assert [item["type"] for item in messages[0]["content"]] == ["image", "image", "text"] and media == [("image", "1.png"), ("image", "2.png")]
+    later = {"image": "i.png", "conversations": [{"from": who, "value": text} for who, text in (("human", "Hello"), ("gpt", "Hi"), ("human", "<image>\nWhat is this?"), ("gpt", "A cup."))]}
+    messages, media = normalise(later)                                                       # a place in a later question is a place
+    assert messages[0]["content"] == [{"type": "text", "text": "Hello"}] and messages[2]["content"][0] == {"type": "image"} and media == [("image", "i.png")]
     for text, files, word in (("<image>", {}, "more <image> places"), ("<image>", {"images": ["1", "2"]}, "1 more pictures")):
         with pytest.raises(ValueError, match=word):
             talk(text, **files)
@@ -81,6 +84,19 @@ def test_bad_records_are_told_with_their_line(folder, record, word, capsys):
     assert "m.jsonl, line 2" in str(told.value) and "--on_bad skip" in str(told.value)
     chats = Chats(path, on_bad="skip")
     assert len(chats) == 2 and chats.skipped == 1 and "1 of 3" in capsys.readouterr().out
+
+
+def test_huge_pictures_are_bad_records_and_frames_play_by_number(folder, capsys):
+    for name, size in (("large.png", (9000, 8000)), ("bomb.png", (20000, 10000))):
+        Image.new("1", size).save(folder / name)
+    path = write(folder / "m.jsonl", SHAREGPT, {**SHAREGPT, "image": "large.png"}, {**SHAREGPT, "image": "bomb.png"})
+    with pytest.raises(UserError, match="line 2: .*shrink it first; .*line 3: .*shrink it first"):
+        Chats(path)
+    assert len(Chats(path, on_bad="skip")) == 1 and "2 of 3" in capsys.readouterr().out
+    (folder / "many").mkdir()
+    for i in range(12):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / "many" / f"{i}.png")
+    assert [frame.getpixel((0, 0))[0] for frame in load_media("video", folder / "many")] == list(range(12))
 
 
 def test_a_picture_that_breaks_off_is_told_when_it_is_read(folder):

@@ -1,7 +1,9 @@
 """The data engine: kinematics against published poses, success tests both ways, determinism, the expert in every cell, episode files."""
 import json
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ from safetensors import safe_open
 
 import data.robots
 from cli import UserError
+from data import corpus as corpora
+from data import record as recorder
 from data.add_robot import convert, with_entry
 from data.corpus import CLASSES, CLUTTER, MOST_QUESTIONS, Corpus, attempt, faults_of, look, make_shard, project
 from data.env import CONTROL_HZ, TabletopEnv
@@ -117,6 +121,17 @@ def test_corrections_begin_where_the_policy_was():
     demonstration = correction(lazy, env, 5, 0.0)
     assert demonstration.success and abs(demonstration.states[0, 0] - 0.3) < 0.02 and demonstration.phases[0] == "retreat"
     assert lazy.asked[0] == [5, 0] and lazy.asked[-1][1] >= 8 and len(demonstration.states) <= env.task.max_steps
+
+
+def test_corrections_are_of_the_robots_that_the_policy_knows(tmp_path, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(recorder, "load_policy", lambda folder: SimpleNamespace(policy=SimpleNamespace(embodiments={"panda": (17, 8), "widowx": (16, 7)})))
+    monkeypatch.setattr(recorder, "record_cell", lambda job: jobs.append(job) or (*job[:2], 1, []))
+    monkeypatch.setattr(recorder, "pool", lambda workers: nullcontext(SimpleNamespace(imap_unordered=map)))
+    record(RecordConfig(out=str(tmp_path), policy="some", tasks="PickCube", episodes=1))
+    assert [job[0] for job in jobs] == ["panda", "widowx"]
+    with pytest.raises(UserError, match="not trained on xarm6"):
+        record(RecordConfig(out=str(tmp_path), policy="some", robots="xarm6", episodes=1))
 
 
 def test_a_rollout_looks_every_few_steps_and_says_why_it_failed():
@@ -316,9 +331,28 @@ def test_corpus_tells_the_truth(tmp_path):
     assert len(rows) and np.allclose((columns + 0.5 + patch_offset[rows, columns, 0]) * 16, x, atol=0.1) and np.allclose(patch_offset[rows, columns, 2] + 0.6, depth, atol=1e-4)
     tip = project(env, "front", env.data.site_xpos[env.tcp])
     assert np.allclose((gripper[0] * 16 + 64, gripper[1] * 16 + 64, gripper[2] / 10 + 0.6), tip) and np.isclose(gripper[3], env.data.qpos[env.robot.dof] / env.robot.travel)
+    path.with_name(".panda-left.safetensors").write_bytes(b"half")          # what a killed process leaves is no shard
+    assert len(Corpus(tmp_path, "train")) == len(corpus)
+    before = path.stat().st_mtime_ns
+    make_shard((path, "widowx", "PickCube", 0, 24, False))
+    assert path.stat().st_mtime_ns == before                                # it is whole: kept
+    make_shard((path, "widowx", "PickCube", 0, 5, False))
+    assert corpora.scenes_of(path) == 5                                     # of another size: made anew
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="broken corpus"):
         Corpus(tmp_path, "train")
+
+
+def test_a_corpus_has_as_many_scenes_as_asked(tmp_path, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(corpora, "make_shard", lambda job: jobs.append(job) or job[4])
+    monkeypatch.setattr(corpora, "pool", lambda workers: nullcontext(SimpleNamespace(imap_unordered=map)))
+    for scenes in (1, 240, 24 * 600):
+        jobs.clear()
+        corpora.make(corpora.CorpusConfig(out=str(tmp_path / str(scenes)), scenes=scenes))
+        train = [job for job in jobs if not job[5]]
+        assert sum(job[4] for job in train) == max(scenes, 24) and len({job[0] for job in jobs}) == len(jobs) and len(jobs) - len(train) == 24
+        assert all(0 < job[4] <= corpora.SHARD for job in train)
 
 
 # ---- another arm, from its MJCF file

@@ -129,6 +129,8 @@ def test_a_mixture_holds_its_weights(tmp_path):
     assert len(seen) == 100 == len(set(seen)) and not {0, 50, 100} & set(seen)              # one in fifty is for validation
     assert list(mixture.validation(1)[1]) == [0, 50, 100]
     assert all(source == 0 for _, source, _ in mixture.rows_of_step(0, 100, dense_only=True))
+    with pytest.raises(UserError, match="mine.jsonl:1 has no row in 100"):                  # and none that rounding would lose
+        Mixture(SFTConfig(data=f"corpus:300,{tmp_path / 'mine.jsonl'}:1"))
 
 
 def test_packing_changes_nothing(tokenizer, tmp_path):
@@ -410,6 +412,9 @@ def test_one_command_trains_the_stages_that_are_missing(tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["train_sft.py", "--resume"])
     train_sft.main()
     assert json.loads(path.read_text())["step"] == 3 and train_sft.finished(out["third"])
+    shutil.rmtree(tmp_path / "third")                                                                # as if it had been stopped between two
+    train_sft.main()
+    assert train_sft.finished(out["third"])
 
 
 def test_a_policy_comes_along_while_what_it_reads_is_frozen(tmp_path):

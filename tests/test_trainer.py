@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -166,10 +167,11 @@ def test_both_stages_lose_alike_on_one_process_and_on_two(tmp_path, made, monkey
 
 
 def test_a_spike_is_skipped_and_named(tmp_path, capsys):
-    fit(tmp_path / "skips", bad=((70, 1e6), (75, float("nan"))))
+    fit(tmp_path / "skips", bad=((70, 1e6), (75, float("nan")), (80, float("inf"))))
     lines = [json.loads(line) for line in (tmp_path / "skips" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "skipped" in line] == [71, 76] and lines[70]["skipped"] == "rows of 70"
-    assert all(tensor.isfinite().all() for tensor in last_state(tmp_path / "skips").values()) and max(line["loss"] for line in lines[76:]) < 20
+    assert [line["step"] for line in lines if "skipped" in line] == [71, 76, 81] and lines[70]["skipped"] == "rows of 70"
+    assert all(tensor.isfinite().all() for tensor in last_state(tmp_path / "skips").values()) and max(line["loss"] for line in lines[76:] if "skipped" not in line) < 20
+    assert np.asarray(Image.open(tmp_path / "skips" / "loss.png")).std() > 5                # drawn without them
     with pytest.raises(UserError, match="step 71.*where .* is usual.*rows of 70.*smaller --lr"):
         fit(tmp_path / "stops", bad=((70, 1e6),), on_spike="stop")
     with pytest.raises(UserError, match="10th in a row"):
