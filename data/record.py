@@ -188,7 +188,7 @@ def ensure(folder):
     if there and (whole or Path(folder) != Path(RecordConfig.out)):
         return
     config = RecordConfig(out=str(folder), workers=os.cpu_count() or 1)
-    print(f"{'not all' if there else 'no'} demonstrations in {folder}: recording {config.episodes} for each of 24 cells (about {24 * config.episodes / 120 / config.workers:.0f} minutes)")
+    print(f"{'not all' if there else 'no'} demonstrations in {folder}: recording {config.episodes} for each of 24 cells (about {24 * config.episodes / 240 / config.workers:.0f} minutes)")
     record(config)
 
 
