@@ -15,9 +15,8 @@ COMMANDS = [line.split("#")[0].split("&&")[-1].strip() for block in re.findall(r
 SCRIPTS = [c for c in COMMANDS if re.match(r"python (-m data\.\w+|\w+\.py)", c)]
 
 
-@pytest.mark.parametrize("command", SCRIPTS)
-def test_commands_have_the_flags_they_print(command, monkeypatch):
-    words = shlex.split(command)[1:]
+def flags_parse(words, monkeypatch):
+    """Do the flags of a command, ["eval.py", "physical", ...] or ["-m", "data.record", ...], exist?"""
     name, argv = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
     argv = argv[1:] if name == "eval" else argv
     module, seen = importlib.import_module(name), []
@@ -31,7 +30,13 @@ def test_commands_have_the_flags_they_print(command, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, *words[1:]])
     with pytest.raises(KeyboardInterrupt):
         module.main()
+    monkeypatch.undo()
     assert seen
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_commands_have_the_flags_they_print(command, monkeypatch):
+    flags_parse(shlex.split(command)[1:], monkeypatch)
 
 
 def test_line_counts_are_about_right():
