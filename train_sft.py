@@ -556,7 +556,7 @@ def main():
     earlier = [stage.out for stage in missing[:-1]]
     if cfg.out in earlier:
         raise UserError(f"--out {cfg.out} is where an earlier stage goes: choose another")
-    if cfg.out in stages and any(checkpoints(folder) for folder in (*earlier, missing[0].backbone) if folder in stages):       # stopped before its last stage, or between two
+    if cfg.out in stages and any(checkpoints(folder) for folder in (*earlier, missing[0].backbone) if folder in stages):       # stopped between stages
         cfg.resume = cfg.resume and bool(checkpoints(cfg.out))
     trainer.check(cfg)
     if this_process()[0] == 0 and earlier:               # mistakes are told now, not after other stages' training

@@ -307,7 +307,7 @@ class NormOnCPU(torch.autograd.Function):
 
 
 def attend(q, k, v, mask=None, **how):
-    """`scaled_dot_product_attention`; on a CPU always in float32, whose gradient takes a third to three quarters of the time of bfloat16's there."""
+    """`scaled_dot_product_attention`; on a CPU always in float32, whose gradient takes a quarter (100 tokens) to nine tenths (450) of bfloat16's time there."""
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask, **how)
     with torch.autocast("cpu", enabled=False):

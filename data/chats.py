@@ -98,7 +98,7 @@ def load_media(kind, path):
     if not path.is_dir() and path.suffix.lower() not in (".gif", ".webp"):
         return load_film(path)
     if path.is_dir():
-        numbers = lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)]            # 2.png comes before 10.png
+        numbers = lambda file: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]            # 2.png comes before 10.png
         frames = [load_image(file) for file in sorted(path.iterdir(), key=numbers) if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
     else:
         try:

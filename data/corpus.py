@@ -296,13 +296,15 @@ def make_shard(job):
 
 
 def make(config):
-    """Render what is missing of config.scenes training scenes (rounded up to as many for each robot and task), and a fifteenth for validation; the result does not depend on the number of workers."""
+    """Render what is missing of config.scenes training scenes, rounded up to as many for each robot and task, and a fifteenth for validation; the result does
+    not depend on the number of workers."""
     at_least(config, 1, "scenes", "workers"), at_least(config, 0, "seed"), writable(config.out)
     cells, jobs = [(r, t) for t in TASKS for r in ROBOTS], []
     of_cell = math.ceil(config.scenes / len(cells))
+    sizes = [min(SHARD, of_cell - first) for first in range(0, of_cell, SHARD)]
     for c, (robot, task) in enumerate(cells):
         base = config.seed + 10_000 * c
-        jobs += [(Path(config.out) / "train" / f"{robot}-{task}-{i:03d}.safetensors", robot, task, base + 300 * i, min(SHARD, of_cell - SHARD * i), False) for i in range(math.ceil(of_cell / SHARD))]
+        jobs += [(Path(config.out) / "train" / f"{robot}-{task}-{i:03d}.safetensors", robot, task, base + 300 * i, size, False) for i, size in enumerate(sizes)]
         jobs.append((Path(config.out) / "val" / f"{robot}-{task}-000.safetensors", robot, task, VALIDATION_SEED + base, max(20, config.scenes // 15 // len(cells)), True))
     # shards are drawn out of order, so that a corpus cut short is balanced
     jobs = [jobs[i] for i in np.random.default_rng(0).permutation(len(jobs))]
