@@ -2,7 +2,7 @@
 # From an empty folder past the paper's table, 75.83% over 24 cells, by the shortest way: demonstrations, a short Stage I with its corpus, a short Stage II, both
 # evaluations. The README's "Train it yourself" is the long way, to the weights that ship.
 #
-#   sh speedrun.sh                  two CPU cores
+#   sh speedrun.sh                  two CPU cores: a bit more than an hour
 #   sh speedrun.sh --budget gpu     one GPU, and all cores for the simulator: the same steps
 #
 # They run inside out/speedrun, so theirs is an `out` of their own; what is there already is not done again: a run that was stopped goes on when it is started again.
@@ -40,7 +40,7 @@ said corpus python -m data.corpus --workers "$workers"
 said base $sft ../../train_sft.py --preset base --steps 1500 --dtype $dtype $(resume out/base)
 said scenes $sft ../../train_sft.py --preset scenes --steps 1200 --dtype $dtype $(resume out/scenes)
 said embodied $sft ../../train_sft.py --preset embodied --steps 2000 --dtype $dtype $(resume out/sft)
-said policy python ../../train_policy.py --steps 4000 --dtype $dtype $(resume out/policy)
+said policy python ../../train_policy.py --steps 6000 --dtype $dtype $(resume out/policy)
 said physical python ../../eval.py physical --weights out/policy --episodes 50 --workers "$workers" --out physical.json
 said digital python ../../eval.py digital --weights out/policy --base out/base --out digital.json
 cat times.txt
