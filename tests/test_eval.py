@@ -148,7 +148,7 @@ def test_a_row_is_run_once(tmp_path, monkeypatch, capsys):
         if command[1] == "train_policy.py":
             folder = Path(command[command.index("--out") + 1])
             folder.mkdir(parents=True)
-            (folder / "training.json").write_text(json.dumps({"policy": {"step": int(command[command.index("--steps") + 1]), "seconds": 60, "figures": {"val_flow": 0.1}}}))
+            (folder / "training.json").write_text(json.dumps({"policy": {"step": int(command[command.index("--steps") + 1]), "seconds": 60, "figures": {"joint_error_rad": 0.0123}}}))
         else:
             robots, n = command[command.index("--robots") + 1], int(command[command.index("--episodes") + 1])
             cells = {robot: {task: {"success": 0.5, "episodes": n} for task in TASKS} for robot in (ROBOTS if robots == "all" else robots.split(","))}
@@ -160,7 +160,8 @@ def test_a_row_is_run_once(tmp_path, monkeypatch, capsys):
     experiments.main()
     found = json.loads((tmp_path / "r.json").read_text())
     assert len(done) == 10 and list(found["rows"]) == ["full", "per_robot"] and found["rows"]["full"]["mean"] == 0.5 and found["rows"]["per_robot"]["minutes"] == 8
-    assert "| full |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| full |" in said and "| 12.3 |" in said
     experiments.main()
     assert len(done) == 10
     monkeypatch.setattr(sys, "argv", [*argv, "--steps", "7"])
