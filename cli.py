@@ -148,6 +148,11 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
+def whole_files(folder, pattern):
+    """The files of a folder that match, sorted by name, without what `atomic` leaves where its process was killed."""
+    return sorted(path for path in Path(folder).glob(pattern) if not path.name.startswith("."))
+
+
 def pick_device(name="auto"):
     """torch.device for "auto", "cpu", "cuda", "cuda:1" or "mps"; prints the choice and why. UserError if it is not there."""
     import torch

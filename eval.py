@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm, trange
 
-from cli import UserError, at_least, atomic, choose, choose_many, parse, pick_device, pool, run, this_process, writable, write_json
+from cli import UserError, at_least, atomic, choose, choose_many, parse, pick_device, pool, run, this_process, whole_files, writable, write_json
 from data.env import CONDITIONS, CONTROL_HZ, TabletopEnv, front_pixel
 from data.expert import demonstrate
 from data.questions import CATEGORIES, distance, is_right
@@ -57,9 +57,7 @@ class ExpertConfig:
 
 
 @dataclass
-class PhysicalConfig(ExpertConfig):
-    weights: str = "weights/nano"   # checkpoint folder
-    device: str = "auto"            # auto, cpu, cuda or mps
+class PhysicalConfig(EvalConfig, ExpertConfig):
     execute_steps: int = EXECUTE_STEPS     # control steps of a chunk that are carried out before the policy looks again
     temperature: float = 0.0        # of the noise a chunk flows from; 0 is deterministic
     instruction: str = ""           # what to tell the robot, with one of --tasks; empty: the wordings kept for evaluation
@@ -129,7 +127,7 @@ def episodes_of(what, config, robots, tasks):
     about = {name: value for name, value in asdict(config).items() if name not in ELSEWHERE}
     if what == "physical":
         from vlm import find_folder
-        files = sorted(find_folder(config.weights).glob("*.safetensors"))
+        files = whole_files(find_folder(config.weights), "*.safetensors")
         about["weights"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     part_of = lambda rank: part_file(config.out, rank)
 

@@ -19,6 +19,7 @@ import json
 import math
 import re
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate, chain, groupby, takewhile
@@ -155,26 +156,26 @@ MAX_IMAGE_PIXELS = 64_000_000            # larger files are refused before they 
 SHIFTED = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
+@contextmanager
 def open_image(path):
-    """A picture's header (PIL), nothing decoded yet. UserError if it is none or too large."""
+    """The picture in file `path` (PIL), of which only the header is read until it is used. UserError if it is none, too large, or breaks off when it is used."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)      # our own limit is lower
             image = Image.open(path)
+        with image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise UserError(f"{path} has {image.width}x{image.height} pixels, more than {MAX_IMAGE_PIXELS:,}: shrink it first")
+            yield image
     except Image.DecompressionBombError:
         raise UserError(f"{path} has more than {MAX_IMAGE_PIXELS:,} pixels: shrink it first") from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:                # PIL's readers raise all of these on broken files
+    except (OSError, ValueError, SyntaxError, EOFError) as error:                # PIL's decoders raise all of these on broken files
         raise UserError(f"cannot read the picture {path}: {error if getattr(error, 'strerror', None) is None else error.strerror}") from None
-    if image.width * image.height > MAX_IMAGE_PIXELS:
-        image.close()
-        raise UserError(f"{path} has {image.width}x{image.height} pixels, more than {MAX_IMAGE_PIXELS:,}: shrink it first")
-    return image
 
 
 def load_image(path):
-    """The picture in file `path` as PIL RGB: upright (EXIF), transparency on white, 16-bit greys scaled. UserError if it is none or too large."""
-    image = open_image(path)
-    try:
+    """The picture in file `path` as PIL RGB: upright (EXIF), transparency on white, 16-bit greys scaled. UserError as `open_image`."""
+    with open_image(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode in SHIFTED:                                                # PIL would clip at 255
             grey = np.asarray(image).astype(np.int64)
@@ -183,8 +184,6 @@ def load_image(path):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise UserError(f"cannot read the picture {path}: {error if getattr(error, 'strerror', None) is None else error.strerror}") from None
 
 
 def smart_resize(height, width, config):
@@ -307,7 +306,8 @@ class NormOnCPU(torch.autograd.Function):
 
 
 def attend(q, k, v, mask=None, **how):
-    """`scaled_dot_product_attention`; on a CPU always in float32, whose gradient takes a quarter (100 tokens) to nine tenths (450) of bfloat16's time there."""
+    """`scaled_dot_product_attention` of q (..., H, L, d) and k, v (..., G, S, d), to (..., H, L, d); on a CPU always in float32, whose
+    gradient takes a quarter (100 tokens) to nine tenths (450) of bfloat16's time there."""
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask, **how)
     with torch.autocast("cpu", enabled=False):

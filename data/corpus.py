@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from cli import UserError, at_least, atomic, choose_many, parse, pool, run, writable, write_json
+from cli import UserError, at_least, atomic, choose_many, parse, pool, run, whole_files, writable, write_json
 from data.env import CROWD, IMAGE_SIZE, VIEWS, TabletopEnv
 from data.expert import PEG_LEVER, PRIMITIVES, Infeasible, Planner, azimuth_of, hand_offset, quarter_turns, tool_rotation, yaw_of
 from data.questions import CATEGORIES, CAUSES, STEP_TEXT, Asker, equalise
@@ -316,7 +316,7 @@ def make(config):
 
 def ensure(folder):
     """Make the default corpus in `folder` unless one is there; in its own folder, one that was not stopped."""
-    config, there = CorpusConfig(out=str(folder), workers=os.cpu_count() or 1), any(Path(folder).glob("val/[a-z]*.safetensors"))
+    config, there = CorpusConfig(out=str(folder), workers=os.cpu_count() or 1), whole_files(Path(folder) / "val", "*.safetensors")
     if not there or Path(folder) == Path(CorpusConfig.out) and not (Path(folder) / "made.json").exists():
         print(f"no whole corpus in {folder}: rendering {config.scenes} scenes (about {config.scenes / 25 / 60 / config.workers:.0f} minutes)")
         make(config)
@@ -333,7 +333,7 @@ class Corpus:
 
     def __init__(self, folder, split, categories="all"):
         self.folder, self.categories, chosen = folder, categories, set(choose_many(categories, CATEGORIES, "category"))
-        paths = sorted((Path(folder) / split).glob("[a-z]*.safetensors"))               # others are what a killed process left
+        paths = whole_files(Path(folder) / split, "*.safetensors")
         if not paths:
             raise UserError(f"no {split} corpus in {folder}; make it with `python -m data.corpus --out {folder}`")
         self.files, places, asked = [], [], []

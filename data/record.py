@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from cli import UserError, at_least, atomic, choose_many, parse, pool, run, this_process, writable
+from cli import UserError, at_least, atomic, choose_many, parse, pool, run, this_process, whole_files, writable
 from data.env import TabletopEnv
 from data.expert import demonstrate
 from data.robots import ROBOTS
@@ -176,7 +176,7 @@ class Episode:
 
 def load_episodes(folder):
     """All episodes of a folder, sorted by cell and seed. UserError if there are none, or one is broken."""
-    paths = sorted(Path(folder).glob("[a-z]*.safetensors"), key=lambda p: (p.stem.rsplit("-", 1)[0], int(p.stem.rsplit("-", 1)[1])) if p.stem.rsplit("-", 1)[-1].isdigit() else ("", 0))
+    paths = sorted(whole_files(folder, "*.safetensors"), key=lambda p: (p.stem.rsplit("-", 1)[0], int(p.stem.rsplit("-", 1)[1])) if p.stem.rsplit("-", 1)[-1].isdigit() else ("", 0))
     if not paths:
         raise UserError(f"no episodes in {folder}; make them with `python -m data.record --out {folder}`")
     return [Episode(path) for path in paths]
@@ -184,7 +184,7 @@ def load_episodes(folder):
 
 def ensure(folder):
     """Record the default demonstrations into `folder` unless episodes are there; in their own folder, not those of a recording that was stopped."""
-    there, whole = (any(Path(folder).glob(names)) for names in ("[a-z]*.safetensors", "failures*.json"))
+    there, whole = (whole_files(folder, names) for names in ("*.safetensors", "failures*.json"))
     if there and (whole or Path(folder) != Path(RecordConfig.out)):
         return
     config = RecordConfig(out=str(folder), workers=os.cpu_count() or 1)
@@ -197,7 +197,7 @@ def ensure(folder):
 def show(source, out, frames=4, moments=40):
     """Draw one episode a cell (or the one file `source`), front above wrist: `frames` moments of each as .png, or all cells playing side by side as .gif."""
     paths = {}
-    for path in [Path(source)] if Path(source).is_file() else sorted(Path(source).glob("[a-z]*.safetensors")):
+    for path in [Path(source)] if Path(source).is_file() else whole_files(source, "*.safetensors"):
         paths.setdefault(path.stem.rsplit("-", 1)[0], path)
     if not paths:
         raise UserError(f"no episodes at {source}; make them with `python -m data.record --out {source}`")
