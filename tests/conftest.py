@@ -28,10 +28,19 @@ def last_state(folder):
 
 def spawn_two(function, *arguments):
     """Run function(*arguments) as two processes of one run, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(start_one, (port, function, arguments), nprocs=2)
+    torch.multiprocessing.spawn(start_one, (free_port(), function, arguments), nprocs=2)
+
+
+def free_port():
+    """One that nothing listens on, below those that the kernel gives to connections: one of these may be taken again before the processes have begun."""
+    for port in range(20000 + os.getpid() % 10000, 32000):
+        with socket.socket() as free:
+            try:
+                free.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+    raise RuntimeError("no free port")
 
 
 def start_one(rank, port, function, arguments):
