@@ -24,13 +24,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm, trange
 
-from cli import UserError, at_least, atomic, choose, choose_many, parse, pick_device, pool, run, this_process, whole_files, writable, write_json
-from data.env import CONDITIONS, CONTROL_HZ, TabletopEnv, front_pixel
+from cli import UserError, at_least, choose, choose_many, parse, pick_device, run
+from jobs import pool, this_process
+
+from files import atomic, whole_files, writable, write_json
+from data.env import PERTURBATIONS, CONTROL_HZ, TabletopEnv, front_pixel
 from data.expert import demonstrate
-from data.questions import CATEGORIES, distance, is_right
+from nano.questions import CATEGORIES, distance, is_right
 from data.robots import ROBOTS, get_robot
 from data.tasks import TASKS
-from plot import bars, heat_map
+from dev.plot import bars, heat_map
 from rollout import EXECUTE_STEPS, GREEN, RED, caption, draw_episode, jerk, robots_of, rollout
 
 ELSEWHERE = ("workers", "out", "failures")     # settings that no episode depends on
@@ -126,7 +129,7 @@ def episodes_of(what, config, robots, tasks):
                 jobs[robot, task, first] = (what, config, robot, task, range(first, min(first + 10, config.seed + config.episodes)))
     about = {name: value for name, value in asdict(config).items() if name not in ELSEWHERE}
     if what == "physical":
-        from vlm import find_folder
+        from files import find_folder
         files = whole_files(find_folder(config.weights), "*.safetensors")
         about["weights"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     part_of = lambda rank: part_file(config.out, rank)
@@ -176,7 +179,7 @@ def physical(what, config):
         if config.instruction and len(tasks) > 1:
             raise UserError(f"--instruction {config.instruction!r} asks for one thing: name its task with --tasks")
     if config.condition:
-        choose(config.condition, CONDITIONS, "condition")
+        choose(config.condition, PERTURBATIONS, "condition")
     start = time.time()
     episodes, cells = episodes_of(what, config, robots, tasks), {}
     if episodes is None:
@@ -218,9 +221,9 @@ def conditions(what, config):
     if config.condition:
         raise UserError("eval.py conditions runs them all: leave --condition out, or ask `eval.py physical` for one")
     found = {}
-    for name, about in {"unchanged": "as in the other tables", **CONDITIONS}.items():
+    for name, about in {"unchanged": "as in the other tables", **PERTURBATIONS}.items():
         print(f"\n{name}: {about}")
-        found[name] = physical("physical", replace(config, condition=name if name in CONDITIONS else "", out=condition_file(config.out, name)))
+        found[name] = physical("physical", replace(config, condition=name if name in PERTURBATIONS else "", out=condition_file(config.out, name)))
     if None in found.values():
         return None
     tasks = choose_many(config.tasks, TASKS, "task")
@@ -228,7 +231,7 @@ def conditions(what, config):
     for name, result in found.items():
         columns = [np.mean([row[task]["success"] for row in result["cells"].values()]) for task in tasks]
         print(f"| {name} | " + " | ".join(f"{100 * x:.0f}" for x in (*columns, result["mean"])) + " |")
-    return {"what": what, "means": {name: result["mean"] for name, result in found.items()}, "about": CONDITIONS,
+    return {"what": what, "means": {name: result["mean"] for name, result in found.items()}, "about": PERTURBATIONS,
             "command": shlex.join(["python", *sys.argv]), "conditions": found}
 
 
@@ -257,9 +260,9 @@ def digital(what, config):
     view; and retention: general instructions (data/general.py), answered by the model and by the base.
     """
     import torch
-    from data import general
-    from data.chats import Chats
-    from data.corpus import Corpus, ensure
+    from nano import instructions as general
+    from data.conversations import Chats
+    from nano.scenes import Corpus, ensure
     from model import BLM
     if config.examples and Path(config.examples).suffix not in (".png", ".jpg"):
         raise UserError(f"--examples {config.examples}: name a .png or .jpg file")
@@ -391,7 +394,7 @@ def main():
     write_json(config.out, result)
     if what not in ("conditions", "benchmark"):
         (bars if what == "digital" else heat_map)(result, Path(config.out).with_suffix(".png"))
-    for out in [condition_file(config.out, name) for name in ("unchanged", *CONDITIONS)] if what == "conditions" else [config.out]:
+    for out in [condition_file(config.out, name) for name in ("unchanged", *PERTURBATIONS)] if what == "conditions" else [config.out]:
         for part in Path(out).parent.glob(part_file(out, "*").name):
             part.unlink()
     print(f"written to {config.out}")

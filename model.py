@@ -22,10 +22,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cli import UserError, atomic, choose, write_json
+from cli import UserError, choose
+
+from files import atomic, write_json
 from policy import Policy, PolicyConfig
-from tokenizer import Tokenizer, chat, collate
-from vlm import VLM, find_folder, hub_weights, process_media, read_json
+from processor import Tokenizer, chat, collate
+from vlm import VLM, hub_weights
+from files import find_folder, read_json
+from processor import process_media
 
 VIEWS = ("front", "wrist")
 VERSION = 1                              # of policy.json
@@ -219,6 +223,7 @@ def load_policy(folder, vlm):
         tensors = load_file(weights)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read weights {weights}: {getattr(error, 'strerror', None) or error}; is the file complete? Else {advice}") from None
+    tensors = {name.replace("normaliser.", "normalizer."): tensor for name, tensor in tensors.items()}
     wanted = policy.state_dict()
     reshaped = {name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape}
     for what, names in (("missing", wanted.keys() - tensors.keys()), ("unknown", tensors.keys() - wanted.keys()), ("of another shape", reshaped)):

@@ -68,7 +68,7 @@ TAU_BETA, TAU_LIMIT = 1.5, 0.999      # u ~ Beta(1.5, 1), tau = (s - u) / s: GR0
 
 # ---- physical units <-> what the network sees
 
-class Normaliser(nn.Module):
+class Normalizer(nn.Module):
     """States to zero mean and unit deviation; so are *relative* targets (joint target - joint now, finger as it is), each step of the chunk for itself.
 
     Statistics are buffers, a row for each robot, so they travel with the weights. Using a robot without any raises UserError.
@@ -111,16 +111,16 @@ class Normaliser(nn.Module):
         """What joint targets are relative to: joint angles now (B, 1, A), zero for the finger."""
         return torch.where(self.joint_mask[embodiment], state[..., :self.joint_mask.shape[1]], 0.0)[:, None]
 
-    def normalise_state(self, state, embodiment):
+    def normalize_state(self, state, embodiment):
         return torch.where(self.state_mask[embodiment], (state - self.state_mean[embodiment]) / self.state_std[embodiment], 0.0)
 
-    def normalise_action(self, action, state, embodiment):
+    def normalize_action(self, action, state, embodiment):
         """Absolute (B, T, A), rad and m, to what flows; padded dims become 0."""
         x = (action - self.reference(state, embodiment) - self.action_mean[embodiment]) / self.action_std[embodiment]
         return torch.where(self.action_mask[embodiment][:, None], x, 0.0)
 
-    def inverse(self, x, state, embodiment):
-        """normalise_action undone."""
+    def unnormalize(self, x, state, embodiment):
+        """normalize_action undone."""
         action = x * self.action_std[embodiment] + self.action_mean[embodiment] + self.reference(state, embodiment)
         return torch.where(self.action_mask[embodiment][:, None], action, 0.0)
 
@@ -135,7 +135,7 @@ def sinusoids(x, width):
 
 
 class Attention(nn.Module):
-    """x (B, Q, D) looks at keys and values (2, B, H, S, d) from `look_at`; mask (B, 1, 1, S) True on real ones, or None."""
+    """x (B, Q, D) looks at keys and values (2, B, H, S, d) from `project_kv`; mask (B, 1, 1, S) True on real ones, or None."""
 
     def __init__(self, width, heads, context_width):
         super().__init__()
@@ -144,7 +144,7 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(context_width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def look_at(self, context):
+    def project_kv(self, context):
         return rearrange(self.key_value(context), "B S (two H d) -> two B H S d", two=2, H=self.heads)
 
     def forward(self, x, key_value, mask=None):
@@ -183,18 +183,18 @@ class Perceiver(nn.Module):
         context = self.norm(torch.where(mask[..., None], hidden, 0.0)) + self.positions[:L]
         x, looks = self.queries.expand(B, -1, -1), mask[:, None, None]
         for norm, attention, feed in zip(self.query_norms, self.attentions, self.mlps):
-            x = x + attention(norm(x), attention.look_at(context), looks)
+            x = x + attention(norm(x), attention.project_kv(context), looks)
             x = x + feed(x)
         return self.out_norm(x)
 
 
-def runs_of(embodiment):
+def embodiment_groups(embodiment):
     """[(robot, rows)] of neighbours in (B,) that are the same robot: a product for each, so rows sorted by robot are the fastest."""
     return [(robot, len(list(same))) for robot, same in groupby(embodiment.tolist())]
 
 
 class EmbodimentLinear(nn.Module):
-    """A linear layer for each robot: weight (E, in, out); x (B, T, in) and its `runs_of` robots to (B, T, out)."""
+    """A linear layer for each robot: weight (E, in, out); x (B, T, in) and its `embodiment_groups` robots to (B, T, out)."""
 
     def __init__(self, embodiments, inner, outer):
         super().__init__()
@@ -234,7 +234,7 @@ class Block(nn.Module):
 
     def forward(self, x, shift, scale, key_value=None):
         h = modulate(self.norm(x), shift, scale)
-        x = x + self.attention(h, self.attention.look_at(h) if key_value is None else key_value)
+        x = x + self.attention(h, self.attention.project_kv(h) if key_value is None else key_value)
         return x + self.mlp(x)
 
 
@@ -268,8 +268,8 @@ class Policy(nn.Module):
         super().__init__()
         self.config, self.condition_size, self.embodiments = config, condition_size, dict(embodiments)
         D, E = config.hidden_size, len(embodiments)
-        self.normaliser = Normaliser(self.embodiments, config.action_horizon)
-        self.state_dim, self.action_dim = self.normaliser.state_mask.shape[1], self.normaliser.action_mask.shape[1]
+        self.normalizer = Normalizer(self.embodiments, config.action_horizon)
+        self.state_dim, self.action_dim = self.normalizer.state_mask.shape[1], self.normalizer.action_mask.shape[1]
         self.perceiver = Perceiver(config, condition_size)
         self.state_encoder = nn.ModuleList([EmbodimentLinear(E, self.state_dim, D), EmbodimentLinear(E, D, D)])
         self.action_encoder = ActionEncoder(E, self.action_dim, D)
@@ -306,9 +306,9 @@ class Policy(nn.Module):
         intent = self.perceiver(hidden.float(), mask)
         return torch.zeros_like(intent) if self.config.blind else intent
 
-    def look_at(self, intent):
+    def project_kv(self, intent):
         """Keys and values of the even blocks: they depend on the intent alone, so a chunk needs them once, not once an Euler step."""
-        return [block.attention.look_at(intent) if i % 2 == 0 else None for i, block in enumerate(self.blocks)]
+        return [block.attention.project_kv(intent) if i % 2 == 0 else None for i, block in enumerate(self.blocks)]
 
     def modulations(self, tau):
         """tau (B,) to a (shift, scale) pair, each (B, 1, D), for every block and the last norm."""
@@ -341,7 +341,7 @@ class Policy(nn.Module):
 
     def valid(self, batch):
         """(B, T, A): real steps of the episode and the robot's own dims."""
-        return batch["action_valid"][..., None] & self.normaliser.action_mask[batch["embodiment"]][:, None]
+        return batch["action_valid"][..., None] & self.normalizer.action_mask[batch["embodiment"]][:, None]
 
     def forward(self, batch, totals=None):
         """Losses of a batch: {"loss", "flow", "future"}, scalars; loss = flow + future_loss_weight x future.
@@ -350,19 +350,19 @@ class Policy(nn.Module):
         state (B, S), action (B, T, A) physical units, absolute, padded with anything, action_valid (B, T) bool, embodiment (B,) long;
         and, to fix them, any of what `draw` makes. totals (valid action numbers, valid futures): divisors, if the batch is a part of one.
         """
-        embodiment, runs, norm = batch["embodiment"], runs_of(batch["embodiment"]), self.normaliser
+        embodiment, runs, norm = batch["embodiment"], embodiment_groups(batch["embodiment"]), self.normalizer
         norm.check(embodiment)
         batch = {**self.draw(len(embodiment), device=batch["state"].device), **batch}
         intent = self.intent(batch["hidden"], batch["mask"])
-        state = norm.normalise_state(batch["state"], embodiment) + batch["state_noise"]
-        state_token, key_values = self.encode_state(torch.where(norm.state_mask[embodiment], state, 0.0), runs), self.look_at(intent)
+        state = norm.normalize_state(batch["state"], embodiment) + batch["state_noise"]
+        state_token, key_values = self.encode_state(torch.where(norm.state_mask[embodiment], state, 0.0), runs), self.project_kv(intent)
         seen = {}
 
         def velocity(noised, tau):
             v, seen["future"] = self.velocity(noised, tau, state_token, key_values, runs)
             return v
 
-        actions = norm.normalise_action(batch["action"], batch["state"], embodiment)
+        actions = norm.normalize_action(batch["action"], batch["state"], embodiment)
         flow = flow_loss(velocity, actions, batch["noise"], batch["tau"], self.valid(batch), totals and totals[0])
         future = self.future_loss(seen["future"], batch, totals and totals[1])
         return {"loss": flow + self.config.future_loss_weight * future, "flow": flow, "future": future}
@@ -382,16 +382,16 @@ class Policy(nn.Module):
 
         noise (B, T, A) is drawn if None. UserError for a robot without statistics.
         """
-        self.normaliser.check(embodiment)
-        B, K, own, runs = len(state), self.config.num_inference_steps, self.normaliser.action_mask[embodiment][:, None], runs_of(embodiment)
+        self.normalizer.check(embodiment)
+        B, K, own, runs = len(state), self.config.num_inference_steps, self.normalizer.action_mask[embodiment][:, None], embodiment_groups(embodiment)
         if noise is None:
             noise = torch.randn(B, self.config.action_horizon, self.action_dim, device=state.device)
-        state_token = self.encode_state(self.normaliser.normalise_state(state, embodiment), runs)
-        key_values, taus = self.look_at(self.intent(hidden, mask)), torch.arange(K, device=state.device) / K
+        state_token = self.encode_state(self.normalizer.normalize_state(state, embodiment), runs)
+        key_values, taus = self.project_kv(self.intent(hidden, mask)), torch.arange(K, device=state.device) / K
         modulations = self.modulations(taus)                              # of all steps at once
         x = torch.where(own, noise, 0.0)
         for step in range(K):
             now = [(shift[step], scale[step]) for shift, scale in modulations]
             v, _ = self.velocity(x, taus[step].expand(B), state_token, key_values, runs, now)
             x = torch.where(own, x + v / K, 0.0)
-        return self.normaliser.inverse(x, state, embodiment)
+        return self.normalizer.unnormalize(x, state, embodiment)

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cli import UserError, atomic, choose_many
+from cli import UserError, choose_many
+
+from files import atomic
 from data.env import CONTROL_HZ
 from data.robots import ROBOTS
 

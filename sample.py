@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cli import UserError, at_least, choose_many, parse, pick_device, run, writable
+from cli import UserError, at_least, choose_many, parse, pick_device, run
+
+from files import writable
 from data.env import CONTROL_HZ, VIEWS, TabletopEnv
 from data.robots import ROBOTS
 from data.tasks import TASKS
@@ -88,7 +90,7 @@ def main():
         robots = robots_of(blm, config.robot)
         return act(blm, config, robots[0], tasks[0]) if len(robots) == len(tasks) == 1 else mosaic(blm, config, robots, tasks)
     if config.image:
-        from vlm import load_image
+        from data.media import load_image
         images = [load_image(config.image)]
     else:
         observation, _ = TabletopEnv(robots[0], tasks[0]).reset(config.seed)

@@ -29,16 +29,19 @@ import numpy as np
 import torch
 from tqdm import trange
 
-from cli import UserError, at_least, atomic, choose_many, parse, run, write_json
+from cli import UserError, at_least, choose_many, parse, run
+
+from files import atomic, write_json
 from data import record
 from data.robots import ROBOTS
 from data.tasks import TASKS
 from model import BLM, backbone_hash, load_training
 from policy import PRESETS, EmbodimentLinear, Policy, PolicyConfig
 from rollout import EXECUTE_STEPS
-from tokenizer import Tokenizer
+from processor import Tokenizer
 from trainer import Run, RunConfig, checkpoints, end_processes, make_optimizers, read_record, shard, whole
-from vlm import VLM, find_folder, stored_dtype
+from vlm import VLM, stored_dtype
+from files import find_folder
 
 
 @dataclass
@@ -147,9 +150,9 @@ class Demos:
         """Fit the policy's normaliser to the training rows, for robots that have none yet."""
         for index in np.unique(self.embodiment[self.train]):
             own = self.train[self.embodiment[self.train] == index]
-            if policy.normaliser.fitted[index]:
+            if policy.normalizer.fitted[index]:
                 continue
-            policy.normaliser.fit(int(index), torch.from_numpy(self.state[own]), torch.from_numpy(self.action[own]), torch.ones(self.action[own].shape[:2], dtype=torch.bool))
+            policy.normalizer.fit(int(index), torch.from_numpy(self.state[own]), torch.from_numpy(self.action[own]), torch.ones(self.action[own].shape[:2], dtype=torch.bool))
 
     def rows_of_step(self, seed, step, batch_size):
         """(B,) row numbers, a function of (seed, step), sorted by robot: any frame as likely as any other, so the longer and harder tasks weigh more."""
@@ -203,7 +206,7 @@ def evaluate(policy, demos, cfg, device):
             tally(f"val_{name}", losses[name] * n, n)
         made = policy.sample(batch["hidden"], batch["mask"], batch["state"], robot, torch.zeros_like(batch["noise"]))[:, :EXECUTE_STEPS]
         action, valid = batch["action"][:, :EXECUTE_STEPS], valid[:, :EXECUTE_STEPS]
-        joints = valid & policy.normaliser.joint_mask[robot][:, None]
+        joints = valid & policy.normalizer.joint_mask[robot][:, None]
         tally("joint_error_rad", (made - action).abs()[joints].sum(), joints.sum())
         place = finger[robot][:, None, None].expand(-1, action.shape[1], 1)
         sides = [x.gather(2, place)[..., 0] > halfway[robot][:, None] for x in (made, action)]
@@ -359,7 +362,7 @@ def train(cfg, config):
 
 
 def main():
-    cfg, config = parse(TrainConfig, PolicyConfig, presets=PRESETS, description="Stage II: train the policy; the language model stays frozen.")
+    cfg, config = parse(TrainConfig, description="Stage II: train the policy; the language model stays frozen."), PRESETS["nano"]
     train(cfg, config)
     end_processes()
 

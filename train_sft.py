@@ -34,19 +34,23 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-import dense
-from cli import UserError, at_least, atomic, choose, choose_many, parse, run, this_process, write_json
-from data import corpus as corpora
-from data import general
-from data.chats import Chats
+from nano import grounding as dense
+from cli import UserError, at_least, choose, choose_many, parse, run
+from jobs import this_process
+from files import atomic, write_json
+from nano import scenes as corpora
+from nano import instructions as general
+from data.conversations import Chats
 from data.env import IMAGE_SIZE
-from dense import DenseHeads, answer_weights, begins, place_in
+from nano.grounding import DenseHeads, answer_weights, begins, place_in
 from model import BLM
-from tokenizer import SYSTEM_PROMPT, Tokenizer, chat, train_tokenizer
+from processor import SYSTEM_PROMPT, Tokenizer, chat, train_tokenizer
 import trainer
 from trainer import Run, RunConfig, checkpoints, end_processes, make_optimizers, shard, whole
 from vlm import PRESETS as SIZES
-from vlm import VLM, find_folder, process_media, read_json, stored_dtype
+from vlm import VLM, stored_dtype
+from files import find_folder, read_json
+from processor import process_media
 
 
 @dataclass

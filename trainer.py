@@ -35,8 +35,11 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from cli import UserError, at_least, atomic, choose, pick_device, this_process, writable, write_json
-from plot import curves
+from cli import UserError, at_least, choose, pick_device
+from jobs import this_process
+
+from files import atomic, writable, write_json
+from dev.plot import curves
 
 NORMS = 64                       # steps over whose gradient norms the usual one is the median
 MOST_SKIPPED = 10                # steps in a row

@@ -15,11 +15,7 @@ Order of patches: `pixel_values` has them as Hugging Face does, m x m neighbours
 "Vision inputs" are any of pixel_values (P, 3*2*p*p), image_grid_thw (n, 3), pixel_values_videos, video_grid_thw and second_per_grid_ts (n,).
 """
 import dataclasses
-import json
 import math
-import re
-import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate, chain, groupby, takewhile
@@ -29,14 +25,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from cli import UserError, atomic, write_json
+from cli import UserError
+from files import atomic, find_folder, read_json, write_json
+from processor import CLIP_MEAN, CLIP_STD
 
 # ---- configuration
 
@@ -146,113 +143,6 @@ QWEN_PIXELS = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 16384}     # the h
 SPECIAL_FIELDS = {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>", "vision_start_token_id": "<|vision_start|>",
                   "vision_end_token_id": "<|vision_end|>", "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
 PRESETS = {"nano": VLMConfig()}
-
-
-# ---- pixels and patches
-
-CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-MAX_IMAGE_PIXELS = 64_000_000            # larger files are refused before they are decoded
-SHIFTED = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-
-
-@contextmanager
-def open_image(path):
-    """The picture in file `path` (PIL), of which only the header is read until it is used. UserError if it is none, too large, or breaks off when it is used."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)      # our own limit is lower
-            image = Image.open(path)
-        with image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise UserError(f"{path} has {image.width}x{image.height} pixels, more than {MAX_IMAGE_PIXELS:,}: shrink it first")
-            yield image
-    except Image.DecompressionBombError:
-        raise UserError(f"{path} has more than {MAX_IMAGE_PIXELS:,} pixels: shrink it first") from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:                # PIL's decoders raise all of these on broken files
-        raise UserError(f"cannot read the picture {path}: {error if getattr(error, 'strerror', None) is None else error.strerror}") from None
-
-
-def load_image(path):
-    """The picture in file `path` as PIL RGB: upright (EXIF), transparency on white, 16-bit greys scaled. UserError as `open_image`."""
-    with open_image(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode in SHIFTED:                                                # PIL would clip at 255
-            grey = np.asarray(image).astype(np.int64)
-            image = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8))
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-
-
-def smart_resize(height, width, config):
-    """Qwen2-VL's target size: sides that are multiples of p m, area within [min_pixels, max_pixels], aspect kept. UserError on slivers."""
-    factor = config.vision_config.patch_size * config.vision_config.spatial_merge_size
-    if min(height, width) < 2 or max(height, width) / min(height, width) > 200:
-        raise UserError(f"a picture of {width}x{height} pixels is too thin: sides of at least 2 pixels, one at most 200 times the other")
-    rows, columns = round(height / factor) * factor, round(width / factor) * factor
-    if rows * columns > config.max_pixels:
-        shrink = math.sqrt(height * width / config.max_pixels)
-        rows, columns = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
-    elif rows * columns < config.min_pixels:
-        grow = math.sqrt(config.min_pixels / (height * width))
-        rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
-    return rows, columns
-
-
-def resize(image, config):
-    if not isinstance(image, Image.Image) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
-        raise UserError(f"a picture must be PIL or uint8 (height, width, 3), not {image.dtype} {image.shape}")
-    height, width = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
-    rows, columns = smart_resize(height, width, config)
-    if (rows, columns) == (height, width):
-        return np.asarray(image if isinstance(image, np.ndarray) else image.convert("RGB"))
-    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image.convert("RGB")
-    return np.asarray(picture.resize((columns, rows), Image.Resampling.BICUBIC))
-
-
-def process_images(images, config):
-    """PIL images or uint8 (height, width, 3) arrays to pixel_values (P, 3*2*p*p) float32 and image_grid_thw (n, 3), as Hugging Face's processor."""
-    vision = config.vision_config
-    p, m, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-    grids, values = [], []
-    for _, group in groupby((resize(image, config) for image in images), key=lambda pixels: pixels.shape):
-        group = np.stack(list(group))                                            # (n, height, width, 3): training has one size, so one pass
-        patches = rearrange(group, "n (h a p) (w b q) c -> (n h w a b) c p q", a=m, b=m, p=p, q=p).astype(np.float32)
-        patches = (patches / np.float32(255) - CLIP_MEAN[:, None, None]) / CLIP_STD[:, None, None]
-        values.append(np.broadcast_to(patches[:, :, None], (*patches.shape[:2], frames, p, p)).reshape(len(patches), -1))
-        grids += [[1, group.shape[1] // p, group.shape[2] // p]] * len(group)
-    return torch.from_numpy(np.concatenate(values)), torch.tensor(grids)
-
-
-def process_videos(videos, config):
-    """Videos, each a list of frames as `process_images` takes them, to pixel_values_videos (P, 3*2*p*p) and video_grid_thw (n, 3).
-
-    Two frames share a patch; an odd one at the end is shown twice. Hugging Face's processor also picks frames and limits the pixels of a whole video:
-    here the caller picks (two a second is what Qwen saw), and every frame has an image's limits.
-    """
-    frames, grids, values = config.vision_config.temporal_patch_size, [], []
-    for video in videos:
-        video = [*video, *[video[-1]] * (-len(video) % frames)]
-        pixels, grid = process_images(video, config)
-        if len({tuple(row) for row in grid.tolist()}) > 1:
-            raise UserError("the frames of a video must have one size")
-        grids.append([len(video) // frames, *grid[0, 1:].tolist()])
-        still = rearrange(pixels, "(t f n) (c g q) -> t f n c g q", f=frames, t=len(video) // frames, c=3, g=frames)[..., 0, :]
-        values.append(rearrange(still, "t f n c q -> (t n) (c f q)"))
-    return torch.cat(values), torch.tensor(grids)
-
-
-def process_media(media, config):
-    """Pictures and videos [("image" | "video", what)] to the vision inputs of a forward pass, and the grids (t, h, w) of each, in the order of `media`."""
-    inputs, grids = {}, {}
-    for kind, suffix, process in (("image", "", process_images), ("video", "_videos", process_videos)):
-        some = [what for which, what in media if which == kind]
-        if some:
-            inputs[f"pixel_values{suffix}"], inputs[f"{kind}_grid_thw"] = process(some, config)
-            grids[kind] = iter(inputs[f"{kind}_grid_thw"].tolist())
-    return inputs, [next(grids[kind]) for kind, _ in media]
 
 
 # ---- blocks that both sides share
@@ -791,32 +681,6 @@ def draw(logits, top_p, generator):
 
 
 # ---- loading
-
-def find_folder(path_or_repo_id):
-    """The folder itself if it is there; else, for a name like Qwen/Qwen2.5-VL-3B-Instruct, the hub's files on this disk, fetched if they are not there yet."""
-    folder, name = Path(path_or_repo_id), str(path_or_repo_id)
-    if folder.exists() or folder.parts[0] in (".", "..") or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or Path(folder.parts[0]).exists():
-        return folder
-    from huggingface_hub import snapshot_download                                # slow to load, and rarely needed
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = "no connection to the hub, and no copy on this disk" if isinstance(error, LocalEntryNotFoundError) else str(error).split("\n")[0]
-        raise UserError(f"there is no folder {name}, and no such model from the hub: {reason}") from None
-
-
-def read_json(path):
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; is this a model folder?") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return found
-
 
 def load_config(folder):
     """VLMConfig of a folder; pixel limits come from preprocessor_config.json where the folder has one, as on the hub."""

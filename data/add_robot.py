@@ -16,7 +16,9 @@ from pathlib import Path
 import mujoco
 import numpy as np
 
-from cli import UserError, at_least, atomic, choose, parse, run
+from cli import UserError, at_least, choose, parse, run
+
+from files import atomic
 from data.robots import ROBOTS, Kinematics, Robot, get_robot
 
 FILE = Path(__file__).parent / "robots.json"
@@ -119,7 +121,7 @@ def workspace(entry, starts):
 
     def down(q, distance, height, side):
         z, y = np.array([0, 0, -1.0]), np.array([0, side, 0.0])
-        found = kinematics.inverse(np.array([distance, 0, height]), np.stack([np.cross(y, z), y, z], axis=1), q)
+        found = kinematics.solve_ik(np.array([distance, 0, height]), np.stack([np.cross(y, z), y, z], axis=1), q)
         low = found is not None and min(kinematics.data.body(f"link{i + 1}").xpos[2] for i in range(1, len(found))) < 0.03      # an elbow in the table
         return None if low else found
 

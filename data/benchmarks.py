@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import UserError, choose
-from data.chats import load_media
+from data.conversations import load_media
 
 PAPER = {                        # BLM1's table (arXiv 2510.24161), accuracy in %: its backbone before Stage I, and after
     "robovqa": (86.36, 95.45), "agibot": (42.00, 47.00), "holoassist": (49.00, 56.00), "robofail": (64.00, 66.00), "egothink": (57.00, 59.42), "sharerobot": (46.67, 65.40)}

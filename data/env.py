@@ -22,7 +22,7 @@ INITIAL_NOISE = 0.02                                   # rad on every joint, as 
 VARIED = 0.6                                           # share of the episodes whose light and table are drawn anew, where those vary
 MOVED, CROWDED = 0.5, 0.3                              # shares of the demonstrations with the front camera moved, and with one cube more on the table
 CROWD = {"purple cube": (0.55, 0.15, 0.65, 1), "orange cube": (1, 0.5, 0.05, 1), "white cube": (0.95, 0.95, 0.95, 1)}           # which: no task has one, nor is one the condition's
-CONDITIONS = {                                         # what `condition` changes, each alone
+PERTURBATIONS = {                                         # what `condition` changes, each alone
     "lighting": "half the light, from the other side",
     "table": "a grey-blue table top",
     "camera": "front camera 2 cm and 3 degrees off, another way in every episode",
@@ -164,7 +164,7 @@ def aside(robot, layout, rng, least=0.1):
 class TabletopEnv:
     """`robot` at the table with `task` to do. `held_out` takes the wordings kept for evaluation; `render=False` leaves the images out; `varied`, for training,
     draws anew for some episodes "looks", which is light and table, or "all", the front camera's place and one more cube too; `condition` names one of
-    CONDITIONS, with layouts and wordings as without it, except for what it changes.
+    PERTURBATIONS, with layouts and wordings as without it, except for what it changes.
 
     Raises UserError on an unknown robot or task, and ValueError on an action of the wrong shape or not finite.
     """
@@ -174,7 +174,7 @@ class TabletopEnv:
         self.render, self.wordings = render, self.task.held_out if held_out else self.task.instructions + self.task.paraphrases
         crowded = condition == "distractor" or varied == "all"
         self.model = self.original = compiled(robot, task, max(clutter, int(crowded)))
-        self.condition, self.varied = condition and choose(condition, CONDITIONS, "condition"), varied and choose(varied, ("looks", "all"), "variation")
+        self.condition, self.varied = condition and choose(condition, PERTURBATIONS, "condition"), varied and choose(varied, ("looks", "all"), "variation")
         if condition or varied:
             self.model = copy.copy(self.model)         # it will be changed
             repaint(self.model, condition)

@@ -260,12 +260,12 @@ class Planner:
             n = max(2, int(np.linalg.norm(goal - at) / 0.02), int(np.arccos(np.clip((np.trace(turned.T @ rotation) - 1) / 2, -1, 1)) / 0.15)) + 1
             points, q = [start], start
             for f in np.linspace(0, 1, n)[1:]:
-                q_next = self.kinematics.inverse(at + f * (goal - at), rotation_between(turned, rotation, f), q)
+                q_next = self.kinematics.solve_ik(at + f * (goal - at), rotation_between(turned, rotation, f), q)
                 if q_next is None or np.abs(q_next - q).max() > 0.6:
                     return None
                 points.append(q := q_next)
         else:
-            end = self.kinematics.inverse(goal, rotation, start)
+            end = self.kinematics.solve_ik(goal, rotation, start)
             if end is None:
                 return None
             points = list(np.linspace(start, end, 8))

@@ -26,7 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from cli import UserError, at_least, atomic, choose_many, parse, pool, run, this_process, whole_files, writable
+from cli import UserError, at_least, choose_many, parse, run
+from jobs import pool, this_process
+
+from files import atomic, whole_files, writable
 from data.env import TabletopEnv
 from data.expert import demonstrate
 from data.robots import ROBOTS

@@ -173,7 +173,7 @@ class Kinematics:
         mujoco.mj_kinematics(self.model, self.data)
         return self.data.site_xpos[self.site].copy(), self.data.site_xmat[self.site].reshape(3, 3).copy()
 
-    def inverse(self, position, rotation, start, iterations=80, tolerance=1e-3):
+    def solve_ik(self, position, rotation, start, iterations=80, tolerance=1e-3):
         """Damped least squares with clamped joints; for seven joints the null space leans towards `start`."""
         dof, q = self.robot.dof, np.clip(start, self.low, self.high)
         jac_p, jac_r = np.zeros((3, self.model.nv)), np.zeros((3, self.model.nv))

@@ -9,7 +9,7 @@ import eval as evaluation
 from cli import UserError
 from conftest import ROOT
 from data import benchmarks
-from data.chats import load_media
+from data.conversations import load_media
 
 
 def picture(path, n=0):

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from cli import UserError
-from data import general
-from data.chats import Chats, load_media, normalise
-from data.questions import CATEGORIES, HELD_OUT, WORDINGS, Asker, equalise
+from nano import instructions as general
+from data.conversations import Chats, load_media, normalise
+from nano.questions import CATEGORIES, HELD_OUT, WORDINGS, Asker, equalise
 from train_sft import Mixture, SFTConfig, make_batch, read_row, read_rows
-from tokenizer import train_tokenizer
+from processor import train_tokenizer
 from vlm import PRESETS, VLM
 
 MESSAGES = {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is this?"}]}, {"role": "assistant", "content": "A cup."},

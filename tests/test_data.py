@@ -11,13 +11,13 @@ from safetensors import safe_open
 
 import data.robots
 from cli import UserError
-from data import corpus as corpora
+from nano import scenes as corpora
 from data import record as recorder
 from data.add_robot import convert, with_entry
-from data.corpus import CLASSES, CLUTTER, MOST_QUESTIONS, Corpus, attempt, faults_of, look, make_shard, project
+from nano.scenes import CLASSES, CLUTTER, MOST_QUESTIONS, Corpus, attempt, faults_of, look, make_shard, project
 from data.env import CONTROL_HZ, TabletopEnv
 from data.expert import Planner, demonstrate, grasp, tool_rotation
-from data.questions import equalise
+from nano.questions import equalise
 from data.record import Episode, RecordConfig, correction, load_episodes, record, write_episode
 from data.robots import DEFAULTS, ROBOTS, SQUEEZE, Kinematics, Robot, get_kinematics, get_robot, robot_xml
 from data.tasks import PEG_LENGTH, TASKS
@@ -49,11 +49,11 @@ def test_inverse_kinematics_inverts_and_refuses(robot):
     for _ in range(5):
         target = np.array([r.base_to_spawn_centre, 0, 0.06]) + rng.uniform(-0.05, 0.05, 3)
         rotation = tool_rotation(r, 0.0, rng.uniform(-0.5, 0.5), 0.2)
-        qpos = k.inverse(target, rotation, r.home)
+        qpos = k.solve_ik(target, rotation, r.home)
         at, turned = k.forward(qpos)
         assert np.abs(at - target).max() < 1e-3 and np.abs(turned - rotation).max() < 3e-3
         assert (qpos >= r.joint_range[:, 0]).all() and (qpos <= r.joint_range[:, 1]).all()
-    assert k.inverse(np.array([2.0, 0, 0.1]), rotation, r.home) is None
+    assert k.solve_ik(np.array([2.0, 0, 0.1]), rotation, r.home) is None
 
 
 @pytest.mark.parametrize("robot", ROBOTS)

@@ -10,18 +10,18 @@ from PIL import Image
 
 import cli
 import eval as evaluation
-import experiments
+from dev import experiments
 import train_policy
-from plot import heat_map
+from dev.plot import heat_map
 from conftest import ROOT
-from data.env import CONDITIONS, CONTROL_HZ, TabletopEnv
+from data.env import PERTURBATIONS, CONTROL_HZ, TabletopEnv
 from data.robots import ROBOTS
 from data.tasks import TASKS
 from policy import PRESETS, PolicyConfig
 from rollout import jerk
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("condition", PERTURBATIONS)
 def test_a_condition_changes_what_it_says_and_no_more(condition):
     plain, changed = TabletopEnv("panda", "StackCube"), TabletopEnv("panda", "StackCube", condition=condition)
     (before, told), (seen, new) = plain.reset(3), changed.reset(3)

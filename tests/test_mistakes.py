@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import bench
+from dev import bench
 import cli
 import data.add_robot
-import data.corpus
-import data.general
+import nano.scenes
+import nano.instructions
 import data.record
 import eval as evaluation
-import experiments
+from dev import experiments
 import sample
 import train_policy
 import train_sft
@@ -73,7 +73,7 @@ MISTAKES = [
     (data.record, "--out /proc/nowhere", "cannot write"),
     (data.record, "--show {tmp}/empty", "no episodes"),
     (data.record, "--show {tmp}/broken --out {tmp}/o.png", "broken episode"),
-    (data.corpus, "--scenes many", "invalid int value"),
+    (nano.scenes, "--scenes many", "invalid int value"),
     (sample, "--execute_steps 0", "--execute_steps 0 must be at least 1"),
     (sample, "--seed -1", "--seed -1 must be at least 0"),
     (sample, "--device cud --weights {nano} --out {tmp}/o", "unknown device 'cud'.*did you mean cuda"),
@@ -91,10 +91,10 @@ MISTAKES = [
     (data.record, "--workers 0", "--workers 0 must be at least 1"),
     (data.record, "--seed -1", "--seed -1"),
     (data.record, "--noise nan", "--noise nan"),
-    (data.corpus, "--scenes 0", "--scenes 0 must be at least 1"),
-    (data.corpus, "--out /proc/nowhere", "cannot write"),
-    (data.general, "--rows 0", "--rows 0"),
-    (data.general, "--pictures -3", "--pictures -3"),
+    (nano.scenes, "--scenes 0", "--scenes 0 must be at least 1"),
+    (nano.scenes, "--out /proc/nowhere", "cannot write"),
+    (nano.instructions, "--rows 0", "--rows 0"),
+    (nano.instructions, "--pictures -3", "--pictures -3"),
     (train_sft, "--stepps 3", "did you mean --steps"),
     (train_sft, "--steps 0 --out {tmp}/o", "--steps 0 must be at least 1"),
     (train_sft, "--lr nan --out {tmp}/o", "--lr nan"),

@@ -9,7 +9,7 @@ import torch
 from cli import UserError
 from model import BLM, load_training
 from policy import Policy, PolicyConfig
-from tokenizer import train_tokenizer
+from processor import train_tokenizer
 from vlm import VLM, VisionConfig, VLMConfig
 
 CORPUS = ["push the cube to the goal", "Where is the red cube?", '{"point_2d": [41, 57]}', "system\nYou are a helpful assistant.\nuser\nassistant\n"] * 3
@@ -28,7 +28,7 @@ def small_blm(seed=0, policy=True):
     for parameter in [*vlm.parameters(), *made.parameters()]:
         parameter.data = (parameter + 0.2 * torch.randn_like(parameter)).half().float()          # what float16 holds exactly
     for robot in range(2):
-        made.normaliser.fit(robot, torch.randn(30, 17), torch.randn(30, 4, 8), torch.ones(30, 4, dtype=torch.bool))
+        made.normalizer.fit(robot, torch.randn(30, 17), torch.randn(30, 4, 8), torch.ones(30, 4, dtype=torch.bool))
     return BLM(vlm, tokenizer, made if policy else None, {"sft": {"stage": "sft", "step": 7}})
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from cli import UserError
-from policy import PRESETS, Policy, PolicyConfig, flow_loss, runs_of, sample_tau
+from policy import PRESETS, Policy, PolicyConfig, flow_loss, embodiment_groups, sample_tau
 
 ROBOTS = {"long": (7, 5), "short": (5, 3)}          # state and action dims; the last action is the finger
 T, L, WIDTH = 4, 9, 24
@@ -19,7 +19,7 @@ def small_policy(fitted=True, **changes):
         parameter.data += 0.1 * torch.randn_like(parameter)
     if fitted:
         for robot in range(2):
-            policy.normaliser.fit(robot, torch.randn(30, 7), torch.randn(30, T, 5), torch.rand(30, T) > 0.2)
+            policy.normalizer.fit(robot, torch.randn(30, 7), torch.randn(30, T, 5), torch.rand(30, T) > 0.2)
     return policy
 
 
@@ -50,7 +50,7 @@ def test_flow_loss_of_a_known_case():
 
 def test_euler_steps_of_the_exact_velocity_arrive_at_the_action():
     policy, batch = small_policy(), small_batch()
-    own, target = policy.normaliser.action_mask[batch["embodiment"]][:, None], policy.normaliser.normalise_action(batch["action"], batch["state"], batch["embodiment"])
+    own, target = policy.normalizer.action_mask[batch["embodiment"]][:, None], policy.normalizer.normalize_action(batch["action"], batch["state"], batch["embodiment"])
     noise = torch.randn(6, T, 5)
     policy.velocity = lambda *_: (target - torch.where(own, noise, 0.0), None)
     made = policy.sample(*observed(batch), noise=noise)
@@ -62,7 +62,7 @@ def test_padding_moves_nothing():
     batch = {**batch, **policy.draw(6)}
     losses = policy(batch)
     made = policy.sample(*observed(batch), noise=batch["noise"])
-    valid, own = policy.valid(batch), policy.normaliser.state_mask[batch["embodiment"]]
+    valid, own = policy.valid(batch), policy.normalizer.state_mask[batch["embodiment"]]
     wild = {**batch, "action": torch.where(valid, batch["action"], 1e6), "noise": torch.where(valid, batch["noise"], -1e6),
             "state": torch.where(own, batch["state"], 1e6), "state_noise": torch.where(own, batch["state_noise"], 1e6)}
     for which in ("", "future_"):                                         # garbage, even NaN, behind a prompt's end; and a longer batch
@@ -73,7 +73,7 @@ def test_padding_moves_nothing():
     wild["future_mask"][~batch["future_valid"]] = False
     for name, value in policy(wild).items():
         assert torch.allclose(value, losses[name], rtol=1e-5), name
-    own_actions = policy.normaliser.action_mask[batch["embodiment"]][:, None]
+    own_actions = policy.normalizer.action_mask[batch["embodiment"]][:, None]
     noise = torch.where(own_actions, batch["noise"], 1e6)
     again = policy.sample(wild["hidden"], wild["mask"], wild["state"], wild["embodiment"], noise=noise)
     assert torch.allclose(again, made, atol=1e-5)
@@ -94,19 +94,19 @@ def test_the_loss_divides_by_what_is_valid():
 
 
 def test_normalisation_is_undone_exactly():
-    norm, n = small_policy().normaliser, 50
+    norm, n = small_policy().normalizer, 50
     state, action, robot = 3 * torch.randn(n, 7), 3 * torch.randn(n, T, 5), torch.arange(n) % 2
-    back = norm.inverse(norm.normalise_action(action, state, robot), state, robot)
+    back = norm.unnormalize(norm.normalize_action(action, state, robot), state, robot)
     assert torch.allclose(back, torch.where(norm.action_mask[robot][:, None], action, 0.0), atol=1e-5)
 
 
 def test_statistics_are_those_of_relative_targets():
-    norm, n = small_policy(fitted=False).normaliser, 400
+    norm, n = small_policy(fitted=False).normalizer, 400
     state, valid = torch.randn(n, 7), torch.rand(n, T) > 0.3
     action = torch.randn(n, T, 5) * torch.tensor([1, 2, 3, 4, 5.0]) + torch.arange(T)[:, None]
     action[..., 3] = state[:, None, 3] + 0.5                              # a joint held half a radian ahead: no deviation at all
     norm.fit(0, state, torch.where(valid[..., None], action, 1e9), valid)
-    x = norm.normalise_action(action, state, torch.zeros(n, dtype=torch.long))
+    x = norm.normalize_action(action, state, torch.zeros(n, dtype=torch.long))
     for t in range(T):
         moving = x[valid[:, t], t][:, [0, 1, 2, 4]]
         assert torch.allclose(moving.mean(0), torch.zeros(4), atol=1e-4) and torch.allclose(moving.std(0, correction=0), torch.ones(4), atol=1e-4)
@@ -116,7 +116,7 @@ def test_statistics_are_those_of_relative_targets():
 
 def test_a_robot_without_statistics_is_an_error():
     policy, batch = small_policy(fitted=False), small_batch()
-    policy.normaliser.fit(0, torch.randn(30, 7), torch.randn(30, T, 5), torch.ones(30, T, dtype=torch.bool))
+    policy.normalizer.fit(0, torch.randn(30, 7), torch.randn(30, T, 5), torch.ones(30, T, dtype=torch.bool))
     with pytest.raises(UserError, match="no statistics for short"):
         policy(batch)
     with pytest.raises(UserError, match="no statistics for short"):
@@ -150,11 +150,11 @@ def test_robots_do_not_share_their_layers():
 
 def test_at_birth_velocity_is_zero():
     policy = Policy(PolicyConfig(), WIDTH, ROBOTS)
-    policy.normaliser.fitted[:] = True
+    policy.normalizer.fitted[:] = True
     batch = {**small_batch(), "action": torch.randn(6, 16, 5), "action_valid": torch.ones(6, 16, dtype=torch.bool)}
     noise = torch.randn(6, 16, 5)
-    own = policy.normaliser.action_mask[batch["embodiment"]][:, None]
-    made = policy.normaliser.normalise_action(policy.sample(*observed(batch), noise=noise), batch["state"], batch["embodiment"])
+    own = policy.normalizer.action_mask[batch["embodiment"]][:, None]
+    made = policy.normalizer.normalize_action(policy.sample(*observed(batch), noise=noise), batch["state"], batch["embodiment"])
     assert torch.allclose(made, torch.where(own, noise, 0.0), atol=1e-5)
 
 
@@ -171,14 +171,14 @@ def test_sample_is_deterministic_and_batching_changes_nothing():
 def test_keys_and_modulation_made_once_equal_those_made_every_step():
     policy, batch = small_policy(), small_batch()
     hidden, mask, state, robot = observed(batch)
-    noise, own = torch.randn(6, T, 5), policy.normaliser.action_mask[robot][:, None]
+    noise, own = torch.randn(6, T, 5), policy.normalizer.action_mask[robot][:, None]
     x = torch.where(own, noise, 0.0)
     with torch.no_grad():
         for step in range(4):
-            token = policy.encode_state(policy.normaliser.normalise_state(state, robot), runs_of(robot))
-            v, _ = policy.velocity(x, torch.full((6,), step / 4), token, policy.look_at(policy.intent(hidden, mask)), runs_of(robot))
+            token = policy.encode_state(policy.normalizer.normalize_state(state, robot), embodiment_groups(robot))
+            v, _ = policy.velocity(x, torch.full((6,), step / 4), token, policy.project_kv(policy.intent(hidden, mask)), embodiment_groups(robot))
             x = torch.where(own, x + v / 4, 0.0)
-    assert torch.allclose(policy.sample(hidden, mask, state, robot, noise), policy.normaliser.inverse(x, state, robot), atol=1e-5)
+    assert torch.allclose(policy.sample(hidden, mask, state, robot, noise), policy.normalizer.unnormalize(x, state, robot), atol=1e-5)
 
 
 def test_the_place_of_a_token_matters():
@@ -205,7 +205,7 @@ def test_overfits_a_handful():
         losses["loss"].backward()
         optimizer.step()
     error = policy.sample(*observed(batch)) - batch["action"]
-    scale = policy.normaliser.action_std[batch["embodiment"]]
+    scale = policy.normalizer.action_std[batch["embodiment"]]
     assert (error / scale).abs()[policy.valid(batch)].mean() < 0.3       # of a deviation
     assert losses["future"] < 0.1
 

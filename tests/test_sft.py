@@ -10,16 +10,16 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import dense
+from nano import grounding as dense
 import train_sft
 import trainer
 from cli import UserError
 from conftest import last_state, spawn_two
 from model import BLM
 from policy import Policy, PolicyConfig
-from dense import DenseHeads
+from nano.grounding import DenseHeads
 from train_sft import LoRA, Mixture, SFTConfig, add_lora, make_batch, merged, read_row, train
-from tokenizer import Tokenizer, collate, train_tokenizer
+from processor import Tokenizer, collate, train_tokenizer
 from vlm import PRESETS, VLM, VisionConfig, VLMConfig
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}

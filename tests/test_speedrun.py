@@ -35,7 +35,7 @@ def go(tmp_path):
 @pytest.mark.parametrize("budget", ["cpu", "gpu"])
 def test_it_runs_all_in_order_once_with_flags_that_exist(go, budget, monkeypatch):
     code, ran, _ = go("--budget", budget)
-    steps = ("data.record", "data.corpus", "--preset base", "--preset scenes", "--preset embodied", "train_policy.py", "eval.py physical", "eval.py digital")
+    steps = ("data.record", "nano.scenes", "--preset base", "--preset scenes", "--preset embodied", "train_policy.py", "eval.py physical", "eval.py digital")
     assert code == 0 and len(ran) == len(steps) and all(step in line for step, line in zip(steps, ran))
     for line in ran:
         words = line.replace("torchrun --nproc_per_node 2", "python").replace("../../", "").split()

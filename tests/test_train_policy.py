@@ -211,7 +211,7 @@ def test_a_policy_goes_on_with_another_language_model(made, tmp_path):
     train(flags(made, tmp_path / "two", robots="panda", start=str(tmp_path / "one"), backbone=str(tmp_path / "other")), PolicyConfig(**SMALL))
     one, two = BLM.from_pretrained(tmp_path / "one"), BLM.from_pretrained(tmp_path / "two")
     assert not torch.equal(*(blm.vlm.model.embed_tokens.weight for blm in (one, two)))
-    assert torch.equal(one.policy.normaliser.state_mean, two.policy.normaliser.state_mean)
+    assert torch.equal(one.policy.normalizer.state_mean, two.policy.normalizer.state_mean)
     assert not torch.equal(one.policy.perceiver.queries, two.policy.perceiver.queries)
     assert two.training["policy"]["started_from"]["backbone"] == one.training["policy"]["backbone"] != two.training["policy"]["backbone"]
     with pytest.raises(UserError, match="another language model"):           # frozen layers would read what they do not know

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from cli import UserError
 from conftest import ROOT
-from tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer, chat, collate, train_tokenizer
-from vlm import CLIP_MEAN, VLM, Cache, VisionConfig, VLMConfig, attend, hub_weights, load_image, mrope_positions, process_images, process_videos
+from processor import CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer, chat, collate, train_tokenizer
+from processor import CLIP_MEAN, process_images, process_videos
+from vlm import VLM, Cache, VisionConfig, VLMConfig, attend, hub_weights, mrope_positions
+from data.media import load_image
 
 CORPUS = ["Where is the red cube? It is left of the blue sphere.", '{"point_2d": [41, 57], "label": "red cube"}',
           "system\nYou are a helpful assistant.\nuser\nassistant\n", "Pick up the cube, then stack it on the green one."] * 3

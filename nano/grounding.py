@@ -23,9 +23,9 @@ from einops import rearrange
 from torch import nn
 
 from cli import UserError
-from data import corpus as corpora
+from nano import scenes as corpora
 from data.env import VIEWS
-from data.questions import LETTERS
+from nano.questions import LETTERS
 
 LOSSES = ("dense_vit", "dense_llm", "answer_place")      # the first two need no text
 NOTHING_WEIGHT = 0.25                        # most patches show nothing

@@ -18,7 +18,9 @@ from pathlib import Path
 from PIL import Image, ImageSequence
 
 from cli import UserError
-from vlm import VLMConfig, load_image, open_image, smart_resize
+from vlm import VLMConfig
+from data.media import load_image, open_image
+from processor import smart_resize
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 MOST_TOLD = 5                    # bad records that an error names

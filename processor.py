@@ -4,15 +4,19 @@
 
 Text is only ever text: special tokens that a user types are not obeyed. tests/test_vlm.py compares with transformers' `apply_chat_template`.
 """
+import math
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
+from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer as FastTokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from cli import UserError, atomic, write_json
-from vlm import find_folder
+from cli import UserError
+from files import atomic, find_folder, write_json
 
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")   # digits one by one
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
@@ -134,3 +138,78 @@ def collate(rows, pad_id, side="left"):
         place = slice(length - len(ids), length) if side == "left" else slice(len(ids))
         batch["input_ids"][b, place], batch["attention_mask"][b, place], batch["labels"][b, place] = ids, 1, labels
     return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+# ---- pixels and patches
+
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+def smart_resize(height, width, config):
+    """Qwen2-VL's target size: sides that are multiples of p m, area within [min_pixels, max_pixels], aspect kept. UserError on slivers."""
+    factor = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+    if min(height, width) < 2 or max(height, width) / min(height, width) > 200:
+        raise UserError(f"a picture of {width}x{height} pixels is too thin: sides of at least 2 pixels, one at most 200 times the other")
+    rows, columns = round(height / factor) * factor, round(width / factor) * factor
+    if rows * columns > config.max_pixels:
+        shrink = math.sqrt(height * width / config.max_pixels)
+        rows, columns = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif rows * columns < config.min_pixels:
+        grow = math.sqrt(config.min_pixels / (height * width))
+        rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return rows, columns
+
+
+def resize(image, config):
+    if not isinstance(image, Image.Image) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
+        raise UserError(f"a picture must be PIL or uint8 (height, width, 3), not {image.dtype} {image.shape}")
+    height, width = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+    rows, columns = smart_resize(height, width, config)
+    if (rows, columns) == (height, width):
+        return np.asarray(image if isinstance(image, np.ndarray) else image.convert("RGB"))
+    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image.convert("RGB")
+    return np.asarray(picture.resize((columns, rows), Image.Resampling.BICUBIC))
+
+
+def process_images(images, config):
+    """PIL images or uint8 (height, width, 3) arrays to pixel_values (P, 3*2*p*p) float32 and image_grid_thw (n, 3), as Hugging Face's processor."""
+    vision = config.vision_config
+    p, m, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    grids, values = [], []
+    for _, group in groupby((resize(image, config) for image in images), key=lambda pixels: pixels.shape):
+        group = np.stack(list(group))                                            # (n, height, width, 3): training has one size, so one pass
+        patches = rearrange(group, "n (h a p) (w b q) c -> (n h w a b) c p q", a=m, b=m, p=p, q=p).astype(np.float32)
+        patches = (patches / np.float32(255) - CLIP_MEAN[:, None, None]) / CLIP_STD[:, None, None]
+        values.append(np.broadcast_to(patches[:, :, None], (*patches.shape[:2], frames, p, p)).reshape(len(patches), -1))
+        grids += [[1, group.shape[1] // p, group.shape[2] // p]] * len(group)
+    return torch.from_numpy(np.concatenate(values)), torch.tensor(grids)
+
+
+def process_videos(videos, config):
+    """Videos, each a list of frames as `process_images` takes them, to pixel_values_videos (P, 3*2*p*p) and video_grid_thw (n, 3).
+
+    Two frames share a patch; an odd one at the end is shown twice. Hugging Face's processor also picks frames and limits the pixels of a whole video:
+    here the caller picks (two a second is what Qwen saw), and every frame has an image's limits.
+    """
+    frames, grids, values = config.vision_config.temporal_patch_size, [], []
+    for video in videos:
+        video = [*video, *[video[-1]] * (-len(video) % frames)]
+        pixels, grid = process_images(video, config)
+        if len({tuple(row) for row in grid.tolist()}) > 1:
+            raise UserError("the frames of a video must have one size")
+        grids.append([len(video) // frames, *grid[0, 1:].tolist()])
+        still = rearrange(pixels, "(t f n) (c g q) -> t f n c g q", f=frames, t=len(video) // frames, c=3, g=frames)[..., 0, :]
+        values.append(rearrange(still, "t f n c q -> (t n) (c f q)"))
+    return torch.cat(values), torch.tensor(grids)
+
+
+def process_media(media, config):
+    """Pictures and videos [("image" | "video", what)] to the vision inputs of a forward pass, and the grids (t, h, w) of each, in the order of `media`."""
+    inputs, grids = {}, {}
+    for kind, suffix, process in (("image", "", process_images), ("video", "_videos", process_videos)):
+        some = [what for which, what in media if which == kind]
+        if some:
+            inputs[f"pixel_values{suffix}"], inputs[f"{kind}_grid_thw"] = process(some, config)
+            grids[kind] = iter(inputs[f"{kind}_grid_thw"].tolist())
+    return inputs, [next(grids[kind]) for kind, _ in media]
+
+

@@ -1,6 +1,6 @@
 """Instructions that have nothing to do with robots: replayed beside the embodied questions, and probed before and after them.
 
-    python -m data.general                 writes out/general/{train,probes}.jsonl and the pictures that some of them show
+    python -m nano.instructions                 writes out/general/{train,probes}.jsonl and the pictures that some of them show
 
 Six kinds: format (answer in capital letters, twice, as JSON), copying, ordering (words and numbers), arithmetic, choice (which letter stands before some
 words, which words after a letter; take an option and give its letter), and refusal (asked about what the picture does not show, say so). Probes use words and numbers of which training sees
@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cli import at_least, atomic, parse, run
+from cli import at_least, parse, run
+
+from files import atomic
 from data.env import TabletopEnv
-from data.questions import LETTERS
+from nano.questions import LETTERS
 from data.robots import ROBOTS
 from data.tasks import TASKS
 

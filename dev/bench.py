@@ -20,15 +20,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import UserError, at_least, choose, parse, pick_device, run, writable, write_json
+from cli import UserError, at_least, choose, parse, pick_device, run
+
+from files import writable, write_json
 from data.robots import ROBOTS, get_robot
 from data.tasks import TASKS
 from model import BLM, VIEWS
 from policy import Policy, PolicyConfig
-from tokenizer import Tokenizer, collate
+from processor import Tokenizer, collate
 from train_policy import TrainConfig
 from trainer import make_optimizers
-from vlm import PRESETS, VLM, VisionConfig, VLMConfig, process_images
+from vlm import PRESETS, VLM, VisionConfig, VLMConfig
+from processor import process_images
 
 GENERATED = 32
 
@@ -193,7 +196,7 @@ def bench_policy(config):
 
     def trainable(config, condition_size):
         policy = Policy(config, condition_size, {robot: (get_robot(robot).state_dim, get_robot(robot).action_dim) for robot in ROBOTS}).to(device)
-        policy.normaliser.fitted[:] = True
+        policy.normalizer.fitted[:] = True
         return policy
 
     def cached_and_anew(seer, k, runs, half=False):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cli import atomic
+from files import atomic
 
 COLOURS = ("#4c8c5c", "#c8553d", "#3d6fb4", "#b8860b", "#7d5ba6", "#555555")
 

@@ -1,6 +1,6 @@
 """Stage I's corpus: pictures from the simulator, and questions whose answers are its true state.
 
-    python -m data.corpus --scenes 42000 --workers 2            (train; a fifteenth of it for validation beside it)
+    python -m nano.scenes --scenes 42000 --workers 2            (train; a fifteenth of it for validation beside it)
 
 A scene is one of two things:
     a picture    front, or front and wrist: a random layout with spare cubes around, the arm anywhere, now and then ready to grasp or nearly so
@@ -26,10 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from cli import UserError, at_least, atomic, choose_many, parse, pool, run, whole_files, writable, write_json
+from cli import UserError, at_least, choose_many, parse, run
+from jobs import pool
+
+from files import atomic, whole_files, writable, write_json
 from data.env import CROWD, IMAGE_SIZE, VIEWS, TabletopEnv
 from data.expert import PEG_LEVER, PRIMITIVES, Infeasible, Planner, azimuth_of, hand_offset, quarter_turns, tool_rotation, yaw_of
-from data.questions import CATEGORIES, CAUSES, STEP_TEXT, Asker, equalise
+from nano.questions import CATEGORIES, CAUSES, STEP_TEXT, Asker, equalise
 from data.robots import ROBOTS, get_kinematics, get_robot
 from data.tasks import BLUE, GREEN, RED, TASKS
 
@@ -156,7 +159,7 @@ def pose_arm(env, bodies, rng):
             away = rng.uniform(0.035, 0.06) * [np.array([np.cos(a), np.sin(a), 0.3]) for a in [rng.uniform(0, 2 * np.pi)]][0] if rng.random() < 0.5 else rng.normal(0, 0.003, 3)
             position = at - env.base + away
         rotation = tool_rotation(env.robot, np.arctan2(position[1], position[0]), turn, tilt)
-        qpos = get_kinematics(env.robot.name).inverse(position, rotation, env.robot.home)
+        qpos = get_kinematics(env.robot.name).solve_ik(position, rotation, env.robot.home)
         if qpos is not None:
             env.set_arm(qpos, finger)
             break
@@ -335,16 +338,16 @@ class Corpus:
         self.folder, self.categories, chosen = folder, categories, set(choose_many(categories, CATEGORIES, "category"))
         paths = whole_files(Path(folder) / split, "*.safetensors")
         if not paths:
-            raise UserError(f"no {split} corpus in {folder}; make it with `python -m data.corpus --out {folder}`")
+            raise UserError(f"no {split} corpus in {folder}; make it with `python -m nano.scenes --out {folder}`")
         self.files, places, asked = [], [], []
         for path in paths:
             try:
                 file = safe_open(path, "numpy")
                 questions, first = json.loads(file.metadata()["questions"]), file.get_tensor("first")
             except Exception as error:
-                raise UserError(f"broken corpus file {path} ({type(error).__name__}: {error}); delete it and run `python -m data.corpus --out {folder}` again") from None
+                raise UserError(f"broken corpus file {path} ({type(error).__name__}: {error}); delete it and run `python -m nano.scenes --out {folder}` again") from None
             if file.metadata()["classes"] != json.dumps(CLASSES) or "gripper" not in file.keys():
-                raise UserError(f"{path} is of another version of the corpus; delete {folder} and run `python -m data.corpus --out {folder}` again")
+                raise UserError(f"{path} is of another version of the corpus; delete {folder} and run `python -m nano.scenes --out {folder}` again")
             places += [(len(self.files), int(a), int(b)) for a, b in zip(first, first[1:])]
             asked += [[question for question in scene if question["category"] in chosen] for scene in questions]
             self.files.append(file)

@@ -15,12 +15,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, at_least, choose_many, parse, run, writable, write_json
+from cli import UserError, at_least, choose_many, parse, run
+
+from files import writable, write_json
 from data.robots import ROBOTS
 from data.tasks import TASKS
 from eval import wilson
 from trainer import checkpoints
-from vlm import find_folder, load_config, read_json
+from files import find_folder, read_json
+from vlm import load_config
 
 HELD_OUT = "widowx"                                  # the robot that comes later
 REST = ",".join(robot for robot in ROBOTS if robot != HELD_OUT)

@@ -1,0 +1,230 @@
+"""Files at the border: whatever is read or written goes through here.
+
+    reading(path)         whatever goes wrong while a file is read becomes one line with its path
+    atomic(path)          a file appears whole or not at all
+    save_tensors(path)    safetensors with a JSON header and a checksum of every byte
+    Tensors(path)         the same read back, memory-mapped; `check()` compares the checksum
+    inside(root, name)    a path that comes from a file may not leave its folder
+    writable, claim       what can be told about --out before any work
+    find_folder(name)     a model folder, here or on the hub
+"""
+
+import fcntl
+import json
+import os
+import re
+import tempfile
+import zlib
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from cli import UserError, one_line
+
+# What readers and decoders raise on broken input. Our own mistakes look the same in here, so keep
+# the blocks under `reading` small.
+BROKEN = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
+BROKEN += (ArithmeticError, EOFError, RecursionError, MemoryError, SafetensorError)
+
+
+@contextmanager
+def reading(path, advice=""):
+    """Turn whatever goes wrong in the block into a UserError: the path, why, and `advice`."""
+    hint = f"; {advice}" if advice else ""
+    try:
+        yield
+    except UserError as error:
+        named = str(path) in str(error)
+        raise UserError(f"{error}{hint}" if named else f"{path}: {error}{hint}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}{hint}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}{hint}") from None
+    except BROKEN as error:
+        reason = one_line(error, longest=160)
+        if isinstance(error, KeyError):
+            reason = f"it lacks {reason}"
+        raise UserError(f"cannot read {path}: {reason or type(error).__name__}{hint}") from None
+
+
+def read_text(path):
+    """The text of a file, with or without a byte order mark. UserError if it is no text file."""
+    with reading(path):
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError("it is not a file")  # a FIFO would wait for ever
+        return Path(path).read_text(encoding="utf-8-sig")
+
+
+def read_json(path, advice=""):
+    """The JSON object in a file, a dict. UserError if there is none."""
+    with reading(path, advice):
+        content = json.loads(read_text(path))
+        if not isinstance(content, dict):
+            raise UserError("it holds no JSON object")
+        return content
+
+
+@contextmanager
+def atomic(path):
+    """Yield a temporary path beside `path`, renamed to it if the block succeeds, else removed.
+
+    UserError if the folder cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.stem[:60]}-", suffix=path.suffix
+        )
+        os.close(handle)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {path.parent}: {error.strerror or error}; choose another folder"
+        ) from None
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}; what was there is unchanged") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """`content` as indented JSON, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def whole_files(folder, pattern):
+    """Files of a folder that match, sorted, without what a killed process left half-written."""
+    return sorted(path for path in Path(folder).glob(pattern) if not path.name.startswith("."))
+
+
+# ---- safetensors
+
+
+def checksum(arrays):
+    """CRC-32 of {name: numpy array} as text: names and bytes, in the order of names."""
+    value = 0
+    for name, array in sorted(arrays.items()):
+        value = zlib.crc32(name.encode(), value)
+        value = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), value)
+    return f"{value:08x}"
+
+
+def save_tensors(path, tensors, about):
+    """Write {name: array or tensor} and the dict `about` as one safetensors file, with a checksum.
+
+    Arrays are made contiguous first: safetensors 0.8 shuffles transposed ones without a word.
+    """
+    from safetensors.numpy import save_file
+
+    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    header = {"about": json.dumps(about), "crc32": checksum(arrays)}
+    with atomic(path) as temporary:
+        save_file(arrays, temporary, metadata=header)
+
+
+class Tensors:
+    """A file of `save_tensors`, opened: `about` (dict), names() and tensors[name] (numpy)."""
+
+    def __init__(self, path, advice=""):
+        self.path = Path(path)
+        self.advice = advice
+        with reading(path, advice):
+            self.file = safe_open(path, "numpy")
+            self.header = self.file.metadata() or {}
+            self.about = json.loads(self.header["about"])
+            if not isinstance(self.about, dict):
+                raise UserError("its header is no JSON object")
+
+    def names(self):
+        return set(self.file.keys())
+
+    def __getitem__(self, name):
+        with reading(self.path, self.advice):
+            return self.file.get_tensor(name)
+
+    def slice(self, name):
+        """A tensor of which only the part that is indexed will be read."""
+        with reading(self.path, self.advice):
+            return self.file.get_slice(name)
+
+    def check(self):
+        """UserError if a byte of the tensors has changed since they were written."""
+        arrays = {name: self[name] for name in self.names()}
+        with reading(self.path, self.advice):
+            if checksum(arrays) != self.header.get("crc32"):
+                raise UserError("its checksum does not fit: the file is damaged")
+        return self
+
+
+# ---- folders
+
+
+def inside(root, name):
+    """The path `name` within the folder `root`. UserError if it is absolute or climbs out.
+
+    Links that people put into their own folders may lead anywhere.
+    """
+    root = Path(os.path.abspath(root))
+    path = Path(os.path.abspath(root / name))
+    if not path.is_relative_to(root):
+        raise UserError(f"{name} lies outside {root}")
+    return path
+
+
+def writable(folder):
+    """UserError if nothing can be written into a folder: told before the work. Leaves no trace."""
+    folder = Path(folder)
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    with atomic(folder / ".writable"):
+        pass
+    (folder / ".writable").unlink()
+    with suppress(OSError):  # somebody else writes there by now
+        for place in new:
+            place.rmdir()
+
+
+@contextmanager
+def claim(folder):
+    """Hold a folder for one writer at a time. UserError if another process holds it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process writes to {folder}: choose another --out") from None
+        yield
+    (Path(folder) / ".lock").unlink(missing_ok=True)
+
+
+def find_folder(path_or_repo_id):
+    """The folder itself if it is there; else that model of the hub, fetched if it is not on disk.
+
+    A hub name looks like Qwen/Qwen2.5-VL-3B-Instruct. UserError if there is neither.
+    """
+    folder = Path(path_or_repo_id)
+    name = str(path_or_repo_id)
+    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not Path(folder.parts[0]).exists()
+    if folder.exists() or not on_hub:
+        return folder
+    from huggingface_hub import snapshot_download  # slow to load, and rarely needed
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        # only the top folder: repositories also hold checkpoint-500/ and the like
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=["*/*"]))
+    except LocalEntryNotFoundError:
+        reason = "no connection to the hub, and no copy on this disk"
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = one_line(error)
+    raise UserError(f"there is no folder {name}, and no such model from the hub: {reason}")
