@@ -57,7 +57,7 @@ def distance(reply, answer):
     b = numbers(answer, "point_2d", 2)
     if a is None or b is None:
         return np.inf
-    return float(np.linalg.norm(a - b))
+    return float(np.hypot(*(a - b)))
 
 
 def overlap(reply, answer):
