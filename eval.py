@@ -98,13 +98,13 @@ def work(job):
     """Some episodes of one cell, in a process of its own: [{seed, success, ...}]."""
     what, config, robot, task, seeds = job
     if what == "expert":
-        env = TabletopEnv(robot, task, render=False, condition=config.condition)
+        env = TabletopEnv(robot, task, render=False, perturbation=config.condition)
         made = [(s, demonstrate(env, s)) for s in seeds]
         return robot, task, [{"seed": s, "success": bool(d.success), "steps": len(d.states), "jerk": jerk(d.states, env.robot.dof), "reason": ""} for s, d in made]
     import torch
     from model import BLM
     torch.set_num_threads(1)
-    blm, env = BLM.from_pretrained(config.weights, config.device), TabletopEnv(robot, task, render=False, held_out=True, condition=config.condition)
+    blm, env = BLM.from_pretrained(config.weights, config.device), TabletopEnv(robot, task, render=False, held_out=True, perturbation=config.condition)
     results = [{"seed": s, **rollout(blm, env, s, config.execute_steps, config.temperature, config.instruction or None)} for s in seeds]
     env.close()
     return robot, task, results
@@ -211,7 +211,7 @@ def draw_failures(blm, config, cells):
     """A GIF of every failed episode, as <failures>/<reason>/<robot>-<task>-<seed>.gif: run once more, which gives the same."""
     failed = [(robot, task, seed, reason) for robot, row in cells.items() for task, cell in row.items() for seed, reason in cell["failures"].items()]
     for robot, task, seed, reason in tqdm(failed, unit="picture"):
-        env = TabletopEnv(robot, task, render=False, held_out=True, condition=config.condition)
+        env = TabletopEnv(robot, task, render=False, held_out=True, perturbation=config.condition)
         draw_episode(blm, env, seed, Path(config.failures) / config.condition / reason.replace(" ", "_"), config.execute_steps, config.instruction, config.temperature)
         env.close()
 

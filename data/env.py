@@ -12,6 +12,7 @@ import mujoco
 import numpy as np
 
 from cli import UserError, choose
+from data import seeds
 from data.robots import DEFAULTS, camera_axes, get_robot, robot_xml
 from data.tasks import TASKS, reachable
 
@@ -21,8 +22,8 @@ VIEWS = ("front", "wrist")
 INITIAL_NOISE = 0.02                                   # rad on every joint, as ManiSkill
 VARIED = 0.6                                           # share of the episodes whose light and table are drawn anew, where those vary
 MOVED, CROWDED = 0.5, 0.3                              # shares of the demonstrations with the front camera moved, and with one cube more on the table
-CROWD = {"purple cube": (0.55, 0.15, 0.65, 1), "orange cube": (1, 0.5, 0.05, 1), "white cube": (0.95, 0.95, 0.95, 1)}           # which: no task has one, nor is one the condition's
-PERTURBATIONS = {                                         # what `condition` changes, each alone
+CROWD = {"purple cube": (0.55, 0.15, 0.65, 1), "orange cube": (1, 0.5, 0.05, 1), "white cube": (0.95, 0.95, 0.95, 1)}           # which: no task has one, nor is one a perturbation's
+PERTURBATIONS = {                                         # what `perturbation` changes, each alone
     "lighting": "half the light, from the other side",
     "table": "a grey-blue table top",
     "camera": "front camera 2 cm and 3 degrees off, another way in every episode",
@@ -91,16 +92,16 @@ class Camera:
         return np.where(ids[..., 1] == int(mujoco.mjtObj.mjOBJ_GEOM), ids[..., 0], -1)      # numpy compares with the enum itself pixel by pixel, in Python
 
 
-# ---- changed conditions
+# ---- perturbations
 
-def repaint(model, condition):
-    """What a condition changes once and for all, in a model of its own."""
-    if condition == "lighting":
+def repaint(model, perturbation):
+    """What a perturbation changes once and for all, in a model of its own."""
+    if perturbation == "lighting":
         model.vis.headlight.ambient[:], model.vis.headlight.diffuse[:] = 0.17, 0.17
         model.light_diffuse[:], model.light_dir[:] = 0.3, (0.6, 0.5, -0.6)
-    elif condition == "table":
+    elif perturbation == "table":
         model.geom("table").rgba[:] = 0.45, 0.5, 0.58, 1
-    elif condition == "distractor":
+    elif perturbation == "distractor":
         model.geom("clutter0").rgba[:] = 0.95, 0.8, 0.1, 1
 
 
@@ -132,7 +133,7 @@ def turn_camera(model, original, rng, shift=0.02, angle=np.radians(3)):
 
 
 @cache
-def region(robot_name, task_name, samples=2000):
+def region(robot_name, task_name, samples=10_000):
     """(low, high): corners (m) of the box in which a task's first object starts, from this many layouts."""
     task, rng = TASKS[task_name], np.random.default_rng(0)
     seen = np.array([task.spawn(get_robot(robot_name), rng)[next(iter(task.labels))][0][:2] for _ in range(samples)])
@@ -163,21 +164,21 @@ def aside(robot, layout, rng, least=0.1):
 
 class TabletopEnv:
     """`robot` at the table with `task` to do. `held_out` takes the wordings kept for evaluation; `render=False` leaves the images out; `varied`, for training,
-    draws anew for some episodes "looks", which is light and table, or "all", the front camera's place and one more cube too; `condition` names one of
+    draws anew for some episodes "looks", which is light and table, or "all", the front camera's place and one more cube too; `perturbation` names one of
     PERTURBATIONS, with layouts and wordings as without it, except for what it changes.
 
     Raises UserError on an unknown robot or task, and ValueError on an action of the wrong shape or not finite.
     """
 
-    def __init__(self, robot="widowx", task="PickCube", render=True, held_out=False, clutter=0, condition="", varied=""):
+    def __init__(self, robot="widowx", task="PickCube", render=True, held_out=False, clutter=0, perturbation="", varied=""):
         self.robot, self.task = get_robot(robot), TASKS[choose(task, TASKS, "task")]
         self.render, self.wordings = render, self.task.held_out if held_out else self.task.instructions + self.task.paraphrases
-        crowded = condition == "distractor" or varied == "all"
+        crowded = perturbation == "distractor" or varied == "all"
         self.model = self.original = compiled(robot, task, max(clutter, int(crowded)))
-        self.condition, self.varied = condition and choose(condition, PERTURBATIONS, "condition"), varied and choose(varied, ("looks", "all"), "variation")
-        if condition or varied:
+        self.perturbation, self.varied = perturbation and choose(perturbation, PERTURBATIONS, "perturbation"), varied and choose(varied, ("looks", "all"), "variation")
+        if perturbation or varied:
             self.model = copy.copy(self.model)         # it will be changed
-            repaint(self.model, condition)
+            repaint(self.model, perturbation)
         if crowded:
             harden(self.model)
         self.data = mujoco.MjData(self.model)
@@ -191,20 +192,20 @@ class TabletopEnv:
 
     def reset(self, seed=0, instruction=None):
         """A layout, a wording and a slightly disturbed rest pose drawn from `seed`; info holds the layout."""
-        rng = np.random.default_rng([seed, list(TASKS).index(self.task.name)])
+        rng = seeds.rng(seed, self.task.name)
         mujoco.mj_resetData(self.model, self.data)
         layout = self.task.spawn(self.robot, rng)
-        changes = np.random.default_rng([seed, 5])     # apart, so that the rest is drawn alike under every condition
-        if self.condition == "outside":
+        changes = seeds.rng(seed, "perturbation")     # apart, so that the rest is drawn alike under every perturbation
+        if self.perturbation == "outside":
             layout = outside(self.robot, self.task, layout, changes)
-        elif self.condition == "distractor":
+        elif self.perturbation == "distractor":
             layout["clutter0"] = (aside(self.robot, layout, changes), changes.uniform(0, np.pi))
-        elif self.condition == "camera":
+        elif self.perturbation == "camera":
             turn_camera(self.model, self.original, changes)
         if self.varied:
-            vary(self.model, self.original, np.random.default_rng([seed, 9]))
+            vary(self.model, self.original, seeds.rng(seed, "appearance"))
         if self.varied == "all":
-            loose = np.random.default_rng([seed, 13])
+            loose = seeds.rng(seed, "camera")
             far = loose.uniform(0, 1.25) * (loose.random() < MOVED)
             turn_camera(self.model, self.original, loose, 0.02 * far, np.radians(3) * far)
             if loose.random() < CROWDED:
@@ -218,7 +219,7 @@ class TabletopEnv:
         self.set_arm(qpos, self.robot.travel)
         wording = self.wordings[rng.integers(len(self.wordings))]
         self.instruction = wording if instruction is None else instruction
-        self.steps, self.clipped, self.sensor = 0, {"limits": 0, "speed": 0}, np.random.default_rng([seed, 7])
+        self.steps, self.clipped, self.sensor = 0, {"limits": 0, "speed": 0}, seeds.rng(seed, "sensor")
         mujoco.mj_forward(self.model, self.data)
         return self.observe(), {"layout": layout}
 
@@ -254,7 +255,7 @@ class TabletopEnv:
         """The observation now; `render` overrides the env's own choice, for a policy that looks only every few steps."""
         images = {view: self.draw(view) for view in VIEWS} if (self.render if render is None else render) else {}
         state = self.state()
-        if self.condition == "noise":
+        if self.perturbation == "noise":
             images = {view: np.clip(image + self.sensor.normal(0, 8, image.shape), 0, 255).astype(np.uint8) for view, image in images.items()}
             state = state + self.sensor.normal(0, 0.005, state.shape).astype(np.float32)
         return {"images": images, "state": state, "instruction": self.instruction}

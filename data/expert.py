@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import mujoco
 import numpy as np
 
+from data import seeds
 from data.env import CONTROL_HZ
 from data.robots import SQUEEZE, get_kinematics
 from data.tasks import PEG_LENGTH, PEG_RADIUS, TASKS, region_radius
@@ -326,7 +327,7 @@ def demonstrate(env, seed, noise=0.0, watch=None, reset=True):
     if reset:
         env.reset(seed)
     env.steps, observation = 0, env.observe()
-    rng, planner = np.random.default_rng([seed, 7]), Planner(env)
+    rng, planner = seeds.rng(seed, "disturbance"), Planner(env)
     states, actions, phases, images = [], [], [], []
     success, attempt, disturbance = False, 0, np.zeros(env.robot.dof)
     while not success and attempt < PLANS and env.steps < env.task.max_steps:

@@ -30,6 +30,7 @@ from cli import UserError, at_least, choose_many, parse, run
 from jobs import pool, this_process
 
 from files import atomic, whole_files, writable
+from data import seeds
 from data.env import TabletopEnv
 from data.expert import demonstrate
 from data.robots import ROBOTS
@@ -38,7 +39,6 @@ from rollout import robots_of, rollout
 
 VERSION = 1
 JPEG_QUALITY = 92
-CORRECTION_SEED = 500_000
 
 
 @dataclass
@@ -77,7 +77,7 @@ def write_episode(path, demonstration, robot, task, seed, noise):
 def correction(blm, env, seed, noise):
     """A Demonstration that begins where `blm` got to in some number of steps: what to do about its own mistakes. None if it was done by then."""
     render, env.render = env.render, False                 # the policy draws only what it looks at
-    steps = int(np.random.default_rng([seed, 11]).integers(10, env.task.max_steps - 10))
+    steps = int(seeds.rng(seed, "takeover").integers(10, env.task.max_steps - 10))
     done = rollout(blm, env, seed, max_steps=steps)["success"]
     env.render = render
     return None if done else demonstrate(env, seed, noise, reset=False)
@@ -124,11 +124,11 @@ def record(config):
     """Record what is missing of robots x tasks x episodes into config.out; returns {cell: failed seeds}."""
     robots, tasks = choose_many(config.robots, ROBOTS, "robot"), choose_many(config.tasks, TASKS, "task")
     at_least(config, 1, "episodes", "workers"), at_least(config, 0, "seed", "noise")
-    if config.seed + 2 * config.episodes > CORRECTION_SEED:
-        raise UserError(f"--seed {config.seed}: stay below {CORRECTION_SEED:,}, where the seeds of corrections begin, and behind those the evaluation's")
+    if config.seed + 2 * config.episodes > seeds.FIRST_CORRECTION:
+        raise UserError(f"--seed {config.seed}: stay below {seeds.FIRST_CORRECTION:,}, where the seeds of corrections begin, and behind those the evaluation's")
     if config.policy:
         robots = robots_of(load_policy(config.policy), config.robots)              # a bad folder is told here, once
-        config = replace(config, seed=config.seed + CORRECTION_SEED)
+        config = replace(config, seed=config.seed + seeds.FIRST_CORRECTION)
     writable(config.out)
     # slices of ten interleaved seeds, so that the work divides well and the files do not depend on the number of workers
     slices = max(1, config.episodes // 10)

@@ -10,7 +10,9 @@ Source: ManiSkill 3.0.1, mani_skill/envs/tasks/tabletop. Departures, each for a 
 - LiftPegUpright tests the angle between the peg's axis and the vertical, either end up: the source's Euler angle does not see every tilt.
 - 200 control steps (10 s) instead of 50: the source's own experts need more than 50.
 """
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable
 
 import numpy as np
@@ -34,9 +36,9 @@ class Task:
     spawn: Callable
     success: Callable
     labels: dict
-    instructions: tuple
-    paraphrases: tuple
-    held_out: tuple
+    instructions: list
+    paraphrases: list
+    held_out: list
     max_steps: int = MAX_STEPS
 
 
@@ -180,49 +182,15 @@ def peg_success(env):
     return {"upright": tilt <= 0.08, "height": abs(env.position("peg")[2] - PEG_LENGTH) < 0.005}
 
 
-TASKS = {task.name: task for task in (
-    Task("PickCube", pick_scene, pick_spawn, pick_success, {"cube": "red cube", "goal": "green marker"},
-         ("pick up the red cube and hold it at the green marker", "grasp the red cube and bring it to the green ball", "lift the red cube to the green goal",
-          "carry the red block to the green marker"),
-         ("bring the red cube to the green marker", "move the red cube to the green dot in the air", "grab the red block, then keep it at the green dot",
-          "fetch the red cube and carry it to the green sphere", "the red cube belongs at the green marker: hold it there",
-          "take hold of the red cube and lift it to the green goal", "put the red cube where the green marker floats",
-          "raise the red block to the green ball and stay there"),
-         ("take the red block and hold it where the green sphere is", "get the red cube up to the green point and keep it there")),
-    Task("PushCube", region_scene, region_spawn(+1), push_success, {"cube": "blue cube", "goal": "target"},
-         ("push the blue cube onto the target", "slide the blue cube forward into the red and white circle", "push the blue block away from you onto the target",
-          "shove the blue cube forward to the target"),
-         ("nudge the blue cube forward into the circle", "move the blue block away from the robot to the target",
-          "press the blue cube forward until it is on the target", "get the blue cube onto the target by pushing",
-          "send the blue block forward to the red and white target", "push the blue cube ahead into the ring",
-          "slide the blue block over the table, away from you, to the target", "drive the blue cube onto the round target in front of it"),
-         ("move the blue cube to the target without lifting it", "shift the blue block away until it sits in the circle")),
-    Task("PullCube", region_scene, region_spawn(-1), pull_success, {"cube": "blue cube", "goal": "target"},
-         ("pull the blue cube onto the target", "drag the blue cube back into the red and white circle", "pull the blue block towards you onto the target",
-          "draw the blue cube back to the target"),
-         ("drag the blue block nearer until it is on the target", "get the blue cube onto the target by pulling",
-          "move the blue cube backward into the circle", "haul the blue block back to the red and white target",
-          "slide the blue cube towards the robot onto the target", "pull the blue cube nearer, into the ring",
-          "take the blue block back over the table to the round target", "tug the blue cube towards you to the target"),
-         ("bring the blue cube back to the target along the table", "fetch the blue block closer, into the ring")),
-    Task("StackCube", stack_scene, stack_spawn, stack_success, {"cubeA": "red cube", "cubeB": "green cube"},
-         ("stack the red cube on the green cube", "put the red cube on top of the green one", "place the red block onto the green block",
-          "set the red cube on the green cube"),
-         ("pile the red cube onto the green cube", "the red block goes on top of the green block", "make a stack, green below and red on top",
-          "lift the red cube and lay it upon the green one", "balance the red block on the green cube",
-          "pick up the red cube and put it down on the green cube", "leave the red cube standing on the green one", "cover the green cube with the red cube"),
-         ("build a tower with the red cube above the green cube", "red on green, please: one cube upon the other")),
-    Task("PlaceSphere", sphere_scene, sphere_spawn, sphere_success, {"sphere": "blue ball", "bin": "bin"},
-         ("put the blue ball into the bin", "place the blue sphere in the small tray", "pick up the ball and drop it gently into the bin",
-          "put the ball in the white bin"),
-         ("drop the blue ball into the bin", "move the ball to the bin and let go", "the blue sphere belongs in the bin",
-          "pick up the blue sphere and leave it in the white tray", "get the ball into the small bin", "carry the blue ball to the tray and release it",
-          "lay the sphere in the bin", "bring the ball over the bin and lower it in"),
-         ("set the blue ball down in the box", "deliver the ball to the tray")),
-    Task("LiftPegUpright", peg_scene, peg_spawn, peg_success, {"peg": "peg"},
-         ("stand the peg upright", "lift the peg and stand it on its end", "turn the stick so that it stands up", "set the peg upright on the table"),
-         ("put the stick upright", "bring the peg into an upright position", "the peg lies on its side: stand it up",
-          "pick up the stick by one end and set it on the other", "turn the peg from lying to standing", "make the stick stand on the table",
-          "lift one end of the peg until it stands", "set the red and blue peg on end"),
-         ("raise the two-coloured peg until it is vertical", "tip the bar up so that it rests on one end")),
-)}
+WORDINGS = json.loads((Path(__file__).parent / "wordings.json").read_text())
+TASKS = {
+    name: Task(name, *how, **WORDINGS[name])
+    for name, how in {
+        "PickCube": (pick_scene, pick_spawn, pick_success),
+        "PushCube": (region_scene, region_spawn(+1), push_success),
+        "PullCube": (region_scene, region_spawn(-1), pull_success),
+        "StackCube": (stack_scene, stack_spawn, stack_success),
+        "PlaceSphere": (sphere_scene, sphere_spawn, sphere_success),
+        "LiftPegUpright": (peg_scene, peg_spawn, peg_success),
+    }.items()
+}

@@ -30,6 +30,7 @@ from cli import UserError, at_least, choose_many, parse, run
 from jobs import pool
 
 from files import atomic, whole_files, writable, write_json
+from data import seeds
 from data.env import CROWD, IMAGE_SIZE, VIEWS, TabletopEnv
 from data.expert import PEG_LEVER, PRIMITIVES, Infeasible, Planner, azimuth_of, hand_offset, quarter_turns, tool_rotation, yaw_of
 from nano.questions import CATEGORIES, CAUSES, STEP_TEXT, Asker, equalise
@@ -43,7 +44,7 @@ COLOURS = {label: label.split()[0] if " " in label else None for label in LABELS
 GRASPED = [label for label in LABELS if "cube" in label or label in ("blue ball", "peg")]
 CLASSES = ["nothing", "gripper", *LABELS]
 SHARD, CLUTTER, MOST_QUESTIONS = 250, 3, 10
-VALIDATION_SEED = 2_000_000
+
 
 
 @dataclass
@@ -277,11 +278,11 @@ def make_shard(job):
     if scenes_of(path) == count:
         return count
     env, scenes = TabletopEnv(robot, task, render=False, clutter=CLUTTER, varied="looks"), []
-    draw = np.random.default_rng([seed, 13])
+    draw = seeds.rng(seed, "wording")
     askers = [Asker(draw, held_out) for held_out in ((False, True) if validation else (False,))]
     while len(scenes) < count:
         for asker in askers:
-            rng = np.random.default_rng([seed, 11])
+            rng = seeds.rng(seed, "scene")
             made = [picture(env, seed, rng, asker)] if seed % 4 else clips(env, seed, rng, asker)     # a clip's seed gives up to nine scenes
             for scene in made:
                 for question in scene[1]:
@@ -308,7 +309,7 @@ def make(config):
     for c, (robot, task) in enumerate(cells):
         base = config.seed + 10_000 * c
         jobs += [(Path(config.out) / "train" / f"{robot}-{task}-{i:03d}.safetensors", robot, task, base + 300 * i, size, False) for i, size in enumerate(sizes)]
-        jobs.append((Path(config.out) / "val" / f"{robot}-{task}-000.safetensors", robot, task, VALIDATION_SEED + base, max(20, config.scenes // 15 // len(cells)), True))
+        jobs.append((Path(config.out) / "val" / f"{robot}-{task}-000.safetensors", robot, task, seeds.FIRST_VALIDATION + base, max(20, config.scenes // 15 // len(cells)), True))
     # shards are drawn out of order, so that a corpus cut short is balanced
     jobs = [jobs[i] for i in np.random.default_rng(0).permutation(len(jobs))]
     with pool(config.workers) as workers, tqdm(total=sum(j[4] for j in jobs), unit="scene") as bar:
