@@ -22,8 +22,10 @@ def run_jobs(function, jobs, workers):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
-        futures = [pool.submit(function, job) for job in jobs]
+        futures = []
         try:
+            for job in jobs:
+                futures.append(pool.submit(function, job))
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool:

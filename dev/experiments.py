@@ -20,7 +20,7 @@ from cli import UserError, at_least, choose_many, parse, run
 from files import writable, write_json
 from data.robots import ROBOTS
 from data.tasks import TASKS
-from eval import wilson
+from data.scoring import wilson
 from trainer import checkpoints
 from files import find_folder, read_json
 from vlm import load_config

@@ -56,12 +56,16 @@ MISTAKES = [
     (sample, "--ask What? --image {tmp}/missing.png --weights {nano} --out {tmp}/o", "missing.png"),
     (sample, "--ask What? --image {tmp}/thin.png --weights {nano} --out {tmp}/o", "too thin"),
     (sample, ["--ask", "  ", "--image", "{tmp}/picture.png", "--weights", "{nano}", "--out", "{tmp}/o"], "question"),
-    (evaluation, "", "expert.*physical"),
+    (evaluation, "", "unknown evaluation.*expert, physical"),
     (evaluation, "physicl", "unknown evaluation.*did you mean physical"),
     (evaluation, "physical --weights {tmp}/nowhere", "nowhere"),
     (evaluation, "physical --robots panda,widowy", "unknown robot 'widowy'"),
     (evaluation, "expert --episodes -1", "--episodes -1"),
-    (evaluation, "physical --condition fog", "unknown condition 'fog'.*lighting"),
+    (evaluation, "physical --perturbation fog", "unknown perturbation 'fog'.*lighting"),
+    (evaluation, "physical --execute_steps 17", "--execute_steps 17: a chunk has 16 steps"),
+    (evaluation, "expert --out {tmp}/empty", "name a .json file"),
+    (evaluation, "expert --out {tmp}/folder.json", "name a .json file"),
+    (evaluation, "expert --out {tmp}/file.txt/r.json", "cannot write"),
     (experiments, "--rows blnd", "unknown row 'blnd'.*did you mean blind"),
     (data.add_robot, "", "say which arm"),
     (data.add_robot, "--mjcf {tmp}/file.txt --name new", "cannot read"),
@@ -80,12 +84,12 @@ MISTAKES = [
     (evaluation, "expert --workers 0", "--workers 0 must be at least 1"),
     (evaluation, "physical --seed -5", "--seed -5"),
     (evaluation, "physical --temperature nan", "--temperature nan"),
-    (evaluation, "physical --instruction push", "--instruction 'push' asks for one thing: name its task with --tasks"),
-    (evaluation, "digital --questions 0", "--questions 0"),
-    (evaluation, "benchmark --name robofale", "unknown benchmark 'robofale'.*did you mean robofail"),
-    (evaluation, "benchmark --data {tmp}/nowhere", "there is no folder"),
-    (evaluation, "benchmark --data {tmp}/empty", "cannot read .*robovqa"),
-    (evaluation, "benchmark --dtype int7 --data {tmp}/empty", "unknown dtype 'int7'"),
+    (evaluation, "physical --instruction push", "--instruction 'push': name its one task with --tasks"),
+    (evaluation, "digital --questions -1", "--questions -1"),
+    (evaluation, "digital --weights {tmp}/nowhere", "nowhere"),
+    (evaluation, "digital --base {tmp}/nowhere", "nowhere"),
+    (evaluation, "digital --dtype int7", "unknown dtype 'int7'"),
+    (evaluation, "digital --batch_size 0", "--batch_size 0"),
     (bench, "", "say what to time"),
     (bench, "sped", "unknown benchmark 'sped'"),
     (data.record, "--workers 0", "--workers 0 must be at least 1"),
@@ -131,7 +135,7 @@ MISTAKES = [
 
 @pytest.fixture
 def scratch(tmp_path):
-    for name in ("empty", "broken"):
+    for name in ("empty", "broken", "folder.json"):
         (tmp_path / name).mkdir()
     (tmp_path / "file.txt").write_text("not a picture")
     talk = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}\n'
