@@ -1,141 +1,214 @@
-"""The physical half of BLM: hidden states of the language model in, a chunk of joint targets out, for several robots with one set of weights.
+"""The physical half of BLM: hidden states of the language model in, a chunk of joint targets out.
 
-    H_k (B, L, Dc) ─► Perceiver ─► intent C (B, N, D) ──── keys and values, once a chunk ────┐
-    state (B, S) ────► encoder of the robot ─► 1 token ─┐                                    ▼
-    noised actions ──► encoder of the robot ─► T tokens ├─► DiT: cross, self, cross, self ... ─► decoder of the robot ─► velocity (B, T, A)
-    future tokens ───► learned ──────────────► M tokens ┘          └─ behind block `future_layer`: f(z) ─► cosine to the intent T steps later
+    H_k (B, L, Dc) ──► Perceiver ──► intent C (B, N, D) ── keys, values, once a chunk ──┐
+                                                                                        ▼
+    state (B, S) ──────► its robot's encoder ─► 1 token ─┐              cross, self, cross, self ...
+    future tokens ─────► learned ────────────► M tokens ─┼─► DiT blocks ────────────────┬─► norm
+    noised actions ────► its robot's encoder ─► T tokens ┘      ▲                       │     │
+    tau ───────────────► shift and scale of every norm ─────────┘                       │     ▼
+                                  cosine to the intent T steps later ◄─ future_layer ◄──┘  its robot's
+                                                                                           decoder
+                                                                        velocity (B, T, A) ◄──┘
 
-Flow matching, tau = 0 is noise and tau = 1 the action (code bases differ): A_tau = tau A + (1 - tau) eps, the network predicts A - eps, and sampling
-walks from eps in K Euler steps. Sources: BLM1 (arXiv 2510.24161), GR00T N1 (2503.14734) for the DiT, the layers per robot and the law of tau,
-FLARE (2505.15659) for the future loss, DiT (2212.09748) for AdaLN and its zeros.
+One set of weights drives several robots: only the encoders and the decoder are a robot's own.
 
-Letters: B batch, L tokens of the prompt, Dc their width, N intent queries, D width here, M future tokens, T action horizon (steps of 50 ms),
-A and S action and state dims, padded to the largest robot's, E robots ("embodiments"), H heads, d width of a head, K Euler steps.
-Physical order and units of state and action: data/robots.py. The first A - 1 entries of both are joint angles (rad), the last action is the finger (m).
+Flow matching, with tau = 0 the noise eps and tau = 1 the action A (code bases differ in this):
+A_tau = tau A + (1 - tau) eps, the network predicts A - eps, and sampling walks from eps to A in K
+Euler steps.
+
+Sources: BLM1 (arXiv 2510.24161) for the whole; GR00T N1 (2503.14734) for the DiT, the layers per
+robot and the law of tau; FLARE (2505.15659) for the future loss; DiT (2212.09748) for AdaLN.
+
+Letters: B batch, L tokens of the prompt, Dc their width, N intent queries, D width here, M future
+tokens, T action horizon (steps of 50 ms), A and S action and state dims, padded to the largest
+robot's, E robots ("embodiments"), H heads, d width of a head, K Euler steps.
+Order and units of state and action: data/robots.py. The first A - 1 numbers of both are joint
+angles (rad), the last action is the finger (m).
 """
+
 import math
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from cli import UserError
+from cli import UserError, at_least
 from vlm import attend
+
+TAU_BETA = 1.5  # u ~ Beta(1.5, 1), tau = (s - u) / s: GR00T's law, more weight on noise
+TAU_LIMIT = 0.999  # s
+STATE_LIMIT = 5.0  # deviations: a reading far outside the demonstrations says no more than "far"
 
 # ---- configuration
 
 
 @dataclass
 class PolicyConfig:
-    """The action side. PRESETS names sets of these numbers, and every field is a flag of train_policy.py."""
-    intent_layer: int = 3             # k: the LLM block whose hidden states carry the intent
-    num_intent_queries: int = 16      # N
-    perceiver_layers: int = 2         # each: attention to the hidden states, MLP
-    max_condition_tokens: int = 256   # longest prompt, pictures included, in tokens
-    hidden_size: int = 192            # D
-    num_layers: int = 6               # DiT blocks: even ones attend to the intent, odd ones to each other
-    num_heads: int = 6                # H
-    mlp_ratio: int = 2                # inner width of an MLP in D
-    action_horizon: int = 16          # T, at 20 Hz
-    num_inference_steps: int = 4      # K: Euler steps, as GR00T N1.5
-    num_future_tokens: int = 8        # M; each predicts the mean of N / M intent tokens
-    future_layer: int = 4             # the future tokens are read behind this many blocks: about three quarters, as FLARE
-    future_loss_weight: float = 0.2   # FLARE's
-    blind: bool = False               # no intent at all: what a robot can do by its state alone, for comparison
+    """The action side. Every field is a flag of train_policy.py, PRESETS names sets of them."""
+
+    intent_layer: int = 3  # k: the LLM block whose hidden states carry the intent
+    num_intent_queries: int = 16  # N
+    perceiver_layers: int = 2  # each: attention to the hidden states, MLP
+    max_condition_tokens: int = 256  # longest prompt, pictures included, in tokens
+    hidden_size: int = 192  # D
+    num_layers: int = 6  # DiT blocks: even ones attend to the intent, odd ones to each other
+    num_heads: int = 6  # H
+    mlp_ratio: int = 2  # inner width of an MLP in D
+    action_horizon: int = 16  # T, at 20 Hz
+    num_inference_steps: int = 4  # K: Euler steps, as GR00T N1.5
+    num_future_tokens: int = 8  # M; each predicts the mean of N / M intent tokens
+    future_layer: int = 4  # future tokens are read behind this many blocks: 3/4, as FLARE
+    future_loss_weight: float = 0.2  # FLARE's
+    use_intent: bool = True  # without: what a robot can do by its state alone, to compare with
 
     def __post_init__(self):
+        counts = [field.name for field in fields(self) if field.type is int]
+        at_least(self, 1, *counts)
+        at_least(self, 0, "future_loss_weight")
         if self.hidden_size % (2 * self.num_heads):
-            raise UserError(f"--hidden_size {self.hidden_size} must be an even multiple of --num_heads {self.num_heads}")
-        if not 1 <= self.future_layer <= self.num_layers:
-            raise UserError(f"--future_layer {self.future_layer} must be between 1 and --num_layers {self.num_layers}")
-        if self.num_future_tokens < 1 or self.num_intent_queries % self.num_future_tokens:
-            raise UserError(f"--num_intent_queries {self.num_intent_queries} must be a multiple of --num_future_tokens {self.num_future_tokens}")
-        for name in ("intent_layer", "perceiver_layers", "max_condition_tokens", "mlp_ratio", "action_horizon", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
+            raise UserError(
+                f"--hidden_size {self.hidden_size} must be "
+                f"an even multiple of --num_heads {self.num_heads}"
+            )
+        if self.num_intent_queries % self.num_future_tokens:
+            raise UserError(
+                f"--num_intent_queries {self.num_intent_queries} must be "
+                f"a multiple of --num_future_tokens {self.num_future_tokens}"
+            )
+        if self.future_layer > self.num_layers:
+            raise UserError(
+                f"--future_layer {self.future_layer} must be at most --num_layers {self.num_layers}"
+            )
 
 
 PRESETS = {
     "nano": PolicyConfig(),
-    "gr00t": PolicyConfig(intent_layer=12, num_intent_queries=32, perceiver_layers=4, max_condition_tokens=2048, hidden_size=1536, num_layers=16,
-                          num_heads=32, mlp_ratio=4, num_future_tokens=32, future_layer=12),
+    "gr00t": PolicyConfig(
+        intent_layer=12,
+        num_intent_queries=32,
+        perceiver_layers=4,
+        max_condition_tokens=2048,
+        hidden_size=1536,
+        num_layers=16,
+        num_heads=32,
+        mlp_ratio=4,
+        num_future_tokens=32,
+        future_layer=12,
+    ),
 }
-TAU_BETA, TAU_LIMIT = 1.5, 0.999      # u ~ Beta(1.5, 1), tau = (s - u) / s: GR00T's law, more weight on noise
 
 
 # ---- physical units <-> what the network sees
 
-class Normalizer(nn.Module):
-    """States to zero mean and unit deviation; so are *relative* targets (joint target - joint now, finger as it is), each step of the chunk for itself.
 
-    Statistics are buffers, a row for each robot, so they travel with the weights. Using a robot without any raises UserError.
+class Normalizer(nn.Module):
+    """States to zero mean and unit deviation, and so *relative* targets, each step for itself.
+
+    Relative: joint target - joint angle now; the finger's target stays as it is. Statistics are
+    buffers, a row for each robot, so they travel with the weights.
     """
-    STATE_FLOOR, ACTION_FLOOR = 1e-2, 1e-3       # rad, m: what hardly moves must not become noise of size one
+
+    STATE_FLOOR = 1e-2  # rad, m: what hardly moves must not become noise of size one
+    ACTION_FLOOR = 1e-3
 
     def __init__(self, embodiments, horizon):
         super().__init__()
-        self.names = list(embodiments)
-        E, S, A = len(embodiments), max(s for s, _ in embodiments.values()), max(a for _, a in embodiments.values())
-        sizes = torch.tensor(list(embodiments.values()))
+        self.embodiments = embodiments
+        # on the CPU even where all else is built as shapes alone: masks are in no file
+        sizes = torch.tensor(list(embodiments.values()), device="cpu")
+        E = len(sizes)
+        S, A = sizes.amax(0).tolist()
         self.register_buffer("state_mean", torch.zeros(E, S))
         self.register_buffer("state_std", torch.ones(E, S))
-        self.register_buffer("action_mean", torch.zeros(E, horizon, A))
+        self.register_buffer("action_mean", torch.zeros(E, horizon, A))  # of each step, T
         self.register_buffer("action_std", torch.ones(E, horizon, A))
-        self.register_buffer("fitted", torch.zeros(E, dtype=torch.bool))
-        self.register_buffer("state_mask", torch.arange(S) < sizes[:, :1], persistent=False)             # (E, S): the robot's own dims
-        self.register_buffer("action_mask", torch.arange(A) < sizes[:, 1:], persistent=False)            # (E, A)
-        self.register_buffer("joint_mask", torch.arange(A) < sizes[:, 1:] - 1, persistent=False)         # (E, A): all but the finger
+        self.register_buffer("fitted", torch.zeros(E, dtype=torch.bool))  # E: has statistics
+        masks = {
+            "state_mask": torch.arange(S, device="cpu") < sizes[:, :1],  # (E, S): the robot's own
+            "action_mask": torch.arange(A, device="cpu") < sizes[:, 1:],  # (E, A)
+            "joint_mask": torch.arange(1, A + 1, device="cpu") < sizes[:, 1:],  # (E, A): no finger
+        }
+        for name, mask in masks.items():
+            self.register_buffer(name, mask, persistent=False)
 
-    def fit(self, embodiment, state, action, valid):
-        """Statistics of one robot (its index) from demonstrations: state (n, S), action (n, T, A) absolute, padded, valid (n, T)."""
-        relative = torch.where(valid[..., None], action - self.reference(state, torch.tensor(embodiment)), 0.0).double()
-        count = valid.sum(0).clamp(min=1)[:, None]                                                       # (T, 1)
-        mean = relative.sum(0) / count
-        deviation = (torch.where(valid[..., None], (relative - mean).square(), 0.0).sum(0) / count).sqrt()
-        S, A = self.state_mask[embodiment], self.action_mask[embodiment]
-        self.state_mean[embodiment] = torch.where(S, state.double().mean(0), 0.0).float()
-        self.state_std[embodiment] = torch.where(S, state.double().std(0, correction=0).clamp(min=self.STATE_FLOOR), 1.0).float()
-        self.action_mean[embodiment] = torch.where(A, mean, 0.0).float()
-        self.action_std[embodiment] = torch.where(A, deviation.clamp(min=self.ACTION_FLOOR), 1.0).float()
+    def fit(self, embodiment, state, action):
+        """Statistics of one robot (its index) from demonstrations, padded to the largest robot.
+
+        state (n, S), action (n, T, A) absolute. Padded dims keep mean 0 and deviation 1.
+        """
+        relative = action - self.reference(state, embodiment)
+        S, A = list(self.embodiments.values())[embodiment]
+        relative = relative[..., :A].double()  # double: sums over many rows
+        state = state[:, :S].double()
+        state_std = state.std(0, correction=0)
+        action_std = relative.std(0, correction=0)
+        self.state_mean[embodiment, :S] = state.mean(0)
+        self.state_std[embodiment, :S] = state_std.clamp(min=self.STATE_FLOOR)
+        self.action_mean[embodiment, :, :A] = relative.mean(0)
+        self.action_std[embodiment, :, :A] = action_std.clamp(min=self.ACTION_FLOOR)
         self.fitted[embodiment] = True
 
     def check(self, embodiment):
-        if not self.fitted[embodiment].all():
-            absent = [self.names[i] for i in embodiment.unique().tolist() if not self.fitted[i]]
-            raise UserError(f"this policy has no statistics for {', '.join(absent)}: train it on that robot's demonstrations with `python train_policy.py`")
+        """UserError if a robot of embodiment (B,) has no statistics."""
+        fitted = self.fitted[embodiment]
+        if not fitted.all():
+            names = list(self.embodiments)
+            first = embodiment[~fitted][0]
+            raise UserError(
+                f"this policy has no statistics for {names[first]}: "
+                "train it on that robot's demonstrations with `python train_policy.py`"
+            )
 
     def reference(self, state, embodiment):
-        """What joint targets are relative to: joint angles now (B, 1, A), zero for the finger."""
-        return torch.where(self.joint_mask[embodiment], state[..., :self.joint_mask.shape[1]], 0.0)[:, None]
+        """What targets are relative to: joint angles now (B, 1, A), zero for the finger."""
+        joint_mask = self.joint_mask[embodiment]
+        A = joint_mask.shape[-1]
+        return torch.where(joint_mask, state[..., :A], 0.0)[:, None]
 
-    def normalize_state(self, state, embodiment):
-        return torch.where(self.state_mask[embodiment], (state - self.state_mean[embodiment]) / self.state_std[embodiment], 0.0)
+    def normalize_state(self, state, embodiment, noise=0.0):
+        """(B, S) in physical units to what the encoder reads; noise is in deviations."""
+        x = (state - self.state_mean[embodiment]) / self.state_std[embodiment] + noise
+        return torch.where(self.state_mask[embodiment], x, 0.0)
 
     def normalize_action(self, action, state, embodiment):
-        """Absolute (B, T, A), rad and m, to what flows; padded dims become 0."""
-        x = (action - self.reference(state, embodiment) - self.action_mean[embodiment]) / self.action_std[embodiment]
-        return torch.where(self.action_mask[embodiment][:, None], x, 0.0)
+        """Absolute (B, T, A), rad and m, to what flows. Padded dims hold anything."""
+        relative = action - self.reference(state, embodiment)
+        return (relative - self.action_mean[embodiment]) / self.action_std[embodiment]
 
     def unnormalize(self, x, state, embodiment):
-        """normalize_action undone."""
-        action = x * self.action_std[embodiment] + self.action_mean[embodiment] + self.reference(state, embodiment)
-        return torch.where(self.action_mask[embodiment][:, None], action, 0.0)
+        """normalize_action undone: (B, T, A) back to rad and m. Where x is padded with 0, 0."""
+        relative = x * self.action_std[embodiment] + self.action_mean[embodiment]
+        return relative + self.reference(state, embodiment)
 
 
 # ---- blocks
 
+
 def sinusoids(x, width):
     """Sines and cosines of x (...) at geometric frequencies from 1 to 1/10000: (..., width)."""
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(width // 2, device=x.device) / (width // 2))
-    angle = x[..., None] * frequency
-    return F.pad(torch.cat([angle.sin(), angle.cos()], dim=-1), (0, width % 2))
+    half = width // 2
+    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=x.device) / half)
+    angle = x[..., None] * frequency  # (..., width / 2)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def mlp(width, ratio):
+    """A norm and two layers."""
+    return nn.Sequential(
+        nn.LayerNorm(width),
+        nn.Linear(width, ratio * width),
+        nn.GELU(approximate="tanh"),
+        nn.Linear(ratio * width, width),
+    )
 
 
 class Attention(nn.Module):
-    """x (B, Q, D) looks at keys and values (2, B, H, S, d) from `project_kv`; mask (B, 1, 1, S) True on real ones, or None."""
+    """x (B, Q, D) looks at key_value (2, B, H, S, d), which `project_kv` makes of a context.
+
+    mask (B, 1, 1, S) is True on what may be seen; None: everything.
+    """
 
     def __init__(self, width, heads, context_width):
         super().__init__()
@@ -145,104 +218,140 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def project_kv(self, context):
-        return rearrange(self.key_value(context), "B S (two H d) -> two B H S d", two=2, H=self.heads)
+        kv = self.key_value(context)
+        return rearrange(kv, "B S (two H d) -> two B H S d", two=2, H=self.heads)
 
     def forward(self, x, key_value, mask=None):
         q = rearrange(self.query(x), "B Q (H d) -> B H Q d", H=self.heads)
-        y = attend(q, key_value[0], key_value[1], mask)
+        k, v = key_value
+        y = attend(q, k, v, mask)
         return self.out(rearrange(y, "B H Q d -> B Q (H d)"))
 
 
-def mlp(width, ratio):
-    return nn.Sequential(nn.Linear(width, ratio * width), nn.GELU(approximate="tanh"), nn.Linear(ratio * width, width))
-
-
 class Perceiver(nn.Module):
-    """N learned queries read the prompt's hidden states (B, L, Dc), mask (B, L) True on real tokens: the intent (B, N, D).
+    """N learned queries read hidden states (B, L, Dc), mask (B, L) True on tokens: (B, N, D).
 
-    Hidden states carry *what*; rotary positions never enter them, so *where* (which patch) is a table added to the keys, by index in the prompt.
-    Prompts are padded on the right: the index of a token does not depend on its batch.
+    Hidden states carry *what*; rotary positions never enter them, so *where* (which patch) is a
+    table added to the keys, by index in the prompt. Prompts are padded on the right: the index of a
+    token does not depend on its batch.
     """
 
     def __init__(self, config, condition_size):
         super().__init__()
         D = config.hidden_size
+        layers = range(config.perceiver_layers)
+        places = torch.arange(config.max_condition_tokens)
         self.norm = nn.LayerNorm(condition_size)
-        self.positions = nn.Parameter(torch.empty(config.max_condition_tokens, condition_size))
+        self.positions = nn.Parameter(sinusoids(places, condition_size))  # (max L, Dc)
         self.queries = nn.Parameter(torch.empty(config.num_intent_queries, D))
-        self.query_norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(config.perceiver_layers))
-        self.attentions = nn.ModuleList(Attention(D, config.num_heads, condition_size) for _ in range(config.perceiver_layers))
-        self.mlps = nn.ModuleList(nn.Sequential(nn.LayerNorm(D), *mlp(D, config.mlp_ratio)) for _ in range(config.perceiver_layers))
+        self.query_norms = nn.ModuleList(nn.LayerNorm(D) for _ in layers)
+        self.attentions = nn.ModuleList(
+            Attention(D, config.num_heads, condition_size) for _ in layers
+        )
+        self.mlps = nn.ModuleList(mlp(D, config.mlp_ratio) for _ in layers)
         self.out_norm = nn.LayerNorm(D)
 
     def forward(self, hidden, mask):
         B, L, _ = hidden.shape
-        if L > len(self.positions):
-            raise UserError(f"a prompt of {L} tokens is longer than this policy's {len(self.positions)}: shorten the instruction, "
-                            "or train with a larger --max_condition_tokens")
-        context = self.norm(torch.where(mask[..., None], hidden, 0.0)) + self.positions[:L]
-        x, looks = self.queries.expand(B, -1, -1), mask[:, None, None]
-        for norm, attention, feed in zip(self.query_norms, self.attentions, self.mlps):
-            x = x + attention(norm(x), attention.project_kv(context), looks)
-            x = x + feed(x)
+        hidden = torch.where(mask[..., None], hidden, 0.0)  # padding may even hold NaN
+        context = self.norm(hidden) + self.positions[:L]
+        x = self.queries.expand(B, -1, -1)  # (B, N, D)
+        real = mask[:, None, None]  # (B, 1, 1, L), for all heads and queries
+        for norm, attention, feed_forward in zip(self.query_norms, self.attentions, self.mlps):
+            key_value = attention.project_kv(context)
+            x = x + attention(norm(x), key_value, real)
+            x = x + feed_forward(x)
         return self.out_norm(x)
 
 
 def embodiment_groups(embodiment):
-    """[(robot, rows)] of neighbours in (B,) that are the same robot: a product for each, so rows sorted by robot are the fastest."""
-    return [(robot, len(list(same))) for robot, same in groupby(embodiment.tolist())]
+    """Robots of neighbours in (B,) that are the same, and how many: ([robot], [rows]).
+
+    Each group costs a matrix product of its own, so rows sorted by robot are the fastest.
+    """
+    robots, rows = torch.unique_consecutive(embodiment, return_counts=True)
+    return robots.tolist(), rows.tolist()
 
 
 class EmbodimentLinear(nn.Module):
-    """A linear layer for each robot: weight (E, in, out); x (B, T, in) and its `embodiment_groups` robots to (B, T, out)."""
+    """A linear layer for each robot: x (B, T, in) and its `embodiment_groups` to (B, T, out)."""
 
     def __init__(self, embodiments, inner, outer):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(embodiments, inner, outer))
         self.bias = nn.Parameter(torch.empty(embodiments, outer))
 
-    def forward(self, x, runs):
-        weights, biases = self.weight.unbind(), self.bias.unbind()
-        return torch.cat([F.linear(part, weights[robot].T, biases[robot]) for part, (robot, _) in zip(x.split([rows for _, rows in runs]), runs)])
+    def forward(self, x, groups):
+        # unbound and split once: indexing would fill a gradient of full size for every group
+        robots, rows = groups
+        weights = self.weight.unbind()
+        biases = self.bias.unbind()
+        outputs = []
+        for robot, part in zip(robots, x.split(rows)):
+            outputs.append(F.linear(part, weights[robot].T, biases[robot]))
+        return torch.cat(outputs)
+
+
+class EmbodimentMLP(nn.ModuleList):
+    """Two layers for each robot: x (B, T, in) to (B, T, out)."""
+
+    def __init__(self, embodiments, inner, width, outer):
+        first = EmbodimentLinear(embodiments, inner, width)
+        second = EmbodimentLinear(embodiments, width, outer)
+        super().__init__([first, second])
+
+    def forward(self, x, groups):
+        first, second = self
+        return second(F.silu(first(x, groups)), groups)
 
 
 class ActionEncoder(nn.Module):
-    """Noised actions (B, T, A) joined with sinusoids of tau (B,): (B, T, D). GR00T's MultiEmbodimentActionEncoder."""
+    """Noised actions (B, T, A) and tau (B,) to (B, T, D): GR00T's MultiEmbodimentActionEncoder."""
 
     def __init__(self, embodiments, action_dim, width):
         super().__init__()
-        self.width = width
         self.first = EmbodimentLinear(embodiments, action_dim, width)
         self.second = EmbodimentLinear(embodiments, 2 * width, width)
         self.third = EmbodimentLinear(embodiments, width, width)
 
-    def forward(self, noised, tau, runs):
-        x = self.first(noised, runs)
-        time = sinusoids(1000 * tau, self.width)[:, None].expand_as(x)
-        return self.third(F.silu(self.second(torch.cat([x, time], dim=-1), runs)), runs)
+    def forward(self, noised, tau, groups):
+        x = self.first(noised, groups)
+        time = sinusoids(1000 * tau, x.shape[-1])  # (B, D); tau in [0, 1) to DiT's range of steps
+        time = time[:, None].expand_as(x)
+        x = torch.cat([x, time], dim=-1)  # (B, T, 2 D)
+        x = self.second(x, groups)
+        return self.third(F.silu(x), groups)
+
+
+def modulate(x, shift, scale):
+    """AdaLN: x (B, Q, D) times 1 + scale, plus shift, both (B, 1, D)."""
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class Block(nn.Module):
-    """A DiT block: AdaLN from tau on the attention's norm (no gates, as GR00T), attention to the intent (cross) or among the tokens, MLP."""
+    """A DiT block: AdaLN from tau, attention to the intent or among the tokens, MLP.
+
+    AdaLN on the attention's norm alone and without gates, as GR00T.
+    """
 
     def __init__(self, config):
         super().__init__()
         D = config.hidden_size
         self.norm = nn.LayerNorm(D, elementwise_affine=False)
         self.attention = Attention(D, config.num_heads, D)
-        self.mlp = nn.Sequential(nn.LayerNorm(D), *mlp(D, config.mlp_ratio))
+        self.mlp = mlp(D, config.mlp_ratio)
 
     def forward(self, x, shift, scale, key_value=None):
+        """key_value: of the intent; None in a block whose tokens look at each other."""
         h = modulate(self.norm(x), shift, scale)
-        x = x + self.attention(h, self.attention.project_kv(h) if key_value is None else key_value)
+        if key_value is None:
+            key_value = self.attention.project_kv(h)  # self-attention
+        x = x + self.attention(h, key_value)
         return x + self.mlp(x)
 
 
-def modulate(x, shift, scale):
-    return torch.addcmul(shift, x, 1 + scale)
+# ---- flow matching
 
-
-# ---- the policy
 
 def sample_tau(n, generator=None, device="cpu"):
     """(n,) in [0, 1): Beta(a, 1) is U^(1/a)."""
@@ -250,148 +359,235 @@ def sample_tau(n, generator=None, device="cpu"):
     return ((TAU_LIMIT - u) / TAU_LIMIT).clamp(min=0)
 
 
-def flow_loss(velocity, actions, noise, tau, valid, total=None):
-    """Masked mean square of velocity(noised, tau) against actions - noise. All (B, T, A), tau (B,); valid is True on real steps and real joints.
+def add_noise(actions, noise, tau, valid):
+    """A_tau = tau A + (1 - tau) eps: (B, T, A), zero where valid (B, T, A) is False; tau (B,).
 
-    total divides the sum: how many are valid, here or, if the batch is a part of one, in all parts.
+    Padding must not even reach the encoder: to mask the loss is too late.
     """
     t = tau[:, None, None]
-    noised = torch.where(valid, t * actions + (1 - t) * noise, 0.0)       # padding must not reach the encoder: masking the loss is too late
-    error = (velocity(noised, tau) - (actions - noise)).square()
-    return torch.where(valid, error, 0.0).sum() / (valid.sum() if total is None else total)
+    return torch.where(valid, t * actions + (1 - t) * noise, 0.0)
+
+
+def flow_loss(velocity, actions, noise, valid, total):
+    """Masked mean square of velocity against A - eps. All (B, T, A), valid True on real numbers.
+
+    total: how many are valid, here or, if this is a part of a batch, in all parts.
+    """
+    target = actions - noise
+    error = (velocity - target).square()
+    return torch.where(valid, error, 0.0).sum() / total
+
+
+# ---- the policy
 
 
 class Policy(nn.Module):
-    """embodiments {robot: (state_dim, action_dim)}; condition_size Dc, the width of the language model."""
+    """embodiments {robot: (state_dim, action_dim)}; condition_size Dc, the language model's width."""
 
     def __init__(self, config, condition_size, embodiments):
         super().__init__()
-        self.config, self.condition_size, self.embodiments = config, condition_size, dict(embodiments)
-        D, E = config.hidden_size, len(embodiments)
+        self.config = config
+        self.condition_size = condition_size
+        self.embodiments = dict(embodiments)
         self.normalizer = Normalizer(self.embodiments, config.action_horizon)
-        self.state_dim, self.action_dim = self.normalizer.state_mask.shape[1], self.normalizer.action_mask.shape[1]
+        E, self.state_dim = self.normalizer.state_mean.shape
+        self.action_dim = self.normalizer.action_mean.shape[-1]
+        D = config.hidden_size
+
+        # what to do: the prompt with its pictures, as N tokens
         self.perceiver = Perceiver(config, condition_size)
-        self.state_encoder = nn.ModuleList([EmbodimentLinear(E, self.state_dim, D), EmbodimentLinear(E, D, D)])
+
+        # the DiT's tokens: state, future tokens, actions
+        self.state_encoder = EmbodimentMLP(E, self.state_dim, D, D)
         self.action_encoder = ActionEncoder(E, self.action_dim, D)
         self.action_positions = nn.Parameter(torch.empty(config.action_horizon, D))
         self.future_tokens = nn.Parameter(torch.empty(config.num_future_tokens, D))
-        self.tau_mlp = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU())
-        self.modulation = nn.Linear(D, (config.num_layers + 1) * 2 * D)   # every block's shift and scale, and the last norm's: one product
+
+        # tau to a shift and a scale of every block and of the last norm, in one product
+        self.tau_mlp = nn.Sequential(
+            nn.Linear(D, D),
+            nn.SiLU(),
+            nn.Linear(D, D),
+            nn.SiLU(),
+        )
+        self.modulation = nn.Linear(D, (config.num_layers + 1) * 2 * D)
+
+        # attention to the intent, among the tokens, to the intent ...
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.out_norm = nn.LayerNorm(D, elementwise_affine=False)
-        self.decoder = nn.ModuleList([EmbodimentLinear(E, D, D), EmbodimentLinear(E, D, self.action_dim)])
-        self.future_head = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 2 * D), nn.GELU(approximate="tanh"), nn.Linear(2 * D, D))
-        self.initialise()
+        self.decoder = EmbodimentMLP(E, D, D, self.action_dim)
+        self.future_head = mlp(D, 2)  # f: for training alone
+        self.initialize()
 
-    def initialise(self):
-        """All initial weights. Xavier and small embeddings; AdaLN starts as a plain norm, the velocity as 0 (DiT's zeros)."""
+    def initialize(self):
+        """All initial weights: Xavier, small embeddings, and DiT's zeros.
+
+        With the zeros AdaLN starts as a plain norm and the velocity as 0.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, EmbodimentLinear):
-                bound = math.sqrt(6 / sum(module.weight.shape[1:]))
+                bound = math.sqrt(6 / sum(module.weight.shape[1:]))  # Xavier's, of each robot
                 nn.init.uniform_(module.weight, -bound, bound)
                 nn.init.zeros_(module.bias)
         for table in (self.perceiver.queries, self.future_tokens, self.action_positions):
             nn.init.normal_(table, std=0.02)
+        steps = torch.arange(self.config.action_horizon)
         with torch.no_grad():
-            self.action_positions += sinusoids(torch.arange(self.config.action_horizon), self.config.hidden_size)
-            self.perceiver.positions.copy_(sinusoids(torch.arange(self.config.max_condition_tokens), self.condition_size))
-        for layer in (self.modulation, self.decoder[-1]):
-            nn.init.zeros_(layer.weight)
+            self.action_positions += sinusoids(steps, self.config.hidden_size)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.decoder[-1].weight)
+
+    # ---- the network
+
+    def check_length(self, length):
+        """UserError if a prompt of so many tokens is longer than this policy reads."""
+        longest = self.config.max_condition_tokens
+        if length > longest:
+            raise UserError(
+                f"a prompt of {length} tokens is longer than this policy's {longest}: shorten the "
+                "instruction, or train with a larger --max_condition_tokens"
+            )
 
     def intent(self, hidden, mask):
-        """Hidden states (B, L, Dc) of block k, mask (B, L) bool, to the intent (B, N, D)."""
-        intent = self.perceiver(hidden.float(), mask)
-        return torch.zeros_like(intent) if self.config.blind else intent
+        """Hidden states (B, L, Dc) of block k, mask (B, L) bool, to the intent C (B, N, D)."""
+        self.check_length(hidden.shape[1])
+        intent = self.perceiver(hidden.float(), mask)  # cached hidden states are float16
+        return intent if self.config.use_intent else torch.zeros_like(intent)
 
-    def project_kv(self, intent):
-        """Keys and values of the even blocks: they depend on the intent alone, so a chunk needs them once, not once an Euler step."""
-        return [block.attention.project_kv(intent) if i % 2 == 0 else None for i, block in enumerate(self.blocks)]
+    def context(self, hidden, mask, state, embodiment, state_noise=0.0):
+        """What is known before actions flow, needed once a chunk and not once an Euler step.
 
-    def modulations(self, tau):
-        """tau (B,) to a (shift, scale) pair, each (B, 1, D), for every block and the last norm."""
-        pairs = self.modulation(self.tau_mlp(sinusoids(1000 * tau, self.config.hidden_size)))
-        return rearrange(pairs, "B (n two D) -> n two B 1 D", two=2, D=self.config.hidden_size).unbind(0)
-
-    def encode_state(self, state, runs):
-        """Normalised state (B, S) to one token (B, 1, D). Clamped: a reading far outside the demonstrations says no more than "far"."""
-        first, second = self.state_encoder
-        return second(F.silu(first(state.clamp(-5, 5)[:, None], runs)), runs)
-
-    def velocity(self, noised, tau, state_token, key_values, runs, modulations=None):
-        """Noised actions (B, T, A) at tau (B,) to the velocity (B, T, A) and the future tokens behind block `future_layer` (B, M, D)."""
-        modulations = self.modulations(tau) if modulations is None else modulations
-        actions = self.action_encoder(noised, tau, runs) + self.action_positions
-        x = torch.cat([state_token, self.future_tokens.expand(len(noised), -1, -1), actions], dim=1)
-        for i, (block, (shift, scale), key_value) in enumerate(zip(self.blocks, modulations, key_values), start=1):
-            x = block(x, shift, scale, key_value)
-            if i == self.config.future_layer:
-                future = x[:, 1:1 + self.config.num_future_tokens]
-        x = modulate(self.out_norm(x[:, -self.config.action_horizon:]), *modulations[-1])
-        first, second = self.decoder
-        return second(F.silu(first(x, runs)), runs), future
-
-    def draw(self, n, generator=None, state_noise=0.0, device="cpu"):
-        """The random part of a training step for n rows: noise (n, T, A), tau (n,), and what is added to the normalised state (n, S)."""
-        normal = lambda *shape: torch.randn(*shape, generator=generator, device=device)
-        return {"noise": normal(n, self.config.action_horizon, self.action_dim), "tau": sample_tau(n, generator, device),
-                "state_noise": state_noise * normal(n, self.state_dim)}
-
-    def valid(self, batch):
-        """(B, T, A): real steps of the episode and the robot's own dims."""
-        return batch["action_valid"][..., None] & self.normalizer.action_mask[batch["embodiment"]][:, None]
-
-    def forward(self, batch, totals=None):
-        """Losses of a batch: {"loss", "flow", "future"}, scalars; loss = flow + future_loss_weight x future.
-
-        batch: hidden (B, L, Dc), mask (B, L) bool, future_hidden, future_mask the same T steps later, future_valid (B,) bool,
-        state (B, S), action (B, T, A) physical units, absolute, padded with anything, action_valid (B, T) bool, embodiment (B,) long;
-        and, to fix them, any of what `draw` makes. totals (valid action numbers, valid futures): divisors, if the batch is a part of one.
-        """
-        embodiment, runs, norm = batch["embodiment"], embodiment_groups(batch["embodiment"]), self.normalizer
-        norm.check(embodiment)
-        batch = {**self.draw(len(embodiment), device=batch["state"].device), **batch}
-        intent = self.intent(batch["hidden"], batch["mask"])
-        state = norm.normalize_state(batch["state"], embodiment) + batch["state_noise"]
-        state_token, key_values = self.encode_state(torch.where(norm.state_mask[embodiment], state, 0.0), runs), self.project_kv(intent)
-        seen = {}
-
-        def velocity(noised, tau):
-            v, seen["future"] = self.velocity(noised, tau, state_token, key_values, runs)
-            return v
-
-        actions = norm.normalize_action(batch["action"], batch["state"], embodiment)
-        flow = flow_loss(velocity, actions, batch["noise"], batch["tau"], self.valid(batch), totals and totals[0])
-        future = self.future_loss(seen["future"], batch, totals and totals[1])
-        return {"loss": flow + self.config.future_loss_weight * future, "flow": flow, "future": future}
-
-    def future_loss(self, tokens, batch, total=None):
-        """Mean of 1 - cos(f(z), stop-grad(C of the frame T steps later)) over rows with such a frame; z (B, M, D), C pooled to M tokens."""
-        valid = batch["future_valid"]
-        with torch.no_grad():                                             # rows without a future are left out: an all-False mask is a NaN
-            target = self.intent(batch["future_hidden"][valid], batch["future_mask"][valid])
-            target = target.unflatten(1, (self.config.num_future_tokens, -1)).mean(2)
-        distance = 1 - F.cosine_similarity(self.future_head(tokens[valid]), target, dim=-1)               # (b, M)
-        return distance.mean(1).sum() / (valid.sum().clamp(min=1) if total is None else total)
-
-    @torch.no_grad()
-    def sample(self, hidden, mask, state, embodiment, noise=None):
-        """A chunk of absolute targets (B, T, A), rad and m, from hidden (B, L, Dc), mask (B, L), state (B, S), embodiment (B,).
-
-        noise (B, T, A) is drawn if None. UserError for a robot without statistics.
+        The state's token (B, 1, D); the intent's keys and values of every even block;
+        `embodiment_groups`. UserError for a robot without statistics.
         """
         self.normalizer.check(embodiment)
-        B, K, own, runs = len(state), self.config.num_inference_steps, self.normalizer.action_mask[embodiment][:, None], embodiment_groups(embodiment)
-        if noise is None:
-            noise = torch.randn(B, self.config.action_horizon, self.action_dim, device=state.device)
-        state_token = self.encode_state(self.normalizer.normalize_state(state, embodiment), runs)
-        key_values, taus = self.project_kv(self.intent(hidden, mask)), torch.arange(K, device=state.device) / K
-        modulations = self.modulations(taus)                              # of all steps at once
-        x = torch.where(own, noise, 0.0)
-        for step in range(K):
-            now = [(shift[step], scale[step]) for shift, scale in modulations]
-            v, _ = self.velocity(x, taus[step].expand(B), state_token, key_values, runs, now)
-            x = torch.where(own, x + v / K, 0.0)
+        groups = embodiment_groups(embodiment)
+        state = self.normalizer.normalize_state(state, embodiment, state_noise)
+        state = state.clamp(-STATE_LIMIT, STATE_LIMIT)  # (B, S)
+        state_token = self.state_encoder(state[:, None], groups)
+        intent = self.intent(hidden, mask)
+        key_values = [block.attention.project_kv(intent) for block in self.blocks[::2]]
+        return state_token, key_values, groups
+
+    def modulations(self, tau):
+        """tau (B,) to shift and scale of every block and the last norm: (blocks + 1, 2, B, 1, D)."""
+        D = self.config.hidden_size
+        x = self.tau_mlp(sinusoids(1000 * tau, D))
+        x = self.modulation(x)
+        return rearrange(x, "B (n two D) -> n two B 1 D", two=2, D=D)
+
+    def velocity(self, noised, tau, modulations, context):
+        """The DiT: noised actions (B, T, A) at tau (B,) to the velocity (B, T, A).
+
+        And to the future tokens (B, M, D) behind block `future_layer`.
+        """
+        state_token, key_values, groups = context
+        future_tokens = self.future_tokens.expand(len(noised), -1, -1)
+        action_tokens = self.action_encoder(noised, tau, groups) + self.action_positions
+        x = torch.cat([state_token, future_tokens, action_tokens], dim=1)  # (B, 1 + M + T, D)
+
+        *block_modulations, (shift, scale) = modulations.unbind()
+        for i, block in enumerate(self.blocks):
+            to_intent = key_values[i // 2] if i % 2 == 0 else None  # cross, self, cross, self ...
+            x = block(x, *block_modulations[i], to_intent)
+            if i + 1 == self.config.future_layer:
+                future = x[:, 1 : 1 + self.config.num_future_tokens]
+
+        actions = x[:, -self.config.action_horizon :]
+        x = modulate(self.out_norm(actions), shift, scale)
+        return self.decoder(x, groups), future
+
+    # ---- training
+
+    def draw(self, n, generator=None, state_noise=0.0, device="cpu"):
+        """The random part of n rows: noise (n, T, A), tau (n,) and state_noise (n, S).
+
+        The argument state_noise is how much of the latter, in deviations.
+        """
+        T = self.config.action_horizon
+        noise = torch.randn(n, T, self.action_dim, generator=generator, device=device)
+        tau = sample_tau(n, generator, device)
+        normal = torch.randn(n, self.state_dim, generator=generator, device=device)
+        return {
+            "noise": noise,
+            "tau": tau,
+            "state_noise": state_noise * normal,
+        }
+
+    def valid(self, embodiment):
+        """(B, T, A): True on the robot's own dims."""
+        own = self.normalizer.action_mask[embodiment][:, None]
+        return own.expand(-1, self.config.action_horizon, -1)
+
+    def forward(self, batch, totals=None):
+        """Losses of a batch, scalars: loss = flow + future_loss_weight x future.
+
+        batch: hidden (B, L, Dc), mask (B, L) bool; future_hidden, future_mask the same T steps
+        later, future_valid (B,) bool; state (B, S), action (B, T, A) in physical units, absolute,
+        padded with anything; embodiment (B,) long; and what `draw` makes. totals: how many action
+        numbers and futures are valid, if the batch is a part of one.
+        """
+        state = batch["state"]
+        embodiment = batch["embodiment"]
+        noise = batch["noise"]
+        tau = batch["tau"]
+        context = self.context(
+            batch["hidden"],
+            batch["mask"],
+            state,
+            embodiment,
+            batch["state_noise"],
+        )
+        actions = self.normalizer.normalize_action(batch["action"], state, embodiment)
+        valid = self.valid(embodiment)
+        if totals is None:
+            totals = valid.sum(), batch["future_valid"].sum().clamp(min=1)
+
+        noised = add_noise(actions, noise, tau, valid)
+        velocity, tokens = self.velocity(noised, tau, self.modulations(tau), context)
+        flow = flow_loss(velocity, actions, noise, valid, totals[0])
+        future = self.future_loss(tokens, batch, totals[1])
+        loss = flow + self.config.future_loss_weight * future
+        return {
+            "loss": loss,
+            "flow": flow,
+            "future": future,
+        }
+
+    def future_loss(self, tokens, batch, total):
+        """Mean of 1 - cos(f(z), C of the frame T steps later) over rows that have such a frame.
+
+        z are the future tokens (B, M, D); C takes no gradient, its N tokens pooled to M (FLARE).
+        """
+        rows = batch["future_valid"]  # the others are left out: a mask all False would give NaN
+        with torch.no_grad():
+            intent = self.intent(batch["future_hidden"][rows], batch["future_mask"][rows])
+            target = intent.unflatten(1, (self.config.num_future_tokens, -1)).mean(2)  # (b, M, D)
+        predicted = self.future_head(tokens[rows])
+        distance = 1 - F.cosine_similarity(predicted, target, dim=-1)  # (b, M)
+        return distance.mean(1).sum() / total
+
+    # ---- acting
+
+    @torch.no_grad()
+    def sample(self, hidden, mask, state, embodiment, noise):
+        """A chunk of absolute targets (B, T, A), rad and m, that flows from noise (B, T, A).
+
+        hidden (B, L, Dc), mask (B, L), state (B, S), embodiment (B,). UserError for a robot without
+        statistics.
+        """
+        K = self.config.num_inference_steps
+        context = self.context(hidden, mask, state, embodiment)
+        valid = self.valid(embodiment)
+        taus = torch.arange(K, device=state.device) / K
+        modulations = self.modulations(taus)  # (blocks + 1, 2, K, 1, D): of all steps at once
+
+        x = torch.where(valid, noise, 0.0)
+        for step, tau in enumerate(taus.split(1)):
+            now = modulations[:, :, step]  # broadcasts over B
+            velocity, _ = self.velocity(x, tau, now, context)
+            x = torch.where(valid, x + velocity / K, 0.0)
         return self.normalizer.unnormalize(x, state, embodiment)

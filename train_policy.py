@@ -152,7 +152,7 @@ class Demos:
             own = self.train[self.embodiment[self.train] == index]
             if policy.normalizer.fitted[index]:
                 continue
-            policy.normalizer.fit(int(index), torch.from_numpy(self.state[own]), torch.from_numpy(self.action[own]), torch.ones(self.action[own].shape[:2], dtype=torch.bool))
+            policy.normalizer.fit(int(index), torch.from_numpy(self.state[own]), torch.from_numpy(self.action[own]))
 
     def rows_of_step(self, seed, step, batch_size):
         """(B,) row numbers, a function of (seed, step), sorted by robot: any frame as likely as any other, so the longer and harder tasks weigh more."""
@@ -171,7 +171,6 @@ class Demos:
                 hidden[b, :len(frame)], mask[b, :len(frame)] = frame, True
             batch[f"{name}hidden"], batch[f"{name}mask"] = torch.from_numpy(hidden), torch.from_numpy(mask)
         arrays = {"state": self.state, "action": self.action, "embodiment": self.embodiment}
-        batch["action_valid"] = torch.ones(len(rows), self.action.shape[1], dtype=torch.bool)          # all steps: see __init__
         return {**batch, **{name: torch.from_numpy(array[rows]) for name, array in arrays.items()}}
 
 
@@ -201,7 +200,7 @@ def evaluate(policy, demos, cfg, device):
     for start in range(0, len(rows), cfg.batch_size):
         batch = demos[rows[start:start + cfg.batch_size]]
         batch = {name: tensor.to(device) for name, tensor in {**batch, **policy.draw(len(batch["state"]), generator)}.items()}
-        losses, valid, robot = policy(batch), policy.valid(batch), batch["embodiment"]
+        losses, valid, robot = policy(batch), policy.valid(batch["embodiment"]), batch["embodiment"]
         for name, n in (("flow", valid.sum()), ("future", batch["future_valid"].sum())):
             tally(f"val_{name}", losses[name] * n, n)
         made = policy.sample(batch["hidden"], batch["mask"], batch["state"], robot, torch.zeros_like(batch["noise"]))[:, :EXECUTE_STEPS]

@@ -170,8 +170,8 @@ def rows_of(policy, n, tokens, device):
     normal = lambda *shape: torch.randn(*shape, generator=generator)
     batch = {"hidden": normal(n, tokens, policy.condition_size), "future_hidden": normal(n, tokens, policy.condition_size), "state": normal(n, policy.state_dim),
              "action": normal(n, T, A), "embodiment": (torch.arange(n) % len(policy.embodiments)).sort().values}
-    masks = {"mask": torch.ones(n, tokens, dtype=torch.bool), "action_valid": torch.ones(n, T, dtype=torch.bool), "future_valid": torch.ones(n, dtype=torch.bool)}
-    batch |= masks | {"future_mask": masks["mask"]}
+    masks = {"mask": torch.ones(n, tokens, dtype=torch.bool), "future_valid": torch.ones(n, dtype=torch.bool)}
+    batch |= masks | {"future_mask": masks["mask"]} | policy.draw(n, generator)
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -220,7 +220,7 @@ def bench_policy(config):
     act_ms, = median_ms([lambda: blm.act(seen, robot)], 5 * config.runs, sync)
     head = trainable(PEER_SIZED, 320)
     small, large = rows_of(head, 1, 88, device), rows_of(head, 16, 88, device)
-    chunk_ms, train_ms = median_ms([lambda: head.sample(small["hidden"], small["mask"], small["state"], small["embodiment"]), stepper(head, large)], config.runs, sync)
+    chunk_ms, train_ms = median_ms([lambda: head.sample(small["hidden"], small["mask"], small["state"], small["embodiment"], small["noise"]), stepper(head, large)], config.runs, sync)
     size = sum(p.numel() for p in head.parameters()) / 1e6
     rows = [{"what": f"Stage II, a step of {n} rows from cached hidden states", "ms": cached_ms, "beside": [anew_ms], "beside_what": "computed anew"},
             {"what": "the same, `--dtype bfloat16`", "ms": half_cached_ms, "beside": [half_anew_ms], "beside_what": "computed anew"},

@@ -31,7 +31,7 @@ ALL = [("all", "all", 1)]                            # (robots, tasks, share of 
 ROWS = {                                             # name: (what it asks, flags of train_policy.py, models)
     "full": ("the method: 100 demonstrations a cell, one model for all", "--demonstrations 100", ALL),
     "no_stage_1": ("the base backbone, before Stage I", "--demonstrations 100 --backbone {base}", ALL),
-    "blind": ("no intent: the robot's state alone", "--demonstrations 100 --blind", ALL),
+    "blind": ("no intent: the robot's state alone", "--demonstrations 100 --no-use_intent", ALL),
     "no_future": ("no future-prediction loss", "--demonstrations 100 --future_loss_weight 0", ALL),
     "last_block": ("intent from the last block instead of block k", "--demonstrations 100 --intent_layer {last}", ALL),
     "per_robot": ("one model for each robot", "--demonstrations 100", [(robot, "all", 1 / len(ROBOTS)) for robot in ROBOTS]),

@@ -28,7 +28,7 @@ def small_blm(seed=0, policy=True):
     for parameter in [*vlm.parameters(), *made.parameters()]:
         parameter.data = (parameter + 0.2 * torch.randn_like(parameter)).half().float()          # what float16 holds exactly
     for robot in range(2):
-        made.normalizer.fit(robot, torch.randn(30, 17), torch.randn(30, 4, 8), torch.ones(30, 4, dtype=torch.bool))
+        made.normalizer.fit(robot, torch.randn(30, 17), torch.randn(30, 4, 8))
     return BLM(vlm, tokenizer, made if policy else None, {"sft": {"stage": "sft", "step": 7}})
 
 

@@ -1,32 +1,57 @@
 """policy.py keeps its promises: the loss is what the equations say, padding moves nothing, statistics are undone exactly, every layer learns."""
+
+import math
+from dataclasses import fields
+
 import pytest
 import torch
 
 from cli import UserError
-from policy import PRESETS, Policy, PolicyConfig, flow_loss, embodiment_groups, sample_tau
+from policy import PRESETS, Policy, PolicyConfig, add_noise, flow_loss, sample_tau
 
-ROBOTS = {"long": (7, 5), "short": (5, 3)}          # state and action dims; the last action is the finger
+ROBOTS = {"long": (7, 5), "short": (5, 3)}  # state and action dims; the last action is the finger
 T, L, WIDTH = 4, 9, 24
+
+
+SMALL = {
+    "num_intent_queries": 4,
+    "max_condition_tokens": 16,
+    "hidden_size": 16,
+    "num_layers": 4,
+    "num_heads": 2,
+    "action_horizon": T,
+    "num_future_tokens": 2,
+    "future_layer": 3,
+}
 
 
 def small_policy(fitted=True, **changes):
     """Tiny, and with no parameter at zero, so that every path matters."""
     torch.manual_seed(1)
-    config = PolicyConfig(**{**dict(num_intent_queries=4, max_condition_tokens=16, hidden_size=16, num_layers=4, num_heads=2, action_horizon=T,
-                                    num_future_tokens=2, future_layer=3), **changes})
+    config = PolicyConfig(**{**SMALL, **changes})
     policy = Policy(config, WIDTH, ROBOTS)
     for parameter in policy.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     if fitted:
         for robot in range(2):
-            policy.normalizer.fit(robot, torch.randn(30, 7), torch.randn(30, T, 5), torch.rand(30, T) > 0.2)
+            policy.normalizer.fit(robot, torch.randn(30, 7), torch.randn(30, T, 5))
     return policy
 
 
 def small_batch(n=6):
-    return {"hidden": torch.randn(n, L, WIDTH), "mask": torch.arange(L) < torch.randint(4, L + 1, (n, 1)), "future_hidden": torch.randn(n, L, WIDTH),
-            "future_mask": torch.arange(L) < torch.randint(4, L + 1, (n, 1)), "future_valid": torch.arange(n) % 3 != 1, "state": torch.randn(n, 7),
-            "action": torch.randn(n, T, 5), "action_valid": torch.arange(T) < torch.randint(1, T + 1, (n, 1)), "embodiment": torch.arange(n) % 2}
+    return {
+        "hidden": torch.randn(n, L, WIDTH),
+        "mask": torch.arange(L) < torch.randint(4, L + 1, (n, 1)),
+        "future_hidden": torch.randn(n, L, WIDTH),
+        "future_mask": torch.arange(L) < torch.randint(4, L + 1, (n, 1)),
+        "future_valid": torch.arange(n) % 3 != 1,
+        "state": torch.randn(n, 7),
+        "action": torch.randn(n, T, 5),
+        "embodiment": torch.arange(n) % 2,
+        "noise": torch.randn(n, T, 5),
+        "tau": sample_tau(n),
+        "state_noise": 0.02 * torch.randn(n, 7),
+    }
 
 
 def observed(batch):
@@ -34,23 +59,21 @@ def observed(batch):
 
 
 def test_flow_loss_of_a_known_case():
-    actions, noise, tau = torch.tensor([[[2.0, 5.0]]]), torch.tensor([[[1.0, 7.0]]]), torch.tensor([0.25])
-    seen = []
-
-    def velocity(noised, tau):
-        seen.append(noised)
-        return torch.full_like(noised, 3.0)
-
-    loss = flow_loss(velocity, actions, noise, tau, torch.tensor([[[True, False]]]))
-    assert seen[0].tolist() == [[[0.25 * 2 + 0.75 * 1, 0.0]]]             # tau = 0 is noise
-    assert loss == (3 - (2 - 1)) ** 2
-    exact = flow_loss(lambda noised, tau: actions - noise, actions, noise, tau, torch.ones(1, 1, 2, dtype=torch.bool))
-    assert exact == 0
+    actions = torch.tensor([[[2.0, 5.0]]])
+    noise = torch.tensor([[[1.0, 7.0]]])
+    valid = torch.tensor([[[True, False]]])
+    noised = add_noise(actions, noise, torch.tensor([0.25]), valid)
+    assert noised.tolist() == [[[0.25 * 2 + 0.75 * 1, 0.0]]]  # tau = 0 is noise
+    assert flow_loss(torch.full_like(noised, 3.0), actions, noise, valid, 1) == (3 - (2 - 1)) ** 2
+    assert flow_loss(actions - noise, actions, noise, torch.ones(1, 1, 2, dtype=torch.bool), 2) == 0
 
 
 def test_euler_steps_of_the_exact_velocity_arrive_at_the_action():
     policy, batch = small_policy(), small_batch()
-    own, target = policy.normalizer.action_mask[batch["embodiment"]][:, None], policy.normalizer.normalize_action(batch["action"], batch["state"], batch["embodiment"])
+    own, target = (
+        policy.normalizer.action_mask[batch["embodiment"]][:, None],
+        policy.normalizer.normalize_action(batch["action"], batch["state"], batch["embodiment"]),
+    )
     noise = torch.randn(6, T, 5)
     policy.velocity = lambda *_: (target - torch.where(own, noise, 0.0), None)
     made = policy.sample(*observed(batch), noise=noise)
@@ -59,23 +82,34 @@ def test_euler_steps_of_the_exact_velocity_arrive_at_the_action():
 
 def test_padding_moves_nothing():
     policy, batch = small_policy(), small_batch()
-    batch = {**batch, **policy.draw(6)}
     losses = policy(batch)
     made = policy.sample(*observed(batch), noise=batch["noise"])
-    valid, own = policy.valid(batch), policy.normalizer.state_mask[batch["embodiment"]]
-    wild = {**batch, "action": torch.where(valid, batch["action"], 1e6), "noise": torch.where(valid, batch["noise"], -1e6),
-            "state": torch.where(own, batch["state"], 1e6), "state_noise": torch.where(own, batch["state_noise"], 1e6)}
-    for which in ("", "future_"):                                         # garbage, even NaN, behind a prompt's end; and a longer batch
+    valid, own = (
+        policy.valid(batch["embodiment"]),
+        policy.normalizer.state_mask[batch["embodiment"]],
+    )
+    wild = {
+        **batch,
+        "action": torch.where(valid, batch["action"], 1e6),
+        "noise": torch.where(valid, batch["noise"], -1e6),
+        "state": torch.where(own, batch["state"], 1e6),
+        "state_noise": torch.where(own, batch["state_noise"], 1e6),
+    }
+    for which in ("", "future_"):  # garbage, even NaN, behind a prompt's end; and a longer batch
         hidden = torch.where(batch[which + "mask"][..., None], batch[which + "hidden"], torch.nan)
         wild[which + "hidden"] = torch.cat([hidden, torch.full((6, 3, WIDTH), 1e6)], dim=1)
-        wild[which + "mask"] = torch.cat([batch[which + "mask"], torch.zeros(6, 3, dtype=torch.bool)], dim=1)
+        wild[which + "mask"] = torch.cat(
+            [batch[which + "mask"], torch.zeros(6, 3, dtype=torch.bool)], dim=1
+        )
     wild["future_hidden"][~batch["future_valid"]] = torch.nan
     wild["future_mask"][~batch["future_valid"]] = False
     for name, value in policy(wild).items():
         assert torch.allclose(value, losses[name], rtol=1e-5), name
     own_actions = policy.normalizer.action_mask[batch["embodiment"]][:, None]
     noise = torch.where(own_actions, batch["noise"], 1e6)
-    again = policy.sample(wild["hidden"], wild["mask"], wild["state"], wild["embodiment"], noise=noise)
+    again = policy.sample(
+        wild["hidden"], wild["mask"], wild["state"], wild["embodiment"], noise=noise
+    )
     assert torch.allclose(again, made, atol=1e-5)
     assert (made[batch["embodiment"] == 1][..., 3:] == 0).all()
     policy(wild)["loss"].backward()
@@ -84,9 +118,11 @@ def test_padding_moves_nothing():
 
 def test_the_loss_divides_by_what_is_valid():
     policy, batch = small_policy(), small_batch()
-    batch = {**batch, **policy.draw(6)}
-    totals = policy.valid(batch).sum(), batch["future_valid"].sum()
-    parts = [policy({name: value[rows] for name, value in batch.items()}, totals) for rows in (slice(0, 2), slice(2, 6))]
+    totals = policy.valid(batch["embodiment"]).sum(), batch["future_valid"].sum()
+    parts = [
+        policy({name: value[rows] for name, value in batch.items()}, totals)
+        for rows in (slice(0, 2), slice(2, 6))
+    ]
     for name, whole in policy(batch).items():
         assert torch.allclose(sum(part[name] for part in parts), whole, rtol=1e-5), name
     none = policy({**batch, "future_valid": torch.zeros(6, dtype=torch.bool)})
@@ -97,37 +133,46 @@ def test_normalisation_is_undone_exactly():
     norm, n = small_policy().normalizer, 50
     state, action, robot = 3 * torch.randn(n, 7), 3 * torch.randn(n, T, 5), torch.arange(n) % 2
     back = norm.unnormalize(norm.normalize_action(action, state, robot), state, robot)
-    assert torch.allclose(back, torch.where(norm.action_mask[robot][:, None], action, 0.0), atol=1e-5)
+    own = norm.action_mask[robot][:, None].expand_as(action)
+    assert torch.allclose(back[own], action[own], atol=1e-5)
 
 
 def test_statistics_are_those_of_relative_targets():
     norm, n = small_policy(fitted=False).normalizer, 400
-    state, valid = torch.randn(n, 7), torch.rand(n, T) > 0.3
+    state = torch.randn(n, 7)
     action = torch.randn(n, T, 5) * torch.tensor([1, 2, 3, 4, 5.0]) + torch.arange(T)[:, None]
-    action[..., 3] = state[:, None, 3] + 0.5                              # a joint held half a radian ahead: no deviation at all
-    norm.fit(0, state, torch.where(valid[..., None], action, 1e9), valid)
+    action[..., 3] = (
+        state[:, None, 3] + 0.5
+    )  # a joint held half a radian ahead: no deviation at all
+    norm.fit(0, state, action)
     x = norm.normalize_action(action, state, torch.zeros(n, dtype=torch.long))
     for t in range(T):
-        moving = x[valid[:, t], t][:, [0, 1, 2, 4]]
-        assert torch.allclose(moving.mean(0), torch.zeros(4), atol=1e-4) and torch.allclose(moving.std(0, correction=0), torch.ones(4), atol=1e-4)
-    assert x[..., 3].abs().max() < 1e-2 and norm.action_std[0, :, 3].unique().item() == pytest.approx(norm.ACTION_FLOOR)
-    assert torch.allclose(norm.action_mean[0, :, 4], torch.stack([action[valid[:, t], t, 4].mean() for t in range(T)]), atol=1e-4)      # the finger is absolute
+        moving = x[:, t, [0, 1, 2, 4]]
+        assert torch.allclose(moving.mean(0), torch.zeros(4), atol=1e-4) and torch.allclose(
+            moving.std(0, correction=0), torch.ones(4), atol=1e-4
+        )
+    assert x[..., 3].abs().max() < 1e-2 and norm.action_std[
+        0, :, 3
+    ].unique().item() == pytest.approx(norm.ACTION_FLOOR)
+    assert torch.allclose(
+        norm.action_mean[0, :, 4], action[..., 4].mean(0), atol=1e-4
+    )  # the finger is absolute
 
 
 def test_a_robot_without_statistics_is_an_error():
     policy, batch = small_policy(fitted=False), small_batch()
-    policy.normalizer.fit(0, torch.randn(30, 7), torch.randn(30, T, 5), torch.ones(30, T, dtype=torch.bool))
+    policy.normalizer.fit(0, torch.randn(30, 7), torch.randn(30, T, 5))
     with pytest.raises(UserError, match="no statistics for short"):
         policy(batch)
     with pytest.raises(UserError, match="no statistics for short"):
-        policy.sample(*observed(batch))
-    policy.load_state_dict(small_policy().state_dict())                   # they travel with the weights
+        policy.sample(*observed(batch), batch["noise"])
+    policy.load_state_dict(small_policy().state_dict())  # they travel with the weights
     policy(batch)
 
 
 def test_tau_has_the_moments_of_its_law():
     u = 0.999 * (1 - sample_tau(400_000, torch.Generator().manual_seed(0)))
-    mean, variance = 1.5 / 2.5, 1.5 / (2.5 ** 2 * 3.5)                    # of Beta(1.5, 1)
+    mean, variance = 1.5 / 2.5, 1.5 / (2.5**2 * 3.5)  # of Beta(1.5, 1)
     assert abs(u.mean() - mean) < 2e-3 and abs(u.var() - variance) < 1e-3
     assert 0 <= u.min() and (1 - u / 0.999).min() >= 0
 
@@ -138,23 +183,28 @@ def test_every_parameter_gets_gradient():
     for name, parameter in policy.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     for parameter in (policy.state_encoder[0].weight, policy.decoder[1].bias):
-        assert (parameter.grad.flatten(1).abs().sum(1) > 0).all()        # every robot's
+        assert (parameter.grad.flatten(1).abs().sum(1) > 0).all()  # every robot's
 
 
 def test_robots_do_not_share_their_layers():
     policy, batch = small_policy(), small_batch()
     batch["embodiment"] = torch.zeros(6, dtype=torch.long)
     policy(batch)["loss"].backward()
-    assert policy.state_encoder[0].weight.grad[1].abs().sum() == 0 and policy.action_encoder.second.weight.grad[1].abs().sum() == 0
+    assert (
+        policy.state_encoder[0].weight.grad[1].abs().sum() == 0
+        and policy.action_encoder.second.weight.grad[1].abs().sum() == 0
+    )
 
 
 def test_at_birth_velocity_is_zero():
     policy = Policy(PolicyConfig(), WIDTH, ROBOTS)
     policy.normalizer.fitted[:] = True
-    batch = {**small_batch(), "action": torch.randn(6, 16, 5), "action_valid": torch.ones(6, 16, dtype=torch.bool)}
+    batch = small_batch()
     noise = torch.randn(6, 16, 5)
     own = policy.normalizer.action_mask[batch["embodiment"]][:, None]
-    made = policy.normalizer.normalize_action(policy.sample(*observed(batch), noise=noise), batch["state"], batch["embodiment"])
+    made = policy.normalizer.normalize_action(
+        policy.sample(*observed(batch), noise=noise), batch["state"], batch["embodiment"]
+    )
     assert torch.allclose(made, torch.where(own, noise, 0.0), atol=1e-5)
 
 
@@ -164,7 +214,9 @@ def test_sample_is_deterministic_and_batching_changes_nothing():
     made = policy.sample(*observed(batch), noise=noise)
     assert torch.equal(made, policy.sample(*observed(batch), noise=noise))
     for i in range(6):
-        alone = policy.sample(*(value[i:i + 1] for value in observed(batch)), noise=noise[i:i + 1])
+        alone = policy.sample(
+            *(value[i : i + 1] for value in observed(batch)), noise=noise[i : i + 1]
+        )
         assert torch.allclose(alone[0], made[i], atol=1e-5)
 
 
@@ -175,10 +227,15 @@ def test_keys_and_modulation_made_once_equal_those_made_every_step():
     x = torch.where(own, noise, 0.0)
     with torch.no_grad():
         for step in range(4):
-            token = policy.encode_state(policy.normalizer.normalize_state(state, robot), embodiment_groups(robot))
-            v, _ = policy.velocity(x, torch.full((6,), step / 4), token, policy.project_kv(policy.intent(hidden, mask)), embodiment_groups(robot))
+            tau = torch.full((6,), step / 4)
+            context = policy.context(hidden, mask, state, robot)
+            v, _ = policy.velocity(x, tau, policy.modulations(tau), context)
             x = torch.where(own, x + v / 4, 0.0)
-    assert torch.allclose(policy.sample(hidden, mask, state, robot, noise), policy.normalizer.unnormalize(x, state, robot), atol=1e-5)
+    assert torch.allclose(
+        policy.sample(hidden, mask, state, robot, noise),
+        policy.normalizer.unnormalize(x, state, robot),
+        atol=1e-5,
+    )
 
 
 def test_the_place_of_a_token_matters():
@@ -187,33 +244,47 @@ def test_the_place_of_a_token_matters():
     assert (policy.intent(hidden, mask) - policy.intent(hidden.flip(1), mask)).abs().max() > 1e-2
 
 
+def test_without_intent_the_prompt_changes_nothing():
+    policy, batch = small_policy(use_intent=False), small_batch()
+    made = policy.sample(*observed(batch), batch["noise"])
+    batch["hidden"] = torch.randn(6, L, WIDTH)
+    assert torch.equal(policy.sample(*observed(batch), batch["noise"]), made)
+
+
 def test_the_future_target_takes_no_gradient():
     policy, batch = small_policy(), small_batch()
     tokens = torch.randn(6, 2, 16)
-    policy.future_loss(tokens, batch).backward()
-    assert policy.perceiver.queries.grad is None and policy.future_head[1].weight.grad.abs().sum() > 0
+    policy.future_loss(tokens, batch, 4).backward()
+    assert (
+        policy.perceiver.queries.grad is None and policy.future_head[1].weight.grad.abs().sum() > 0
+    )
 
 
 def test_overfits_a_handful():
     policy, batch = small_policy(hidden_size=32), small_batch(4)
-    policy.initialise()
-    optimizer, generator = torch.optim.Adam(policy.parameters(), lr=3e-3), torch.Generator().manual_seed(0)
+    policy.initialize()
+    optimizer, generator = (
+        torch.optim.Adam(policy.parameters(), lr=3e-3),
+        torch.Generator().manual_seed(0),
+    )
     batch = {name: value.repeat(4, *[1] * (value.ndim - 1)) for name, value in batch.items()}
     for _ in range(300):
         losses = policy({**batch, **policy.draw(16, generator)})
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
-    error = policy.sample(*observed(batch)) - batch["action"]
+    error = policy.sample(*observed(batch), policy.draw(16, generator)["noise"]) - batch["action"]
     scale = policy.normalizer.action_std[batch["embodiment"]]
-    assert (error / scale).abs()[policy.valid(batch)].mean() < 0.3       # of a deviation
+    assert (error / scale).abs()[policy.valid(batch["embodiment"])].mean() < 0.3  # of a deviation
     assert losses["future"] < 0.1
 
 
 def test_errors_name_the_flag():
-    for flags, word in (({"hidden_size": 100}, "--hidden_size"), ({"future_layer": 9}, "--future_layer"), ({"num_future_tokens": 5}, "--num_future_tokens"),
-                        ({"num_inference_steps": 0}, "--num_inference_steps")):
-        with pytest.raises(UserError, match=word):
+    wrong = [{"hidden_size": 100}, {"future_layer": 9}, {"num_future_tokens": 5}]
+    wrong += [{field.name: 0} for field in fields(PolicyConfig) if field.type is int]
+    wrong += [{"num_heads": -6}, {"future_loss_weight": -0.1}, {"future_loss_weight": math.nan}]
+    for flags in wrong:
+        with pytest.raises(UserError, match=f"--{next(iter(flags))}"):
             PolicyConfig(**flags)
     policy = small_policy()
     with pytest.raises(UserError, match="--max_condition_tokens"):
@@ -222,6 +293,15 @@ def test_errors_name_the_flag():
 
 def test_presets_build():
     with torch.device("meta"):
-        sizes = {name: sum(p.numel() for p in Policy(config, 192, {"panda": (17, 8), "xarm6": (16, 7), "xarm7": (17, 8), "widowx": (16, 7)}).parameters())
-                 for name, config in PRESETS.items()}
+        sizes = {
+            name: sum(
+                p.numel()
+                for p in Policy(
+                    config,
+                    192,
+                    {"panda": (17, 8), "xarm6": (16, 7), "xarm7": (17, 8), "widowx": (16, 7)},
+                ).parameters()
+            )
+            for name, config in PRESETS.items()
+        }
     assert 2e6 < sizes["nano"] < 4.5e6 and sizes["gr00t"] > 5e8
