@@ -93,7 +93,7 @@ def test_a_resumed_run_takes_new_episodes_in(made, tmp_path):
     train(flags(made, tmp_path / "out", data=str(tmp_path / "demos"), resume=True, steps=6), PolicyConfig(**SMALL))
     about, after = json.loads((tmp_path / "out" / "training.json").read_text())["policy"], last_state(tmp_path / "out")
     assert about["episodes"] == 15 and [(run["step"], run["episodes"]) for run in about["before"]] == [(4, 12)]
-    scale = [name for name in before if "normaliser" in name]
+    scale = [name for name in before if "normalizer" in name]
     assert scale and all(torch.equal(before[name], after[name]) for name in scale)      # the weights were made for these
 
 
@@ -192,7 +192,7 @@ def test_a_policy_that_goes_on_from_another_trains_all(made, tmp_path):
     train(flags(made, tmp_path / "one"), PolicyConfig(**SMALL))
     train(flags(made, tmp_path / "two", start=str(tmp_path / "one"), tasks="PushCube"), PolicyConfig(**SMALL))
     before, after = (BLM.from_pretrained(tmp_path / name).policy.state_dict() for name in ("one", "two"))
-    assert all(torch.equal(before[name], after[name]) == name.startswith("normaliser.") for name in ("normaliser.state_mean", "blocks.0.mlp.1.weight"))
+    assert all(torch.equal(before[name], after[name]) == name.startswith("normalizer.") for name in ("normalizer.state_mean", "blocks.0.mlp.1.weight"))
 
 
 def test_a_run_refused_for_its_language_model_is_left_as_it_was(made, tmp_path):
