@@ -14,7 +14,6 @@ import nano.scenes
 import nano.instructions
 import data.record
 import eval as evaluation
-from dev import experiments
 import sample
 import train_policy
 import train_sft
@@ -66,7 +65,6 @@ MISTAKES = [
     (evaluation, "expert --out {tmp}/empty", "name a .json file"),
     (evaluation, "expert --out {tmp}/folder.json", "name a .json file"),
     (evaluation, "expert --out {tmp}/file.txt/r.json", "cannot write"),
-    (experiments, "--rows blnd", "unknown row 'blnd'.*did you mean blind"),
     (data.add_robot, "", "say which arm"),
     (data.add_robot, "--mjcf {tmp}/file.txt --name new", "cannot read"),
     (data.add_robot, "--mjcf {tmp}/file.txt --name panda", "there is such a robot already"),
@@ -90,8 +88,8 @@ MISTAKES = [
     (evaluation, "digital --base {tmp}/nowhere", "nowhere"),
     (evaluation, "digital --dtype int7", "unknown dtype 'int7'"),
     (evaluation, "digital --batch_size 0", "--batch_size 0"),
-    (bench, "", "say what to time"),
-    (bench, "sped", "unknown benchmark 'sped'"),
+    (bench, "--only act --against nowhere-at-all", "git rev-parse"),
+    (bench, "--only sped", "unknown part .sped."),
     (data.record, "--workers 0", "--workers 0 must be at least 1"),
     (data.record, "--seed -1", "--seed -1"),
     (data.record, "--noise nan", "--noise nan"),
@@ -127,7 +125,6 @@ MISTAKES = [
     (train_policy, "--data {tmp}/broken --backbone {nano} --out {tmp}/o", "broken episode"),
     (train_policy, "--intent_layer 99 --data {tmp}/broken --backbone {nano} --out {tmp}/o", "--intent_layer 99"),
     (train_policy, "--num_heads 5", "--hidden_size 192 must be an even multiple"),
-    (experiments, "--steps 0", "--steps 0"),
     (train_policy, "--backbone {tmp}/nowhere --out {tmp}/p", "nowhere"),
     (train_policy, "--preset nan", "unknown preset 'nan'.*did you mean nano"),
 ]
