@@ -49,12 +49,12 @@ def reading(path, advice=""):
         raise UserError(f"cannot read {path}: {reason or type(error).__name__}{hint}") from None
 
 
-def read_text(path):
+def read_text(path, errors="strict"):
     """The text of a file, with or without a byte order mark. UserError if it is no text file."""
     with reading(path):
         if Path(path).exists() and not Path(path).is_file():
             raise UserError("it is not a file")  # a FIFO would wait for ever
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig", errors=errors)
 
 
 def read_json(path, advice=""):
