@@ -9,8 +9,6 @@ A file is JSON lines, a record a line, or one JSON list of records. A record is 
      "images": ["a.jpg"]}                                                LLaMA-Factory, ms-swift
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                          {"from": "gpt", "value": "A cup."}]}    LLaVA, ShareGPT
-    {"instruction": "<image>What is this?", "output": "A cup.", "images": ["a.jpg"]}      Alpaca
-    {"query": "<image>What is this?", "response": "A cup.", "images": ["a.jpg"]}        ms-swift
     {"images": ["a.jpg"], "questions": [{"question": "What is this?", "answer": "A cup."}, ...]}
 
 The last is this project's own: questions about the same pictures, each as if asked alone. "videos"
@@ -36,13 +34,16 @@ from files import read_text, reading
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 ROLES |= {"chatgpt": "assistant", "model": "assistant", "system": "system"}
 KINDS = ("image", "video")
-# a place in a text: LLaVA's tag, Qwen 1's path; those of ms-swift that are not filled are refused
-PLACE = re.compile(r"<(image|video|bbox|ref-object|img>.+?</img)>\n*")
-QWEN_PLACE = re.compile(r"<\|vision_start\|><\|(image|video)_pad\|><\|vision_end\|>")
-# what asks for another answer or picture than would be trained on, and the value that changes none
+# A place in a text: LLaVA's tag, Qwen's three tokens, Qwen 1's path. ms-swift's tags for boxes are
+# known here to be refused: nothing would be put in.
+PLACE = re.compile(
+    r"<(?:\|vision_start\|><\|)?(image|video|bbox|ref-object|img>.+?</img)"
+    r"(?:_pad\|><\|vision_end\|)?>\n*"
+)
+# What asks for another answer or picture than would be trained on, and the values that do not.
 UNREAD = dict.fromkeys(("audio", "audios", "tools", "tool_calls", "min_pixels", "max_pixels"))
 UNREAD |= dict.fromkeys(("total_pixels", "resized_height", "resized_width", "nframes"))
-UNREAD |= {"video_start": 0, "video_end": None, "fps": 2}
+UNREAD |= {"video_start": 0, "video_end": None, "fps": 2, "weight": 1, "loss": True}
 MOST_TOLD = 5  # bad records that an error names
 
 
@@ -83,15 +84,15 @@ class Conversations:
                 self.records.append((place, record))
             except UserError as error:
                 bad.append(one_line(error, longest=200))
+        self.skipped = len(bad)
+        about = f"{len(bad)} of {len(entries)} records are bad: {'; '.join(bad[:MOST_TOLD])}"
         if bad and on_bad == "refuse":
-            more = f", and {len(bad) - MOST_TOLD} more" if len(bad) > MOST_TOLD else ""
             advice = "JSON lines in UTF-8 wanted: mend them, or leave them out with --on_bad skip"
-            raise UserError(f"{'; '.join(bad[:MOST_TOLD])}{more}; {advice}")
+            raise UserError(f"{about}; {advice}")
         if bad:
-            print(f"{path}: {len(bad)} of {len(entries)} records left out; the first: {bad[0]}")
+            print(f"left out: {about}")
         if not self.records:
             raise UserError(f"{path} holds no conversations")
-        self.skipped = len(bad)
 
     def __len__(self):
         return len(self.records)
@@ -134,11 +135,11 @@ class Conversations:
             frames = [load_image(found)]
         else:
             frames = list(map(load_image, found)) if isinstance(found, list) else load_video(found)
-        width, height = frames[0].size
-        if any(frame.size != (width, height) for frame in frames):
-            raise UserError(f"the frames of {source} must have one size")
-        if min(width, height) < 2 or max(width, height) > 200 * min(width, height):
-            raise UserError(f"{source} is too thin: {width}x{height} pixels")
+        for frame in frames:
+            low, high = sorted(frame.size)
+            if frame.size != frames[0].size or low < 2 or high > 200 * low:
+                wanted = "frames of one size, at least 2 pixels wide, one side at most 200 times the other"
+                raise UserError(f"{source} has {frame.width}x{frame.height} pixels: {wanted}")
         return frames[0] if kind == "image" else frames
 
 
@@ -149,12 +150,14 @@ def read_entries(path):
     """[("line 12", JSON)] of JSON lines, or [("record 12", content)] of one JSON list."""
     # bytes that are no UTF-8 become lone surrogates, for which only their record is refused
     text = read_text(path, errors="surrogateescape")
-    if text.lstrip().startswith("["):
-        with reading(path, "JSON lines wanted, or one JSON list"):
-            return [(f"record {n}", record) for n, record in enumerate(json.loads(text), start=1)]
+    unit = "line"
     # splitlines would also split at what JSON strings may hold
-    lines = enumerate(text.split("\n"), start=1)
-    return [(f"line {n}", line) for n, line in lines if line.strip()]
+    entries = [line.strip(" \t\r\ufeff") for line in text.split("\n")]
+    if text.lstrip().startswith("["):
+        unit = "record"
+        with reading(path, "JSON lines wanted, or one JSON list"):
+            entries = json.loads(text)
+    return [(f"{unit} {n}", entry) for n, entry in enumerate(entries, start=1) if entry != ""]
 
 
 def read_record(record):
@@ -168,30 +171,38 @@ def read_record(record):
     conversations = []
     for turns in read_turns(record):
         messages = [read_message(turn) for turn in turns]
-        questions = [message["content"] for message in messages if message["role"] == "user"]
-        files = {kind: listed(record, kind) for kind in KINDS}
-        places = [item for content in questions for item in content if item["type"] in KINDS]
-        if questions and not places and "messages" not in record:
-            places = [{"type": kind} for kind in KINDS for _ in files[kind]]
-            questions[0][:0] = places
-        for kind, names in files.items():
-            unnamed = [place for place in places if place["type"] == kind and "source" not in place]
-            if len(unnamed) != len(names):
-                raise ValueError(f"it names {len(names)} {kind}s for {len(unnamed)} places")
-            for place, name in zip(unnamed, names, strict=True):
-                place["source"] = name
-        media = [(place["type"], place.pop("source")) for place in places]
         conversations.append(messages)
+        questions = [message["content"] for message in messages if message["role"] == "user"]
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         if not "".join(answers).strip() and record.get("questions") != []:
             raise ValueError("it has no answer")
+        media = place_media(record, questions)
     return conversations, media
+
+
+def place_media(record, questions):
+    """[(kind, source)] of the places in the contents of questions, those beside them put in."""
+    places = [item for content in questions for item in content if "text" not in item]
+    files = {kind: listed(record, kind) for kind in KINDS}
+    if questions and not places and "messages" not in record:
+        places = [{"type": kind} for kind in KINDS for _ in files[kind]]
+        questions[0][:0] = places
+    for kind in (*KINDS, "bbox", "ref-object"):
+        names = files.get(kind, [])
+        unnamed = [place for place in places if place["type"] == kind and "source" not in place]
+        if len(unnamed) != len(names):
+            raise ValueError(
+                f"its questions have {len(unnamed)} <{kind}>, and it names {len(names)}"
+            )
+        for place, name in zip(unnamed, names, strict=True):
+            place["source"] = name
+    return [(place["type"], place.pop("source")) for place in places]
 
 
 def refuse_unread(item):
     """ValueError for what a record, a message or a picture asks for and would not get."""
     for key in UNREAD.keys() & item.keys():
-        if item[key] and item[key] != UNREAD[key]:
+        if item[key] not in (None, "", [], UNREAD[key]):
             raise ValueError(f"{key!r} is not obeyed here: take it out")
 
 
@@ -199,25 +210,16 @@ def read_turns(record):
     """A record's conversations [[{"role", "content"}, ...], ...], whatever its shape."""
     before = [{"role": "system", "content": record["system"]}] if record.get("system") else []
     turns = record.get("messages") or record.get("conversations")
-    if turns:
+    if turns:  # tables are exported with lists as strings
         return [before + (json.loads(turns) if isinstance(turns, str) else turns)]
-    for question, answer in (("instruction", "output"), ("query", "response")):
-        if question in record:
-            asked = "\n".join(filter(None, (record[question], record.get("input"))))
-            pairs = [*(record.get("history") or []), (asked, record[answer])]
-            return [before + pair_turns(pairs)]
     if "questions" not in record:
         raise ValueError('it has neither "messages" nor "conversations" nor "questions"')
-    pairs = [(entry["question"], entry["answer"]) for entry in record["questions"]]
-    return [before + pair_turns([pair]) for pair in pairs] or [[{"role": "user", "content": ""}]]
-
-
-def pair_turns(pairs):
-    turns = []
-    for question, answer in pairs:
-        turns.append({"role": "user", "content": question})
-        turns.append({"role": "assistant", "content": answer})
-    return turns
+    conversations = []
+    for entry in record["questions"]:
+        question = {"role": "user", "content": entry["question"]}
+        answer = {"role": "assistant", "content": entry["answer"]}
+        conversations.append([*before, question, answer])
+    return conversations or [[{"role": "user", "content": ""}]]  # pictures alone
 
 
 def listed(record, kind):
@@ -251,14 +253,11 @@ def read_message(turn):
     items = []
     for item in content if isinstance(content, list) else [content]:
         items += read_item(item)
-    if role == "user":
-        return {"role": role, "content": items}
-    if any(item["type"] in KINDS for item in items):
-        raise ValueError(f"a message of {name!r} holds a picture or video, as only questions may")
-    message = {"role": role, "content": "".join(item["text"] for item in items)}
-    if turn.get("weight") == 0 or turn.get("loss") is False:  # OpenAI's and ms-swift's
-        message["learn"] = False
-    return message
+    if role != "user":
+        if any("text" not in item for item in items):
+            raise ValueError(f"a message of {name!r} holds a picture, as only questions may")
+        items = "".join(item["text"] for item in items)
+    return {"role": role, "content": items}
 
 
 def read_item(item):
@@ -275,13 +274,11 @@ def read_item(item):
         raise ValueError(f"unknown content {item}: text, image and video are known")
     item["text"].encode()  # half an emoji, or no UTF-8
     items = []
-    for i, part in enumerate(PLACE.split(QWEN_PLACE.sub(r"<\1>", item["text"]))):
-        if i % 2 == 0:  # between two places
+    for i, part in enumerate(PLACE.split(item["text"])):
+        if i % 2 == 0:  # text between two places
             items += [{"type": "text", "text": part}] if part else []
         elif part.startswith("img>"):
             items.append({"type": "image", "source": part[4:-5]})
-        elif part in KINDS:
-            items.append({"type": part})
         else:
-            raise ValueError(f"nothing here stands for <{part}>: write it out")
+            items.append({"type": part})
     return items
