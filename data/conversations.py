@@ -31,8 +31,8 @@ from cli import UserError, one_line
 from data.media import load_image, load_video, locate
 from files import read_text, reading
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-ROLES |= {"chatgpt": "assistant", "model": "assistant", "system": "system"}
+ROLES = ("system", "user", "assistant")
+SHAREGPT = {"human": "user", "gpt": "assistant"}
 KINDS = ("image", "video")
 # A place in a text: LLaVA's tag, Qwen's three tokens, Qwen 1's path. ms-swift's tags for boxes are
 # known here to be refused: nothing would be put in.
@@ -40,10 +40,10 @@ PLACE = re.compile(
     r"<(?:\|vision_start\|><\|)?(image|video|bbox|ref-object|img>.+?</img)"
     r"(?:_pad\|><\|vision_end\|)?>\n*"
 )
-# What asks for another answer or picture than would be trained on, and the values that do not.
-UNREAD = dict.fromkeys(("audio", "audios", "tools", "tool_calls", "min_pixels", "max_pixels"))
-UNREAD |= dict.fromkeys(("total_pixels", "resized_height", "resized_width", "nframes"))
-UNREAD |= {"video_start": 0, "video_end": None, "fps": 2, "weight": 1, "loss": True}
+# What asks for another answer or picture than a model would be trained on.
+UNREAD = re.compile(
+    r"audios?|tools|tool_calls|\w+_pixels|resized_\w+|nframes|video_(start|end)|fps"
+)
 MOST_TOLD = 5  # bad records that an error names
 
 
@@ -201,8 +201,8 @@ def place_media(record, questions):
 
 def refuse_unread(item):
     """ValueError for what a record, a message or a picture asks for and would not get."""
-    for key in UNREAD.keys() & item.keys():
-        if item[key] not in (None, "", [], UNREAD[key]):
+    for key, value in item.items():
+        if value and UNREAD.fullmatch(key) and (key, value) != ("fps", 2):
             raise ValueError(f"{key!r} is not obeyed here: take it out")
 
 
@@ -237,27 +237,30 @@ def find_source(item, kind):
             return f"data:;base64,{encoded}"
         keys = (kind, f"{kind}_url", "url", "path")
         item = next((item[key] for key in keys if item.get(key)), None)
-    if kind == "video" and isinstance(item, list):
-        return [find_source(frame, "image") for frame in item]
+    if isinstance(item, list):
+        return [find_source(frame, "image") for frame in item] if kind == "video" else str(item)
     return item
 
 
 def read_message(turn):
     """A chat message. Its places for media have a "source" if they name their own."""
     refuse_unread(turn)
-    name = turn.get("role") or turn.get("from")
-    role = ROLES.get(str(name).lower())
-    if role is None:
-        raise ValueError(f"unknown role {name!r}, choose from: {', '.join(ROLES)}")
+    name = str(turn.get("role") or turn.get("from")).lower()
+    role = SHAREGPT.get(name, name)
+    if role not in ROLES:
+        raise ValueError(f"unknown role {name!r}, choose from: {', '.join((*ROLES, *SHAREGPT))}")
     content = turn.get("value") if turn.get("content") is None else turn["content"]
     items = []
     for item in content if isinstance(content, list) else [content]:
         items += read_item(item)
-    if role != "user":
-        if any("text" not in item for item in items):
-            raise ValueError(f"a message of {name!r} holds a picture, as only questions may")
-        items = "".join(item["text"] for item in items)
-    return {"role": role, "content": items}
+    if role == "user":
+        return {"role": role, "content": items}
+    if any("text" not in item for item in items):
+        raise ValueError(f"a message of {name!r} holds a picture, as only questions may")
+    message = {"role": role, "content": "".join(item["text"] for item in items)}
+    if turn.get("weight") == 0 or turn.get("loss") is False:  # OpenAI's, ms-swift's
+        message["learn"] = False
+    return message
 
 
 def read_item(item):
