@@ -1,12 +1,22 @@
-"""The scripted expert: a task becomes primitives, a primitive a key pose, a pose a joint path, a path targets at 20 Hz (BLM1, planning side of its data engine).
+"""The scripted expert: a task becomes primitives, then poses, joint paths, targets at 20 Hz.
 
-    primitives(env) -> [Primitive]            approach, descend, grasp, carry, ... each a TCP pose or a finger target
-    plan(env, primitives) -> [Segment]        inverse kinematics along the way, collision check, another tilt or yaw if infeasible, timing under speed limits
-    demonstrate(env, seed) -> Demonstration   execute with small disturbances, watch success, plan again from where things are on failure
+    primitives    PRIMITIVES[task](env) -> [Primitive]: approach, descend, grasp, carry, ..., each a
+                  pose of the tool or a place of the fingers
+    poses, paths  plan(env, primitives) -> [(name, targets)]: inverse kinematics along the way,
+                  another tilt or turn if that fails or collides, timing under the speed limits
+    execution     demonstrate(env, seed) -> Demonstration: carry out with small disturbances, watch
+                  for success, and plan again from where things are
 
-The expert reads the true state of the simulator; policies never do.
+This is the planning side of BLM1's data engine. The expert reads the true state of the simulator;
+policies never do. TCP is the tool's frame (data/robots.py); L control steps, S state and A action
+dimensions; q (dof,) joint angles in rad; m, rad, s.
 """
+
+import copy
+import math
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import mujoco
 import numpy as np
@@ -14,336 +24,413 @@ import numpy as np
 from data import seeds
 from data.env import CONTROL_HZ
 from data.robots import SQUEEZE, get_kinematics
-from data.tasks import PEG_LENGTH, PEG_RADIUS, TASKS, region_radius
+from data.tasks import PEG_LENGTH, PEG_RADIUS, region_radius
 
-JOINT_SPEED = 1.3        # rad/s, peak, and never above 0.6 of the arm's own limit
-TCP_SPEED = 0.45         # m/s, peak
-PEG_SWING = 6.0          # N a finger: carries the peg (5.9 N) and lets it swing until friction balances it; for the Panda, whose wrist cannot turn it all the way
-PEG_FIRM = 25.0          # N a finger: the peg does not swing
-PEG_LEVER = 0.07         # m from its centre to where it is held
-FINGER_STEPS = 6         # control steps for every closing or opening, as ManiSkill's experts
-TILTS = (0.0, 0.3, 0.6)  # rad, forwards from straight down: the WidowX points straight down only below 0.175 m
-PLANS = 6                # how often the expert may look again and plan from where things are
+JOINT_SPEED = 1.3  # rad/s, peak, and never above 0.6 of the arm's own limit
+TCP_SPEED = 0.45  # m/s, peak
+CLEARANCE = 0.06  # m, from which the hand goes straight down to what it grasps
+PEG_SWING = 6.0  # N a finger: carries the peg (5.9 N) and lets it swing until friction balances it
+PEG_FIRM = 25.0  # N a finger: the peg does not swing
+PEG_LEVER = 0.07  # m from its center to where it is held
+FINGER_STEPS = 6  # control steps for every closing or opening, as ManiSkill's experts
+# Tilts to try, rad forwards from straight down: the WidowX points straight down only below 0.175 m.
+TILTS = (0.0, 0.3, 0.6)
+PLANS = 6  # how often the expert may look again and plan from where things are
+UP = np.array([0.0, 0.0, 1.0])
 
 
 class Infeasible(Exception):
-    """No joint path reaches a pose: the message says which."""
+    """No joint path reaches the pose of a primitive."""
 
 
 @dataclass
 class Primitive:
-    """Move the TCP to `position` (m, the task's frame) with the fingers at `finger` (m), or, without a position, only move the fingers.
+    """One movement of the TCP to a `position`, or of the fingers alone where there is none."""
 
-    turns: closing axis' angles to try (rad, 0 = the hand's rest direction seen from the base); straight: along a line; slow: fraction of the speed limits.
-    """
     name: str
-    finger: float
-    position: np.ndarray = None
-    turns: tuple = None      # None: any direction will do, the present one first
-    tilts: tuple = TILTS
-    straight: bool = True
-    slow: float = 1.0
-    hold: int = 0            # control steps to wait at the end, while the servos catch up
-    keep_pose: bool = False  # same orientation as the primitive before
-
-
-@dataclass
-class Segment:
-    """One primitive as targets: name, actions (n, A)."""
-    name: str
-    actions: np.ndarray
+    finger: float  # m, where the fingers are sent; see SQUEEZE
+    position: np.ndarray = None  # m, in the task's frame
+    turn: float = None  # rad from the hand's rest direction there; None: as the hand is
+    tilts: tuple = TILTS  # to be tried with that turn
+    straight: bool = True  # the TCP moves along a line; else the joints do, with the next in view
+    slow: float = 1.0  # fraction of the speed limits
+    hold: int = 0  # control steps to wait at the end, while the servos catch up
 
 
 @dataclass
 class Demonstration:
-    """states (L, S), actions (L, A) clean targets, phases [L], images [L] or [], success, attempts."""
-    states: np.ndarray
-    actions: np.ndarray
-    phases: list
-    images: list
+    """What was seen and commanded: row t of each belongs to control step t."""
+
+    states: np.ndarray  # (L, S)
+    actions: np.ndarray  # (L, A) clean targets
+    phases: list  # L names of primitives
+    images: list  # L times {view: picture}, empty where the env does not render
     success: bool
-    attempts: int
     instruction: str
 
 
-# ---- poses
-
-def tool_rotation(robot, azimuth, turn, tilt):
-    """(3, 3): approach axis tilted by `tilt` forwards from straight down, closing axis horizontal; azimuth + turn is the direction (rad) of "forwards"."""
-    a = azimuth + turn
-    forward = np.array([np.cos(a), np.sin(a), 0.0])
-    z = np.array([0.0, 0.0, -np.cos(tilt)]) + np.sin(tilt) * forward
-    y = np.array([np.sin(a), -np.cos(a), 0.0])
-    if get_kinematics(robot.name).forward(robot.home)[1][1, 1] > 0:      # this hand rests with its closing axis the other way round
-        y = -y
-    return np.stack([np.cross(y, z), y, z], axis=1)
+# ---- poses of the hand
 
 
-def quarter_turns(yaw, azimuth):
-    """Turns (rad) that put the closing axis across a cube's faces, the smallest first."""
-    turn = (yaw - azimuth + np.pi / 4) % (np.pi / 2) - np.pi / 4
-    return tuple(sorted((turn, turn - np.pi / 2, turn + np.pi / 2), key=abs))[:2]
+def tcp_pose(env):
+    """Position (3,) m in the task's frame and rotation (3, 3) of the tool, live."""
+    tcp = env.data.site("tcp")
+    return tcp.xpos, tcp.xmat.reshape(3, 3)
 
 
-def azimuth_of(env, position):
-    """Direction (rad) from the base to a point: the hand's rest direction there."""
-    x, y = position[:2] - env.base[:2]
-    return np.arctan2(y, x)
+def closing_sign(robot):
+    """1, or -1 for a hand that rests with its closing axis the other way round."""
+    _, rotation = get_kinematics(robot.name).forward(robot.home)
+    return -np.sign(rotation[1, 1])
 
 
-def yaw_of(env, name):
-    rotation = env.rotation(name)
-    axis = max(range(3), key=lambda i: np.hypot(*rotation[:2, i]))       # the cube may lie on any face
-    return np.arctan2(rotation[1, axis], rotation[0, axis])
+def tool_rotation(robot, direction, tilt):
+    """(3, 3) rotation of a tool that points down, tilted by `tilt` towards `direction` (both rad).
 
-
-def above(point, height):
-    return np.array([point[0], point[1], point[2] + height])
+    The closing axis is horizontal; direction is about the vertical, 0 along the base's x.
+    """
+    x, y = np.cos(direction), np.sin(direction)
+    approach = np.array([np.sin(tilt) * x, np.sin(tilt) * y, -np.cos(tilt)])
+    closing = closing_sign(robot) * np.array([y, -x, 0.0])
+    return np.column_stack([np.cross(closing, approach), closing, approach])
 
 
 def hand_pose(env):
-    """(direction, tilt) in rad of the hand as it is: the arguments of tool_rotation that come nearest."""
-    _, closing, approach = env.data.site_xmat[env.tcp].reshape(3, 3).T
-    rest = tool_rotation(env.robot, 0.0, 0.0, 0.0)[1, 1]                 # -1, or +1 for a hand that rests the other way round
-    direction = np.arctan2(closing[0], -closing[1]) if rest < 0 else np.arctan2(-closing[0], closing[1])
-    return direction, np.arctan2(approach[:2] @ (np.cos(direction), np.sin(direction)), -approach[2])
+    """(direction, tilt) of the hand as it is: the nearest arguments of tool_rotation."""
+    _, rotation = tcp_pose(env)
+    x, y, _ = closing_sign(env.robot) * rotation[:, 1]
+    direction = np.arctan2(x, -y)
+    forward = rotation[:2, 2] @ (np.cos(direction), np.sin(direction))
+    return direction, np.arctan2(forward, -rotation[2, 2])
 
 
 def hand_offset(env, point):
     """(3,) m: a point as the hand sees it, in the tool's frame."""
-    return env.data.site_xmat[env.tcp].reshape(3, 3).T @ (point - env.data.site_xpos[env.tcp])
+    position, rotation = tcp_pose(env)
+    return rotation.T @ (point - position)
 
 
-# ---- tasks as primitives (the order of ManiSkill's experts; what differs says why)
+def azimuth_of(env, position):
+    """Direction (rad) from the base to a point: the hand's rest direction there."""
+    x, y, _ = position - env.base
+    return np.arctan2(y, x)
 
-def retreat(env, finger, low=0.06):
+
+def quarter_turn(env, name, point):
+    """The smallest turn (rad) that puts the closing axis, at `point`, across a cube's faces."""
+    x, y, _ = env.rotation(name)
+    axis = np.hypot(x, y).argmax()  # the most horizontal one: the cube may lie on any face
+    quarter = np.pi / 2
+    yaw = np.arctan2(y[axis], x[axis])
+    return (yaw - azimuth_of(env, point) + quarter / 2) % quarter - quarter / 2
+
+
+# ---- tasks as primitives: what of each is still to do, seen from where things are now.
+# The order is that of ManiSkill's experts; what differs says why.
+
+
+def retreat(env, finger):
     """Fingers there first, then up from the table, if the hand is low."""
-    tcp, steps = env.data.site_xpos[env.tcp], []
+    tcp, _ = tcp_pose(env)
+    steps = []
     if abs(env.data.qpos[env.robot.dof] - max(finger, 0.0)) > 0.1 * env.robot.travel:
         steps.append(Primitive("retreat", finger))
-    return steps + ([Primitive("retreat", finger, above(tcp, low - tcp[2] + 0.01), slow=0.8)] if tcp[2] < low else [])
+    if tcp[2] < 0.06:
+        high = tcp + (0.06 - tcp[2] + 0.01) * UP
+        steps.append(Primitive("retreat", finger, high, slow=0.8))
+    return steps
 
 
-def grasp(env, name, point, turns, close=SQUEEZE, clearance=0.06, tilts=TILTS):
-    """Open, go above, go down, close: what of it is still to do, seen from where the hand is."""
+def grasp(env, name, point, turn, close=SQUEEZE, tilts=TILTS):
+    """Open, go above, go down, close; nothing if the body is held."""
     if env.grasped(name):
         return []
-    open_, offset = env.robot.travel, hand_offset(env, point)
-    astray = min(abs((hand_pose(env)[0] - azimuth_of(env, point) - turn + np.pi / 2) % np.pi - np.pi / 2) for turn in turns)
-    above_it = np.hypot(*offset[:2]) < 0.006 and astray < 0.15 and offset[2] < clearance + 0.02 and env.data.qpos[env.robot.dof] > 0.9 * open_
-    there = [] if above_it else retreat(env, open_) + [Primitive("approach", open_, above(point, clearance), turns, tilts, straight=False)]
-    return there + [Primitive("descend", open_, point, turns, slow=0.6, hold=2, keep_pose=True), Primitive("grasp", close)]
+    wide = env.robot.travel
+    steps = [Primitive("descend", wide, point, slow=0.6, hold=2), Primitive("grasp", close)]
+    # Is the hand above it already, open and turned? Half a turn makes no difference.
+    direction, _ = hand_pose(env)
+    turned = abs(np.cos(direction - azimuth_of(env, point) - turn)) > np.cos(0.15)
+    x, y, z = hand_offset(env, point)
+    over = np.hypot(x, y) < 0.006 and z < CLEARANCE + 0.02
+    if not (turned and over and env.data.qpos[env.robot.dof] > 0.9 * wide):
+        high = point + CLEARANCE * UP
+        approach = Primitive("approach", wide, high, turn, tilts, straight=False)
+        steps = [*retreat(env, wide), approach, *steps]
+    return steps
 
 
 def held_at(env, name, point):
-    """Where the TCP must be for the held body to be at `point`: it may sit askew in the hand."""
-    return point + env.data.site_xpos[env.tcp] - env.position(name) if env.grasped(name) else point
+    """Where the TCP must be for a held body to be at `point`: it may sit askew in the hand."""
+    tcp, _ = tcp_pose(env)
+    return point + tcp - env.position(name) if env.grasped(name) else point
+
+
+def fetch(env, name, height, low):
+    """Grasp a body, and lift it by `height` (m) if it lies lower than `low`."""
+    body = env.position(name)
+    turn = 0.0 if name == "sphere" else quarter_turn(env, name, body)
+    steps = grasp(env, name, body, turn)
+    if steps or body[2] < low:
+        high = held_at(env, name, body) + height * UP
+        steps.append(Primitive("lift", SQUEEZE, high))
+    return steps
 
 
 def pick_cube(env):
-    cube, goal = env.position("cube"), env.position("goal")
-    steps = grasp(env, "cube", cube, quarter_turns(yaw_of(env, "cube"), azimuth_of(env, cube)))
-    if steps or cube[2] < 0.04:
-        steps.append(Primitive("lift", SQUEEZE, above(held_at(env, "cube", cube), 0.04)))
-    return steps + [Primitive("carry", SQUEEZE, held_at(env, "cube", goal), hold=8)]
+    goal = held_at(env, "cube", env.position("goal"))
+    steps = fetch(env, "cube", height=0.04, low=0.04)
+    return [*steps, Primitive("carry", SQUEEZE, goal, hold=8)]
 
 
-def slide(direction):
-    """Push (+1) or pull (-1): the closed fingers stand behind the cube and drive it along x, over the edge of the target and inside."""
-    def primitives(env):
-        cube, goal = env.position("cube"), env.position("goal")
-        turn = (-azimuth_of(env, cube),)
-        start = cube - (direction * 0.055, 0, 0)
-        # the fingers' half thickness and the cube's half side stand between TCP and cube centre
-        end = np.array([goal[0] - direction * (0.03 + 0.6 * region_radius(env.robot)), cube[1], start[2]])
-        drive = Primitive("push" if direction > 0 else "pull", 0.0, end, turn, slow=0.7, hold=2)
-        behind, beside, over = (env.data.site_xpos[env.tcp] - cube) * (-direction, 1, 1)
-        if 0.02 < behind < 0.07 and max(abs(beside), abs(over)) < 0.01:
-            return [drive]
-        return retreat(env, 0.0) + [Primitive("approach", 0.0, above(start, 0.07), turn, straight=False),
-                                    Primitive("descend", 0.0, start, turn, slow=0.8, keep_pose=True), drive]
-    return primitives
+def slide(env, name, side):
+    """Closed fingers stand behind the cube and drive it along x, over the edge of the target.
+
+    Push: side 1; pull: side -1.
+    """
+    cube = env.position("cube")
+    turn = -azimuth_of(env, cube)
+    start = cube - (side * 0.055, 0, 0)
+    # the fingers' half thickness and the cube's half side stand between TCP and cube center
+    short = 0.03 + 0.6 * region_radius(env.robot)
+    end = start.copy()
+    end[0] = env.position("goal")[0] - side * short
+    drive = Primitive(name, 0.0, end, turn, slow=0.7, hold=2)
+    tcp, _ = tcp_pose(env)
+    behind, beside, over = (tcp - cube) * (-side, 1, 1)
+    if 0.02 < behind < 0.07 and max(abs(beside), abs(over)) < 0.01:
+        return [drive]
+    return [
+        *retreat(env, 0.0),
+        Primitive("approach", 0.0, start + 0.07 * UP, turn, straight=False),
+        Primitive("descend", 0.0, start, slow=0.8),
+        drive,
+    ]
 
 
-def put(env, name, place, turns, lift, drop):
-    """Grasp a body, lift it by `lift`, carry it over `place`, lower it to `drop` above, let go and leave (m): what of it is still to do."""
-    at = env.position(name)
-    steps, to = grasp(env, name, at, turns), held_at(env, name, place)
-    over = not steps and np.hypot(*(at - place)[:2]) < 0.01
-    if steps or at[2] < place[2] + 0.03 and not over:
-        steps.append(Primitive("lift", SQUEEZE, above(held_at(env, name, at), lift)))
-    if not over:
-        steps.append(Primitive("carry", SQUEEZE, above(to, 0.05)))
-    return steps + [Primitive("place", SQUEEZE, above(to, drop), slow=0.5, hold=4),
-                    Primitive("release", env.robot.travel), Primitive("retreat", env.robot.travel, above(to, 0.065))]
+def put(env, name, support, rest, lift, drop):
+    """Grasp a body, lift it by `lift`, carry it over a support, where it rests `rest` higher.
 
-
-def stack_cube(env):
-    a, b = env.position("cubeA"), env.position("cubeB")
-    return put(env, "cubeA", above(b, 0.04), quarter_turns(yaw_of(env, "cubeA"), azimuth_of(env, a)), lift=0.09, drop=0.003)
-
-
-def place_sphere(env):
-    # 9 mm above its rest instead of 27: a ball dropped from higher jumps out of walls that reach only its lower half
-    return put(env, "sphere", above(env.position("bin"), 0.0225), (0.0, np.pi / 4, -np.pi / 4), lift=0.07, drop=0.0095)
+    Then lower it to `drop` above that (all in m), let go and leave.
+    """
+    wide = env.robot.travel
+    place = env.position(support) + rest * UP
+    target = held_at(env, name, place)
+    x, y, _ = env.position(name) - place
+    away = np.hypot(x, y) >= 0.01
+    steps = fetch(env, name, lift, low=place[2] + 0.03 if away else 0.0)
+    if steps or away:
+        steps.append(Primitive("carry", SQUEEZE, target + 0.05 * UP))
+    return [
+        *steps,
+        Primitive("place", SQUEEZE, target + drop * UP, slow=0.5, hold=4),
+        Primitive("release", wide),
+        Primitive("retreat", wide, target + 0.065 * UP),
+    ]
 
 
 def lift_peg(env):
-    """Grasp loosely across the far half and lift: the peg swings down in the grip. Then, from where it hangs, turn the hand by what is missing and set it down."""
-    peg, axis, tcp = env.position("peg"), env.rotation("peg")[:, 0], env.data.site_xpos[env.tcp].copy()
-    grip = PEG_RADIUS - (PEG_SWING if env.robot.name == "panda" else PEG_FIRM) / env.robot.fingers["kp"]
+    """Grasp across the far half and lift: the peg swings down in the grip. Then stand it up."""
+    panda = env.robot.name == "panda"
+    peg = env.position("peg")
+    axis = env.rotation("peg")[:, 0]
+    firm = PEG_RADIUS - PEG_FIRM / env.robot.fingers["kp"]
     if env.grasped("peg") and peg[2] > 1.2 * PEG_RADIUS:
-        axis = axis * np.sign(axis[2])
-        _, closing, approach = env.data.site_xmat[env.tcp].reshape(3, 3).T
-        forward = np.array([-closing[1], closing[0], 0.0])
-        forward *= np.sign(forward @ (tcp - env.base)) / np.linalg.norm(forward)
-        tilt, lean = np.arctan2(approach @ forward, -approach[2]), np.arctan2(axis @ forward, axis[2])
-        firm = PEG_RADIUS - PEG_FIRM / env.robot.fingers["kp"]
-        turned = Primitive("turn", firm, tcp, (0.0,), tilts=tuple(tilt + lean + d for d in (0, -0.05, 0.05)), straight=False)
-        down = above(tcp, PEG_LENGTH + (tcp - peg) @ axis - tcp[2] - 0.006)
-        return [turned, Primitive("place", firm, down, slow=0.4, hold=4, keep_pose=True), Primitive("release", env.robot.travel)]
-    outwards = axis * np.sign(axis @ (peg - env.base))
-    point = peg + PEG_LEVER * outwards
-    turn = np.arctan2(outwards[1], outwards[0]) - azimuth_of(env, point)
-    # leaning back a little at first spares the xArm's wrist the last of its range when the peg stands
-    return grasp(env, "peg", point, (turn,), close=grip, tilts=(-0.25, 0.0, 0.3) if env.robot.name.startswith("xarm") else TILTS) + [
-        Primitive("lift", grip, above(peg + PEG_LEVER / 2 * outwards, 0.23), (0.0,), tilts=(0.6, 0.3, 0.0) if env.robot.name != "panda" else TILTS, slow=0.8)]
+        return stand_peg(env, peg, axis * np.sign(axis[2]), firm)
+    # loosely for the Panda, whose wrist cannot turn the peg all the way
+    grip = PEG_RADIUS - PEG_SWING / env.robot.fingers["kp"] if panda else firm
+    axis *= np.sign(axis @ (peg - env.base))  # outwards
+    point = peg + PEG_LEVER * axis
+    turn = np.arctan2(axis[1], axis[0]) - azimuth_of(env, point)
+    # leaning back a little spares the xArm's wrist the last of its range when the peg stands
+    tilts = (-0.25, 0.0, 0.3) if env.robot.name.startswith("xarm") else TILTS
+    steps = grasp(env, "peg", point, turn, grip, tilts)
+    high = peg + PEG_LEVER / 2 * axis + 0.23 * UP
+    tilts = TILTS if panda else TILTS[::-1]
+    return [*steps, Primitive("lift", grip, high, 0.0, tilts, slow=0.8)]
 
 
-PRIMITIVES = dict(zip(TASKS, (pick_cube, slide(+1), slide(-1), stack_cube, place_sphere, lift_peg)))
+def stand_peg(env, peg, axis, grip):
+    """From where the peg hangs: turn the hand by what is missing, and set it down."""
+    tcp, rotation = tcp_pose(env)
+    x, y, _ = rotation[:, 1]
+    forward = np.array([-y, x, 0.0])
+    forward *= np.sign(forward @ (tcp - env.base)) / np.linalg.norm(forward)
+    tilt = np.arctan2(rotation[:, 2] @ forward, -rotation[2, 2])
+    tilt += np.arctan2(axis @ forward, axis[2])
+    down = tcp + (PEG_LENGTH + (tcp - peg) @ axis - tcp[2] - 0.006) * UP
+    return [
+        Primitive("turn", grip, tcp, 0.0, (tilt,), straight=False),
+        Primitive("place", grip, down, slow=0.4, hold=4),
+        Primitive("release", env.robot.travel),
+    ]
+
+
+PRIMITIVES = {
+    "PickCube": pick_cube,
+    "PushCube": partial(slide, name="push", side=1),
+    "PullCube": partial(slide, name="pull", side=-1),
+    "StackCube": partial(put, name="cubeA", support="cubeB", rest=0.04, lift=0.09, drop=0.003),
+    # 9 mm above its rest instead of the source's 27: a ball dropped from higher jumps out of walls
+    # that reach only its lower half
+    "PlaceSphere": partial(put, name="sphere", support="bin", rest=0.0225, lift=0.07, drop=0.0095),
+    "LiftPegUpright": lift_peg,
+}
 
 
 # ---- paths
 
-def rotation_between(a, b, fraction):
-    """The rotation (3, 3) that lies `fraction` of the way from a to b."""
-    quats, out, velocity = np.empty((2, 4)), np.empty(9), np.empty(3)
-    for quat, matrix in zip(quats, (a, b)):
-        mujoco.mju_mat2Quat(quat, matrix.ravel())
-    mujoco.mju_subQuat(velocity, quats[1], quats[0])
-    mujoco.mju_quatIntegrate(quats[0], velocity, fraction)
-    mujoco.mju_quat2Mat(out, quats[0])
-    return out.reshape(3, 3)
+
+def collides(env, path, finger):
+    """True if the arm, anywhere on its path (n, dof), touches itself or what is fixed."""
+    model = env.model
+    scratch = copy.copy(env.data)
+    is_free = model.body_dofnum[model.geom_bodyid] == 6  # may be touched: that is the task
+    for q in path:
+        scratch.qpos[: len(q) + 2] = [*q, finger, finger]
+        mujoco.mj_kinematics(model, scratch)
+        mujoco.mj_collision(model, scratch)
+        fixed = ~is_free[scratch.contact.geom].any(axis=1)  # (contacts, 2) -> (contacts,)
+        if (scratch.contact.dist[fixed] < -0.001).any():
+            return True
+    return False
 
 
-class Planner:
-    """Joint paths for one env, checked for collisions on a private copy of its state."""
-
-    def __init__(self, env):
-        self.env, self.robot, self.kinematics = env, env.robot, get_kinematics(env.robot.name)
-        self.scratch = mujoco.MjData(env.model)
-        model = env.model
-        bodies = {model.body(name).id for name in ["base", "hand", "left_finger", "right_finger"] + [f"link{i + 1}" for i in range(self.robot.dof)]}
-        self.is_robot = np.array([b in bodies for b in model.geom_bodyid])
-        self.is_free = np.array([model.body_dofnum[b] == 6 for b in model.geom_bodyid])   # what may be touched: the task is to touch it
-        self.limit = np.minimum(JOINT_SPEED, 0.6 * self.robot.velocity_limit)
-
-    def collides(self, qpos, finger):
-        """True if the arm at `qpos` touches itself or what is fixed (table, bin)."""
-        self.scratch.qpos[:] = self.env.data.qpos
-        self.scratch.qpos[:self.robot.dof], self.scratch.qpos[self.robot.dof:self.robot.dof + 2] = qpos, max(finger, 0)
-        self.scratch.mocap_pos[:], self.scratch.mocap_quat[:] = self.env.data.mocap_pos, self.env.data.mocap_quat
-        mujoco.mj_kinematics(self.env.model, self.scratch)
-        mujoco.mj_collision(self.env.model, self.scratch)
-        for contact in self.scratch.contact[:self.scratch.ncon]:
-            one, two = contact.geom
-            if (self.is_robot[one] or self.is_robot[two]) and not (self.is_free[one] or self.is_free[two]) and contact.dist < -0.001:
-                fingers = {one, two} == set(self.env.pads)
-                if not fingers:
-                    return True
-        return False
-
-    def path(self, start, primitive, rotation):
-        """Waypoints (n, dof) from `start` to the primitive's pose, or None."""
-        at, turned = self.kinematics.forward(start)
-        goal = np.asarray(primitive.position) - self.env.base
-        if primitive.straight:
-            n = max(2, int(np.linalg.norm(goal - at) / 0.02), int(np.arccos(np.clip((np.trace(turned.T @ rotation) - 1) / 2, -1, 1)) / 0.15)) + 1
-            points, q = [start], start
-            for f in np.linspace(0, 1, n)[1:]:
-                q_next = self.kinematics.solve_ik(at + f * (goal - at), rotation_between(turned, rotation, f), q)
-                if q_next is None or np.abs(q_next - q).max() > 0.6:
-                    return None
-                points.append(q := q_next)
-        else:
-            end = self.kinematics.solve_ik(goal, rotation, start)
-            if end is None:
-                return None
-            points = list(np.linspace(start, end, 8))
-        # where the arm is already is not asked: a hand that was pressed onto the table must be able to leave
-        return None if any(self.collides(q, primitive.finger) for q in points[1:]) else np.array(points)
-
-    def timed(self, points, slow):
-        """Targets (n, dof) at 20 Hz along the waypoints: minimum-jerk progress, peak joint and TCP speeds under the limits."""
-        steps = np.abs(np.diff(points, axis=0)) / (self.limit * slow)
-        places = np.array([self.kinematics.forward(q)[0] for q in points])
-        tcp = np.linalg.norm(np.diff(places, axis=0), axis=1) / (TCP_SPEED * slow)
-        knots = np.concatenate([[0], np.cumsum(np.maximum(steps.max(1), tcp) + 1e-6)])
-        n = max(3, int(np.ceil(1.875 * knots[-1] * CONTROL_HZ)))        # minimum jerk peaks at 15/8 of its mean speed
-        u = np.arange(1, n + 1) / n
-        progress = knots[-1] * u ** 3 * (10 - 15 * u + 6 * u ** 2)
-        return np.stack([np.interp(progress, knots, points[:, i]) for i in range(points.shape[1])], axis=1)
-
-    def plan(self, primitives):
-        """[Segment] for the primitives from where the arm is; raises Infeasible. Tilts and turns are tried in order; the grasp's choice is kept as long as it can be."""
-        q, pose, segments = self.env.data.ctrl[:self.robot.dof].copy(), hand_pose(self.env), []
-        for index, p in enumerate(primitives):
-            if p.position is None:
-                path = np.repeat(q[None], FINGER_STEPS, axis=0)
-            else:
-                path, q, pose = self.reach(q, p, pose, primitives[index + 1] if index + 1 < len(primitives) else None)
-            segments.append(Segment(p.name, np.column_stack([path, np.full(len(path), p.finger)])))
-        return segments
-
-    def reach(self, q, p, pose, following):
-        """Targets, last joint angles and (turn, tilt) for one primitive; an approach is taken only if the descent after it is possible too."""
-        azimuth = azimuth_of(self.env, p.position)
-        if p.keep_pose:
-            options = [pose]
-        elif p.turns is not None:
-            options = [(azimuth + turn, tilt) for tilt in p.tilts for turn in p.turns]
-        else:                                              # carrying: any direction will do, the present one first, then turned with the arm
-            options = [(direction, tilt) for tilt in sorted(p.tilts, key=lambda t: abs(t - pose[1])) for direction in (pose[0], azimuth)]
-        for direction, tilt in options:
-            rotation = tool_rotation(self.robot, 0.0, direction, tilt)
-            points = self.path(q, p, rotation)
-            if points is None:
-                continue
-            if following is not None and following.keep_pose and self.path(points[-1], following, rotation) is None:
-                continue
-            targets = self.timed(points, p.slow)
-            return np.concatenate([targets, np.repeat(targets[-1:], p.hold, axis=0)]), points[-1], (direction, tilt)
-        raise Infeasible(f"{self.robot.name} cannot {p.name} at {np.round(p.position, 3)} in {self.env.task.name}")
+def straight_path(arm, q, goal, rotation):
+    """Waypoints [q] that lead the TCP along a line to a pose, turning evenly. Raises Infeasible."""
+    at, turned = arm.forward(q)
+    quats = np.empty((2, 4))
+    turn = np.empty(3)
+    between = np.empty(9)
+    mujoco.mju_mat2Quat(quats[0], turned.ravel())
+    mujoco.mju_mat2Quat(quats[1], rotation.ravel())
+    mujoco.mju_subQuat(turn, quats[1], quats[0])
+    n = max(2, int(np.linalg.norm(goal - at) / 0.02), int(np.linalg.norm(turn) / 0.15))
+    path = [q]
+    for fraction in np.linspace(0, 1, n + 1)[1:]:
+        quat = quats[0].copy()
+        mujoco.mju_quatIntegrate(quat, turn, fraction)
+        mujoco.mju_quat2Mat(between, quat)
+        q = arm.solve_ik(at + fraction * (goal - at), between.reshape(3, 3), path[-1])
+        # a jump would flip the elbow or the wrist over
+        if q is None or np.abs(q - path[-1]).max() > 0.6:
+            raise Infeasible
+        path.append(q)
+    return path
 
 
-# ---- demonstrations
+def find_path(env, q, primitive, pose):
+    """Waypoints (n, dof) from `q` to a primitive's position and a pose. Raises Infeasible."""
+    arm = get_kinematics(env.robot.name)
+    goal = primitive.position - env.base
+    rotation = tool_rotation(env.robot, *pose)
+    if primitive.straight:
+        path = straight_path(arm, q, goal, rotation)
+    else:
+        end = arm.solve_ik(goal, rotation, q)
+        if end is None:
+            raise Infeasible
+        path = np.linspace(q, end, 8)
+    # Where the arm is already is not asked: a hand pressed onto the table must be able to leave.
+    if collides(env, path[1:], max(primitive.finger, 0.0)):
+        raise Infeasible
+    return np.array(path)
 
-def demonstrate(env, seed, noise=0.0, watch=None, reset=True):
-    """Solve the layout of `seed`, or with reset=False go on from where env is; returns a Demonstration, successful or not.
 
-    noise: size (rad) of smooth disturbances of the executed joint targets while moving freely; the recorded actions stay clean, so that
-    demonstrations show the way back (DART, arXiv 1703.09327). watch(env, phase): called before every control step.
+def timed(robot, path, slow, hold):
+    """Targets (n, dof) at 20 Hz along the waypoints, the last one held.
+
+    Minimum-jerk progress 10 u^3 - 15 u^4 + 6 u^5, peak joint and TCP speeds under the limits.
+    """
+    arm = get_kinematics(robot.name)
+    limit = np.minimum(JOINT_SPEED, 0.6 * robot.velocity_limit) * slow
+    knots = [0.0]  # s
+    for q, q_next in pairwise(path):
+        way = math.sqrt(sum((arm.forward(q_next)[0] - arm.forward(q)[0]) ** 2))
+        slowest = max(way / (TCP_SPEED * slow), *np.abs(q_next - q) / limit)
+        knots.append(knots[-1] + (slowest + 1e-6))
+    # minimum jerk peaks at 15/8 of its mean speed
+    n = max(3, math.ceil(1.875 * knots[-1] * CONTROL_HZ))
+    u = np.minimum(np.arange(1, n + hold + 1) / n, 1.0)
+    progress = knots[-1] * u**3 * (10 - 15 * u + 6 * u**2)
+    return np.column_stack([np.interp(progress, knots, joint) for joint in path.T])
+
+
+def reach(env, q, pose, primitive, following):
+    """Targets (n, dof) that bring the hand from `q` to a primitive, and its (direction, tilt) there.
+
+    An approach is taken only if the way that follows is possible too. Raises Infeasible.
+    """
+    direction, tilt = pose
+    tilts = sorted((tilt, *TILTS), key=lambda other: abs(other - tilt))  # as the hand is, first
+    if primitive.turn is not None:
+        direction = azimuth_of(env, primitive.position) + primitive.turn
+        tilts = primitive.tilts
+    for tilt in tilts:
+        try:
+            path = find_path(env, q, primitive, (direction, tilt))
+            if not primitive.straight:
+                find_path(env, path[-1], following, (direction, tilt))
+        except Infeasible:
+            continue
+        return timed(env.robot, path, primitive.slow, primitive.hold), (direction, tilt)
+    raise Infeasible
+
+
+def plan(env, primitives):
+    """[(name, targets (n, A))] that carry out primitives from where the arm is. Raises Infeasible."""
+    q = env.data.ctrl[: env.robot.dof]
+    pose = hand_pose(env)
+    segments = []
+    for primitive, following in pairwise([*primitives, None]):
+        targets = np.tile(q, (FINGER_STEPS, 1))
+        if primitive.position is not None:
+            targets, pose = reach(env, q, pose, primitive, following)
+            q = targets[-1]
+        fingers = np.full(len(targets), primitive.finger)
+        segments.append((primitive.name, np.column_stack([targets, fingers])))
+    return segments
+
+
+# ---- execution
+
+
+def control_steps(env):
+    """(primitive's name, target (A,), steps left of it) for every control step.
+
+    A plan that ends without success is followed by another.
+    """
+    for _ in range(PLANS):
+        try:
+            segments = plan(env, PRIMITIVES[env.task.name](env))
+        except Infeasible:  # roll back: let go, and look again
+            segments = plan(env, [Primitive("release", env.robot.travel)])
+        for name, targets in segments:
+            for i, target in enumerate(targets):
+                yield name, target, len(targets) - i
+
+
+def demonstrate(env, seed, noise=0.0, reset=True):
+    """Solve the layout of `seed`, or with reset=False go on from where `env` is.
+
+    noise: size (rad) of smooth disturbances of the executed joint targets while moving freely. The
+    recorded actions stay clean, so demonstrations show the way back (DART, arXiv 1703.09327).
+    Returns a Demonstration, successful or not.
     """
     if reset:
         env.reset(seed)
-    env.steps, observation = 0, env.observe()
-    rng, planner = seeds.rng(seed, "disturbance"), Planner(env)
-    states, actions, phases, images = [], [], [], []
-    success, attempt, disturbance = False, 0, np.zeros(env.robot.dof)
-    while not success and attempt < PLANS and env.steps < env.task.max_steps:
-        try:
-            segments = planner.plan(PRIMITIVES[env.task.name](env))
-        except Infeasible:                                 # roll back: let go, and look again
-            segments = planner.plan([Primitive("release", env.robot.travel)])
-        attempt += 1
-        for segment, i, action in [(segment, i, action) for segment in segments for i, action in enumerate(segment.actions)]:
-            if watch:
-                watch(env, segment.name)
-            free = segment.name in ("approach", "lift", "carry")
-            fade = min(1.0, (len(segment.actions) - i) / 6) if free else 0.0   # quiet again where precision begins
-            disturbance = 0.8 * disturbance + 0.6 * noise * rng.normal(size=env.robot.dof)
-            states.append(observation["state"]), actions.append(action), phases.append(segment.name), images.append(observation["images"])
-            observation, _, success, truncated, _ = env.step(action + np.append(disturbance * fade, 0))
-            if success or truncated:
-                break
-    return Demonstration(np.array(states), np.array(actions, np.float32).reshape(-1, env.robot.action_dim), phases, images, success, attempt, env.instruction)
+    env.steps = 0
+    observation = env.observe()
+    rng = seeds.rng(seed, "disturbance")
+    disturbance = np.zeros(env.robot.dof)
+    rows = []
+    for name, target, left in control_steps(env):
+        disturbance = 0.8 * disturbance + 0.6 * noise * rng.normal(size=env.robot.dof)
+        free = name in ("approach", "lift", "carry")
+        fade = min(1.0, left / 6) if free else 0.0  # quiet again where precision begins
+        rows.append((observation["state"], target, name, observation["images"]))
+        observation, _, success, late, _ = env.step(target + np.append(disturbance * fade, 0))
+        if success or late:
+            break
+    states, actions, phases, images = zip(*rows)
+    actions = np.array(actions, np.float32)
+    return Demonstration(np.array(states), actions, phases, images, success, env.instruction)

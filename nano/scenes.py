@@ -32,7 +32,7 @@ from jobs import pool
 from files import atomic, whole_files, writable, write_json
 from data import seeds
 from data.env import CROWD, IMAGE_SIZE, VIEWS, TabletopEnv
-from data.expert import PEG_LEVER, PRIMITIVES, Infeasible, Planner, azimuth_of, hand_offset, quarter_turns, tool_rotation, yaw_of
+from data.expert import PEG_LEVER, PRIMITIVES, Infeasible, hand_offset, plan, quarter_turn, tool_rotation
 from nano.questions import CATEGORIES, CAUSES, STEP_TEXT, Asker, equalise
 from data.robots import ROBOTS, get_kinematics, get_robot
 from data.tasks import BLUE, GREEN, RED, TASKS
@@ -156,10 +156,10 @@ def pose_arm(env, bodies, rng):
         if bodies and rng.random() < 0.4:
             label = rng.choice(sorted(bodies))
             at = grasp_point(env, label, bodies[label])
-            turn, tilt, finger = quarter_turns(yaw_of(env, bodies[label]), azimuth_of(env, at))[0], 0.0, env.robot.travel
+            turn, tilt, finger = quarter_turn(env, bodies[label], at), 0.0, env.robot.travel
             away = rng.uniform(0.035, 0.06) * [np.array([np.cos(a), np.sin(a), 0.3]) for a in [rng.uniform(0, 2 * np.pi)]][0] if rng.random() < 0.5 else rng.normal(0, 0.003, 3)
             position = at - env.base + away
-        rotation = tool_rotation(env.robot, np.arctan2(position[1], position[0]), turn, tilt)
+        rotation = tool_rotation(env.robot, np.arctan2(position[1], position[0]) + turn, tilt)
         qpos = get_kinematics(env.robot.name).solve_ik(position, rotation, env.robot.home)
         if qpos is not None:
             env.set_arm(qpos, finger)
@@ -183,30 +183,30 @@ def faults_of(task):
 def attempt(env, seed, rng, fault):
     """The expert's plan, carried out once with a `fault` or, with None, as often as it takes: ([(qpos, phase)] of every control step, success)."""
     env.reset(seed)
-    planner, trace, done, shift = Planner(env), [], False, np.append(rng.choice([-1, 1], 2) * rng.uniform(0.035, 0.05, 2), 0)
+    trace, done, shift = [], False, np.append(rng.choice([-1, 1], 2) * rng.uniform(0.035, 0.05, 2), 0)
     late = rng.uniform(0.3, 0.8)                             # where in its step a dropped thing is let go
     for _ in range(1 if fault else 4):
         try:
-            plan = PRIMITIVES[env.task.name](env)
-            for step in plan:
+            primitives = PRIMITIVES[env.task.name](env)
+            for step in primitives:
                 if step.position is not None and (fault == "missed" and step.name in ("approach", "descend", "push", "pull")
-                                                  or fault == "beside" and step.name in ("carry", "place", "retreat") and len(plan) > 2):
+                                                  or fault == "beside" and step.name in ("carry", "place", "retreat") and len(primitives) > 2):
                     step.position = step.position + shift
-            segments = planner.plan(plan)
+            segments = plan(env, primitives)
         except Infeasible:
             break
         if fault == "stopped":
             segments = segments[:rng.integers(max(1, len(segments) // 2), max(2, len(segments)))]
-        for segment in segments:
-            for i, action in enumerate(segment.actions):
-                if fault == "dropped" and (segment.name == "carry" or segment.name == "lift" and env.task.name == "LiftPegUpright") and i > late * len(segment.actions):
+        for name, targets in segments:
+            for i, action in enumerate(targets):
+                if fault == "dropped" and (name == "carry" or name == "lift" and env.task.name == "LiftPegUpright") and i > late * len(targets):
                     action = np.append(action[:-1], env.robot.travel)
-                trace.append((env.data.qpos.copy(), segment.name))
+                trace.append((env.data.qpos.copy(), name))
                 *_, done, truncated, _ = env.step(action)
                 if done or truncated:
-                    trace.append((env.data.qpos.copy(), segment.name))
+                    trace.append((env.data.qpos.copy(), name))
                     return trace, bool(done)
-            if fault == "dropped" and segment.name == "carry":
+            if fault == "dropped" and name == "carry":
                 break
     for _ in range(8):                                       # what was let go comes to rest
         *_, done, _, _ = env.step(np.append(env.data.ctrl[:env.robot.dof], env.data.ctrl[env.robot.dof]))
