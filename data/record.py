@@ -9,7 +9,7 @@ An episode is one safetensors file, <folder>/<robot>-<task>-<seed>.safetensors, 
     state   (L, S) float32   action (L, A) float32     order and units: data/robots.py; row t is what was seen and what the expert commanded
     jpeg    (bytes,) uint8   offset (2 L + 1,) int64    JPEG pictures end to end; front of step t is piece 2 t, wrist 2 t + 1
     phase   (L,) uint8       index into the header's "phases"
-Header (one JSON object, "episode"): robot, task, seed, instruction, success, attempts, phases, noise, made (the command), version.
+Header (one JSON object, "episode"): robot, task, seed, instruction, success, phases, noise, made (the command), version.
 Files appear whole or not at all; a second run records only what is missing. Only successes are kept; failures.json counts the others.
 """
 import io
@@ -69,7 +69,7 @@ def write_episode(path, demonstration, robot, task, seed, noise):
     tensors = {"state": demonstration.states, "action": demonstration.actions, "jpeg": np.concatenate(pieces),
                "offset": np.cumsum([0] + [len(p) for p in pieces]), "phase": np.array([names.index(p) for p in demonstration.phases], np.uint8)}
     header = {"robot": robot, "task": task, "seed": seed, "instruction": demonstration.instruction, "success": bool(demonstration.success),
-              "attempts": demonstration.attempts, "phases": names, "noise": noise, "made": shlex.join(sys.argv), "version": VERSION}
+              "phases": names, "noise": noise, "made": shlex.join(sys.argv), "version": VERSION}
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"episode": json.dumps(header)})
 

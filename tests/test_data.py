@@ -16,7 +16,7 @@ from data import record as recorder
 from data.add_robot import convert, with_entry
 from nano.scenes import CLASSES, CLUTTER, MOST_QUESTIONS, Corpus, attempt, faults_of, look, make_shard, project
 from data.env import CONTROL_HZ, TabletopEnv
-from data.expert import Planner, demonstrate, grasp, tool_rotation
+from data.expert import demonstrate, tool_rotation
 from nano.questions import equalise
 from data.record import Episode, RecordConfig, correction, load_episodes, record, write_episode
 from data.robots import DEFAULTS, ROBOTS, SQUEEZE, Kinematics, Robot, get_kinematics, get_robot, robot_xml
@@ -48,31 +48,12 @@ def test_inverse_kinematics_inverts_and_refuses(robot):
     rng = np.random.default_rng(0)
     for _ in range(5):
         target = np.array([r.base_to_spawn_centre, 0, 0.06]) + rng.uniform(-0.05, 0.05, 3)
-        rotation = tool_rotation(r, 0.0, rng.uniform(-0.5, 0.5), 0.2)
+        rotation = tool_rotation(r, rng.uniform(-0.5, 0.5), 0.2)
         qpos = k.solve_ik(target, rotation, r.home)
         at, turned = k.forward(qpos)
         assert np.abs(at - target).max() < 1e-3 and np.abs(turned - rotation).max() < 3e-3
         assert (qpos >= r.joint_range[:, 0]).all() and (qpos <= r.joint_range[:, 1]).all()
     assert k.solve_ik(np.array([2.0, 0, 0.1]), rotation, r.home) is None
-
-
-@pytest.mark.parametrize("robot", ROBOTS)
-@pytest.mark.parametrize("task", TASKS)
-def test_expert_solves_every_task(robot, task):
-    env = TabletopEnv(robot, task, render=False)
-    limit = env.robot.velocity_limit / CONTROL_HZ
-    for seed in (0, 1):
-        demonstration = demonstrate(env, seed, noise=0.015)
-        assert demonstration.success and len(demonstration.states) == len(demonstration.actions) == len(demonstration.phases)
-        low, high = env.robot.joint_range.T
-        arm = demonstration.actions[:, :-1]
-        assert (arm >= low - 1e-6).all() and (arm <= high + 1e-6).all() and (np.abs(np.diff(arm, axis=0)) <= limit + 1e-6).all()
-
-
-def test_a_held_cube_stays_held_while_the_arm_moves():
-    env, held = TabletopEnv("widowx", "PickCube", render=False), []
-    demonstrate(env, 3, watch=lambda env, phase: phase == "carry" and held.append(env.grasped("cube")))
-    assert len(held) > 5 and all(held)
 
 
 @pytest.mark.parametrize("robot", ROBOTS)
@@ -84,25 +65,6 @@ def test_fingers_close_on_nothing_and_open_again(robot):
         for target, rest in ((SQUEEZE, 0.0), (travel, travel)):
             settle(env, 12, target)
             assert np.abs(env.data.qpos[dof:dof + 2] - rest).max() < 1.5e-3 and np.abs(env.data.qvel[dof:dof + 2]).max() < 0.01
-
-
-@pytest.mark.parametrize("robot", ROBOTS)
-def test_a_grip_is_steady(robot):
-    env, fingers = TabletopEnv(robot, "StackCube", render=False), []
-    demonstrate(env, 1, watch=lambda env, phase: phase == "carry" and fingers.append(env.data.qpos[env.robot.dof:env.robot.dof + 2].copy()))
-    assert len(fingers) > 5 and np.ptp(fingers, axis=0).max() < 1e-3 and np.abs(np.mean(fingers, axis=0) - 0.02).max() < 1.5e-3
-
-
-@pytest.mark.parametrize("robot", ROBOTS)
-def test_the_expert_goes_on_from_a_missed_grasp(robot):
-    env = TabletopEnv(robot, "PickCube", render=False)
-    env.reset(3)
-    for segment in Planner(env).plan(grasp(env, "cube", env.position("cube") + (0.0, 0.065, 0.0), (0.0,))):
-        for action in segment.actions:
-            env.step(action)
-    assert not env.grasped("cube")
-    demonstration = demonstrate(env, 3, reset=False)
-    assert demonstration.success and demonstration.phases[0] == "retreat" and demonstration.actions[0, -1] == np.float32(env.robot.travel)
 
 
 class Lazy:
