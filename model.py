@@ -26,19 +26,20 @@ from cli import UserError, choose
 
 from files import atomic, write_json
 from policy import Policy, PolicyConfig
-from processor import Tokenizer, chat, collate
-from vlm import VLM, hub_weights
+from checkpoint import config_dict, hub_weights
+from processor import Processor
+from vlm import VLM
 from files import find_folder, read_json
-from processor import process_media
 
 VIEWS = ("front", "wrist")
 VERSION = 1                              # of policy.json
 
 
-def backbone_hash(vlm, num_layers=None):
+def backbone_hash(vlm, processor, num_layers=None):
     """16 hex digits that name the weights behind a language model's hidden states after `num_layers` blocks (None: all weights), the same whether
     stored as float16 or float32. Blocks after k may be trained on: a policy that reads block k stays valid."""
-    digest, ran = hashlib.sha256(json.dumps(vlm.config.to_dict(), sort_keys=True).encode()), len(vlm.model.layers[:num_layers])
+    about = {**config_dict(vlm.config), "min_pixels": processor.image.min_pixels, "max_pixels": processor.image.max_pixels}
+    digest, ran = hashlib.sha256(json.dumps(about, sort_keys=True).encode()), len(vlm.model.layers[:num_layers])
     later = (*(f"model.layers.{i}." for i in range(ran, len(vlm.model.layers))), *(("model.norm.", "lm_head.") if num_layers is not None else ()))
     for name, tensor in sorted(hub_weights(vlm.state_dict(), vlm.config).items()):
         if name.startswith(later):
@@ -56,10 +57,10 @@ def describe(state_dim, action_dim):
 
 
 class BLM:
-    """vlm a VLM and tokenizer its Tokenizer; policy a Policy or None; training {stage: its record}."""
+    """vlm a VLM and processor its Processor; policy a Policy or None; training {stage: its record}."""
 
-    def __init__(self, vlm, tokenizer, policy=None, training=None):
-        self.vlm, self.tokenizer, self.training = vlm.eval(), tokenizer, training or {}
+    def __init__(self, vlm, processor, policy=None, training=None):
+        self.vlm, self.processor, self.training = vlm.eval(), processor, training or {}
         self.policy = policy and policy.eval()
         self.device = next(vlm.parameters()).device
 
@@ -79,34 +80,31 @@ class BLM:
         def piece(tokens):
             nonlocal said
             ids.append(tokens[0])
-            text = self.tokenizer.decode(ids)
+            text = self.processor.tokenizer.decode(ids)
             if not text.endswith("\ufffd"):                             # half a character: its other bytes are still to come
                 said, new = text, text[len(said):]
                 stream(new)
 
-        made = self.vlm.generate(**batch, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stream=stream and piece)
-        return self.tokenizer.decode(made[0])
+        made = self.vlm.generate(**batch, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop_token_ids=self.stops(),
+                                 stream=stream and piece)
+        return self.processor.tokenizer.decode(made[0])
 
     def answers(self, images, questions, max_new_tokens=128, batch_size=16):
         """`answer`, greedy, for many: images and a question for each row, to a list of replies."""
         made = []
         for start in range(0, len(questions), batch_size):
             part = slice(start, start + batch_size)
-            made += self.vlm.generate(**self.prompt(images[part], questions[part], side="left"), max_new_tokens=max_new_tokens)
-        return [self.tokenizer.decode(ids) for ids in made]
+            made += self.vlm.generate(**self.prompt(images[part], questions[part], side="left"), max_new_tokens=max_new_tokens, stop_token_ids=self.stops())
+        return [self.processor.tokenizer.decode(ids) for ids in made]
 
     def prompt(self, images, texts, side="right"):
-        """Pictures and a text for each row, as user turns that wait for an answer, padded on one side: the language model's inputs, on its device."""
-        config, rows = self.vlm.config, []
-        media = [[("video" if isinstance(item, list) else "image", item) for item in row] for row in images]
-        batch, grids = process_media([pair for row in media for pair in row], config)
-        for row, text in zip(media, texts, strict=True):
-            content = [*({"type": kind} for kind, _ in row), {"type": "text", "text": text}]
-            own, grids = grids[:len(row)], grids[len(row):]
-            rows.append(chat(self.tokenizer, [{"role": "user", "content": content}], own, config.vision_config.spatial_merge_size))
-        padded = collate(rows, config.bos_token_id, side)
-        batch |= {name: padded[name] for name in ("input_ids", "attention_mask")}
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+        """`Processor.prompt`, on the model's device."""
+        return {name: tensor.to(self.device) for name, tensor in self.processor.prompt(images, texts, side).items()}
+
+    def stops(self):
+        """What ends a reply: the folder's stop tokens, and the chat template's."""
+        special = self.processor.tokenizer.special
+        return [*self.vlm.generation_config["eos_token_id"], special["<|im_end|>"], special["<|endoftext|>"]]
 
     # ---- physical space
 
@@ -151,19 +149,19 @@ class BLM:
         folder = find_folder(path_or_repo_id)
         if not folder.is_dir():
             raise UserError(f"no model folder {folder}; name one with --weights, or train one with `python train_sft.py` and `python train_policy.py`")
-        vlm, tokenizer = VLM.from_pretrained(folder, device, dtype), Tokenizer.from_pretrained(folder)
-        if len(tokenizer) > vlm.config.vocab_size:
-            raise UserError(f"{folder / 'tokenizer.json'} has {len(tokenizer)} tokens, the model {vlm.config.vocab_size}: take both from one folder")
+        vlm, processor = VLM.from_pretrained(folder, device, dtype), Processor.from_pretrained(folder)
+        if len(processor.tokenizer) > vlm.config.vocab_size:
+            raise UserError(f"{folder / 'tokenizer.json'} has {len(processor.tokenizer)} tokens, the model {vlm.config.vocab_size}: take both from one folder")
         here = [(folder / name).exists() for name in ("policy.json", "policy.safetensors")]
         if any(here) and not all(here):
             raise UserError(f"{folder} has one of policy.json and policy.safetensors without the other: copy both, or delete it")
-        policy = load_policy(folder, vlm).to(device) if all(here) else None
-        return cls(vlm, tokenizer, policy, load_training(folder))
+        policy = load_policy(folder, vlm, processor).to(device) if all(here) else None
+        return cls(vlm, processor, policy, load_training(folder))
 
     def save_pretrained(self, folder, dtype=None):
         """Write the whole folder, each file whole or not at all; dtype float16 halves it (statistics stay float32)."""
         self.vlm.save_pretrained(folder, dtype)
-        self.tokenizer.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
         if self.policy is not None:
             self.save_policy(folder, dtype)
         if self.training:
@@ -178,7 +176,7 @@ class BLM:
             save_file(tensors, path, metadata={"format": "pt"})
         robots = {name: describe(*sizes) for name, sizes in policy.embodiments.items()}
         about = {"version": VERSION, "config": dataclasses.asdict(policy.config), "condition_size": policy.condition_size, "embodiments": robots,
-                 "views": list(VIEWS), "backbone": backbone or backbone_hash(self.vlm, policy.config.intent_layer)}
+                 "views": list(VIEWS), "backbone": backbone or backbone_hash(self.vlm, self.processor, policy.config.intent_layer)}
         write_json(Path(folder) / "policy.json", about)
 
 
@@ -204,7 +202,7 @@ def check(observation, robot, state_dim):
     return images, state, observation["instruction"]
 
 
-def load_policy(folder, vlm):
+def load_policy(folder, vlm, processor):
     """The Policy in `folder`, which must belong to `vlm`: every tensor's name and shape must match, so nothing is left at random."""
     path, weights = Path(folder) / "policy.json", Path(folder) / "policy.safetensors"
     found, advice = read_json(path), f"make it with `python train_policy.py --out {folder}`"
@@ -217,7 +215,7 @@ def load_policy(folder, vlm):
         raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is not a policy's description ({type(error).__name__}: {error}); {advice}") from None
-    if found.get("backbone") != backbone_hash(vlm, policy.config.intent_layer):
+    if found.get("backbone") != backbone_hash(vlm, processor, policy.config.intent_layer):
         raise UserError(f"{weights} was trained on another language model than {folder}/model.safetensors: take both from one folder, or {advice}")
     try:
         tensors = load_file(weights)

@@ -1,10 +1,19 @@
-"""Text to token ids and back: Qwen's byte-level BPE, read from tokenizer.json or learned from a corpus, and its chat template in plain Python.
+"""Pixels and words to tensors: Qwen2.5-VL's image processor, tokenizer and chat template.
 
-    messages ─► chat ─► input_ids and labels of a conversation, a place for every token of its pictures ─► collate ─► a padded batch for vlm.py
+    pictures, videos ─► process_media ─► vision inputs and their grids (t, h, w) ─┐
+    messages ─► chat (a place for every token of a picture) ◄─────────────────────┘
+                 └─► collate ─► a padded batch (prompt), or rows end to end (pack) ─► vlm.py
 
-Text is only ever text: special tokens that a user types are not obeyed. tests/test_vlm.py compares with transformers' `apply_chat_template`.
+Text is only ever text: special tokens that a user types are not obeyed. tests/test_processor.py
+compares with transformers' image processor and `apply_chat_template`.
+
+Letters as in vlm.py: B batch, L tokens, P patches of all pictures, p side of a patch (pixels),
+m patches a token merges along a side, t h w a picture's grid in frames and patches.
 """
+
+import dataclasses
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -13,18 +22,202 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
-from tokenizers import AddedToken, Regex, Tokenizer as FastTokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as FastTokenizer
 
 from cli import UserError
-from files import atomic, find_folder, write_json
+from data.media import to_rgb
+from files import atomic, find_folder, read_json, read_text, reading, write_json
 
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")   # digits one by one
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
-                  "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+# ---- pixels and patches
+
+
+@dataclass
+class ImageConfig:
+    """How pictures become patches. Names are those of the hub's preprocessor_config.json."""
+
+    patch_size: int = 16  # p, pixels
+    merge_size: int = 2  # m
+    temporal_patch_size: int = 2  # frames in a patch; a still picture is shown twice
+    min_pixels: int = 128 * 128  # smaller pictures are enlarged, larger ones shrunk
+    max_pixels: int = 128 * 128
+    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of red, green, blue in 0..1
+    image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self):
+        self.image_mean = tuple(self.image_mean)
+        self.image_std = tuple(self.image_std)
+        assert 0 < self.min_pixels <= self.max_pixels, "min_pixels is larger than max_pixels"
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Of a model folder, as transformers reads it.
+
+        transformers 4 writes min_pixels and max_pixels into preprocessor_config.json; 5 writes
+        size {shortest_edge, longest_edge} there, or below "image_processor" into
+        processor_config.json. Whatever is left out comes from config.json, or is the class's.
+        """
+        folder = Path(folder)
+        path = folder / "processor_config.json"
+        content = read_json(path).get("image_processor") if path.exists() else None
+        if content is None:
+            path = folder / "preprocessor_config.json"
+            content = read_json(path) if path.exists() else {}
+        model = read_json(folder / "config.json")
+        with reading(path):
+            vision = model.get("vision_config") or {}
+            sizes = {"merge_size": vision.get("spatial_merge_size", 2)}
+            for name, usual in (("patch_size", 14), ("temporal_patch_size", 2)):
+                sizes[name] = vision.get(name, usual)
+            edges = content.get("size") or {}
+            limits = {
+                "min_pixels": edges.get("shortest_edge") or model.get("min_pixels") or 56 * 56,
+                "max_pixels": edges.get("longest_edge")
+                or model.get("max_pixels")
+                or 28 * 28 * 1280,
+            }
+            names = [field.name for field in dataclasses.fields(cls)]
+            own = {name: content[name] for name in names if content.get(name) is not None}
+            image = cls(**{**sizes, **limits, **own})
+            for name, value in sizes.items():
+                assert getattr(image, name) == value, f"{name} differs from config.json's {value}"
+        return image
+
+    def save_pretrained(self, folder):
+        """Write preprocessor_config.json, for all versions."""
+        kind = {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5_VLProcessor",
+        }
+        edges = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+        content = {**kind, **dataclasses.asdict(self), "size": edges}
+        write_json(Path(folder) / "preprocessor_config.json", content)
+
+
+def smart_resize(height, width, config):
+    """Qwen2-VL's target size (height, width): multiples of p m, area within the limits.
+
+    UserError on slivers.
+    """
+    factor = config.patch_size * config.merge_size
+    if min(height, width) < 2 or max(height, width) > 200 * min(height, width):
+        needed = "sides of at least 2 pixels, one at most 200 times the other"
+        raise UserError(f"a picture of {width}x{height} pixels is too thin: {needed}")
+    rows = round(height / factor) * factor
+    columns = round(width / factor) * factor
+    if rows * columns > config.max_pixels:
+        shrink = math.sqrt(height * width / config.max_pixels)
+        rows = max(factor, math.floor(height / shrink / factor) * factor)
+        columns = max(factor, math.floor(width / shrink / factor) * factor)
+    elif rows * columns < config.min_pixels:
+        grow = math.sqrt(config.min_pixels / (height * width))
+        rows = math.ceil(height * grow / factor) * factor
+        columns = math.ceil(width * grow / factor) * factor
+    return rows, columns
+
+
+def resize(image, config):
+    """A picture as `to_rgb` takes it to uint8 (height, width, 3) of `smart_resize`'s size."""
+    image = to_rgb(image)
+    pixels = np.asarray(image)
+    rows, columns = smart_resize(*pixels.shape[:2], config)
+    if (rows, columns) == pixels.shape[:2]:
+        return pixels
+    picture = Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BICUBIC)
+    return np.asarray(picture)
+
+
+def process_images(images, config):
+    """Pictures to pixel_values (P, 3*2*p*p) float32 and image_grid_thw (n, 3).
+
+    PIL pictures or uint8 (height, width, 3) arrays, of any sizes; as Hugging Face's processor.
+    """
+    p = config.patch_size
+    frames = config.temporal_patch_size
+    mean = np.array(config.image_mean, np.float32)[:, None, None]
+    std = np.array(config.image_std, np.float32)[:, None, None]
+    resized = [resize(image, config) for image in images]
+    values, grids = [], []
+    for (height, width, _), group in groupby(resized, key=np.shape):  # training has one size
+        group = np.stack(list(group))
+        patches = rearrange(
+            group,
+            "n (h a p) (w b q) c -> (n h w a b) c p q",
+            a=config.merge_size,
+            b=config.merge_size,
+            p=p,
+            q=p,
+        )
+        patches = (patches.astype(np.float32) / np.float32(255) - mean) / std
+        twice = np.broadcast_to(patches[:, :, None], (*patches.shape[:2], frames, p, p))
+        values.append(twice.reshape(len(patches), -1))
+        grids += [[1, height // p, width // p]] * len(group)
+    return torch.from_numpy(np.concatenate(values)), torch.tensor(grids)
+
+
+def process_videos(videos, config):
+    """Videos, lists of frames, to pixel_values_videos (P, 3*2*p*p) and video_grid_thw (n, 3).
+
+    Two frames share a patch; an odd one at the end is shown twice. Hugging Face's processor also
+    picks frames and limits the pixels of a whole video: here the caller picks (two a second is
+    what Qwen saw), and every frame has a picture's limits. UserError if frames differ in size.
+    """
+    frames = config.temporal_patch_size
+    values, grids = [], []
+    for video in videos:
+        video = [*video, *[video[-1]] * (-len(video) % frames)]
+        pixels, grid = process_images(video, config)
+        if (grid != grid[0]).any():
+            raise UserError("the frames of a video must have one size")
+        t = len(video) // frames
+        grids.append([t, *grid[0, 1:].tolist()])
+        pixels = rearrange(pixels, "(t f n) (c g q) -> g t n c f q", t=t, f=frames, c=3, g=frames)
+        values.append(rearrange(pixels[0], "t n c f q -> (t n) (c f q)"))
+    return torch.cat(values), torch.tensor(grids)
+
+
+def process_media(media, config):
+    """[("image" | "video", what)] to vision inputs and the grids (t, h, w), in this order."""
+    images = [what for kind, what in media if kind == "image"]
+    videos = [what for kind, what in media if kind == "video"]
+    inputs = {}
+    if images:
+        inputs["pixel_values"], inputs["image_grid_thw"] = process_images(images, config)
+    if videos:
+        inputs["pixel_values_videos"], inputs["video_grid_thw"] = process_videos(videos, config)
+    grids = {kind: iter(inputs.get(f"{kind}_grid_thw", [])) for kind in ("image", "video")}
+    return inputs, [next(grids[kind]).tolist() for kind, _ in media]
+
+
+# ---- words
+
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"  # digits one by one
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 SYSTEM_PROMPT = "You are a helpful assistant."
 # `chat` below in Jinja, for the tools that read a checkpoint's tokenizer_config.json
-CHAT_TEMPLATE = """{%- if messages[0]['role'] != 'system' %}<|im_start|>system
-""" + SYSTEM_PROMPT + """<|im_end|>
+CHAT_TEMPLATE = (
+    """{%- if messages[0]['role'] != 'system' %}<|im_start|>system
+"""
+    + SYSTEM_PROMPT
+    + """<|im_end|>
 {% endif %}
 {%- for message in messages %}<|im_start|>{{ message['role'] }}
 {% if message['content'] is string %}{{ message['content'] }}
@@ -34,25 +227,30 @@ CHAT_TEMPLATE = """{%- if messages[0]['role'] != 'system' %}<|im_start|>system
 {% endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+)
 
 
 class Tokenizer:
-    """Byte-level BPE from a tokenizer.json. Text is only ever text: "<|im_end|>" typed by a user becomes its characters, not the token."""
+    """Byte-level BPE from a tokenizer.json.
+
+    Text is only ever text: "<|im_end|>" typed by a user becomes its characters, not the token.
+    """
 
     def __init__(self, fast):
         self.fast = fast
-        self.fast.encode_special_tokens = True                                   # the library's name for "as plain text"
+        self.fast.encode_special_tokens = True  # the library's name for "as plain text"
         self.special = {token: fast.token_to_id(token) for token in SPECIAL_TOKENS}
-        self.encode = lru_cache(maxsize=1 << 16)(self.encode)                    # training repeats its phrases
-        absent = [token for token, i in self.special.items() if i is None]
-        if absent:
-            raise UserError(f"the tokenizer lacks Qwen's special tokens, first {absent[0]}")
+        self.encode = lru_cache(maxsize=1 << 16)(self.encode)  # training repeats its phrases
+        missing = [token for token, i in self.special.items() if i is None]
+        if missing:
+            raise UserError(f"the tokenizer lacks Qwen's special tokens, first {missing[0]}")
 
     def __len__(self):
         return self.fast.get_vocab_size()
 
     def encode(self, text):
-        return tuple(self.fast.encode(text, add_special_tokens=False).ids)
+        """Token ids of a text, a tuple; half a surrogate pair becomes a question mark."""
+        return tuple(self.fast.encode(printable(text), add_special_tokens=False).ids)
 
     def decode(self, ids):
         """Text of token ids, special tokens left out."""
@@ -61,41 +259,65 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, path_or_repo_id):
         path = find_folder(path_or_repo_id) / "tokenizer.json"
-        try:
-            return cls(FastTokenizer.from_str(path.read_text(encoding="utf-8")))
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        except Exception as error:                                               # the library raises bare Exception
-            raise UserError(f"cannot read the tokenizer {path}: {getattr(error, 'strerror', None) or error}") from None
+        with reading(path):
+            text = read_text(path)
+            try:
+                return cls(FastTokenizer.from_str(text))
+            except UserError:
+                raise
+            except Exception as error:  # noqa: BLE001 (the library raises no other)
+                raise UserError(f"cannot read the tokenizer {path}: {error}") from None
 
     def save_pretrained(self, folder):
-        """Write tokenizer.json, and tokenizer_config.json for transformers and vLLM, each whole or not at all."""
+        """Write tokenizer.json, and tokenizer_config.json for transformers and vLLM."""
         with atomic(Path(folder) / "tokenizer.json") as path:
             path.write_text(self.fast.to_str(pretty=True), encoding="utf-8")
-        write_json(Path(folder) / "tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-                                                            "chat_template": CHAT_TEMPLATE})
+        about = {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "chat_template": CHAT_TEMPLATE,
+        }
+        write_json(Path(folder) / "tokenizer_config.json", about)
+
+
+def printable(text):
+    return text.encode(errors="replace").decode()
 
 
 def train_tokenizer(texts, vocab_size=1024):
-    """A Tokenizer with Qwen's rules, learned from an iterable of strings: vocab_size byte-level pieces, Qwen's special tokens behind them."""
+    """A Tokenizer with Qwen's rules, learned from an iterable of strings.
+
+    vocab_size byte-level pieces, Qwen's special tokens behind them.
+    """
     fast = FastTokenizer(models.BPE())
     fast.normalizer = normalizers.NFC()
-    fast.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
-                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     fast.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())                       # all 256 bytes: nothing is ever unknown
-    fast.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False))
-    fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # so nothing is unknown
+        show_progress=False,
+    )
+    fast.train_from_iterator(map(printable, texts), trainer)
+    special = [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    fast.add_special_tokens(special)
     return Tokenizer(fast)
 
 
-def chat(tokenizer, messages, image_grid_thw=(), merge_size=2, answer=True):
-    """Qwen2.5-VL's chat template: input_ids and labels, two lists of L; labels are -100 except on assistant answers and their <|im_end|>.
+def chat(tokenizer, messages, grids=(), merge_size=2, generate=True):
+    """Qwen2.5-VL's chat template: input_ids and labels, two lists of L.
 
-    messages [{"role": "system" | "user" | "assistant", "content": str or [{"type": "image"} | {"type": "video"} | {"type": "text", "text": str}]}];
-    images take their grids in order. answer=True ends with the assistant's header, ready to generate.
+    messages [{"role": "system" | "user" | "assistant", "content": str or a list of {"type":
+    "image"}, {"type": "video"} and {"type": "text", "text": str}}]; pictures take their grids in
+    order. labels are -100 except on answers and their <|im_end|>. generate=True ends with the
+    assistant's header, ready to generate.
     """
-    start, end, grids = tokenizer.special["<|im_start|>"], tokenizer.special["<|im_end|>"], iter(image_grid_thw)
+    special = tokenizer.special
+    start, end = special["<|im_start|>"], special["<|im_end|>"]
+    grids = iter(grids)
     if not messages or messages[0]["role"] != "system":
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
     ids, labels = [], []
@@ -105,111 +327,127 @@ def chat(tokenizer, messages, image_grid_thw=(), merge_size=2, answer=True):
         labels.extend(tokens if learn else [-100] * len(tokens))
 
     for message in messages:
-        content, learn = message["content"], message["role"] == "assistant"
-        text = message["role"] + "\n"                                            # waits for what follows: BPE may merge across
+        learn = message["role"] == "assistant"
+        text = message["role"] + "\n"  # waits for what follows: BPE may merge across
         add([start])
-        if learn:                                                                # but not into an answer: generation starts after the header
+        if learn:  # but not into an answer: generation starts behind the header
             add(tokenizer.encode(text))
             text = ""
-        for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        content = message["content"]
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        for item in content:
             if item["type"] == "text":
                 text += item["text"]
                 continue
-            t, h, w = map(int, next(grids))
+            t, h, w = next(grids)
+            pads = [special[f"<|{item['type']}_pad|>"]] * (t * h * w // merge_size**2)
             add(tokenizer.encode(text))
-            pads = [tokenizer.special[f"<|{item['type']}_pad|>"]] * (t * h * w // merge_size ** 2)
-            add([tokenizer.special["<|vision_start|>"], *pads, tokenizer.special["<|vision_end|>"]])
+            add([special["<|vision_start|>"], *pads, special["<|vision_end|>"]])
             text = ""
         add(tokenizer.encode(text), learn)
         add([end], learn)
         add(tokenizer.encode("\n"))
-    if answer:
+    if generate:
         add([start, *tokenizer.encode("assistant\n")])
-    assert next(grids, None) is None, "more images than places for them in the messages"
+    assert next(grids, None) is None, "more pictures than places for them in the messages"
     return ids, labels
 
 
-def collate(rows, pad_id, side="left"):
-    """Lists of (input_ids, labels) to input_ids, attention_mask and labels (B, L): left for generation, right for all else (no mask needed there)."""
-    length = max(len(ids) for ids, _ in rows)
-    batch = {"input_ids": np.full((len(rows), length), pad_id), "attention_mask": np.zeros((len(rows), length), np.int64),
-             "labels": np.full((len(rows), length), -100)}
-    for b, (ids, labels) in enumerate(rows):
-        place = slice(length - len(ids), length) if side == "left" else slice(len(ids))
-        batch["input_ids"][b, place], batch["attention_mask"][b, place], batch["labels"][b, place] = ids, 1, labels
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
+def share_stem(tokenizer, conversations, grids, merge_size):
+    """Conversations about the same pictures as one text: (ids, labels, lengths).
 
-
-# ---- pixels and patches
-
-CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-def smart_resize(height, width, config):
-    """Qwen2-VL's target size: sides that are multiples of p m, area within [min_pixels, max_pixels], aspect kept. UserError on slivers."""
-    factor = config.vision_config.patch_size * config.vision_config.spatial_merge_size
-    if min(height, width) < 2 or max(height, width) / min(height, width) > 200:
-        raise UserError(f"a picture of {width}x{height} pixels is too thin: sides of at least 2 pixels, one at most 200 times the other")
-    rows, columns = round(height / factor) * factor, round(width / factor) * factor
-    if rows * columns > config.max_pixels:
-        shrink = math.sqrt(height * width / config.max_pixels)
-        rows, columns = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
-    elif rows * columns < config.min_pixels:
-        grow = math.sqrt(config.min_pixels / (height * width))
-        rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
-    return rows, columns
-
-
-def resize(image, config):
-    if not isinstance(image, Image.Image) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
-        raise UserError(f"a picture must be PIL or uint8 (height, width, 3), not {image.dtype} {image.shape}")
-    height, width = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
-    rows, columns = smart_resize(height, width, config)
-    if (rows, columns) == (height, width):
-        return np.asarray(image if isinstance(image, np.ndarray) else image.convert("RGB"))
-    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image.convert("RGB")
-    return np.asarray(picture.resize((columns, rows), Image.Resampling.BICUBIC))
-
-
-def process_images(images, config):
-    """PIL images or uint8 (height, width, 3) arrays to pixel_values (P, 3*2*p*p) float32 and image_grid_thw (n, 3), as Hugging Face's processor."""
-    vision = config.vision_config
-    p, m, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-    grids, values = [], []
-    for _, group in groupby((resize(image, config) for image in images), key=lambda pixels: pixels.shape):
-        group = np.stack(list(group))                                            # (n, height, width, 3): training has one size, so one pass
-        patches = rearrange(group, "n (h a p) (w b q) c -> (n h w a b) c p q", a=m, b=m, p=p, q=p).astype(np.float32)
-        patches = (patches / np.float32(255) - CLIP_MEAN[:, None, None]) / CLIP_STD[:, None, None]
-        values.append(np.broadcast_to(patches[:, :, None], (*patches.shape[:2], frames, p, p)).reshape(len(patches), -1))
-        grids += [[1, group.shape[1] // p, group.shape[2] // p]] * len(group)
-    return torch.from_numpy(np.concatenate(values)), torch.tensor(grids)
-
-
-def process_videos(videos, config):
-    """Videos, each a list of frames as `process_images` takes them, to pixel_values_videos (P, 3*2*p*p) and video_grid_thw (n, 3).
-
-    Two frames share a patch; an odd one at the end is shown twice. Hugging Face's processor also picks frames and limits the pixels of a whole video:
-    here the caller picks (two a second is what Qwen saw), and every frame has an image's limits.
+    All up to the last picture is there once, the stem; each goes on from it as a branch, and none
+    sees another. lengths [stem, branch, branch, ...], or [L] of a conversation that is alone.
     """
-    frames, grids, values = config.vision_config.temporal_patch_size, [], []
-    for video in videos:
-        video = [*video, *[video[-1]] * (-len(video) % frames)]
-        pixels, grid = process_images(video, config)
-        if len({tuple(row) for row in grid.tolist()}) > 1:
-            raise UserError("the frames of a video must have one size")
-        grids.append([len(video) // frames, *grid[0, 1:].tolist()])
-        still = rearrange(pixels, "(t f n) (c g q) -> t f n c g q", f=frames, t=len(video) // frames, c=3, g=frames)[..., 0, :]
-        values.append(rearrange(still, "t f n c q -> (t n) (c f q)"))
-    return torch.cat(values), torch.tensor(grids)
+    texts = [chat(tokenizer, messages, grids, merge_size, False) for messages in conversations]
+    ids, labels = texts[0]
+    if len(texts) == 1:
+        return ids, labels, [len(ids)]
+    stem = len(ids) - ids[::-1].index(tokenizer.special["<|vision_end|>"])
+    ids, labels, lengths = ids[:stem], labels[:stem], [stem]
+    for own_ids, own_labels in texts:
+        ids = ids + own_ids[stem:]
+        labels = labels + own_labels[stem:]
+        lengths.append(len(own_ids) - stem)
+    return ids, labels, lengths
 
 
-def process_media(media, config):
-    """Pictures and videos [("image" | "video", what)] to the vision inputs of a forward pass, and the grids (t, h, w) of each, in the order of `media`."""
-    inputs, grids = {}, {}
-    for kind, suffix, process in (("image", "", process_images), ("video", "_videos", process_videos)):
-        some = [what for which, what in media if which == kind]
-        if some:
-            inputs[f"pixel_values{suffix}"], inputs[f"{kind}_grid_thw"] = process(some, config)
-            grids[kind] = iter(inputs[f"{kind}_grid_thw"].tolist())
-    return inputs, [next(grids[kind]) for kind, _ in media]
+def collate(rows, pad_id, side="left"):
+    """[(input_ids, labels)] to input_ids, attention_mask and labels (B, L), padded on one side.
+
+    Left for generation; right for all else, where causal attention then needs no mask.
+    """
+    L = max(len(ids) for ids, _ in rows)
+    batch = {
+        "input_ids": torch.full((len(rows), L), pad_id),
+        "attention_mask": torch.zeros(len(rows), L, dtype=torch.long),
+        "labels": torch.full((len(rows), L), -100),
+    }
+    for b, (ids, labels) in enumerate(rows):
+        place = slice(L - len(ids), L) if side == "left" else slice(len(ids))
+        batch["input_ids"][b, place] = torch.tensor(ids)
+        batch["attention_mask"][b, place] = 1
+        batch["labels"][b, place] = torch.tensor(labels)
+    return batch
 
 
+# ---- both
+
+
+class Processor:
+    """What turns pictures and words into a VLM's inputs: a Tokenizer and an ImageConfig."""
+
+    def __init__(self, tokenizer, image=None):
+        self.tokenizer = tokenizer
+        self.image = image or ImageConfig()
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo_id):
+        """Of a model folder or on the hub. UserError on what is missing or broken."""
+        folder = find_folder(path_or_repo_id)
+        return cls(Tokenizer.from_pretrained(folder), ImageConfig.from_pretrained(folder))
+
+    def save_pretrained(self, folder):
+        """Write tokenizer.json, tokenizer_config.json and preprocessor_config.json."""
+        self.tokenizer.save_pretrained(folder)
+        self.image.save_pretrained(folder)
+
+    def prompt(self, images, texts, side="right"):
+        """Pictures and a text for each row, as user turns that wait for an answer: model inputs.
+
+        images: a list a row, of pictures and of videos (lists of frames). Padded on one side.
+        """
+        media = []
+        for row in images:
+            media.append([("video" if isinstance(item, list) else "image", item) for item in row])
+        inputs, grids = process_media([item for row in media for item in row], self.image)
+        grids = iter(grids)
+        rows = []
+        for row, text in zip(media, texts, strict=True):
+            content = [{"type": kind} for kind, _ in row] + [{"type": "text", "text": text}]
+            own = [next(grids) for _ in row]
+            message = {"role": "user", "content": content}
+            rows.append(chat(self.tokenizer, [message], own, self.image.merge_size))
+        padded = collate(rows, self.tokenizer.special["<|endoftext|>"], side)
+        padded.pop("labels")
+        return {**padded, **inputs}
+
+    def pack(self, rows):
+        """Rows end to end: input_ids and labels (1, L), vision inputs, and `segments`.
+
+        A row has `media` [("image" | "video", what)] and `conversations`, each about all of them.
+        segments: [stem, branch, ...] or [L] of each row, as `VLM.forward` takes them.
+        """
+        media = [item for row in rows for item in row.media]
+        batch, grids = process_media(media, self.image)
+        grids = iter(grids)
+        ids, labels, segments = [], [], []
+        for row in rows:
+            own = [next(grids) for _ in row.media]
+            text = share_stem(self.tokenizer, row.conversations, own, self.image.merge_size)
+            ids += text[0]
+            labels += text[1]
+            segments.append(text[2])
+        tensors = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
+        return {**batch, **tensors, "segments": segments}

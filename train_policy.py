@@ -38,9 +38,10 @@ from data.tasks import TASKS
 from model import BLM, backbone_hash, load_training
 from policy import PRESETS, EmbodimentLinear, Policy, PolicyConfig
 from rollout import EXECUTE_STEPS
-from processor import Tokenizer
+from processor import Processor
 from trainer import Run, RunConfig, checkpoints, end_processes, make_optimizers, read_record, shard, whole
-from vlm import VLM, stored_dtype
+from checkpoint import stored_dtype
+from vlm import VLM
 from files import find_folder
 
 
@@ -249,7 +250,7 @@ def load_backbone(cfg, run):
     folder = find_folder(cfg.backbone or ("out/sft" if Path("out/sft/model.safetensors").exists() else "weights/nano"))
     if not folder.is_dir():
         raise UserError(f"no language model in {folder}: train one with `python train_sft.py`, or name a folder with --backbone")
-    blm = BLM(VLM.from_pretrained(folder, "cpu" if run.sharded else run.device).requires_grad_(False), Tokenizer.from_pretrained(folder))
+    blm = BLM(VLM.from_pretrained(folder, "cpu" if run.sharded else run.device).requires_grad_(False), Processor.from_pretrained(folder))
     blm.device = run.device                                              # where shards will be
     blm.training = {stage: about for stage, about in load_training(folder).items() if stage != "policy"}
     return folder, blm
@@ -268,7 +269,7 @@ def train(cfg, config):
     folder, blm = load_backbone(cfg, run)
     if config.intent_layer > blm.vlm.config.num_hidden_layers:
         raise UserError(f"--intent_layer {config.intent_layer}: the language model in {folder} has {blm.vlm.config.num_hidden_layers} blocks")
-    backbone, old = backbone_hash(blm.vlm, config.intent_layer), None
+    backbone, old = backbone_hash(blm.vlm, blm.processor, config.intent_layer), None
     if cfg.resume and read_record(checkpoints(cfg.out)[-1]).get("backbone") != backbone:         # before anything in --out is touched
         raise UserError(f"{cfg.out} was trained on another language model than {folder}: resume with that one as --backbone, or choose another --out")
     if cfg.start:
@@ -281,11 +282,11 @@ def train(cfg, config):
         record.ensure(cfg.data)
     run.barrier()
     episodes = chosen(record.load_episodes(cfg.data), cfg, known)
-    if old and {episode.robot for episode in episodes} - known.keys() and backbone_hash(started.vlm, config.intent_layer) != backbone:
+    if old and {episode.robot for episode in episodes} - known.keys() and backbone_hash(started.vlm, started.processor, config.intent_layer) != backbone:
         raise UserError(f"--start {cfg.start} reads another language model than {folder}, and lacks some of --robots: name its own with --backbone")
     if run.rank == 0:
         blm.vlm.save_pretrained(cfg.out, stored_dtype(folder))                  # does not change: once is enough
-        blm.tokenizer.save_pretrained(cfg.out)
+        blm.processor.save_pretrained(cfg.out)
     if run.sharded:
         shard(blm.vlm, [*blm.vlm.visual.blocks, *blm.vlm.model.layers], run.device)
     hidden = cache_intents(blm, episodes, cfg, config.intent_layer, backbone, run)

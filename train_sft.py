@@ -9,7 +9,7 @@
     torchrun --nproc_per_node 8 train_sft.py --batch_size 256  the same on several GPUs (trainer.py); --fsdp shards a model that does not fit one
     python train_sft.py --preset qwen --data mine.jsonl --lora_rank 16 --lr 1e-4         from the hub's weights
 
-A row is a corpus scene with some of its questions, or a record of a JSON lines file (data/conversations.py). Rows of a step are packed end to end, none seeing
+A row is a corpus scene with some of its questions, or a record of a JSON lines file (data/chats.py). Rows of a step are packed end to end, none seeing
 another, so nothing is spent on padding; a scene's questions share its pictures, each as if it were asked alone; the cross-entropy is on answers alone.
 
 A small model that starts from nothing hardly learns to see from sparse words: heads that only training has ask it more (dense.py). The first `dense_steps`
@@ -40,17 +40,17 @@ from jobs import this_process
 from files import atomic, write_json
 from nano import scenes as corpora
 from nano import instructions as general
-from data.conversations import Conversations, read_record
+from data.conversations import Chats
 from data.env import IMAGE_SIZE
 from nano.grounding import DenseHeads, answer_weights, begins, place_in
 from model import BLM
-from processor import SYSTEM_PROMPT, Tokenizer, chat, train_tokenizer
+from processor import SYSTEM_PROMPT, Processor, process_media, share_stem, train_tokenizer
 import trainer
 from trainer import Run, RunConfig, checkpoints, end_processes, make_optimizers, shard, whole
+from checkpoint import stored_dtype
 from vlm import PRESETS as SIZES
-from vlm import VLM, stored_dtype
+from vlm import VLM
 from files import find_folder, read_json
-from processor import process_media
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Mixture:
         self.seed, self.sources, self.told, weights = cfg.seed, [], set(), []
         for part in cfg.data.split(","):
             path, _, weight = part.strip().rpartition(":") if re.search(WEIGHT, part.strip()) else (part.strip(), "", "1")
-            self.sources.append(Conversations(path, cfg.on_bad) if path.lower().endswith((".jsonl", ".json")) else corpora.Corpus(path, "train", cfg.categories))
+            self.sources.append(Chats(path, cfg.on_bad) if path.endswith(".jsonl") else corpora.Corpus(path, "train", cfg.categories))
             weights.append(float(weight))
         if not sum(weights) > 0:
             raise UserError(f"--data {cfg.data}: the weights must not all be zero")
@@ -130,7 +130,7 @@ class Mixture:
     def name(self, source, index):
         """A row in words, for whoever looks for it."""
         chats = self.sources[source]
-        return f"{chats.folder}, scene {index}" if self.dense[source] else chats.name(index)
+        return f"{chats.folder}, scene {index}" if self.dense[source] else f"{chats.path}, line {chats.records[index][0]}"
 
     @lru_cache(maxsize=8)
     def block(self, block, dense_only):
@@ -168,10 +168,9 @@ def conversations(images, turns):
 def read_row(source, number, index, cfg, dense_only=False):
     """([messages], [("image" | "video", what)], scene or None) of a row: conversations about the same pictures. `number` chooses which questions of a scene
     are asked, and None asks all as they stand."""
-    if isinstance(source, Conversations):
-        row = source.row(index)
-        return row.conversations, row.media, None
     found = source[index]
+    if "messages" in found:
+        return [found["messages"]], found["media"], None
     turns = [] if dense_only else found["turns"]
     if number is not None:
         draw = np.random.default_rng([cfg.seed, 2, number])
@@ -214,36 +213,25 @@ def blank_rows(rows, others, mixture, cfg):
     """Under --fsdp all processes must run the ViT and the dense heads if one of them does: [a grey row] for the rows (number, source, index) of a process
     that lack what `others`, the rows of all, have; else []."""
     scene = [any(cfg.dense_weight and mixture.dense[source] for _, source, _ in some) for some in (others, rows)]
-    picture = [any(mixture.dense[source] or read_record(mixture.sources[source].records[index][1])[1] for _, source, index in some) for some in (others, rows)]
+    picture = [any(mixture.dense[source] or mixture.sources[source].records[index][2] for _, source, index in some) for some in (others, rows)]
     return [] if scene[0] == scene[1] and picture[0] == picture[1] else [grey_row(scene[0])]
 
 
-def branched(tokenizer, talks, grids, merge):
-    """input_ids, labels and lengths [stem, branch, ...] of conversations about the same pictures: all up to the last picture is there once, and none sees
-    another. One conversation alone has no branches."""
-    made = [chat(tokenizer, messages, grids, merge, answer=False) for messages in talks]
-    if len(made) == 1:
-        return *made[0], [len(made[0][0])]
-    stem = len(made[0][0]) - made[0][0][::-1].index(tokenizer.special["<|vision_end|>"])
-    ids, labels = (made[0][part][:stem] + [token for text in made for token in text[part][stem:]] for part in (0, 1))
-    return ids, labels, [stem, *(len(text[0]) - stem for text in made)]
-
-
-def make_batch(rows, tokenizer, config, cfg):
+def make_batch(rows, processor, cfg):
     """Rows as `read_row` gives them, packed: input_ids and labels (1, L), the VLM's vision inputs and `segments`, the lengths of each row; and what
     `dense.patch_targets` and `dense.answer_targets` make of them. Corpus scenes come first.
     """
     rows = sorted(rows, key=lambda row: row[2] is None)                                              # dense ones first
-    batch, grids = process_media([pair for _, media, _ in rows for pair in media], config)
-    grids, merge = iter(grids), config.vision_config.spatial_merge_size
-    texts = [branched(tokenizer, talks, [next(grids) for _ in media], merge) for talks, media, _ in rows]
+    batch, grids = process_media([pair for _, media, _ in rows for pair in media], processor.image)
+    grids, merge = iter(grids), processor.image.merge_size
+    texts = [share_stem(processor.tokenizer, talks, [next(grids) for _ in media], merge) for talks, media, _ in rows]
     batch |= {name: torch.tensor([[token for text in texts for token in text[i]]]) for i, name in enumerate(("input_ids", "labels"))}
     batch["segments"] = [lengths for _, _, lengths in texts]
     if cfg.dense_weight:
         scenes = [scene for _, _, scene in rows if scene is not None]
         if scenes:
             batch |= dense.patch_targets(scenes, batch["image_grid_thw"][0].tolist())
-        batch |= dense.answer_targets(texts, rows, tokenizer, config.vision_config.patch_size)
+        batch |= dense.answer_targets(texts, rows, processor.tokenizer, processor.image.patch_size)
     return batch
 
 
@@ -298,7 +286,7 @@ def answers_right(logits, labels, first):
 
 
 @torch.no_grad()
-def evaluate(model, heads, mixture, tokenizer, cfg, device, dense_only=False):
+def evaluate(model, heads, mixture, processor, cfg, device, dense_only=False):
     """Figures on validation rows of all sources: dense accuracy and errors, exact answers by teacher forcing, error of generated points (pixels)."""
     model.eval()
     config, sums = model.config, {}
@@ -313,26 +301,26 @@ def evaluate(model, heads, mixture, tokenizer, cfg, device, dense_only=False):
             continue
         chosen = [rows[i] for i in np.linspace(0, len(rows) - 1, min(cfg.eval_rows, len(rows))).astype(int)]
         for i in range(0, len(chosen), cfg.micro_batch):
-            batch = move(make_batch(read_rows([(None, source, row) for row in chosen[i:i + cfg.micro_batch]], mixture, cfg, dense_only), tokenizer, config, cfg), device)
+            batch = move(make_batch(read_rows([(None, source, row) for row in chosen[i:i + cfg.micro_batch]], mixture, cfg, dense_only), processor, cfg), device)
             logits, labels, guesses = read(model, heads, batch, cfg, dense_only)
             kind = "words" if is_dense else "general"
             if not dense_only:
                 learned = batch["labels"] >= 0
                 first = begins(learned)[:, 1:][learned[:, 1:]]
                 right = answers_right(logits, labels, first)
-                json_like = torch.tensor([tokenizer.decode([int(token)]).startswith("{") for token in labels[first]], dtype=torch.bool, device=device)
+                json_like = torch.tensor([processor.tokenizer.decode([int(token)]).startswith("{") for token in labels[first]], dtype=torch.bool, device=device)
                 tally(f"exact_{kind}", right[~json_like].float()), tally("exact_coordinates" if is_dense else "exact_general", right[json_like].float())
                 tally("answer_loss", F.cross_entropy(logits, labels, reduction="none"))
             for name, values in dense.errors(batch, guesses, kind, config.vision_config.patch_size):
                 tally(name, values)
     figures = {name: round(total / n, 4) for name, (total, n) in sums.items() if n}
     if not dense_only and mixture.dense.any():
-        figures.update(pointing(model, mixture.validation(int(mixture.dense.argmax()))[0], tokenizer, cfg))
+        figures.update(pointing(model, mixture.validation(int(mixture.dense.argmax()))[0], processor, cfg))
     model.train()
     return figures
 
 
-def pointing(model, corpus, tokenizer, cfg):
+def pointing(model, corpus, processor, cfg):
     """Ask for points and measure them: the median error in pixels of those that parse, the share within 8 pixels of all, the share that parses."""
     asked = []
     for scene in np.linspace(0, len(corpus) - 1, min(4 * cfg.point_scenes, len(corpus))).astype(int).tolist():
@@ -342,7 +330,7 @@ def pointing(model, corpus, tokenizer, cfg):
     if not asked:
         return {}
     images, questions, answers = zip(*asked)
-    replies = BLM(model, tokenizer).answers(list(images), list(questions), max_new_tokens=48)
+    replies = BLM(model, processor).answers(list(images), list(questions), max_new_tokens=48)
     errors = np.array([np.linalg.norm(place_in(reply) - place_in(answer)) if "point_2d" in reply and place_in(reply) is not None else np.inf
                        for reply, answer in zip(replies, answers)])
     parsed = errors[np.isfinite(errors)]
@@ -401,17 +389,17 @@ def merged(weights):
 # ---- the run
 
 def start_model(cfg, mixture):
-    """(model, tokenizer): from --backbone, or from nothing with a tokenizer learned from the data."""
+    """(model, processor): from --backbone, or from nothing with a tokenizer learned from the data."""
     torch.manual_seed(cfg.seed)
     if cfg.backbone:
-        return VLM.from_pretrained(cfg.backbone).train(), Tokenizer.from_pretrained(cfg.backbone)
+        return VLM.from_pretrained(cfg.backbone).train(), Processor.from_pretrained(cfg.backbone)
     if cfg.resume:                                               # its own, since the data may be others by now
-        tokenizer = Tokenizer.from_pretrained(cfg.out)
+        tokenizer = Processor.from_pretrained(cfg.out).tokenizer
     else:
         texts = [text for source in mixture.sources for text in source.texts()]
         frame = f"system\n{SYSTEM_PROMPT}\nuser\nassistant\n"                                         # in every row, so worth whole tokens
         tokenizer = train_tokenizer([*texts[::max(1, len(texts) // 50_000)], *[frame] * 1000], cfg.vocab_size)
-    return VLM(SIZES[cfg.model].for_tokenizer(tokenizer)), tokenizer
+    return VLM(SIZES[cfg.model].for_tokenizer(tokenizer)), Processor(tokenizer)
 
 
 def choose_parts(model, cfg):
@@ -472,7 +460,7 @@ def train(cfg):
         ensure_data(cfg)
     run.barrier()
     mixture = Mixture(cfg)
-    model, tokenizer = start_model(cfg, mixture)
+    model, processor = start_model(cfg, mixture)
     dtype = stored_dtype(find_folder(cfg.backbone)) if cfg.backbone else torch.float16
     check_blocks(cfg, model.config.num_hidden_layers)
     choose_parts(model, cfg)
@@ -495,7 +483,7 @@ def train(cfg):
         for everyones in (sorted(rows[i:i + size], key=lambda row: row[1]) for i in range(0, len(rows), size)):      # each process gets as much of each source
             own = everyones[run.rank::run.world]
             read = read_rows([(number, mixture.sources[source], index) for number, source, index in own], mixture, cfg, step < dense_steps)
-            batches.append(make_batch(read + (blank_rows(own, everyones, mixture, cfg) if run.sharded else []), tokenizer, model.config, cfg))
+            batches.append(make_batch(read + (blank_rows(own, everyones, mixture, cfg) if run.sharded else []), processor, cfg))
         return batches
 
     def gradients(batches, step):
@@ -523,7 +511,7 @@ def train(cfg):
             with atomic(Path(cfg.out) / HEADS) as path:
                 save_file(more, path)
             model.save_pretrained(cfg.out, dtype, weights)
-            tokenizer.save_pretrained(cfg.out)
+            processor.save_pretrained(cfg.out)
             for file in policy:
                 with atomic(Path(cfg.out) / file.name) as path:
                     path.write_bytes(file.read_bytes())
@@ -541,7 +529,7 @@ def train(cfg):
               f"{cfg.batch_size}, {run.world} process(es)")
     kinds = [(max(0, dense_steps - run.step), dense_steps - 1), (cfg.steps - max(run.step, dense_steps), cfg.steps - 1)]
     run.expect([(number, at) for number, at in kinds if number > 0], gradients, batches_of)
-    return run.loop(batches_of, gradients, lambda: evaluate(model, heads, mixture, tokenizer, cfg, run.device, run.step <= dense_steps), export, about, describe=describe, flops=flops)
+    return run.loop(batches_of, gradients, lambda: evaluate(model, heads, mixture, processor, cfg, run.device, run.step <= dense_steps), export, about, describe=describe, flops=flops)
 
 
 def finished(folder):

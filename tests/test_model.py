@@ -9,7 +9,7 @@ import torch
 from cli import UserError
 from model import BLM, load_training
 from policy import Policy, PolicyConfig
-from processor import train_tokenizer
+from processor import ImageConfig, Processor, train_tokenizer
 from vlm import VLM, VisionConfig, VLMConfig
 
 CORPUS = ["push the cube to the goal", "Where is the red cube?", '{"point_2d": [41, 57]}', "system\nYou are a helpful assistant.\nuser\nassistant\n"] * 3
@@ -22,14 +22,15 @@ def small_blm(seed=0, policy=True):
     tokenizer = train_tokenizer(CORPUS, vocab_size=300)
     vision = VisionConfig(depth=2, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=24, patch_size=8, window_size=32, fullatt_block_indexes=[1])
     vlm = VLM(VLMConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, mrope_section=(2, 2, 2),
-                        min_pixels=32 * 32, max_pixels=32 * 32, vision_config=vision).for_tokenizer(tokenizer))
+                        vision_config=vision).for_tokenizer(tokenizer))
     made = Policy(PolicyConfig(intent_layer=2, num_intent_queries=4, max_condition_tokens=96, hidden_size=16, num_layers=4, num_heads=2, action_horizon=4,
                                num_future_tokens=2, future_layer=3), 24, ROBOTS)
     for parameter in [*vlm.parameters(), *made.parameters()]:
         parameter.data = (parameter + 0.2 * torch.randn_like(parameter)).half().float()          # what float16 holds exactly
     for robot in range(2):
         made.normalizer.fit(robot, torch.randn(30, 17), torch.randn(30, 4, 8))
-    return BLM(vlm, tokenizer, made if policy else None, {"sft": {"stage": "sft", "step": 7}})
+    images = ImageConfig(patch_size=8, min_pixels=32 * 32, max_pixels=32 * 32)
+    return BLM(vlm, Processor(tokenizer, images), made if policy else None, {"sft": {"stage": "sft", "step": 7}})
 
 
 def observation(robot="panda", seed=0):
@@ -42,7 +43,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     blm, seen = small_blm(), observation()
     blm.save_pretrained(tmp_path, dtype=torch.float16)
     again = BLM.from_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", "model.safetensors.index.json", "policy.json", "policy.safetensors", "preprocessor_config.json",
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "policy.json", "policy.safetensors", "preprocessor_config.json",
                                                              "tokenizer.json", "tokenizer_config.json", "training.json"]
     for name, tensor in blm.policy.state_dict().items():
         assert torch.equal(tensor, again.policy.state_dict()[name]) and again.policy.state_dict()[name].dtype == tensor.dtype, name

@@ -19,7 +19,7 @@ from model import BLM
 from policy import Policy, PolicyConfig
 from nano.grounding import DenseHeads
 from train_sft import LoRA, Mixture, SFTConfig, add_lora, make_batch, merged, read_row, train
-from processor import Tokenizer, collate, train_tokenizer
+from processor import Processor, Tokenizer, chat, collate, share_stem, train_tokenizer
 from vlm import PRESETS, VLM, VisionConfig, VLMConfig
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
@@ -84,9 +84,9 @@ def tokenizer():
     return train_tokenizer(Corpus().texts(), 300)
 
 
-def batch_of(rows, tokenizer, cfg, dense_only=False, corpus=None, model=TINY):
+def batch_of(rows, tokenizer, cfg, dense_only=False, corpus=None):
     """make_batch of (number, scene) pairs of the corpus."""
-    return make_batch([read_row(corpus or Corpus(), number, scene, cfg, dense_only) for number, scene in rows], tokenizer, model.for_tokenizer(tokenizer), cfg)
+    return make_batch([read_row(corpus or Corpus(), number, scene, cfg, dense_only) for number, scene in rows], Processor(tokenizer), cfg)
 
 
 def test_labels_cover_answers_and_their_end_only(tokenizer):
@@ -140,9 +140,9 @@ def test_packing_changes_nothing(tokenizer, tmp_path):
     chats_file(tmp_path / "mine.jsonl", 3)
     mixture = Mixture(SFTConfig(data=f"corpus:1,{tmp_path / 'mine.jsonl'}:1"))
     rows = [read_row(mixture.sources[source], number, index, cfg) for number, source, index in mixture.rows_of_step(0, 6)]
-    packed = make_batch(rows, tokenizer, model.config, cfg)
+    packed = make_batch(rows, Processor(tokenizer), cfg)
     assert {len(lengths) for lengths in packed["segments"]} == {1, 4}                        # a stem and three questions, or a text alone
-    alone = [make_batch([([messages], media, None)], tokenizer, model.config, cfg) for talks, media, _ in rows for messages in talks]
+    alone = [make_batch([([messages], media, None)], Processor(tokenizer), cfg) for talks, media, _ in rows for messages in talks]
     lines = [[batch[name][0].tolist() for name in ("input_ids", "labels")] for batch in alone]
     padded = {**collate(lines, model.config.bos_token_id, side="right"),
               **{name: torch.cat([batch[name] for batch in alone if name in batch]) for name in ("pixel_values", "image_grid_thw")}}
@@ -216,7 +216,7 @@ def test_tokens_of_an_answer_know_what_it_depends_on_and_only_they(tokenizer):
 
     def known(*turns):
         talks = train_sft.conversations(2, turns)
-        ids, labels, lengths = train_sft.branched(tokenizer, talks, [(1, 8, 8)] * 2, 2)
+        ids, labels, lengths = share_stem(tokenizer, talks, [(1, 8, 8)] * 2, 2)
         places, weights = dense.answer_places(ids, labels, lengths, (talks, [("image", image) for image in scene["images"] * 2], scene), tokenizer, 16)
         return ids, [p - 1 for p, label in enumerate(labels) if label >= 0], places, weights
 
@@ -256,7 +256,7 @@ def test_blind_rows_show_noise_and_tell_nothing_of_it(tokenizer):
 
 def test_options_are_found_where_an_answer_ends_in_a_letter(tokenizer):
     def found(question, answer):
-        ids, labels = train_sft.chat(tokenizer, [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], answer=False)
+        ids, labels = chat(tokenizer, [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], generate=False)
         return [(option.text, option.right) for option in dense.options(ids, labels, tokenizer)]
 
     for answer in ("C", "bin: C"):

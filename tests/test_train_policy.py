@@ -40,6 +40,10 @@ def made(tmp_path_factory):
     return folder
 
 
+def hash_of(blm):
+    return backbone_hash(blm.vlm, blm.processor)
+
+
 def flags(made, out, **changes):
     settings = dict(data=str(made / "demos"), backbone=str(made / "backbone"), cache=str(made / "intents"), out=str(out), steps=4, batch_size=4, warmup=1, lr=1e-3,
                     frame_stride=2, save_every=2, eval_every=4, eval_rows=8, device="cpu")
@@ -47,10 +51,10 @@ def flags(made, out, **changes):
 
 
 def test_a_run_makes_a_model_and_the_backbone_does_not_move(made, tmp_path):
-    before = backbone_hash(BLM.from_pretrained(made / "backbone").vlm)
+    before = hash_of(BLM.from_pretrained(made / "backbone"))
     figures = train(flags(made, tmp_path), PolicyConfig(**SMALL))
     blm = BLM.from_pretrained(tmp_path)
-    assert backbone_hash(blm.vlm) == before and set(blm.policy.embodiments) == set(SIZES)
+    assert hash_of(blm) == before and set(blm.policy.embodiments) == set(SIZES)
     assert {"val_flow", "val_future", "joint_error_rad", "finger_accuracy"} <= figures.keys()
     assert blm.training["sft"]["step"] == 7 and blm.training["policy"]["step"] == 4
     assert blm.training["policy"]["rows"]["held_out"] > 0 and blm.training["policy"]["command"].startswith("python ")
@@ -112,7 +116,7 @@ def test_two_processes_equal_one(made, tmp_path):
 
 def demos_of(made, cache="intents"):
     blm, episodes = BLM.from_pretrained(made / "backbone"), load_episodes(made / "demos")
-    hidden = cache_intents(blm, episodes, flags(made, "unused", cache=str(made / cache)), 2, backbone_hash(blm.vlm), ALONE)
+    hidden = cache_intents(blm, episodes, flags(made, "unused", cache=str(made / cache)), 2, hash_of(blm), ALONE)
     return blm, episodes, Demos(episodes, hidden, PolicyConfig(**SMALL), 2, 25)
 
 
@@ -158,7 +162,7 @@ def test_the_cache_is_computed_once_and_never_stale(made, monkeypatch):
     demos_of(made, "fresh")
     assert len(calls) == 13
     other = small_blm(seed=5, policy=False)
-    cache_intents(other, load_episodes(made / "demos"), flags(made, "unused", cache=str(made / "fresh")), 2, backbone_hash(other.vlm), ALONE)
+    cache_intents(other, load_episodes(made / "demos"), flags(made, "unused", cache=str(made / "fresh")), 2, hash_of(other), ALONE)
     assert len(calls) == 25
 
 

@@ -1,0 +1,253 @@
+"""The rule for reading a folder of weights, and the writing of one.
+
+A folder holds config.json, generation_config.json, model.safetensors (or shards and their index).
+Only safetensors are read, and weights/nano is such a folder too. Which transformers wrote what:
+
+    4.49 to 4.51   config.json flat; the ViT's fields that equal the class's defaults left out;
+                   tensors visual.*, model.*, lm_head.*, as on the hub, as we write them
+    4.52 to 4.56   the text's fields again in text_config, with nulls beside the top level's values;
+                   raw state dicts (FSDP, ZeRO, verl): model.visual.*, model.language_model.*
+    4.57 to 5.24   text_config alone, rope_scaling called rope_parameters and rope_theta in it
+    others         language_model.model.*, language_model.lm_head.*; rotary inv_freq among the tensors
+
+eos_token_id may be a number or a list in both files; all of them are stops. Tied in config.json but
+with an lm_head of its own in the file: the file is right, as in transformers.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from cli import UserError
+from files import atomic, inside, read_json, reading, write_json
+
+# the defaults of transformers' config classes, which its files leave out
+TEXT_DEFAULTS = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "mrope_section": (16, 24, 24),
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 32768,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+}
+VISION_DEFAULTS = {
+    "depth": 32,
+    "hidden_size": 3584,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 3584,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "window_size": 112,
+    "fullatt_block_indexes": (7, 15, 23, 31),
+    "tokens_per_second": 4,
+}
+RENAMED = (
+    (r"^(model\.language_model|language_model\.model)\.", "model."),
+    (r"^(model|language_model)\.(visual|lm_head)\.", r"\2."),
+)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+QUANTIZED = "the weights are quantized: take the model in float16, bfloat16 or float32"
+
+
+# ---- configuration
+
+
+def known(fields):
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def read_config(folder):
+    """The fields of VLMConfig that a folder's config.json means, vision_config a dict.
+
+    UserError on another architecture, on quantized weights and on adapters.
+    """
+    path = Path(folder) / "config.json"
+    if (Path(folder) / "adapter_config.json").exists():
+        raise UserError(f"{folder} holds an adapter: merge it first (peft's merge_and_unload)")
+    with reading(path):
+        content = read_json(path)
+        if content.get("model_type") != "qwen2_5_vl":
+            raise UserError(f"model_type is {content.get('model_type')!r}, not 'qwen2_5_vl'")
+        if content.get("quantization_config"):
+            raise UserError(QUANTIZED)
+        text = known(content) | known(content.get("text_config") or {})
+        text["tie_word_embeddings"] = content.get("tie_word_embeddings") or bool(
+            text.get("tie_word_embeddings")
+        )
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        text |= {name: rope[name] for name in ("mrope_section", "rope_theta") if name in rope}
+        if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
+            raise UserError("rope scaling is not supported: take a checkpoint without it")
+        if text.get("use_sliding_window"):
+            raise UserError("sliding windows are not supported: take a checkpoint without them")
+        vision = known(content.get("vision_config") or {})
+        fields = {name: text.get(name, value) for name, value in TEXT_DEFAULTS.items()}
+        vision = {name: vision.get(name, value) for name, value in VISION_DEFAULTS.items()}
+    if fields["tie_word_embeddings"] and has_own_head(folder):
+        fields["tie_word_embeddings"] = False
+    return {**fields, "vision_config": vision}
+
+
+def read_generation_config(folder, config):
+    """{"eos_token_id": [every stop], "repetition_penalty"} of a folder with this VLMConfig."""
+    path = Path(folder) / "generation_config.json"
+    content = known(read_json(path)) if path.exists() else {}
+    stops = []
+    for ids in (content.get("eos_token_id"), config.eos_token_id, config.bos_token_id):
+        stops += ids if isinstance(ids, list) else [ids]
+    stops = [token for token in dict.fromkeys(stops) if token is not None]
+    return {"eos_token_id": stops, "repetition_penalty": content.get("repetition_penalty", 1.0)}
+
+
+def stored_dtype(folder):
+    """The type that config.json names for the weights; float16 if training keeps no such type."""
+    content = read_json(Path(folder) / "config.json")
+    name = content.get("dtype") or content.get("torch_dtype")
+    return getattr(torch, name) if name in ("float32", "bfloat16") else torch.float16
+
+
+# ---- weights
+
+
+def our_name(name):
+    """A tensor's name on the hub, of any of the layouts above; None for what is computed here."""
+    for pattern, replacement in RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return None if name.endswith("inv_freq") else name
+
+
+def weight_files(folder):
+    index = Path(folder) / "model.safetensors.index.json"
+    if not index.exists():
+        return [Path(folder) / "model.safetensors"]
+    with reading(index):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        return [inside(folder, name) for name in names]
+
+
+def tensors_of(path):
+    """(name, tensor) after another, each from a mapping of its own.
+
+    What was read of the file is let go of at once, so memory peaks at one tensor.
+    """
+    with reading(path, "is the file complete?"):
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+        for name in names:
+            if our_name(name):
+                with safe_open(path, "pt") as file:
+                    yield our_name(name), file.get_tensor(name)
+
+
+def has_own_head(folder):
+    """Is there an lm_head in the files that is not the embedding once more?"""
+    found = {}
+    for path in weight_files(folder):
+        with reading(path, "is the file complete?"), safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                if our_name(name) in ("lm_head.weight", "model.embed_tokens.weight"):
+                    found[our_name(name)] = file.get_tensor(name)
+    return len(found) == 2 and not torch.equal(*found.values())
+
+
+def hub_weights(weights, config):
+    """{our name: tensor} as {hub's name: view}: q, k and v, gate and up are apart there."""
+    kv = config.num_key_value_heads * config.head_dim
+    views = {}
+    for name, tensor in weights.items():
+        rows = len(tensor)
+        fused = re.search("qkv_proj|gate_up_proj|$", name)[0]
+        parts = {fused: rows}
+        if fused == "qkv_proj":
+            parts = {"q_proj": rows - 2 * kv, "k_proj": kv, "v_proj": kv}
+        elif fused == "gate_up_proj":
+            parts = {"gate_proj": rows // 2, "up_proj": rows // 2}
+        for part, view in zip(parts, tensor.split(list(parts.values()))):
+            views[name.replace(fused, part) if fused else name] = view
+    return views
+
+
+def load_weights(model, folder, device="cpu", dtype=torch.float32):
+    """Put a folder's tensors into `model`, which may be on the meta device.
+
+    UserError unless every name and shape matches and every number is finite, so nothing is left
+    at random. Memory peaks at the weights and one tensor.
+    """
+    own = {}
+    for name, tensor in model.state_dict().items():
+        own[name] = torch.empty(tensor.shape, dtype=dtype, device=device)
+    views = hub_weights(own, model.config)
+    missing = set(views)
+    for path in weight_files(folder):
+        for name, tensor in tensors_of(path):
+            where = f"{path} does not fit config.json"
+            if tensor.dtype not in FLOATS:
+                raise UserError(f"{path}: {QUANTIZED}")
+            if name == "lm_head.weight" and model.lm_head is None:
+                continue  # tied, and stored twice
+            if name not in views:
+                raise UserError(f"{where}: unexpected tensor {name}")
+            wanted = list(views[name].shape)
+            if list(tensor.shape) != wanted:
+                raise UserError(f"{where}: {name} has shape {list(tensor.shape)}, wanted {wanted}")
+            views[name].copy_(tensor)
+            if not views[name].isfinite().all():
+                raise UserError(f"{path}: {name} holds numbers that are not finite in {dtype}")
+            missing.discard(name)
+    if missing:
+        count = f"{len(missing)} tensors missing, first {min(missing)}"
+        raise UserError(f"{folder} does not fit config.json: {count}")
+    model.load_state_dict(own, assign=True)
+
+
+# ---- writing
+
+
+def config_dict(config):
+    """A VLMConfig as config.json: the hub's flat layout, which all versions read."""
+    fields = dataclasses.asdict(config)
+    sections = list(fields.pop("mrope_section"))
+    more = {"in_chans": 3, "hidden_act": "silu", "model_type": "qwen2_5_vl"}
+    return {
+        "model_type": "qwen2_5_vl",
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "hidden_act": "silu",
+        **fields,
+        "rope_scaling": {"type": "mrope", "mrope_section": sections},
+        "vision_config": fields["vision_config"] | more,
+    }
+
+
+def save_model(model, folder, dtype, weights):
+    """Write a VLM's files, each whole or not at all, with these weights {name: tensor}."""
+    folder = Path(folder)
+    tensors = {}
+    for name, tensor in hub_weights(weights, model.config).items():
+        tensors[name] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+    stored = str(dtype or model.model.norm.weight.dtype).removeprefix("torch.")
+    write_json(folder / "config.json", {**config_dict(model.config), "dtype": stored})
+    write_json(folder / "generation_config.json", model.generation_config)
+    with atomic(folder / "model.safetensors") as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+    # vLLM reads every safetensors file that no index leaves out, policy.safetensors too
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    weight_map = dict.fromkeys(tensors, "model.safetensors")
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_json(folder / "model.safetensors.index.json", index)
