@@ -1,12 +1,12 @@
 """Files at the border: whatever is read or written goes through here.
 
-    reading(path)         whatever goes wrong while a file is read becomes one line with its path
-    atomic(path)          a file appears whole or not at all
-    save_tensors(path)    safetensors with a JSON header and a checksum of every byte
-    Tensors(path)         the same read back, memory-mapped; `check()` compares the checksum
-    inside(root, name)    a path that comes from a file may not leave its folder
-    writable, claim       what can be told about --out before any work
-    find_folder(name)     a model folder, here or on the hub
+reading(path)         whatever goes wrong while a file is read becomes one line with its path
+atomic(path)          a file appears whole or not at all
+save_tensors(path)    safetensors with a JSON header and a checksum of every byte
+Tensors(path)         the same read back, memory-mapped; `check()` compares the checksum
+inside(root, name)    a path that comes from a file may not leave its folder
+writable, claim       what can be told about --out before any work
+find_folder(name)     a model folder, here or on the hub
 """
 
 import fcntl
@@ -49,12 +49,12 @@ def reading(path, advice=""):
         raise UserError(f"cannot read {path}: {reason or type(error).__name__}{hint}") from None
 
 
-def read_text(path):
+def read_text(path, errors="strict"):
     """The text of a file, with or without a byte order mark. UserError if it is no text file."""
     with reading(path):
         if Path(path).exists() and not Path(path).is_file():
             raise UserError("it is not a file")  # a FIFO would wait for ever
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig", errors=errors)
 
 
 def read_json(path, advice=""):
@@ -90,7 +90,10 @@ def atomic(path):
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files private
         temporary.replace(path)
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+    except (
+        OSError,
+        SafetensorError,
+    ) as error:  # safetensors has an error of its own for a full disk
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path}: {reason}; what was there is unchanged") from None
     finally:
@@ -207,11 +210,14 @@ def claim(folder):
     (Path(folder) / ".lock").unlink(missing_ok=True)
 
 
-def find_folder(path_or_repo_id):
+def find_folder(path_or_repo_id, **options):
     """The folder itself if it is there; else that model of the hub, fetched if it is not on disk.
 
-    A hub name looks like Qwen/Qwen2.5-VL-3B-Instruct. UserError if there is neither.
+    A hub name looks like Qwen/Qwen2.5-VL-3B-Instruct. `options` of snapshot_download, if there
+    are any, ask for something else than a model's files. UserError if there is neither.
     """
+    # only the top folder: repositories also hold checkpoint-500/ and the like
+    options = options or {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": "*/*"}
     folder = Path(path_or_repo_id)
     name = str(path_or_repo_id)
     on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not Path(folder.parts[0]).exists()
@@ -221,10 +227,9 @@ def find_folder(path_or_repo_id):
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        # only the top folder: repositories also hold checkpoint-500/ and the like
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, **options))
     except LocalEntryNotFoundError:
         reason = "no connection to the hub, and no copy on this disk"
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = one_line(error)
-    raise UserError(f"there is no folder {name}, and no such model from the hub: {reason}")
+    raise UserError(f"there is no folder {name}, and the hub does not give it: {reason}")

@@ -9,7 +9,7 @@
     torchrun --nproc_per_node 8 train_sft.py --batch_size 256  the same on several GPUs (trainer.py); --fsdp shards a model that does not fit one
     python train_sft.py --preset qwen --data mine.jsonl --lora_rank 16 --lr 1e-4         from the hub's weights
 
-A row is a corpus scene with some of its questions, or a record of a JSON lines file (data/chats.py). Rows of a step are packed end to end, none seeing
+A row is a corpus scene with some of its questions, or a record of a JSON lines file (data/conversations.py). Rows of a step are packed end to end, none seeing
 another, so nothing is spent on padding; a scene's questions share its pictures, each as if it were asked alone; the cross-entropy is on answers alone.
 
 A small model that starts from nothing hardly learns to see from sparse words: heads that only training has ask it more (dense.py). The first `dense_steps`
@@ -40,7 +40,7 @@ from jobs import this_process
 from files import atomic, write_json
 from nano import scenes as corpora
 from nano import instructions as general
-from data.conversations import Chats
+from data.conversations import Conversations, read_record
 from data.env import IMAGE_SIZE
 from nano.grounding import DenseHeads, answer_weights, begins, place_in
 from model import BLM
@@ -105,7 +105,7 @@ class Mixture:
         self.seed, self.sources, self.told, weights = cfg.seed, [], set(), []
         for part in cfg.data.split(","):
             path, _, weight = part.strip().rpartition(":") if re.search(WEIGHT, part.strip()) else (part.strip(), "", "1")
-            self.sources.append(Chats(path, cfg.on_bad) if path.endswith(".jsonl") else corpora.Corpus(path, "train", cfg.categories))
+            self.sources.append(Conversations(path, cfg.on_bad) if path.lower().endswith((".jsonl", ".json")) else corpora.Corpus(path, "train", cfg.categories))
             weights.append(float(weight))
         if not sum(weights) > 0:
             raise UserError(f"--data {cfg.data}: the weights must not all be zero")
@@ -130,7 +130,7 @@ class Mixture:
     def name(self, source, index):
         """A row in words, for whoever looks for it."""
         chats = self.sources[source]
-        return f"{chats.folder}, scene {index}" if self.dense[source] else f"{chats.path}, line {chats.records[index][0]}"
+        return f"{chats.folder}, scene {index}" if self.dense[source] else chats.name(index)
 
     @lru_cache(maxsize=8)
     def block(self, block, dense_only):
@@ -168,9 +168,10 @@ def conversations(images, turns):
 def read_row(source, number, index, cfg, dense_only=False):
     """([messages], [("image" | "video", what)], scene or None) of a row: conversations about the same pictures. `number` chooses which questions of a scene
     are asked, and None asks all as they stand."""
+    if isinstance(source, Conversations):
+        row = source.row(index)
+        return row.conversations, row.media, None
     found = source[index]
-    if "messages" in found:
-        return [found["messages"]], found["media"], None
     turns = [] if dense_only else found["turns"]
     if number is not None:
         draw = np.random.default_rng([cfg.seed, 2, number])
@@ -213,7 +214,7 @@ def blank_rows(rows, others, mixture, cfg):
     """Under --fsdp all processes must run the ViT and the dense heads if one of them does: [a grey row] for the rows (number, source, index) of a process
     that lack what `others`, the rows of all, have; else []."""
     scene = [any(cfg.dense_weight and mixture.dense[source] for _, source, _ in some) for some in (others, rows)]
-    picture = [any(mixture.dense[source] or mixture.sources[source].records[index][2] for _, source, index in some) for some in (others, rows)]
+    picture = [any(mixture.dense[source] or read_record(mixture.sources[source].records[index][1])[1] for _, source, index in some) for some in (others, rows)]
     return [] if scene[0] == scene[1] and picture[0] == picture[1] else [grey_row(scene[0])]
 
 

@@ -1,175 +1,278 @@
-"""Your own data: JSON lines of conversations with pictures and videos, in the two shapes that people have.
+"""Your own data: conversations about pictures and videos, in the shapes that people have.
 
-    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What is this?"}]},
-                  {"role": "assistant", "content": "A cup."}]}                                                     content may be a plain string too
-    {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cup."}]}       LLaVA, ShareGPT
+A file is JSON lines, a record a line, or one JSON list of records. A record is one of
 
-"images", "video" and "videos" beside "image"; <video> beside <image>; a video is a folder of pictures, a GIF or WebP, or a film that ffmpeg can play.
-Paths start at the file's own folder and may not leave it. A bad record is told with its file and line: with on_bad="refuse" all of them at once, as an
-error; with "skip" they are counted and left out. Pictures whose body is broken and films that do not play are met when they are read.
+    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"},
+                                               {"type": "text", "text": "What is this?"}]},
+                  {"role": "assistant", "content": "A cup."}]}               Hugging Face, OpenAI
+    {"messages": [{"role": "user", "content": "<image>What is this?"}, ...],
+     "images": ["a.jpg"]}                                                LLaMA-Factory, ms-swift
+    {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
+                                         {"from": "gpt", "value": "A cup."}]}    LLaVA, ShareGPT
+    {"images": ["a.jpg"], "questions": [{"question": "What is this?", "answer": "A cup."}, ...]}
+
+The last is this project's own: questions about the same pictures, each as if asked alone. "videos"
+and <video> go beside "images" and <image>, "system" beside all. Each picture has one place and each
+place one picture; where texts have none at all, pictures come before the question ("messages"
+must say where). A picture is a path below the file's folder, which may hold links, a file:// or
+data: URI, or {"path", "url", "bytes"}; a video is a folder of pictures, a GIF or WebP, a film, or
+in a content list a list of pictures. What else a record holds stays in `Row.record`.
 """
+
 import json
 import re
-import shutil
-import subprocess
-import tempfile
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageSequence
+from tqdm import tqdm
 
-from cli import UserError
-from data.media import load_image, open_image
-from processor import ImageConfig, smart_resize
+from cli import UserError, one_line
+from data.media import load_image, load_video, locate
+from files import read_text, reading
 
-ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
-MOST_TOLD = 5                    # bad records that an error names
-
-
-def normalise(record):
-    """(messages as `tokenizer.chat` takes them, [(kind, path)] of pictures and videos in their order); ValueError says what is wrong."""
-    if not isinstance(record, dict):
-        raise ValueError("it is no JSON object")
-    if "messages" in record:
-        turns = [(turn.get("role"), turn.get("content")) for turn in record["messages"]]
-        files = []
-    elif "conversations" in record:
-        turns = [(turn.get("from"), turn.get("value")) for turn in record["conversations"]]
-        listed = lambda kind: [record[kind]] if isinstance(record.get(kind), str) else list(record.get(kind) or record.get(f"{kind}s") or [])
-        files = {"image": listed("image"), "video": listed("video")}
-        asked = [i for i, (role, text) in enumerate(turns) if ROLES.get(role) == "user" and isinstance(text, str)]
-        if asked and not any(f"<{kind}>" in turns[i][1] for i in asked for kind in files):              # no place for them: before the first question
-            role, text = turns[asked[0]]
-            turns[asked[0]] = role, "".join(f"<{kind}>" * len(paths) for kind, paths in files.items()) + text
-    else:
-        raise ValueError("it has neither \"messages\" nor \"conversations\"")
-    messages, media = [], []
-    for role, content in turns:
-        if role not in ROLES:
-            raise ValueError(f"unknown role {role!r}, choose from: {', '.join(ROLES)}")
-        if isinstance(content, str):
-            content = split(content, files, media) if files and ROLES[role] == "user" else [{"type": "text", "text": content}]
-        elif isinstance(content, list):
-            content = [one(item, media) for item in content]
-        else:
-            raise ValueError(f"a message of {role!r} has no content")
-        messages.append({"role": ROLES[role], "content": content})
-    if files and any(files.values()):
-        raise ValueError(f"it names {sum(map(len, files.values()))} more pictures or videos than <image> and <video> places in its text")
-    for message in messages:
-        if message["role"] == "assistant":
-            if any(item["type"] != "text" for item in message["content"]):
-                raise ValueError("an answer holds a picture or video")
-            message["content"] = "".join(item.get("text", "") for item in message["content"])
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-        raise ValueError("it has no answer")
-    return messages, media
+ROLES = ("system", "user", "assistant")
+SHAREGPT = {"human": "user", "gpt": "assistant"}
+KINDS = ("image", "video")
+# A place in a text: LLaVA's tag, Qwen's three tokens, Qwen 1's path. ms-swift's tags for boxes are
+# known here to be refused: nothing would be put in.
+PLACE = re.compile(
+    r"<(?:\|vision_start\|><\|)?(image|video|bbox|ref-object|img>.+?</img)"
+    r"(?:_pad\|><\|vision_end\|)?>\n*"
+)
+# What asks for another answer or picture than a model would be trained on.
+UNREAD = re.compile(
+    r"audios?|tools|tool_calls|\w+_pixels|resized_\w+|nframes|video_(start|end)|fps"
+)
+MOST_TOLD = 5  # bad records that an error names
 
 
-def one(item, media):
-    """A content item of a chat message, its picture or video moved to `media`."""
-    kind = item.get("type") if isinstance(item, dict) else None
-    if kind == "text" and isinstance(item.get("text"), str):
-        return {"type": "text", "text": item["text"]}
-    if kind in ("image", "video") and isinstance(item.get(kind), str):
-        media.append((kind, item[kind]))
-        return {"type": kind}
-    raise ValueError(f"unknown content {json.dumps(item)[:60]}: text, image and video are known, the last two as a path")
+@dataclass
+class Row:
+    """A row of training: conversations about the same pictures, none seeing another.
+
+    conversations [[message, ...], ...] as `processor.chat` takes them; media in the order of
+    their places [("image", PIL) | ("video", [PIL])]; record, the dict in the file.
+    """
+
+    conversations: list
+    media: list
+    record: dict
 
 
-def split(text, files, media):
-    """LLaVA's text with <image> and <video> in it, as content items; its pictures move from `files` to `media`."""
-    items = []
-    while text:
-        found = min(((text.find(f"<{kind}>"), kind) for kind in files if f"<{kind}>" in text), default=None)
-        before, text = (text, "") if found is None else (text[:found[0]], text[found[0] + len(found[1]) + 2:].lstrip("\n"))
-        if before:
-            items.append({"type": "text", "text": before})
-        if found is not None:
-            if not files[found[1]]:
-                raise ValueError(f"its text has more <{found[1]}> places than it names {found[1]}s")
-            media.append((found[1], files[found[1]].pop(0)))
-            items.append({"type": found[1]})
-    return items
+class Conversations:
+    """The records of a file; `row(i)` reads the pictures of one.
 
-
-def load_media(kind, path):
-    """A picture (PIL), or a video's frames [PIL]: of films like MP4 two a second, which takes the program ffmpeg. UserError if it cannot be read."""
-    if kind == "image":
-        return load_image(path)
-    if not path.is_dir() and path.suffix.lower() not in (".gif", ".webp"):
-        return load_film(path)
-    if path.is_dir():
-        numbers = lambda file: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]            # 2.png comes before 10.png
-        frames = [load_image(file) for file in sorted(path.iterdir(), key=numbers) if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
-    else:
-        try:
-            with Image.open(path) as film:
-                frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(film)]
-        except Exception as error:                   # Pillow raises whatever its readers raise
-            raise UserError(f"cannot play {path} ({type(error).__name__})") from None
-    if not frames:
-        raise UserError(f"no pictures in {path}")
-    return frames
-
-
-def load_film(path):
-    if shutil.which("ffmpeg") is None:
-        raise UserError(f"cannot play {path} without the program ffmpeg: install it (`apt-get install ffmpeg`), or cut films into folders of pictures, two a second")
-    with tempfile.TemporaryDirectory() as folder:
-        made = subprocess.run(["ffmpeg", "-v", "error", "-i", str(path), "-vf", "fps=2", f"{folder}/%06d.png"], capture_output=True, text=True)
-        if made.returncode or not any(Path(folder).iterdir()):
-            raise UserError(f"cannot play {path}: ffmpeg says {(made.stderr.strip().splitlines() or ['nothing, and makes no pictures'])[-1]}")
-        return load_media("video", Path(folder))
-
-
-class Chats:
-    """The records of a JSON lines file: chats[i] -> {"messages", "media": [("image", PIL) | ("video", [PIL])]}."""
+    A record's structure, and whether its pictures are there, is checked at once; what they show,
+    when the row is read. on_bad "refuse": bad records are a UserError that names them; "skip":
+    they are left out, and counted in `skipped`.
+    """
 
     def __init__(self, path, on_bad="refuse"):
-        self.path, self.records, bad = Path(path), [], []
-        try:
-            lines = self.path.read_text(encoding="utf-8").split("\n")              # splitlines would also split at what JSON strings may hold
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-        root = self.path.resolve().parent
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+        self.path = Path(path)
+        # a file that is itself a link may have its pictures at either end
+        self.roots = (self.path.parent, self.path.resolve().parent)
+        self.records = []  # (place in the file, dict)
+        bad = []
+        entries = read_entries(self.path)
+        for place, entry in tqdm(entries, desc=f"checking {self.path.name}", delay=2):
             try:
-                messages, media = normalise(json.loads(line))
-                paths = [(kind, (root / name).resolve()) for kind, name in media]
-                for (kind, name), (_, found) in zip(media, paths):
-                    if not found.is_relative_to(root):
-                        raise ValueError(f"{name} lies outside {self.path.parent}")
-                    if not found.exists():
-                        raise ValueError(f"{name} is not there")
-                    if kind == "image":
-                        with open_image(found) as picture:               # its header; a broken body is told when it is read
-                            smart_resize(picture.height, picture.width, ImageConfig())
-                self.records.append((number, messages, paths))
-            except (ValueError, OSError, TypeError, AttributeError, UserError) as error:
-                bad.append(f"{path}, line {number}: {error}")
+                with reading(f"{path}, {place}"):
+                    record = json.loads(entry) if isinstance(entry, str) else entry
+                    for _, source in read_record(record)[1]:
+                        self.find(source)
+                self.records.append((place, record))
+            except UserError as error:
+                bad.append(one_line(error, longest=200))
+        self.skipped = len(bad)
+        about = f"{len(bad)} of {len(entries)} records are bad: {'; '.join(bad[:MOST_TOLD])}"
         if bad and on_bad == "refuse":
-            more = f", and {len(bad) - MOST_TOLD} more" if len(bad) > MOST_TOLD else ""
-            raise UserError("; ".join(bad[:MOST_TOLD]) + more + "; mend them, or leave them out with --on_bad skip")
+            advice = "JSON lines in UTF-8 wanted: mend them, or leave them out with --on_bad skip"
+            raise UserError(f"{about}; {advice}")
         if bad:
-            print(f"{path}: {len(bad)} of {len(bad) + len(self.records)} records left out; the first: {bad[0]}")
+            print(f"left out: {about}")
         if not self.records:
             raise UserError(f"{path} holds no conversations")
-        self.skipped = len(bad)
-
-    def texts(self):
-        """Every string of the conversations, for a tokenizer."""
-        for _, messages, _ in self.records:
-            for message in messages:
-                yield from [message["content"]] if isinstance(message["content"], str) else [item["text"] for item in message["content"] if item["type"] == "text"]
 
     def __len__(self):
         return len(self.records)
 
-    def __getitem__(self, i):
-        number, messages, media = self.records[i]
-        try:
-            return {"messages": messages, "media": [(kind, load_media(kind, path)) for kind, path in media]}
-        except UserError as error:
-            raise UserError(f"{self.path}, line {number}: {error}") from None
+    def name(self, i):
+        """A row in words, for whoever looks for it: "mine.jsonl, line 12"."""
+        return f"{self.path}, {self.records[i][0]}"
+
+    def texts(self):
+        """Every text of the conversations, for a tokenizer."""
+        for _, record in self.records:
+            for messages in read_record(record)[0]:
+                for message in messages:
+                    content = message["content"]
+                    items = [{"text": content}] if isinstance(content, str) else content
+                    yield from (item["text"] for item in items if "text" in item)
+
+    def row(self, i, rng=None):
+        """The Row i. UserError that names file, line and picture if one cannot be read."""
+        record = self.records[i][1]
+        with reading(self.name(i)):
+            conversations, sources = read_record(record)
+            media = [(kind, self.load(kind, source)) for kind, source in sources]
+        return Row(conversations, media, record)
+
+    def find(self, source):
+        """The file that a source means, or its bytes, or a list of these. UserError if none."""
+        if isinstance(source, list):
+            return [self.find(frame) for frame in source]
+        for root in self.roots:
+            path = locate(str(source).replace("\\", "/"), root)  # Windows' paths
+            if isinstance(path, BytesIO) or path.exists():
+                return path
+        raise UserError(f"{source} is not there")
+
+    def load(self, kind, source):
+        """A picture (PIL), or a video's frames [PIL]."""
+        load = load_video if kind == "video" else load_image
+        return load(self.find(source))
+
+
+# ---- from a file to records
+
+
+def read_entries(path):
+    """[("line 12", JSON)] of JSON lines, or [("record 12", content)] of one JSON list."""
+    # bytes that are no UTF-8 become lone surrogates, for which only their record is refused
+    text = read_text(path, errors="surrogateescape")
+    unit = "line"
+    # splitlines would also split at what JSON strings may hold
+    entries = [line.strip(" \t\r\ufeff") for line in text.split("\n")]
+    if text.lstrip().startswith("["):
+        unit = "record"
+        with reading(path, "JSON lines wanted, or one JSON list"):
+            entries = json.loads(text)
+    return [(f"{unit} {n}", entry) for n, entry in enumerate(entries, start=1) if entry != ""]
+
+
+def read_record(record):
+    """(conversations, [(kind, source)] of their media) of a record. Errors say what is wrong.
+
+    A source is a path, a URI, or a list of them: the frames of a video.
+    """
+    refuse_unread(record)
+    conversations = []
+    for turns in read_turns(record):
+        messages = [read_message(turn) for turn in turns]
+        conversations.append(messages)
+        questions = [message["content"] for message in messages if message["role"] == "user"]
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        if not "".join(answers).strip() and record.get("questions") != []:
+            raise ValueError("it has no answer")
+        media = place_media(record, questions)
+    return conversations, media
+
+
+def place_media(record, questions):
+    """[(kind, source)] of the places in the contents of questions, those beside them put in."""
+    places = [item for content in questions for item in content if "text" not in item]
+    files = {kind: listed(record, kind) for kind in KINDS}
+    if questions and not places and "messages" not in record:
+        places = [{"type": kind} for kind in KINDS for _ in files[kind]]
+        questions[0][:0] = places
+    for kind in (*KINDS, "bbox", "ref-object"):
+        names = files.get(kind, [])
+        unnamed = [place for place in places if place["type"] == kind and "source" not in place]
+        if len(unnamed) != len(names):
+            raise ValueError(
+                f"its questions have {len(unnamed)} <{kind}>, and it names {len(names)}"
+            )
+        for place, name in zip(unnamed, names, strict=True):
+            place["source"] = name
+    return [(place["type"], place.pop("source")) for place in places]
+
+
+def refuse_unread(item):
+    """Errors for what a record, a message or a picture asks for and would not get."""
+    if not isinstance(item, dict):
+        raise TypeError(f"{str(item)[:60]!r} is no JSON object")
+    for key, value in item.items():
+        if value and UNREAD.fullmatch(key) and (key, value) != ("fps", 2):
+            raise ValueError(f"{key!r} is not obeyed here: take it out")
+
+
+def read_turns(record):
+    """A record's conversations [[{"role", "content"}, ...], ...], whatever its shape."""
+    before = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    turns = record.get("messages") or record.get("conversations")
+    if turns:  # tables are exported with lists as strings
+        return [before + (json.loads(turns) if isinstance(turns, str) else turns)]
+    if "questions" not in record:
+        raise ValueError('it has neither "messages" nor "conversations" nor "questions"')
+    conversations = []
+    for entry in record["questions"]:
+        question = {"role": "user", "content": entry["question"]}
+        answer = {"role": "assistant", "content": entry["answer"]}
+        conversations.append([*before, question, answer])
+    return conversations or [[{"role": "user", "content": ""}]]  # pictures alone
+
+
+def listed(record, kind):
+    """The sources beside a record's texts; rows of text alone may have "" or null there."""
+    entries = record.get(kind) or record.get(f"{kind}s") or []
+    entries = entries if isinstance(entries, list) else [entries]
+    return [find_source(entry, kind) for entry in entries if entry]
+
+
+def find_source(item, kind):
+    """The path or URI in a content item or its like, a list of them, or None without."""
+    while isinstance(item, dict):
+        encoded = item.get("bytes") or item.get("base64")
+        if encoded:
+            return f"data:;base64,{encoded}"
+        keys = (kind, f"{kind}_url", "url", "path")
+        item = next((item[key] for key in keys if item.get(key)), None)
+    if isinstance(item, list):
+        return [find_source(frame, "image") for frame in item] if kind == "video" else str(item)
+    return item
+
+
+def read_message(turn):
+    """A chat message. Its places for media have a "source" if they name their own."""
+    refuse_unread(turn)
+    name = str(turn.get("role") or turn.get("from")).lower()
+    role = SHAREGPT.get(name, name)
+    if role not in ROLES:
+        raise ValueError(f"unknown role {name!r}, choose from: {', '.join((*ROLES, *SHAREGPT))}")
+    content = turn.get("value") if turn.get("content") is None else turn["content"]
+    items = []
+    for item in content if isinstance(content, list) else [content]:
+        items += read_item(item)
+    if role == "user":
+        return {"role": role, "content": items}
+    if any("text" not in item for item in items):
+        raise ValueError(f"a message of {name!r} holds a picture, as only questions may")
+    message = {"role": role, "content": "".join(item["text"] for item in items)}
+    if turn.get("weight") == 0 or turn.get("loss") is False:  # OpenAI's, ms-swift's
+        message["learn"] = False
+    return message
+
+
+def read_item(item):
+    """A text, or an item of a content list, as content items of a chat message."""
+    item = {"type": "text", "text": item} if isinstance(item, str) else item
+    if not isinstance(item, dict):
+        raise TypeError("a message has no text")
+    kind = str(item.get("type")).removesuffix("_url")
+    if kind in KINDS:
+        refuse_unread(item)
+        source = find_source(item, kind)
+        return [{"type": kind, "source": source} if source else {"type": kind}]
+    if kind != "text" or not isinstance(item.get("text"), str):
+        raise ValueError(f"unknown content {item}: text, image and video are known")
+    item["text"].encode()  # half an emoji, or no UTF-8
+    items = []
+    for i, part in enumerate(PLACE.split(item["text"])):
+        if i % 2 == 0:  # text between two places
+            items += [{"type": "text", "text": part}] if part else []
+        elif part.startswith("img>"):
+            items.append({"type": "image", "source": part[4:-5]})
+        else:
+            items.append({"type": part})
+    return items

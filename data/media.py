@@ -85,6 +85,9 @@ def open_image(path):
         if image.width * image.height > MAX_PIXELS:
             size = f"{image.width}x{image.height}"
             raise UserError(f"{path}: {size} is more than {MAX_PIXELS:,} pixels: shrink it first")
+        low, high = sorted(image.size)
+        if low < 2 or high > 200 * low:  # Qwen's own limit
+            raise UserError(f"{path}: {image.width}x{image.height} pixels are too thin a picture")
         yield image
 
 
@@ -97,10 +100,12 @@ def load_image(path):
 def load_video(path):
     """A video's frames [PIL RGB]: a folder of pictures, an animation, or a film, two a second.
 
-    UserError if it cannot be played, or is longer than the limits above.
+    path: also a list of pictures' files. UserError if it cannot be played, is longer than the
+    limits above, or its frames differ in size.
     """
-    path = Path(path)
-    if path.is_dir():
+    if isinstance(path, list):
+        frames = map(load_image, path)
+    elif path.is_dir():
         files = [file for file in path.iterdir() if file.suffix.lower() in PICTURES]
         frames = map(load_image, sorted(files, key=numeric))
     elif path.suffix.lower() in (".gif", ".webp"):
@@ -115,6 +120,8 @@ def load_video(path):
         if len(kept) > MAX_FRAMES or pixels > MAX_FILM_PIXELS:
             most = f"{MAX_FRAMES} frames or {MAX_FILM_PIXELS:,} pixels"
             raise UserError(f"{path} is longer than {most}: cut or shrink it first")
+        if frame.size != kept[0].size:
+            raise UserError(f"{path}: the frames of a video must have one size")
     if not kept:
         raise UserError(f"no pictures in {path}")
     return kept

@@ -1,100 +1,160 @@
-"""The paper's benchmarks, in small: each reader finds questions, pictures and answers where its authors put them, and scores are what they say."""
+"""The paper's benchmarks, in small: questions, pictures and answers where their authors put them."""
+
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import eval as evaluation
 from cli import UserError
-from conftest import ROOT
-from data import benchmarks
-from data.conversations import load_media
+from data.benchmarks import BenchmarkConfig, convert
+from data.conversations import Conversations
+from data.scoring import is_right
+
+PAIR = {"question": "Is it done?", "index2ans": {"A": "yes", "B": "no"}, "answer": "B"}
 
 
 def picture(path, n=0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(n).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+    pixels = np.random.default_rng(n).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
 
 
-def write(path, found):
+def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps(content))
+
+
+def converted(name, folder, out):
+    """The rows of a converted benchmark, as evaluation reads them."""
+    convert(BenchmarkConfig(name, str(folder), str(out / f"{name}.jsonl")))
+    rows = Conversations(out / f"{name}.jsonl")
+    return [rows.row(i) for i in range(len(rows))]
 
 
 @pytest.fixture
 def cosmos(tmp_path):
-    pair = {"question": "Is it done?", "index2ans": {"A": "yes", "B": "no"}, "answer": "B"}
-    other = {"question": "What comes next?", "index2ans": {"A": "lift", "B": "turn", "C": "stop"}, "correct_answer": "c"}
-    write(tmp_path / "robovqa" / "robovqa_benchmark_qa_pairs.json", [{"video": "clips/one.mp4", "qa_pairs": pair}, {"video": "clips/two.mp4", "qa_pairs": [pair, other]},
-                                                                      {"video": "clips/gone.mp4", "qa_pairs": pair}])
+    """Clips as folders of frames: one asked once, one twice, one that is not there."""
+    root = tmp_path / "cosmos" / "robovqa"
+    options = {"A": "lift", "B": "turn", "C": "stop"}
+    other = {"question": "What next?", "index2ans": options, "correct_answer": "c"}
+    rows = [
+        {"video": "clips/one.mp4", "qa_pairs": PAIR},
+        {"video": "clips/two.mp4", "qa_pairs": [PAIR, other]},
+        {"video": "clips/gone.mp4", "qa_pairs": PAIR},
+    ]
+    write(root / "robovqa_benchmark_qa_pairs.json", rows)
     for clip, frames in (("one", 3), ("two", 40)):
         for i in range(frames):
-            picture(tmp_path / "robovqa" / "clips" / clip / f"{i:03d}.png", i)
-    return tmp_path
+            picture(root / "clips" / clip / f"{i:03d}.png", i)
+    return root.parent
 
 
-def test_clips_with_options(cosmos):
-    items, missing = benchmarks.read("robovqa", str(cosmos))
-    assert [item.answer for item in items] == ["B", "B", "C"] and missing == 1
-    assert items[2].prompt() == "What comes next?\n(A) lift\n(B) turn\n(C) stop\nAnswer with the letter of the right option alone."
-    assert [len(item.load()[0]) for item in items] == [3, benchmarks.MOST_FRAMES, benchmarks.MOST_FRAMES]
-    found = benchmarks.score(items, ["B", "I think <answer>(B)</answer> A", "The answer is A."])
-    assert found["accuracy"] == 2 / 3 and found["categories"]["robovqa"] == {"accuracy": 2 / 3, "asked": 3}
-    assert benchmarks.score(items, ["", "b", "D"])["accuracy"] == 0
+@pytest.mark.parametrize("below", ["", "robovqa"])
+def test_clips_with_options(cosmos, tmp_path, capsys, below):
+    rows = converted("robovqa", cosmos / below, tmp_path / "out")
+    questions = [row.record["questions"][0] for row in rows]
+    assert [question["answer"] for question in questions] == ["B", "B", "C"]
+    assert "3 of 4 questions" in capsys.readouterr().out
+    last = questions[2]
+    request = "Answer with the letter of the right option alone."
+    assert last["question"] == f"What next?\n(A) lift\n(B) turn\n(C) stop\n{request}"
+    assert last["options"] == ["lift", "turn", "stop"] and last["chance"] == 1 / 3
+    assert (last["form"], last["category"]) == ("letter", "robovqa")
+    assert [len(row.media[0][1]) for row in rows] == [3, 40, 40]
+    replies = ["B", "I think <answer>(B)</answer> A", "The answer is A."]
+    assert [is_right(*pair) for pair in zip(questions, replies)] == [True, True, False]
+    asked = [item["text"] for item in rows[2].conversations[0][0]["content"] if "text" in item]
+    assert asked == [last["question"]]
 
 
-def test_egothink_and_sharerobot(tmp_path):
-    write(tmp_path / "ego" / "Object" / "existence" / "annotations.json", [{"image_path": ["images/a.jpg"], "question": "What is in my hand?", "answer": "A red cup."}])
-    picture(tmp_path / "ego" / "Object" / "existence" / "images" / "a.jpg")
-    (item,), missing = benchmarks.read("egothink", str(tmp_path / "ego"))
-    assert item.category == "Object/existence" and item.options is None and item.prompt() == "What is in my hand?" and item.load()[0].size == (64, 64) and missing == 0
-    assert benchmarks.score([item], ["the red cup"])["exact"] == 1
-    found = benchmarks.score([item], ["a blue cup"])
-    assert found["exact"] == 0 and found["soft"] == pytest.approx(0.5)
-    talk = [{"from": "human", "value": "<image><image>\nWhat comes next?"}, {"from": "gpt", "value": "Lift it."}]
-    write(tmp_path / "share" / "planning" / "jsons" / "test.json", [{"id": 1, "task": "future prediction", "image": ["f/0.png", "f/1.png"], "conversations": talk}])
+def test_pictures_with_open_answers(tmp_path):
+    folder = tmp_path / "ego" / "Object" / "existence"
+    row = {
+        "image_path": ["images/a.jpg"],
+        "question": "What is in my hand?",
+        "answer": "A red cup.",
+    }
+    write(folder / "annotations.json", [row, {**row, "image_path": "b.jpg"}])
+    picture(folder / "images" / "a.jpg")
+    picture(folder / "images" / "b.jpg")
+    rows = converted("egothink", tmp_path / "ego", tmp_path / "out")
+    question = rows[0].record["questions"][0]
+    assert question["category"] == "existence" and question["form"] == "open"
+    assert (question["question"], question["answer"]) == ("What is in my hand?", "A red cup.")
+    assert [row.media[0][1].size for row in rows] == [(64, 64)] * 2
+    assert is_right(question, "the red cup") and not is_right(question, "a blue cup")
+
+
+def test_pictures_of_an_episode(tmp_path):
+    turns = [{"from": "human", "value": "<image><image>\nWhat comes next?"}]
+    turns += [{"from": "gpt", "value": "Lift it."}]
+    row = {"id": 1, "task": "future", "image": ["f/0.png", "f/1.png"], "conversations": turns}
+    write(tmp_path / "share" / "planning" / "jsons" / "test.json", [row])
     for i in (0, 1):
         picture(tmp_path / "share" / "planning" / "images" / "f" / f"{i}.png")
-    (item,), _ = benchmarks.read("sharerobot", str(tmp_path / "share"))
-    assert (item.question, item.answer, item.category, len(item.load())) == ("What comes next?", "Lift it.", "future prediction", 2)
+    (row,) = converted("sharerobot", tmp_path / "share", tmp_path / "out")
+    question = row.record["questions"][0]
+    assert (question["question"], question["answer"]) == ("What comes next?", "Lift it.")
+    assert question["category"] == "future" and len(row.media) == 2
 
 
-def test_a_benchmark_is_run_and_written(cosmos, monkeypatch):
-    out = cosmos / "result.json"
-    monkeypatch.setattr("sys.argv", ["eval.py", "benchmark", "--name", "robovqa", "--data", str(cosmos), "--weights", str(ROOT / "weights" / "nano"), "--out", str(out), "--device", "cpu"])
-    evaluation.main()
-    found = json.loads(out.read_text())
-    assert found["asked"] == 3 == len(found["replies"]) and 0 <= found["accuracy"] <= 1 and found["paper"]["after"] == 95.45
+def test_a_second_conversion_is_the_first(cosmos, tmp_path):
+    first = converted("robovqa", cosmos, tmp_path / "out")
+    again = converted("robovqa", cosmos, tmp_path / "out")
+    assert [row.record for row in first] == [row.record for row in again]
+    beside = converted("robovqa", cosmos / "robovqa", cosmos)  # out is where the data are
+    assert [row.conversations for row in beside] == [row.conversations for row in first]
+    with pytest.raises(UserError, match="in the way.*choose another --out"):
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "robovqa").mkdir()
+        converted("robovqa", cosmos, tmp_path / "new")
 
 
-def test_what_is_not_a_benchmark_is_told(tmp_path):
-    write(tmp_path / "robofail" / "robofail_benchmark_qa_pairs.json", [{"video": "clips/one.mp4"}])
-    with pytest.raises(UserError, match="not how robofail is published.*qa_pairs"):
-        benchmarks.read("robofail", str(tmp_path))
-    with pytest.raises(UserError, match="cannot read.*agibot"):
-        benchmarks.read("agibot", str(tmp_path))
-    with pytest.raises(UserError, match="pictures of none"):
-        benchmarks.read("egothink", str(tmp_path))
-    with pytest.raises(UserError, match="no folder nowhere"):
-        benchmarks.read("egothink", "nowhere")
-    with pytest.raises(UserError, match="did you mean robovqa"):
-        benchmarks.read("robovq", str(tmp_path))
+@pytest.mark.parametrize("video", ["../clip", "/etc/hostname", "a/../../../clip"])
+def test_media_may_not_lie_outside(tmp_path, video):
+    rows = [{"video": video, "qa_pairs": PAIR}]
+    write(tmp_path / "data" / "robovqa" / "robovqa_benchmark_qa_pairs.json", rows)
+    picture(tmp_path / "clip" / "0.png")
+    with pytest.raises(UserError, match="robovqa_benchmark_qa_pairs.json.*outside"):
+        converted("robovqa", tmp_path / "data", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
-def test_films_are_cut_by_ffmpeg(tmp_path, monkeypatch):
-    (tmp_path / "film.mp4").write_bytes(b"film")
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="without the program ffmpeg"):
-        load_media("video", tmp_path / "film.mp4")
-    picture(tmp_path / "still.png")
-    (tmp_path / "bin").mkdir()
-    for script, word in ((f'#!/bin/sh\nfor last; do :; done\n/bin/cp {tmp_path}/still.png "$(/usr/bin/printf "$last" 1)"\n', None), ("#!/bin/sh\necho no such codec >&2\nexit 1\n", "no such codec")):
-        (tmp_path / "bin" / "ffmpeg").write_text(script)
-        (tmp_path / "bin" / "ffmpeg").chmod(0o755)
-        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-        if word:
-            with pytest.raises(UserError, match=word):
-                load_media("video", tmp_path / "film.mp4")
-        else:
-            assert [frame.size for frame in load_media("video", tmp_path / "film.mp4")] == [(64, 64)]
+NOT_ONE = {
+    "a field is missing": (
+        "robofail",
+        [{"video": "clips/one.mp4"}],
+        "published.*qa_pairs|qa_pairs.*published",
+    ),
+    "an answer that is no option": (
+        "robofail",
+        [{"video": "a", "qa_pairs": {**PAIR, "answer": "E"}}],
+        "answer E",
+    ),
+    "no list": ("robofail", 7, "published"),
+    "a list of words": ("robofail", ["a"], "published"),
+    "no pictures": (
+        "robofail",
+        [{"video": "a", "qa_pairs": PAIR}],
+        "1 questions.*pictures of none",
+    ),
+    "another benchmark": ("agibot", [], "0 questions of agibot"),
+    "a name": ("robofial", [], "did you mean robofail"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_ONE)
+def test_what_is_not_a_benchmark_is_told(tmp_path, case):
+    name, content, word = NOT_ONE[case]
+    write(tmp_path / "data" / "robofail_benchmark_qa_pairs.json", content)
+    with pytest.raises(UserError, match=word):
+        converted(name, tmp_path / "data", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_folder_is_told(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        converted("egothink", "nowhere", tmp_path)
+    with pytest.raises(UserError, match="no folder nobody/nothing"):
+        converted("egothink", "nobody/nothing", tmp_path)
