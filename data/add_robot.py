@@ -1,198 +1,382 @@
-"""Your own arm from its MJCF file: an entry of data/robots.json, and the expert's first attempts with it.
+"""Your own arm, from its MJCF file: data/arms/NAME.xml, and the expert's first attempts with it.
 
     python -m data.add_robot --mjcf universal_robots_ur5e/ur5e.xml --name ur5e
 
-Joints, limits, inertias and servos are the file's; links become capsules that fit its geoms; the gripper is that of a robot that is here already. Where the
-tasks take place follows from how far the arm reaches. The file must have a site at the flange (z outwards, y along which the fingers shall close), as
-the arms of MuJoCo Menagerie do. Afterwards: demonstrations, and a policy (README, "Add a robot").
+Chain, limits, inertias and servos are the file's; links become capsules around its geoms; the
+gripper is that of an arm that is here already. Where the tasks take place follows from how far the
+arm reaches. What cannot be kept (springs, coupled joints, ...) is refused, with the reason.
+
+A chain is read with no joint turned, where frames (4, 4) are simple: those of the bodies are the
+world's, those in the new file are each in the frame before.
 """
-import json
+
 import re
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
 
-import mujoco
 import numpy as np
 
 from cli import UserError, at_least, choose, parse, run
+from data.robots import ARMS, ROBOTS, Kinematics, Robot, get_robot
+from data.simulator import mujoco
+from files import atomic, reading
 
-from files import atomic
-from data.robots import ROBOTS, Kinematics, Robot, get_robot
-
-FILE = Path(__file__).parent / "robots.json"
-MOST_CAPSULES = 4                # of one link, the largest
-SERVO = (1000.0, 100.0, 87.0)    # kp, kd, N m: for joints whose file has no position servo
+MOST_CAPSULES = 4  # of one link, the largest
+GAINS = (1000.0, 100.0)  # N m/rad, N m s/rad: for joints whose file has no position servo
+TORQUE = 87.0  # N m, for those if it has no limit either
 
 
 @dataclass
 class AddConfig:
-    mjcf: str = ""                      # MJCF file of the arm
-    name: str = ""                      # what to call it: lower case, no spaces
-    site: str = "attachment_site"       # site of the flange: z outwards, y along the fingers' way
-    gripper: str = "xarm6"              # robot whose gripper, fingers and wrist camera it gets
-    speed: float = 2.0                  # velocity limit of the joints, rad/s: MJCF has none
-    check: bool = True                  # let the expert try each task in five layouts
+    mjcf: str = ""  # MJCF file of the arm
+    name: str = ""  # what to call it: lower case, no spaces
+    site: str = "attachment_site"  # site or body at the flange
+    axes: str = ""  # its axes outwards and along the fingers' way, such as x,-y; empty: z,y
+    base: str = ""  # body that stands on the table; empty: the one that holds the first joint
+    gripper: str = "xarm6"  # robot whose gripper, fingers and wrist camera it gets
+    speed: float = 2.0  # velocity limit of the joints, rad/s: MJCF has none
+    check: bool = True  # let the expert try each task in five layouts
 
 
-def pose(position, quat):
-    """(4, 4) transform of a position (m) and a quaternion (w, x, y, z)."""
-    rotation, transform = np.empty(9), np.eye(4)
-    mujoco.mju_quat2Mat(rotation, np.asarray(quat, float))
-    transform[:3, :3], transform[:3, 3] = rotation.reshape(3, 3), position
+# ---- the user's file
+
+
+def frame(position, rotation):
+    """(4, 4) of a position (3,) m and a rotation (9,) or (3, 3)."""
+    transform = np.eye(4)
+    transform[:3, 3] = position
+    transform[:3, :3] = np.reshape(rotation, (3, 3))
     return transform
 
 
-def position_quat(transform):
-    quat = np.empty(4)
-    mujoco.mju_mat2Quat(quat, transform[:3, :3].ravel())
-    return transform[:3, 3].round(9).tolist(), quat.round(9).tolist()
+def find_flange(model, data, config):
+    """(body id, frame) of the site or body at the flange, z outwards, y along the fingers' way."""
+    names = {model.body(i).name: data.body(i) for i in range(1, model.nbody)}
+    names |= {model.site(i).name: data.site(i) for i in range(model.nsite)}
+    names.pop("", None)
+    flange = names[choose(config.site, names, "--site (a site or a body)")]
+    is_site = config.site in [model.site(i).name for i in range(model.nsite)]
+    body = model.site_bodyid[flange.id] if is_site else flange.id
+    axes = re.fullmatch("(-?)([xyz]),(-?)([xyz])", config.axes or "z,y")
+    if not axes or axes[2] == axes[4]:
+        raise UserError(f"--axes {config.axes}: name two axes, such as z,y or x,-y")
+    rotation = flange.xmat.reshape(3, 3)
+    z = rotation[:, "xyz".index(axes[2])] * (-1 if axes[1] else 1)
+    y = rotation[:, "xyz".index(axes[4])] * (-1 if axes[3] else 1)
+    # the way from the last joint but one to the flange leads outwards
+    hinges = [i for i in ancestors(model, body) if model.body_jntnum[i]]
+    away = (flange.xpos - data.xpos[hinges[-2]]) if len(hinges) > 1 else z
+    if not config.axes and (not is_site or z @ away < 0.3 * np.linalg.norm(away)):
+        axis = "xyz"[np.argmax(np.abs(away @ rotation))]
+        raise UserError(
+            f"is z of {config.site} outwards and y along the fingers' way? Say it with --axes z,y; "
+            f"by the look of the arm it is {axis} that points away"
+        )
+    return body, frame(flange.xpos, np.stack([np.cross(y, z), y, z], axis=1))
 
 
-def chain(model, site):
-    """[(joint id or -1, [(body id, its transform in the link's frame)])] from the base to the site's body; the site's transform in the last frame.
-
-    A link's frame has its joint's anchor as origin. Bodies without a joint belong to the link before them. Also the links' transforms, each in the frame before.
-    """
-    path, body = [], model.site_bodyid[site]
+def ancestors(model, body):
+    """Body ids from the world's child to `body`."""
+    path = []
     while body:
-        path, body = [body, *path], model.body_parentid[body]
-    links, frames, here = [(-1, [])], [np.eye(4)], np.eye(4)                 # here: the body's transform in its link's frame
+        path.insert(0, body)
+        body = model.body_parentid[body]
+    return path
+
+
+def split_links(model, path, config):
+    """[[body id]]: the base, then what each joint moves. UserError if they are no chain of hinges."""
+    links = [[]]
     for body in path:
-        here = here @ pose(model.body_pos[body], model.body_quat[body])
-        joints = [j for j in range(model.njnt) if model.jnt_bodyid[j] == body]
-        if len(joints) > 1 or any(model.jnt_type[j] != mujoco.mjtJoint.mjJNT_HINGE for j in joints):
-            raise UserError(f"body {model.body(body).name} must have one hinge joint or none: the arms here are chains of turning joints")
-        if joints:
-            anchor = pose(model.jnt_pos[joints[0]], (1, 0, 0, 0))
-            frames.append(here @ anchor)
-            here = np.linalg.inv(anchor)
-            links.append((joints[0], []))
-        links[-1][1].append((body, here.copy()))
-    return links, frames, here @ pose(model.site_pos[site], model.site_quat[site])
-
-
-def inertia(model, bodies):
-    """Mass (kg), centre (m), principal inertia (kg m^2) and its quaternion of bodies [(id, transform)] as one."""
-    masses = np.array([model.body_mass[b] for b, _ in bodies])
-    inner = [transform @ pose(model.body_ipos[b], model.body_iquat[b]) for b, transform in bodies]
-    mass = max(masses.sum(), 1e-3)
-    centre = sum(m * t[:3, 3] for m, t in zip(masses, inner)) / mass
-    total = np.eye(3) * 1e-6
-    for (b, _), m, t in zip(bodies, masses, inner):
-        way = t[:3, 3] - centre
-        total += t[:3, :3] @ np.diag(model.body_inertia[b]) @ t[:3, :3].T + m * (way @ way * np.eye(3) - np.outer(way, way))
-    moments, axes = np.linalg.eigh(total)
-    if np.linalg.det(axes) < 0:
-        axes[:, 0] *= -1
-    turned = np.eye(4)
-    turned[:3, :3] = axes
-    return {"mass": round(float(mass), 6), "com": centre.round(6).tolist(), "inertia": moments.round(9).tolist(), "inertia_quat": position_quat(turned)[1]}
-
-
-def capsules(model, bodies):
-    """[x, y, z of one end, of the other, radius] (m) for the largest geoms of bodies [(id, transform)]: those that collide, if any do."""
-    geoms = [(g, transform) for b, transform in bodies for g in range(model.ngeom) if model.geom_bodyid[g] == b and model.geom_type[g] != mujoco.mjtGeom.mjGEOM_PLANE]
-    made = []
-    for g, transform in [pair for pair in geoms if model.geom_contype[pair[0]]] or geoms:
-        centre, half = model.geom_aabb[g][:3], model.geom_aabb[g][3:]
-        axis = int(np.argmax(half))
-        radius = float(np.delete(half, axis).mean())
-        way = np.eye(3)[axis] * max(half[axis] - radius, 1e-4)
-        ends = [transform @ pose(model.geom_pos[g], model.geom_quat[g]) @ np.append(end, 1) for end in (centre - way, centre + way)]
-        made.append([*ends[0][:3].round(4).tolist(), *ends[1][:3].round(4).tolist(), round(radius, 4)])
-    return sorted((c for c in made if c[6] > 0.005), key=lambda c: -c[6] ** 2 * (c[6] + np.linalg.norm(np.subtract(c[:3], c[3:6]))))[:MOST_CAPSULES]
-
-
-def servo(model, joint):
-    """kp (N m/rad), kd and largest torque (N m) of a joint's position servo, or the usual ones."""
-    for a in range(model.nu):
-        if model.actuator_trntype[a] == mujoco.mjtTrn.mjTRN_JOINT and model.actuator_trnid[a, 0] == joint and model.actuator_biastype[a] == mujoco.mjtBias.mjBIAS_AFFINE:
-            kp, kd = float(model.actuator_gainprm[a, 0]), float(-model.actuator_biasprm[a, 2])
-            force = max(np.abs(model.actuator_forcerange[a]).max(), np.abs(model.jnt_actfrcrange[joint]).max())
-            return kp, kd or max(0.0, kp / 10 - float(model.dof_damping[model.jnt_dofadr[joint]])), float(force) or SERVO[2]
-    return SERVO
-
-
-def workspace(entry, starts):
-    """Put home_qpos, reach and where the tasks take place into `entry`: the home pose, found from `starts` (n, dof), that reaches far straight down and is plain."""
-    kinematics, best, most, middle = Kinematics(Robot("new", entry)), None, -np.inf, np.mean([joint["range"] for joint in entry["joints"]], axis=1)
-
-    def down(q, distance, height, side):
-        z, y = np.array([0, 0, -1.0]), np.array([0, side, 0.0])
-        found = kinematics.solve_ik(np.array([distance, 0, height]), np.stack([np.cross(y, z), y, z], axis=1), q)
-        low = found is not None and min(kinematics.data.body(f"link{i + 1}").xpos[2] for i in range(1, len(found))) < 0.03      # an elbow in the table
-        return None if low else found
-
-    span = sum(np.linalg.norm(joint["pos"]) for joint in entry["joints"])
-    for start in starts:
-        for side in (-1.0, 1.0):
-            q = down(start, 0.5 * span, 0.12 * span, side)
-            if q is None:
-                continue
-            ends = []
-            for way in (-0.01, 0.01):                                        # inwards and outwards along the table
-                distance, at = 0.5 * span, down(q, 0.5 * span, 0.02, side)
-                while at is not None and distance > 0.15:
-                    distance += way
-                    at = down(at, distance, 0.02, side)
-                ends.append(distance - way)
-            score = ends[1] - ends[0] - 0.05 * np.abs(q - middle).max()          # radians from the middle of the joints' ranges cost reach
-            if score > most:
-                best, most = (*ends, q, side), score
-    if best is None or best[1] - best[0] < 0.2:
-        raise UserError("this arm's hand cannot point straight down along 0.2 m of the table: is the site right (z outwards, away from the flange)?")
-    near, far, home, side = best
-    scale = round(float(min(1.0, (far - near) / 0.53)), 2)                          # 1 for arms with 0.53 m of table, as the xArms
-    centre = round(float(far - 0.21 * scale), 3)
-    rest = down(home, centre - 0.05 * scale, 0.2 * scale, side)
-    entry |= {"home_qpos": (home if rest is None else rest).round(4).tolist(), "base_to_spawn_centre": centre, "spawn_half_size": round(0.1 * scale, 3),
-              "max_goal_height": round(0.25 * scale, 3), "scale": scale, "reach": [round(float(near), 3), round(float(far), 3)]}
-
-
-def convert(path, site, gripper, speed):
-    """The entry of robots.json for the arm in the MJCF file `path`. UserError if it is none, or has no such site."""
-    try:
-        model = mujoco.MjModel.from_xml_path(str(path))
-    except ValueError as error:
-        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
-    sites = [model.site(i).name for i in range(model.nsite)]
-    if site not in sites:
-        raise UserError(f"{path} has no site {site!r} for the gripper; name one with --site: {', '.join(filter(None, sites)) or 'it has none, add one at the flange'}")
-    links, frames, flange = chain(model, sites.index(site))
+        joints = np.flatnonzero(model.jnt_bodyid == body)
+        if len(joints) > 1 or (model.jnt_type[joints] != mujoco.mjtJoint.mjJNT_HINGE).any():
+            name = model.body(body).name
+            raise UserError(f"body {name} must have one hinge joint or none, as all arms here")
+        if len(joints):
+            links.append([])
+            refuse_what_is_lost(model, joints[0])
+        links[-1].append(body)
     if len(links) < 6:
-        raise UserError(f"{path} has {len(links) - 1} joints before the site {site!r}: the tasks need at least five")
-    (_, base), *moving = links
-    joints = []
-    for (joint, bodies), frame in zip(moving, frames[1:]):
-        position, quat = position_quat(frame)
-        dof, (kp, kd, force) = model.jnt_dofadr[joint], servo(model, joint)
-        limits = model.jnt_range[joint] if model.jnt_limited[joint] else np.array([-2 * np.pi, 2 * np.pi])
-        joints.append({"name": model.joint(joint).name, "pos": position, "quat": quat, "axis": model.jnt_axis[joint].round(9).tolist(), "range": limits.round(6).tolist(),
-                       "velocity_limit": speed, "kp": kp, "kd": kd, "force_range": force, "armature": max(float(model.dof_armature[dof]), 0.01),
-                       "damping": float(model.dof_damping[dof]), "frictionloss": float(model.dof_frictionloss[dof]), **inertia(model, bodies), "capsules": capsules(model, bodies)})
-    like = get_robot(gripper)
-    old, camera = pose(like.hand["pos"], like.hand["quat"]), like.wrist_camera
-    if camera["frame"] == "flange":                                          # as the hand sees it
-        camera = {"pos": (np.linalg.inv(old) @ np.append(camera["pos"], 1))[:3].round(6).tolist(), "direction": (old[:3, :3].T @ camera["direction"]).round(6).tolist(), "frame": "hand"}
-    position, quat = position_quat(flange)
-    entry = {"display_name": path.stem, "source": path.name, "colour": [0.75, 0.78, 0.82, 1], "colour_accent": [0.35, 0.4, 0.5, 1], "colour_gripper": like.colour_gripper,
-             "base": {"mass": round(float(sum(model.body_mass[b] for b, _ in base)), 4), "capsules": capsules(model, base)}, "joints": joints,
-             "hand": {**like.hand, "pos": position, "quat": quat}, "fingers": like.fingers, "tcp_z": like.tcp_z, "wrist_camera": camera}
-    low, high = np.clip(np.array([joint["range"] for joint in joints]), -np.pi, np.pi).T
-    own = [model.key_qpos[k][[model.jnt_qposadr[j] for j, _ in moving]] for k in range(model.nkey)]
-    workspace(entry, [*own, (low + high) / 2, *np.random.default_rng(0).uniform(low, high, (40, len(joints)))])
-    return entry
+        raise UserError(
+            f"{config.mjcf} has {len(links) - 1} joints before {config.site}: the tasks need five"
+        )
+    names = [model.body(i).name for i in links[0]]
+    if config.base:
+        links[0] = links[0][names.index(choose(config.base, names, "fixed body")) :]
+    elif len(links[0]) > 1:
+        if abs(model.body_pos[links[0]][:, 2].sum()) > 0.01:
+            raise UserError(f"say with --base which stands on the table: {', '.join(names)}")
+        links[0] = links[0][-1:]
+    return links
 
 
-def with_entry(text, name, entry):
-    """The JSON `text` with one more robot behind the last, a line for each of its keys and joints; the rest stays as it is."""
-    lines = [f'   "{key}": ' + ("[\n    " + ",\n    ".join(map(json.dumps, value)) + "\n   ]" if key == "joints" else json.dumps(value)) for key, value in entry.items()]
-    end = text.rindex("}", 0, text.rindex("}", 0, text.rindex("}"))) + 1                   # of the last robot
-    made = text[:end] + f',\n  "{name}": {{\n' + ",\n".join(lines) + "\n  }" + text[end:]
-    assert json.loads(made)["robots"][name] == json.loads(json.dumps(entry))
-    return made
+def refuse_what_is_lost(model, joint):
+    """UserError for a joint that is more than a hinge with a servo."""
+    coupled = model.eq_type == mujoco.mjtEq.mjEQ_JOINT
+    wrapped = model.wrap_type == mujoco.mjtWrap.mjWRAP_JOINT
+    reasons = {
+        "has a spring": np.any(model.jnt_stiffness[joint]),
+        "is coupled to another": joint in model.eq_obj1id[coupled],
+        "has another coupled to it": joint in model.eq_obj2id[coupled],
+        "is pulled by a tendon": joint in model.wrap_objid[wrapped],
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(f"joint {model.joint(joint).name} {reason}: such arms cannot be kept")
+
+
+def measure_servos(model, joints):
+    """kp (n,) N m/rad, kv (n,), torques (n, 2) N m and targets (n, 2) rad of n joints' servos.
+
+    MuJoCo is asked what arrives at the joints, whatever gears, gains and limits lie between; the
+    model is changed. Without a position servo: GAINS, and TORQUE unless the file has a limit.
+    """
+    of_joint = model.actuator_trntype <= int(mujoco.mjtTrn.mjTRN_JOINTINPARENT)
+    position = of_joint & (model.actuator_biasprm[:, 1] < 0)
+    beside = ~position & np.isin(model.actuator_trnid[:, 0], model.actuator_trnid[position, 0])
+    model.actuator_gainprm[beside] = 0  # a velocity servo's target would follow the motion
+    model.actuator_biasprm[beside] = 0
+    model.body_gravcomp[:] = 0
+    data = mujoco.MjData(model)
+    dofs = model.jnt_dofadr[joints]
+
+    def torque(ctrl=0.0, angle=0.0, speed=0.0):
+        data.qpos[model.jnt_qposadr[joints]] = angle
+        data.qvel[dofs] = speed
+        data.ctrl[:] = ctrl
+        data.act[:] = ctrl
+        mujoco.mj_forward(model, data)
+        return data.qfrc_actuator[dofs]  # a copy
+
+    most = 1e8
+    torques = np.sort([torque(-most, most, most), torque(most, -most, -most)], axis=0)
+    limits = np.where(model.jnt_actfrclimited[joints], model.jnt_actfrcrange[joints].T, 0)
+    torques = np.where(torques.any(0), torques, limits)  # what nothing drives has its own limit
+    model.actuator_forcelimited[:] = 0
+    model.jnt_actfrclimited[:] = 0
+    rest = torque()
+    kp = rest - torque(angle=1.0)
+    kv = rest - torque(speed=1.0)
+    servo = kp > 0
+    reached = np.sort([torque(-most), torque(most)], axis=0) / np.where(servo, kp, 1)
+    targets = np.where(servo, reached, [[-most], [most]])
+    free = (np.abs(torques) > 1e6) | (torques == 0)
+    torques = np.where(free, np.where(servo, 0, [[-TORQUE], [TORQUE]]), torques)
+    return np.where(servo, kp, GAINS[0]), np.where(servo, kv, GAINS[1]), torques.T, targets.T
+
+
+# ---- the new file: the gripper's own, with another arm under its hand
+
+
+def add(parent, tag, **attributes):
+    """A new element, with numbers as MJCF writes them; `frame` becomes pos and quat."""
+    if "frame" in attributes:
+        transform = attributes.pop("frame")
+        quat = np.empty(4)
+        mujoco.mju_mat2Quat(quat, transform[:3, :3].ravel())
+        attributes |= {"pos": transform[:3, 3], "quat": quat}
+    for name, value in attributes.items():
+        if not isinstance(value, str):
+            attributes[name] = " ".join(f"{number:.9g}" for number in np.ravel(value))
+    return ET.SubElement(parent, tag, attributes)
+
+
+def add_link(parent, chain, link, before, **attributes):
+    """An element with masses and capsules of the bodies of `link`, and the world's frame in its.
+
+    before: the world's frame in the parent's.
+    """
+    model, data = chain
+    here = np.linalg.inv(frame(data.xpos[link[0]], data.xmat[link[0]]))
+    element = add(parent, "body", frame=before @ np.linalg.inv(here), gravcomp="1", **attributes)
+    for body in link:
+        holder = element if body == link[0] else add(element, "body", gravcomp="1")
+        mass = max(model.body_mass[body], 1e-6)
+        moments = model.body_inertia[body] + 1e-6
+        inertial = here @ frame(data.xipos[body], data.ximat[body])
+        add(holder, "inertial", frame=inertial, mass=mass, diaginertia=moments)
+    mine = np.isin(model.geom_bodyid, link) & (model.geom_type != mujoco.mjtGeom.mjGEOM_PLANE)
+    solid = mine & (model.geom_contype > 0)
+    geoms = np.flatnonzero(solid if solid.any() else mine)
+    largest = sorted(geoms, key=lambda g: -model.geom_aabb[g, 3:].prod())
+    for g in largest[:MOST_CAPSULES]:
+        center, half = np.split(model.geom_aabb[g], 2)
+        radius = np.sort(half)[:2].mean()
+        way = np.eye(3)[half.argmax()] * max(half.max() - radius, 1e-4)
+        placed = here @ frame(data.geom_xpos[g], data.geom_xmat[g])
+        ends = [(placed @ [*end, 1])[:3] for end in (center - way, center + way)]
+        if radius > 0.005:
+            add(element, "geom", fromto=np.round(ends, 4), size=radius.round(4))
+    return element, here
+
+
+def write_arm(config, root):
+    """Put the arm into `root`, the parsed file of the one whose gripper it gets; its first pose."""
+    with reading(config.mjcf):
+        model = mujoco.MjModel.from_xml_path(config.mjcf)
+    data = mujoco.MjData(model)
+    mujoco.mj_kinematics(model, data)
+    end, flange = find_flange(model, data, config)
+    base, *links = split_links(model, ancestors(model, end), config)
+    joints = model.body_jntadr[[link[0] for link in links]]
+
+    hand = root.find(".//body[@name='hand']")
+    if hand.find("camera") is None:
+        hand_camera(get_robot(config.gripper).model, hand)
+    world, servos, contact = (root.find(tag) for tag in ("worldbody", "actuator", "contact"))
+    fingers = servos[-1]
+    for element in (world, servos, contact):
+        element.clear()
+    chain = (model, data)
+    if base:
+        before = np.linalg.inv(frame(data.xpos[base[0]], data.xmat[base[0]]))
+        body, before = add_link(world, chain, base, before, name="base", childclass="link")
+    else:  # the first body turns: it stands on the floor of the world
+        x, y, _ = data.xpos[links[0][0]]
+        before = frame([-x, -y, 0], np.eye(3))
+        body = add(world, "body", name="base", childclass="link")
+    for i, (link, *drive) in enumerate(zip(links, *measure_servos(model, joints), strict=True)):
+        body, before = add_link(body, chain, link, before, name=f"link{i + 1}")
+        add_joint(body, servos, model, joints[i], f"joint{i + 1}", *drive)
+    servos.append(fingers)
+    hand.attrib |= add(ET.Element("none"), "body", frame=before @ flange).attrib
+    body.append(hand)
+    exclude_neighbors(contact, len(links))
+    home = model.key_qpos[0] if model.nkey else model.qpos0
+    return home[model.jnt_qposadr[joints]]
+
+
+def add_joint(body, servos, model, joint, name, kp, kv, torques, targets):
+    """A hinge and its servo, inside the joint's limits and the servo's."""
+    low, high = targets
+    if model.jnt_limited[joint]:
+        low, high = np.clip(targets, *model.jnt_range[joint])
+    limits = np.clip([low, high], -2 * np.pi, 2 * np.pi)
+    dof = model.jnt_dofadr[joint]
+    add(
+        body,
+        "joint",
+        name=name,
+        pos=model.jnt_pos[joint],
+        axis=model.jnt_axis[joint],
+        range=limits,
+        ref=model.qpos0[model.jnt_qposadr[joint]],
+        armature=max(model.dof_armature[dof], 0.01),
+        damping=model.dof_damping[dof],
+        frictionloss=model.dof_frictionloss[dof],
+    )
+    add(servos, "position", joint=name, kp=kp, kv=kv, ctrlrange=limits, forcerange=torques)
+
+
+def hand_camera(model, hand):
+    """Give the hand the wrist camera of its own arm, which is fixed to the flange there."""
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    at = data.body("hand")
+    camera = data.camera("wrist")
+    seen = np.linalg.inv(frame(at.xpos, at.xmat)) @ frame(camera.xpos, camera.xmat)
+    add(hand, "camera", name="wrist", fovy="90", frame=seen)
+
+
+def exclude_neighbors(contact, dof):
+    """Capsules overlap at their joints: only links more than three apart are checked."""
+    links = ["base", *(f"link{i + 1}" for i in range(dof)), "hand"]
+    pairs = [(a, b) for i, a in enumerate(links) for b in links[i + 1 : i + 4]]
+    pairs += [(f"{side}_finger", link) for side in ("left", "right") for link in links[-4:]]
+    for a, b in [*pairs, ("left_finger", "right_finger")]:
+        add(contact, "exclude", body1=a, body2=b)
+
+
+# ---- where the tasks take place
+
+
+def point_down(kinematics, start, distance, height, side):
+    """qpos (dof,) near `start` with the hand straight down there and no elbow in the table, or None.
+
+    side: the closing axis points to the left (1) or the right (-1).
+    """
+    z = np.array([0, 0, -1.0])
+    y = np.array([0, side, 0.0])
+    rotation = np.stack([np.cross(y, z), y, z], axis=1)
+    qpos = kinematics.solve_ik(np.array([distance, 0, height]), rotation, start)
+    links = [f"link{i + 2}" for i in range(len(start) - 1)]
+    if qpos is None or min(kinematics.data.body(link).xpos[2] for link in links) < 0.03:
+        return None
+    return qpos
+
+
+def farthest(kinematics, qpos, distance, step, side):
+    """The distance (m) up to which the hand points down at the table, in steps of `step`."""
+    qpos = point_down(kinematics, qpos, distance, 0.02, side)
+    while qpos is not None and distance > 0.15:
+        distance += step
+        qpos = point_down(kinematics, qpos, distance, 0.02, side)
+    return distance - step
+
+
+def find_workspace(robot):
+    """{numeric: value} of the new arm's file: rest pose, reach, and where the tasks take place.
+
+    The rest pose is the one, of many, that reaches far straight down and is plain: a radian from
+    the middle of a joint's range costs as much as 5 cm of reach. UserError if none reaches.
+    """
+    kinematics = Kinematics(robot)
+    low, high = np.clip(robot.joint_range.T, -np.pi, np.pi)
+    starts = np.random.default_rng(0).uniform(low, high, (40, robot.dof))
+    lengths = [robot.model.body(f"link{i + 1}").pos for i in range(robot.dof)]
+    span = np.linalg.norm(lengths, axis=1).sum()
+    best = -np.inf
+    near = far = 0.0
+    for start in [robot.home, (low + high) / 2, *starts]:
+        for side in (-1.0, 1.0):
+            qpos = point_down(kinematics, start, 0.5 * span, 0.12 * span, side)
+            if qpos is None:
+                continue
+            ends = [farthest(kinematics, qpos, 0.5 * span, step, side) for step in (-0.01, 0.01)]
+            score = np.diff(ends) - 0.05 * np.abs(qpos - robot.joint_range.mean(1)).max()
+            if score > best:
+                best = score
+                near, far = ends
+                home, home_side = qpos, side
+    if far - near < 0.2:
+        raise UserError(
+            "this arm's hand cannot point straight down along 0.2 m of the table; its first joint "
+            f"is {lengths[0][2]:.2f} m above it: are --base, --site and --axes right?"
+        )
+    scale = min(1.0, round((far - near) / 0.53, 2))  # 1 for arms with 0.53 m, as the xArms
+    center = far - 0.21 * scale
+    rest = point_down(kinematics, home, center - 0.05 * scale, 0.2 * scale, home_side)
+    return {
+        "home": home if rest is None else rest,
+        "reach": (near, far),
+        "spawn_distance": center,
+        "spawn_half_size": 0.1 * scale,
+        "max_goal_height": 0.25 * scale,
+        "scale": scale,
+    }
+
+
+def convert(config, path):
+    """Write the arm that config.mjcf describes to `path`; its Robot. UserError: it cannot be kept."""
+    tree = ET.parse(get_robot(config.gripper).path)
+    root = tree.getroot()
+    home = write_arm(config, root)
+    root.set("model", config.name)
+    root.find(".//text").set("data", Path(config.mjcf).stem)
+
+    def write(numbers):
+        for name, value in numbers.items():
+            text = " ".join(f"{number:.4g}" for number in np.ravel(value))
+            root.find(f".//numeric[@name='{name}']").set("data", text)
+        ET.indent(tree)
+        tree.write(path)
+        return Robot(config.name, path)
+
+    robot = write({"home": home, "velocity_limit": [config.speed] * len(home)})
+    return write(find_workspace(robot))
 
 
 def main():
@@ -200,16 +384,22 @@ def main():
     if not config.mjcf or not config.name:
         raise UserError("say which arm: python -m data.add_robot --mjcf arm.xml --name my_arm")
     at_least(config, 0.01, "speed")
-    if config.name in ROBOTS or not re.fullmatch("[a-z][a-z0-9_]*", config.name):
-        raise UserError(f"--name {config.name}: " + ("there is such a robot already; delete its entry in data/robots.json first" if config.name in ROBOTS
-                                                     else "lower-case letters, digits and underscores only"))
-    entry = convert(Path(config.mjcf), config.site, choose(config.gripper, ROBOTS, "gripper"), config.speed)
-    with atomic(FILE) as temporary:
-        temporary.write_text(with_entry(FILE.read_text(), config.name, entry))
-    print(f"{config.name}: {len(entry['joints'])} joints, reaches {entry['reach'][0]} to {entry['reach'][1]} m straight down; tasks around {entry['base_to_spawn_centre']} m, scale "
-          f"{entry['scale']}; its entry is in {FILE}")
+    choose(config.gripper, ROBOTS, "gripper")
+    path = ARMS / f"{config.name}.xml"
+    if not re.fullmatch("[a-z][a-z0-9_]*", config.name):
+        raise UserError(f"--name {config.name}: lower-case letters, digits and underscores only")
+    if path.exists():
+        raise UserError(f"--name {config.name}: there is such a robot already; delete {path} first")
+    with atomic(path) as temporary:
+        robot = convert(config, temporary)
+    near, far = robot.reach
+    print(
+        f"{config.name}: {robot.dof} joints, reaches {near:.2f} to {far:.2f} m straight down; tasks "
+        f"around {robot.spawn_distance:.2f} m, scale {robot.scale}; its file is {path}"
+    )
     if config.check:
-        subprocess.run([sys.executable, "eval.py", "expert", "--robots", config.name, "--episodes", "5"], cwd=FILE.parent.parent)
+        command = [sys.executable, "eval.py", "expert", "--robots", config.name, "--episodes", "5"]
+        subprocess.run(command, cwd=ARMS.parent.parent, check=False)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
-import mujoco
 import numpy as np
 
 from data import seeds
 from data.env import CONTROL_HZ
 from data.robots import SQUEEZE, get_kinematics
+from data.simulator import mujoco
 from data.tasks import PEG_LENGTH, PEG_RADIUS, region_radius
 
 JOINT_SPEED = 1.3  # rad/s, peak, and never above 0.6 of the arm's own limit
@@ -233,11 +233,11 @@ def lift_peg(env):
     panda = env.robot.name == "panda"
     peg = env.position("peg")
     axis = env.rotation("peg")[:, 0]
-    firm = PEG_RADIUS - PEG_FIRM / env.robot.fingers["kp"]
+    firm = PEG_RADIUS - PEG_FIRM / env.robot.finger_kp
     if env.grasped("peg") and peg[2] > 1.2 * PEG_RADIUS:
         return stand_peg(env, peg, axis * np.sign(axis[2]), firm)
     # loosely for the Panda, whose wrist cannot turn the peg all the way
-    grip = PEG_RADIUS - PEG_SWING / env.robot.fingers["kp"] if panda else firm
+    grip = PEG_RADIUS - PEG_SWING / env.robot.finger_kp if panda else firm
     axis *= np.sign(axis @ (peg - env.base))  # outwards
     point = peg + PEG_LEVER * axis
     turn = np.arctan2(axis[1], axis[0]) - azimuth_of(env, point)

@@ -20,7 +20,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import mujoco
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -31,6 +30,7 @@ from jobs import pool
 
 from files import atomic, whole_files, writable, write_json
 from data import seeds
+from data.simulator import mujoco
 from data.env import CROWD, IMAGE_SIZE, VIEWS, TabletopEnv
 from data.expert import PEG_LEVER, PRIMITIVES, Infeasible, hand_offset, plan, quarter_turn, tool_rotation
 from nano.questions import CATEGORIES, CAUSES, STEP_TEXT, Asker, equalise
@@ -149,7 +149,7 @@ def picture(env, seed, rng, asker):
 def pose_arm(env, bodies, rng):
     """The arm anywhere above the table; in four of ten scenes its open fingers around one of `bodies`, or some centimetres beside or above it."""
     s, finger = env.robot.scale, rng.uniform(0, env.robot.travel)
-    centre = np.array([env.robot.base_to_spawn_centre, 0, 0])
+    centre = np.array([env.robot.spawn_distance, 0, 0])
     for _ in range(5):
         position = centre + rng.uniform((-0.13, -0.13, 0.03), (0.13, 0.13, 0.3)) * (s, s, 0.7 if s < 1 else 1)
         turn, tilt = rng.normal(0, 0.4), rng.choice([0.0, 0.3])

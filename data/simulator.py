@@ -1,0 +1,80 @@
+"""MuJoCo, imported so that a machine without a GL can do everything but draw.
+
+`import mujoco` loads the GL library that MUJOCO_GL names and fails where it is missing. Here it is
+imported with none, and the library is loaded with the first picture. Whatever simulates takes
+`mujoco` from this file. Runs with mujoco 3.3 to 4.0.
+"""
+
+import importlib
+import os
+import sys
+
+import numpy as np
+
+from cli import UserError, run
+
+
+def load():
+    """Import mujoco without any GL. UserError if it is not there, or two versions lie over it."""
+    asked = os.environ.get("MUJOCO_GL")
+    os.environ["MUJOCO_GL"] = "disable"
+    try:
+        import mujoco  # noqa: F401
+    except (ImportError, AttributeError, OSError) as error:
+        raise UserError(
+            f"mujoco does not import ({error}); a 3.x upgraded in place to 4.0 is left broken: "
+            "type `pip uninstall -y mujoco mujoco-core mujoco-studio`, then `pip install mujoco`"
+        ) from None
+    finally:
+        os.environ.pop("MUJOCO_GL")
+        if asked is not None:
+            os.environ["MUJOCO_GL"] = asked
+
+
+run(load)  # scripts import this file before their own `run`
+import mujoco
+
+
+def open_renderer(model, size):
+    """mujoco.Renderer of size x size pixels. UserError if there is no GL, with what to install."""
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    try:
+        gl_context = sys.modules[mujoco.Renderer.__module__].gl_context
+        if not hasattr(gl_context, "GLContext"):
+            importlib.reload(gl_context)  # with the GL this time
+        return mujoco.Renderer(model, size, size)
+    except Exception as error:  # noqa: BLE001, EGL, OSMesa and GLFW each raise their own
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"cannot draw with MUJOCO_GL={os.environ.get('MUJOCO_GL', 'unset')} ({reason}); on "
+            "Debian or Ubuntu type `apt-get install libegl1 libgl1-mesa-dri`, or set "
+            "MUJOCO_GL=osmesa after `apt-get install libosmesa6`"
+        ) from None
+
+
+class Camera:
+    """Draws the views of one model, in 3 ms each. The GL is opened here."""
+
+    def __init__(self, model, size):
+        self.renderer = open_renderer(model, size)
+
+    def draw(self, data, view, pretty=False, segmentation=False):
+        """(size, size, 3) uint8, or with `segmentation` (size, size) geom ids, -1 for the sky.
+
+        `pretty` adds shadows, for people.
+        """
+        self.renderer.update_scene(data, view)
+        flags = self.renderer.scene.flags
+        flags[mujoco.mjtRndFlag.mjRND_SHADOW] = pretty
+        flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = pretty
+        if not segmentation:
+            return self.renderer.render().copy()
+        self.renderer.enable_segmentation_rendering()
+        ids = self.renderer.render()
+        self.renderer.disable_segmentation_rendering()
+        geom = int(mujoco.mjtObj.mjOBJ_GEOM)  # numpy compares with the enum itself in Python
+        return np.where(ids[..., 1] == geom, ids[..., 0], -1)
+
+    def close(self):
+        self.renderer.close()
