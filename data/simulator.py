@@ -37,11 +37,12 @@ import mujoco
 
 def open_renderer(model, size):
     """mujoco.Renderer of size x size pixels. UserError if there is no GL, with what to install."""
+    chosen = "MUJOCO_GL" in os.environ
     if sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("MUJOCO_GL", "egl")  # no display is needed
     try:
         gl_context = sys.modules[mujoco.Renderer.__module__].gl_context
-        if not hasattr(gl_context, "GLContext"):
+        if not (chosen and hasattr(gl_context, "GLContext")):
             importlib.reload(gl_context)  # with the GL this time
         return mujoco.Renderer(model, size, size)
     except Exception as error:  # noqa: BLE001, EGL, OSMesa and GLFW each raise their own

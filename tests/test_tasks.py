@@ -1,6 +1,5 @@
 """The tasks: success conditions both ways, layouts in reach, wordings apart."""
 
-import mujoco
 import numpy as np
 import pytest
 from test_env import settle
@@ -8,6 +7,7 @@ from test_env import settle
 from data import seeds
 from data.env import TabletopEnv
 from data.robots import ROBOTS, get_robot
+from data.simulator import mujoco
 from data.tasks import PEG_LENGTH, TASKS, reachable
 
 
