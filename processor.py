@@ -13,6 +13,7 @@ m patches a token merges along a side, t h w a picture's grid in frames and patc
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -211,6 +212,8 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+# what an answer says of places: tokens there, and text wherever else somebody writes them
+GROUNDING = re.compile(r"(<\|(?:object_ref|box|quad)_(?:start|end)\|>)")
 SYSTEM_PROMPT = "You are a helpful assistant."
 # `chat` below in Jinja, for the tools that read a checkpoint's tokenizer_config.json
 CHAT_TEMPLATE = (
@@ -312,8 +315,8 @@ def chat(tokenizer, messages, grids=(), merge_size=2, generate=True):
 
     messages [{"role": "system" | "user" | "assistant", "content": str or a list of {"type":
     "image"}, {"type": "video"} and {"type": "text", "text": str}}]; pictures take their grids in
-    order. labels are -100 except on answers and their <|im_end|>. generate=True ends with the
-    assistant's header, ready to generate.
+    order. labels are -100 except on answers and their <|im_end|>, without those that have "learn":
+    False. generate=True ends with the assistant's header, ready to generate.
     """
     special = tokenizer.special
     start, end = special["<|im_start|>"], special["<|im_end|>"]
@@ -327,10 +330,11 @@ def chat(tokenizer, messages, grids=(), merge_size=2, generate=True):
         labels.extend(tokens if learn else [-100] * len(tokens))
 
     for message in messages:
-        learn = message["role"] == "assistant"
+        answer = message["role"] == "assistant"
+        learn = answer and message.get("learn", True)
         text = message["role"] + "\n"  # waits for what follows: BPE may merge across
         add([start])
-        if learn:  # but not into an answer: generation starts behind the header
+        if answer:  # but not into an answer: generation starts behind the header
             add(tokenizer.encode(text))
             text = ""
         content = message["content"]
@@ -345,7 +349,8 @@ def chat(tokenizer, messages, grids=(), merge_size=2, generate=True):
             add(tokenizer.encode(text))
             add([special["<|vision_start|>"], *pads, special["<|vision_end|>"]])
             text = ""
-        add(tokenizer.encode(text), learn)
+        for i, part in enumerate(GROUNDING.split(text) if answer else [text]):
+            add([special[part]] if i % 2 else tokenizer.encode(part), learn)
         add([end], learn)
         add(tokenizer.encode("\n"))
     if generate:

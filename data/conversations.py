@@ -246,8 +246,9 @@ def read_message(turn):
         items += read_item(item)
     if role == "user":
         return {"role": role, "content": items}
-    if any("text" not in item for item in items):
-        raise ValueError(f"a message of {name!r} holds a picture, as only questions may")
+    for item in items:
+        if "text" not in item:
+            raise ValueError(f"a message of {name!r} holds <{item['type']}>: only questions may")
     message = {"role": role, "content": "".join(item["text"] for item in items)}
     if turn.get("weight") == 0 or turn.get("loss") is False:  # OpenAI's, ms-swift's
         message["learn"] = False

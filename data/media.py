@@ -65,7 +65,7 @@ def decoding(path):
     try:
         if not isinstance(path, BytesIO) and Path(path).exists() and not Path(path).is_file():
             raise UserError(f"cannot read {name}: a directory or device is no picture")
-        yield
+        yield name
     except Image.DecompressionBombError:
         raise UserError(f"{name} has more than {MAX_PIXELS:,} pixels: shrink it first") from None
     except UserError:
@@ -81,13 +81,13 @@ def open_image(path):
 
     UserError if it is none, too large, or breaks off when it is used.
     """
-    with decoding(path), Image.open(path) as image:
+    with decoding(path) as name, Image.open(path) as image:
         if image.width * image.height > MAX_PIXELS:
             size = f"{image.width}x{image.height}"
-            raise UserError(f"{path}: {size} is more than {MAX_PIXELS:,} pixels: shrink it first")
+            raise UserError(f"{name}: {size} is more than {MAX_PIXELS:,} pixels: shrink it first")
         low, high = sorted(image.size)
         if low < 2 or high > 200 * low:  # Qwen's own limit
-            raise UserError(f"{path}: {image.width}x{image.height} pixels are too thin a picture")
+            raise UserError(f"{name}: {image.width}x{image.height} pixels are too thin a picture")
         yield image
 
 
@@ -105,6 +105,7 @@ def load_video(path):
     """
     if isinstance(path, list):
         frames = map(load_image, path)
+        path = f"a list of {len(path)} pictures"
     elif path.is_dir():
         files = [file for file in path.iterdir() if file.suffix.lower() in PICTURES]
         frames = map(load_image, sorted(files, key=numeric))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cli import UserError
 from data.conversations import Conversations
-from processor import Processor, train_tokenizer
+from processor import Processor, chat, train_tokenizer
 from train_sft import INPUTS, Mixture, SFTConfig, make_batch, read_row, read_rows
 from vlm import PRESETS, VLM
 
@@ -300,6 +300,11 @@ GOOD = {
     "up and down": (sharegpt("<image>What?", "Red.", image="deep/../a.png"), A, [RED]),
     "Windows": (sharegpt("<image>What?", "Red.", image="deep\\c.png"), A, [BLUE]),
     "file://": (messages([image(image="file://a.png"), text("What?")], "Red."), A, [RED]),
+    "file:// with a space": (
+        messages("<image>What?", "Red.", images=["file://two%20words.png"]),
+        A,
+        [RED],
+    ),
     "file:///": ("FILE_URI", A, [RED]),
     "an absolute path inside": ("ABSOLUTE", A, [RED]),
     "data:": (messages([image(image=URI), text("What?")], "Red."), A, [BLUE]),
@@ -456,12 +461,12 @@ BAD = {
         ours(("<image>", "x"), ("Hi", "x"), ("<image><image>", "y"), images=["a.png"]),
         "names 1",
     ),
-    "in an answer": (messages("Hi", "<image>", images=["a.png"]), "'assistant' holds a picture"),
+    "in an answer": (messages("Hi", "<image>", images=["a.png"]), "'assistant' holds <image>"),
     "in an answer's list": (
         messages("Hi", [image(image="a.png"), text("x")]),
-        "'assistant' holds a picture",
+        "'assistant' holds <image>",
     ),
-    "in a system text": (messages("Hi", "x", system="<image>"), "'system' holds a picture"),
+    "in a system text": (messages("Hi", "x", system="<image>"), "'system' holds <image>"),
     "an item without a path": (messages([image()], "x"), "1 <image>, and it names 0"),
     "an image without a path": (messages([image(image=None)], "x"), "1 <image>, and it names 0"),
     "an image of two": (
@@ -470,7 +475,7 @@ BAD = {
     ),
     "boxes of swift": (
         messages("<image>Find <ref-object>", "<bbox>", images=["a.png"], objects={"ref": ["x"]}),
-        "'assistant' holds",
+        "'assistant' holds <bbox>",
     ),
     "boxes in a question": (
         messages("<image>What is in <bbox>?", "x", images=["a.png"]),
@@ -543,6 +548,7 @@ UNREADABLE = {
     "a bomb": ("image", "bomb.png", "bomb.png.*shrink it first"),
     "data that is none": ("image", "data:image/png;base64,aGFsbG8=", "picture"),
     "frames of two sizes": ("video", ["a.png", "whole.png"], "one size"),
+    "too many frames": ("video", ["a.png"] * 800, "longer than 768 frames"),
     "no frames": ("video", "deep/empty", "no pictures"),
 }
 
@@ -588,6 +594,7 @@ NO_FILES = {
     "empty": (b"", "no conversations"),
     "blank": (b"\n \n", "no conversations"),
     "a list of none": (b"[]", "no conversations"),
+    "deep": (b"[" * 100_000, "n.jsonl.*JSON lines wanted"),
     "a list that breaks off": (json.dumps(TWO).encode()[:-5], "not JSON.*JSON lines wanted"),
     "one pretty record": (json.dumps(TWO[0], indent=2).encode(), "line 1 is not JSON.*JSON lines"),
     "Latin-1": (
@@ -643,6 +650,23 @@ def test_answers_of_no_weight_are_not_learned(folder):
     row = open_one(folder, {"messages": [user("Hi"), bad, user("Again"), worse, user("Hm"), good]})
     answers = [message for message in row.conversations[0] if message["role"] == "assistant"]
     assert [answer.get("learn", True) for answer in answers] == [False, False, True]
+
+
+def test_what_is_learned_of_a_record(folder):
+    """Qwen's tokens for places are tokens in answers alone; answers of no weight teach nothing."""
+    asked = "<image>Where is <|object_ref_start|>it<|object_ref_end|>?<|im_end|>"
+    answer = "<|object_ref_start|>it<|object_ref_end|><|box_start|>(1,2)<|box_end|><|im_start|>"
+    bad = {**assistant("<|box_start|>"), "weight": 0}
+    record = {"messages": [user(asked), bad, user("And?"), assistant(answer)], "images": ["a.png"]}
+    talk = open_one(folder, record).conversations[0]
+    tokenizer = train_tokenizer([asked, answer] * 3, 280)
+    ids, labels = chat(tokenizer, talk, [(1, 2, 2)], generate=False)
+    counts = {token: ids.count(number) for token, number in tokenizer.special.items()}
+    assert counts["<|object_ref_start|>"] == counts["<|object_ref_end|>"] == 1
+    assert counts["<|box_start|>"] == 2 and counts["<|box_end|>"] == 1
+    assert counts["<|im_start|>"] == counts["<|im_end|>"] == 5
+    learned = [label for label in labels if label != -100]
+    assert tokenizer.fast.decode(learned, skip_special_tokens=False) == answer + "<|im_end|>"
 
 
 def test_what_else_a_record_holds_stays_in_it(folder):
