@@ -24,6 +24,7 @@ model() { # model <row> <number> <steps> <robots> <tasks> <flags of train_policy
     resume=
     if ls "$folder"/state/[0-9]* > /dev/null 2>&1; then resume=--resume; fi
     if [ ! -f "$folder.trained" ]; then
+        mkdir -p "$out/$row"
         python train_policy.py --out "$folder" --steps "$length" --eval_every "$length" \
             --robots "$robots" --tasks "$tasks" --dtype "${DTYPE:-auto}" $resume "$@"
         touch "$folder.trained"

@@ -15,6 +15,7 @@ from conftest import ROOT
 from PIL import Image
 
 import eval as evaluation
+from cli import UserError
 from data.env import CONTROL_HZ, PERTURBATIONS
 from data.robots import ROBOTS
 from data.tasks import TASKS
@@ -116,3 +117,117 @@ def test_a_killed_worker_ends_the_evaluation(tmp_path):
     assert "a worker was killed" in said
     assert "Traceback" not in said
     assert not list(tmp_path.iterdir())
+
+
+# ---- questions
+
+
+def question(text, answer, **fields):
+    return {"question": text, "answer": answer, **fields}
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """A file with questions of every form about two pictures and a video."""
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        pixels = rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    film = tmp_path / "film"
+    film.mkdir()
+    for i in range(3):
+        shutil.copy(tmp_path / f"{i}.png", film / f"{i}.png")
+    point = question("Point to the red cube.", '{"point_2d": [40, 50], "label": "red cube"}')
+    point |= {"category": "point", "form": "point"}
+    seen = question("Is there a red cube?", "yes", category="existence", form="yes/no", chance=0.5)
+    new = seen | {"question": "Do you see a red cube?", "held_out": True}
+    option = question("What is next?\n(A) lift\n(B) stop", "B", form="letter", chance=0.5)
+    option |= {"category": "next", "options": ["lift", "stop"]}
+    records = [
+        {"images": ["0.png", "1.png"], "questions": [point, seen, new]},
+        {"images": ["2.png"], "questions": [seen]},
+        {"videos": ["film"], "questions": [option]},
+        {"images": ["3.png"], "questions": [question("What is in my hand?", "A red cup.")]},
+    ]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+KNOWN = {
+    "Point to the red cube.": '{"point_2d": [40, 53]}',
+    "Is there a red cube?": "yes",
+    "Do you see a red cube?": "no",
+    "What is next?\n(A) lift\n(B) stop": "It is (B).",
+    "What is in my hand?": "a red mug",
+}
+
+
+class Oracle:
+    """A model that replies as KNOWN says where it sees pictures, and nothing where it sees noise."""
+
+    def answers(self, images, questions, max_new_tokens):
+        replies = []
+        for shown, text in zip(images, questions):
+            first = shown[0][0] if isinstance(shown[0], list) else shown[0]
+            replies.append(KNOWN[text] if isinstance(first, Image.Image) else "")
+        return replies
+
+
+def test_questions_of_every_form_are_scored(questions, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "load", lambda folder, device, dtype: Oracle())
+    config = evaluation.DigitalConfig(data=str(questions), device="cpu", batch_size=2)
+    result = evaluation.digital("digital", config)["files"][str(questions)]
+    rates = result["categories"]
+    assert rates["existence"]["asked"] == 3
+    assert rates["existence"]["model"] == pytest.approx(2 / 3)
+    assert (rates["existence"]["seen"], rates["existence"]["held_out"]) == (1, 0)
+    assert rates["existence"]["chance"] == 0.5
+    assert rates["existence"]["blind"] == 0
+    assert rates["point"]["model"] == rates["next"]["model"] == 1
+    assert rates["all"]["model"] == 0  # the category of questions that name none
+    assert rates["all"]["soft"] == pytest.approx(0.5)
+    assert result["means"]["model"] == pytest.approx((2 / 3 + 1 + 1 + 0) / 4)
+    assert result["point_error_px_median"] == 3
+    assert "| existence | 3 | 50.0 | 0.0 | 66.7 | 100.0 | 0.0 |" in capsys.readouterr().out
+
+
+def test_so_many_questions_of_each_category_and_wording(questions, monkeypatch):
+    monkeypatch.setattr(evaluation, "load", lambda folder, device, dtype: Oracle())
+    config = evaluation.DigitalConfig(data=str(questions), device="cpu", questions=1)
+    rates = evaluation.digital("digital", config)["files"][str(questions)]["categories"]
+    assert rates["existence"]["asked"] == 2
+    config.questions = 0
+    rates = evaluation.digital("digital", config)["files"][str(questions)]["categories"]
+    assert rates["existence"]["asked"] == 3
+
+
+def test_a_model_is_asked_and_the_result_written(questions, tmp_path, monkeypatch):
+    out = tmp_path / "r.json"
+    argv = ["eval.py", "digital", "--data", questions, "--base", NANO, "--out", out]
+    monkeypatch.setattr(sys, "argv", [*map(str, argv), "--weights", NANO, "--device", "cpu"])
+    evaluation.main()
+    result = json.loads(out.read_text())
+    (table,) = result["files"].values()
+    assert list(table["means"]) == ["chance", "blind", "base", "model", "seen", "held_out", "soft"]
+    assert table["means"]["base"] == table["means"]["model"]
+    assert result["config"]["questions"] == 50
+
+
+@pytest.mark.parametrize(
+    "record, says",
+    [
+        ({"messages": [{"role": "user", "content": "Hi"}]}, "q.jsonl"),
+        ({"questions": [question("Why?", "So.", form="essay")]}, "line 1.*unknown form 'essay'"),
+        ({"questions": [question("Why?", "B", form="letter")]}, "line 1.*it lacks 'options'"),
+        ({"questions": [question("Why?", "B", category=[])]}, "line 1"),
+        ({"questions": 5}, "line 1"),
+    ],
+)
+def test_what_holds_no_questions_is_told(record, says, tmp_path):
+    if "messages" in record:
+        record["messages"].append({"role": "assistant", "content": "Hello."})
+    (tmp_path / "q.jsonl").write_text(json.dumps(record) + "\n")
+    config = evaluation.DigitalConfig(weights=NANO, data=str(tmp_path / "q.jsonl"), device="cpu")
+    with pytest.raises(UserError, match=says):
+        evaluation.digital("digital", config)
