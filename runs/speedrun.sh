@@ -49,10 +49,10 @@ stage1="$train -m nano.train --dtype $dtype"
 once demonstrations python -m data.record --workers "$workers"
 once scenes_data python -m nano.scenes --workers "$workers"
 once instructions python -m nano.instructions
-once look $stage1 --stage look --steps 900 $(resume out/look)
-once base $stage1 --stage base --steps 600 $(resume out/base)
-once scenes $stage1 --stage scenes --steps 1200 $(resume out/scenes)
-once embodied $stage1 --stage embodied --steps 2000 $(resume out/sft)
+once look $stage1 --preset look --steps 900 $(resume out/look)
+once base $stage1 --preset base --steps 600 $(resume out/base)
+once scenes $stage1 --preset scenes --steps 1200 $(resume out/scenes)
+once embodied $stage1 --preset embodied --steps 2000 $(resume out/sft)
 once policy python "$root/train_policy.py" --backbone out/sft --steps 6000 --dtype $dtype $(resume out/policy)
 once physical python "$root/eval.py" physical --weights out/policy --workers "$workers" --out physical.json
 once digital python "$root/eval.py" digital --weights out/policy --base out/base --out digital.json

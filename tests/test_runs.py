@@ -11,9 +11,9 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 import cli
-from conftest import ROOT
 from dev import ablations
 
 STUB = """#!/bin/sh
@@ -67,8 +67,8 @@ def parsed(line, monkeypatch):
 
 # ---- speedrun.sh
 
-STEPS = ("data.record", "nano.scenes", "nano.instructions", "--stage look", "--stage base")
-STEPS += ("--stage scenes", "--stage embodied", "train_policy.py", "eval.py physical")
+STEPS = ("data.record", "nano.scenes", "nano.instructions", "--preset look", "--preset base")
+STEPS += ("--preset scenes", "--preset embodied", "train_policy.py", "eval.py physical")
 STEPS += ("eval.py digital",)
 
 
@@ -86,14 +86,14 @@ def test_the_speedrun_runs_all_in_order_once(go, budget, monkeypatch):
 
 
 def test_the_speedrun_goes_on_where_it_was_stopped(go):
-    code, ran, _ = go("speedrun.sh", fail="--stage base")
+    code, ran, _ = go("speedrun.sh", fail="--preset base")
     assert code != 0
-    assert "--stage base" in ran[-1]
+    assert "--preset base" in ran[-1]
     assert len(ran) == 5
     code, ran, _ = go("speedrun.sh")
     assert code == 0
     assert len(ran) == 6
-    assert "--stage base" in ran[0]
+    assert "--preset base" in ran[0]
     assert ran[0].endswith("--resume")
     assert not ran[1].endswith("--resume")
 
