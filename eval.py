@@ -54,7 +54,6 @@ class ExpertConfig:
     tasks: str = "all"  # comma-separated tasks, or all
     episodes: int = 50  # episodes of each robot and task
     seed: int = FIRST_EVALUATION  # first layout seed
-    perturbation: str = ""  # change one thing (data/env.py); of `perturbations`: only these rows
     workers: int = 2  # processes
     out: str = ""  # result file; default out/results/<what>.json
 
@@ -124,7 +123,7 @@ def run_cells(config, cells):
     """{cell: [one dict an episode, in the order of seeds]}, from all processes."""
     jobs = []
     end = config.seed + config.episodes
-    for cell in cells:
+    for cell in cells:  # in jobs of a few episodes, so that no process is idle at the end
         for first in range(config.seed, end, JOB):
             jobs.append((config, cell, range(first, min(first + JOB, end))))
     found = {cell: [] for cell in cells}
@@ -132,7 +131,7 @@ def run_cells(config, cells):
         for cell, episodes in run_jobs(work, jobs, config.workers):
             found[cell] += episodes
             bar.update(len(episodes))
-    for episodes in found.values():
+    for episodes in found.values():  # which job ended first must not matter
         episodes.sort(key=lambda episode: episode["seed"])
     return found
 
@@ -155,9 +154,7 @@ def choose_cells(what, config):
     at_least(config, 0, "seed")
     robots = choose_many(config.robots, ROBOTS, "robot")
     tasks = choose_many(config.tasks, TASKS, "task")
-    changes = ["", *PERTURBATIONS]
-    if what != "perturbations":
-        changes = [choose(config.perturbation, changes, "perturbation")]
+    changes = ["", *PERTURBATIONS] if what == "perturbations" else [""]
     if what != "expert":
         at_least(config, 1, "execute_steps")
         at_least(config, 0, "temperature")
@@ -198,8 +195,9 @@ def physical(what, config):
     result["reasons"] = Counter(e["reason"] for e in flat if not e["success"])
     if what != "expert":
         result["act_ms"] = 1000 * np.mean([e["act_s"] for e in flat])
-        clipped = {kind: sum(e["clipped"][kind] for e in flat) for kind in ("limits", "speed")}
-        result["clipped_steps"] = {**clipped, "of": sum(e["steps"] for e in flat)}
+        result["clipped_steps"] = Counter()  # targets beyond a joint's range, or its speed
+        for episode in flat:
+            result["clipped_steps"].update(episode["clipped"], of=episode["steps"])
     print_table(["", *row, "mean"], rows)
     print(f"\nmean {100 * result['mean']:.2f}% of {len(flat)}; failures {dict(result['reasons'])}")
     if what == "physical":
@@ -242,7 +240,7 @@ def ask(blm, source, asked, config, name):
     rng = np.random.default_rng(config.seed)
     replies = []
     for first in trange(0, len(asked), config.batch_size, desc=name):
-        media = []
+        media = []  # read again for each model: a benchmark's films do not all fit into memory
         questions = []
         for _, i, question in asked[first : first + config.batch_size]:
             shown = [what for _, what in source.row(i).media]
@@ -256,6 +254,7 @@ def score(question, replies):
     """{column: true, false or a number} of one question, from {model: its reply}."""
     row = {name: is_right(question, reply) for name, reply in replies.items()}
     row["chance"] = question["chance"]
+    # right in wordings that training saw, or in those that it did not
     row["held_out" if question["held_out"] else "seen"] = row["model"]
     if question["form"] == "open":
         row["soft"] = soft(replies["model"], question["answer"])
@@ -281,7 +280,7 @@ def accuracy(categories):
         interval = wilson(sum(row["model"] for row in rows), len(rows))
         rates[category] = {"asked": len(rows), **averages(rows)}
         rates[category]["interval"] = np.round(interval, 3).tolist()
-    means = averages(rates.values())
+    means = averages(rates.values())  # a category counts as much as another
     lines = []
     for name, row in [*rates.items(), ("mean", means)]:
         texts = [f"{100 * row[column]:.1f}" if column in row else "" for column in means]
@@ -311,7 +310,7 @@ def digital(what, config):
     for path, source in sources.items():
         asked = draw_questions(source, config)
         replies = {name: ask(blm, source, asked, config, name) for name, blm in models.items()}
-        categories = defaultdict(list)
+        categories = defaultdict(list)  # what came of each question
         for i, (*_, question) in enumerate(asked):
             given = {name: texts[i] for name, texts in replies.items()}
             categories[question["category"]].append(score(question, given))

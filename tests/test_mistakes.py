@@ -60,7 +60,6 @@ MISTAKES = [
     (evaluation, "physical --weights {tmp}/nowhere", "nowhere"),
     (evaluation, "physical --robots panda,widowy", "unknown robot 'widowy'"),
     (evaluation, "expert --episodes -1", "--episodes -1"),
-    (evaluation, "physical --perturbation fog", "unknown perturbation 'fog'.*lighting"),
     (evaluation, "physical --execute_steps 17", "--execute_steps 17: a chunk has 16 steps"),
     (evaluation, "expert --out {tmp}/empty", "name a .json file"),
     (evaluation, "expert --out {tmp}/folder.json", "name a .json file"),
