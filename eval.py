@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm, trange
 
 from cli import UserError, at_least, choose, choose_many, parse, pick_device, run
+from data.conversations import Conversations
 from data.env import CONTROL_HZ, PERTURBATIONS, TabletopEnv
 from data.expert import demonstrate
 from data.robots import ROBOTS
@@ -301,10 +302,9 @@ def digital(what, config):
     at_least(config, 0, "questions", "seed")
     choose(config.dtype, DTYPES, "dtype")
     device = pick_device(config.device)
+    # models and files are opened before any work, so that a bad one is told at once
     folders = {"blind": config.weights, "base": config.base, "model": config.weights}
     models = {name: load(path, device, config.dtype) for name, path in folders.items() if path}
-    from data.conversations import Conversations  # the rows of a file
-
     sources = {path: Conversations(path) for path in config.data.split(",")}
     files = {}
     for path, source in sources.items():
