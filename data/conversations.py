@@ -33,7 +33,7 @@ from files import read_text, reading
 
 ROLES = ("system", "user", "assistant")
 SHAREGPT = {"human": "user", "gpt": "assistant"}
-KINDS = ("image", "video")
+LOADERS = {"image": load_image, "video": load_video}  # of the kinds of media
 # A place in a text: LLaVA's tag, Qwen's three tokens, Qwen 1's path. ms-swift's tags for boxes are
 # known here to be refused: nothing would be put in.
 PLACE = re.compile(
@@ -115,7 +115,7 @@ class Conversations:
         record = self.records[i][1]
         with reading(self.name(i)):
             conversations, sources = read_record(record)
-            media = [(kind, self.load(kind, source)) for kind, source in sources]
+            media = [(kind, LOADERS[kind](self.find(source))) for kind, source in sources]
         return Row(conversations, media, record)
 
     def find(self, source):
@@ -123,15 +123,10 @@ class Conversations:
         if isinstance(source, list):
             return [self.find(frame) for frame in source]
         for root in self.roots:
-            path = locate(str(source).replace("\\", "/"), root)  # Windows' paths
+            path = locate(str(source), root)
             if isinstance(path, BytesIO) or path.exists():
                 return path
         raise UserError(f"{source} is not there")
-
-    def load(self, kind, source):
-        """A picture (PIL), or a video's frames [PIL]."""
-        load = load_video if kind == "video" else load_image
-        return load(self.find(source))
 
 
 # ---- from a file to records
@@ -170,21 +165,20 @@ def read_record(record):
 
 
 def place_media(record, questions):
-    """[(kind, source)] of the places in the contents of questions, those beside them put in."""
+    """[(kind, source)] of the places in questions' contents, those beside them put in their turn."""
     places = [item for content in questions for item in content if "text" not in item]
-    files = {kind: listed(record, kind) for kind in KINDS}
-    if questions and not places and "messages" not in record:
-        places = [{"type": kind} for kind in KINDS for _ in files[kind]]
+    files = {kind: listed(record, kind) for kind in LOADERS}
+    if questions and not places and "messages" not in record:  # LLaVA's rows may leave it open
+        places = [{"type": kind} for kind in files for _ in files[kind]]
         questions[0][:0] = places
-    for kind in (*KINDS, "bbox", "ref-object"):
-        names = files.get(kind, [])
-        unnamed = [place for place in places if place["type"] == kind and "source" not in place]
-        if len(unnamed) != len(names):
-            raise ValueError(
-                f"its questions have {len(unnamed)} <{kind}>, and it names {len(names)}"
-            )
-        for place, name in zip(unnamed, names, strict=True):
-            place["source"] = name
+    for place in places:
+        if "source" not in place:
+            left = files.get(place["type"])
+            if not left:
+                raise ValueError(f"it has more <{place['type']}> than it names")
+            place["source"] = left.pop(0)
+    if any(files.values()):
+        raise ValueError("it names more pictures or videos than its questions have places for")
     return [(place["type"], place.pop("source")) for place in places]
 
 
@@ -228,9 +222,9 @@ def find_source(item, kind):
             return f"data:;base64,{encoded}"
         keys = (kind, f"{kind}_url", "url", "path")
         item = next((item[key] for key in keys if item.get(key)), None)
-    if isinstance(item, list):
-        return [find_source(frame, "image") for frame in item] if kind == "video" else str(item)
-    return item
+    if kind == "video" and isinstance(item, list):
+        return [find_source(frame, "image") for frame in item]
+    return item and str(item)
 
 
 def read_message(turn):
@@ -261,7 +255,7 @@ def read_item(item):
     if not isinstance(item, dict):
         raise TypeError("a message has no text")
     kind = str(item.get("type")).removesuffix("_url")
-    if kind in KINDS:
+    if kind in LOADERS:
         refuse_unread(item)
         source = find_source(item, kind)
         return [{"type": kind, "source": source} if source else {"type": kind}]

@@ -3,7 +3,7 @@
 to_rgb(image)            a PIL picture of any mode, or an array, as the rest of the house wants it
 open_image, load_image   a picture's file (or its bytes in a BytesIO)
 load_video(path)         a folder of pictures, an animated GIF or WebP, or a film, as frames
-locate(source, root)     where a record's picture is: a path, file://, data:, {"path", "bytes"}
+locate(source, root)     where a record's picture is: a path, file:// or data:
 """
 
 import base64
@@ -154,27 +154,15 @@ def play_film(path):
                 yield frame.to_image().rotate(frame.rotation, expand=True)  # held upright
 
 
-def locate(source, root="."):
+def locate(source, root):
     """The file of a picture or video as records name it: a path below `root`, or a BytesIO.
 
-    source: a path, a file:// or data: URI, or {"path", "url", "bytes"}. UserError if it leads
-    out of `root`, or to the net.
+    source: a path, a file:// or data: URI. UserError if it leads out of `root`, or to the net.
     """
-    if isinstance(source, dict):
-        source = source.get("bytes") or source.get("path") or source.get("url")
-    if isinstance(source, bytes):
-        return BytesIO(source)
-    if not isinstance(source, str) or not source:
-        raise UserError("a picture without a path")
     if source.startswith("data:"):
         return BytesIO(base64.b64decode(source.partition(",")[2]))
     if source.startswith(("http://", "https://")):
         raise UserError(f"{source} is not on this disk: download it first")
     if source.startswith("file://"):
         source = unquote(source.removeprefix("file://").removeprefix("localhost"))
-    return inside(root, source)
-
-
-def read_image(source, root="."):
-    """`load_image` of what `locate` finds."""
-    return load_image(locate(source, root))
+    return inside(root, source.replace("\\", "/"))  # as Windows writes it
