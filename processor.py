@@ -369,7 +369,11 @@ def share_stem(tokenizer, conversations, grids, merge_size):
     ids, labels = texts[0]
     if len(texts) == 1:
         return ids, labels, [len(ids)]
-    stem = len(ids) - ids[::-1].index(tokenizer.special["<|vision_end|>"])
+    picture_end = tokenizer.special["<|vision_end|>"]
+    if picture_end in ids:
+        stem = len(ids) - ids[::-1].index(picture_end)
+    else:  # text alone shares the system's
+        stem = ids.index(tokenizer.special["<|im_end|>"]) + 1
     ids, labels, lengths = ids[:stem], labels[:stem], [stem]
     for own_ids, own_labels in texts:
         ids = ids + own_ids[stem:]

@@ -15,7 +15,7 @@
 The first four ask for a letter, as Cosmos-Reason1's own evaluation does; the others are open and
 want a language model as judge, which is not here: data/scoring.py is stricter. Archives must have
 been unpacked; a clip may also be a folder of pictures of its name without ".mp4". Beside the file
-comes a link to the data, since a conversations file names what lies below it.
+comes a link to the data.
 """
 
 import json
@@ -41,7 +41,8 @@ class BenchmarkConfig:
 def read_cosmos(row):
     pairs = row["qa_pairs"] if isinstance(row["qa_pairs"], list) else [row["qa_pairs"]]
     for pair in pairs:
-        options = pair["index2ans"]
+        options = dict(sorted(pair["index2ans"].items()))
+        # the published files have both names, and letters in both cases
         answer = (pair.get("answer") or pair["correct_answer"]).strip().upper()
         assert answer in options, f"the answer {answer} is none of the options"
         lines = [f"({letter}) {text}" for letter, text in options.items()]
@@ -58,6 +59,7 @@ def read_egothink(row):
 
 def read_sharerobot(row):
     asked, answered = (turn["value"] for turn in row["conversations"][:2])
+    # pictures come first here as they do there
     question = re.sub(r"<(image|video)>\s*", "", asked)
     yield row["image"], {"question": question, "answer": answered, "category": row["task"]}
 
@@ -71,8 +73,9 @@ READERS["sharerobot"] = (read_sharerobot, "images", "planning/**/*.json")
 def find_media(name, file, folder):
     """A picture, a clip or the folder of its frames beside `file` or further up in `folder`."""
     for place in file.parents:
+        # names start at different folders from benchmark to benchmark
         for path in (inside(place, name), inside(place / "images", name)):
-            path = path if path.exists() else path.with_suffix("")
+            path = path if path.exists() else path.with_suffix("")  # frames of clips/1.mp4
             if path.exists() and place.is_relative_to(folder):
                 return path
     return None
@@ -83,13 +86,13 @@ def read(name, folder):
     reader, kind, pattern = READERS[name]
     records = []
     count = 0
-    for file in sorted(folder.rglob(pattern)):
+    for file in sorted(folder.rglob(pattern)):  # the folder may hold other benchmarks too
         with reading(file, f"this is not how {name} is published"):
             for names, question in chain.from_iterable(map(reader, json.loads(read_text(file)))):
                 count += 1
                 question = {"category": file.parent.name, "form": "open"} | question
                 paths = [find_media(media, file, folder) for media in names]
-                if None not in paths:
+                if None not in paths:  # archives that nobody has unpacked
                     paths = [f"{name}/{path.relative_to(folder)}" for path in paths]
                     records.append({kind: paths, "questions": [question]})
     return records, count
@@ -108,7 +111,7 @@ def convert(config):
         )
     out = Path(config.out or f"out/{config.name}.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
-    link = out.with_name(config.name)
+    link = out.with_name(config.name)  # a conversations file names what lies below it
     if not link.exists():
         link.symlink_to(folder.absolute())
     if not link.samefile(folder):

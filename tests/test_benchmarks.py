@@ -36,7 +36,7 @@ def converted(name, folder, out):
 def cosmos(tmp_path):
     """Clips as folders of frames: one asked once, one twice, one that is not there."""
     root = tmp_path / "cosmos" / "robovqa"
-    options = {"A": "lift", "B": "turn", "C": "stop"}
+    options = {"A": "lift", "C": "stop", "B": "turn"}  # listed by their letters
     other = {"question": "What next?", "index2ans": options, "correct_answer": "c"}
     rows = [
         {"video": "clips/one.mp4", "qa_pairs": PAIR},

@@ -148,11 +148,6 @@ GOOD = {
         ["u:I|I"],
         [RED, GREEN],
     ),
-    "ours, a place": (
-        ours(("Is <image> red?", "Yes."), images=["a.png"]),
-        ["u:Is |I| red? a:Yes."],
-        [RED],
-    ),
     "content lists and images beside": (
         {"messages": [user([image(), text("What?")]), assistant("Red.")], "images": ["a.png"]},
         A,
@@ -195,6 +190,7 @@ GOOD = {
             "videos": None,
             "system": None,
             "tools": None,
+            "fps": 30,
         },
         A,
         [RED],
@@ -435,7 +431,8 @@ BAD = {
     # places
     "a place without a picture": (messages("<image>What?", "x"), "more <image> than it names"),
     "in LLaVA's shape": (sharegpt("<image>What?", "x"), "more <image> than it names"),
-    "in ours": (ours(("<image>What?", "x")), "more <image> than it names"),
+    "in ours": (ours(("<image>What?", "x"), images=["a.png"]), "leave <image> out"),
+    "Qwen 1 in ours": (ours(("<img>a.png</img>What?", "x")), "leave <image> out"),
     "an empty list": (sharegpt("<image>What?", "x", image=[]), "more <image> than it names"),
     "an empty name": (sharegpt("<image>What?", "x", image=""), "more <image> than it names"),
     "a video place": (messages("<video>What?", "x", images=["a.png"]), "names"),
@@ -458,8 +455,8 @@ BAD = {
         "more pictures",
     ),
     "a place in one question of two": (
-        ours(("<image>", "x"), ("Hi", "x"), ("<image><image>", "y"), images=["a.png"]),
-        "more <image> than it names",
+        ours(("Hi", "x"), ("<image><image>", "y"), images=["a.png"]),
+        "leave <image> out",
     ),
     "in an answer": (messages("Hi", "<image>", images=["a.png"]), "'assistant' holds <image>"),
     "in an answer's list": (
@@ -669,6 +666,26 @@ def test_what_is_learned_of_a_record(folder):
     assert tokenizer.fast.decode(learned, skip_special_tokens=False) == answer + "<|im_end|>"
 
 
+@pytest.mark.parametrize("beside", [{}, {"images": ["a.png"]}, {"videos": ["film.gif"]}])
+def test_questions_of_a_record_are_packed_as_if_asked_alone(folder, beside):
+    pairs = [("What?", "Red."), ("What is it?", "A peg."), ("Sure?", "Yes.")]
+    row = open_one(folder, ours(*pairs, **beside))
+    processor = Processor(
+        train_tokenizer(["What is it? Red. A peg. Sure? Yes. system user"] * 3, 280)
+    )
+    batch = processor.pack([row])
+    (lengths,) = batch["segments"]
+    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+    assert sum(lengths) == len(ids) and len(lengths) == 4
+    start = lengths[0]
+    for pair, length in zip(pairs, lengths[1:], strict=True):
+        alone = processor.pack([open_one(folder, ours(pair, **beside))])
+        part = slice(start, start + length)
+        assert ids[: lengths[0]] + ids[part] == alone["input_ids"][0].tolist()
+        assert labels[: lengths[0]] + labels[part] == alone["labels"][0].tolist()
+        start += length
+
+
 def test_what_else_a_record_holds_stays_in_it(folder):
     record = {**ours(("What?", "Red."), images=["a.png"]), "grounding": [[1, 2]], "seed": 7}
     record["questions"][0] |= {"category": "color", "chance": 0.5}
@@ -678,7 +695,7 @@ def test_what_else_a_record_holds_stays_in_it(folder):
 def test_every_text_is_learned_by_the_tokenizer(folder):
     path = write(
         folder / "m.jsonl",
-        ours(("One?", "Two."), ("<image>Three?", "Four."), images=["a.png"], system="Zero."),
+        ours(("One?", "Two."), ("Three?", "Four."), images=["a.png"], system="Zero."),
     )
     words = ["Zero.", "One?", "Two.", "Zero.", "Three?", "Four."]
     assert list(Conversations(path).texts()) == words
