@@ -285,8 +285,8 @@ def accuracy(categories):
     lines = []
     for name, row in [*rates.items(), ("mean", means)]:
         texts = [f"{100 * row[column]:.1f}" if column in row else "" for column in means]
-        low, high = row.get("interval", (math.nan, math.nan))
-        lines.append([name, row.get("asked", ""), *texts, f"{100 * low:.0f} to {100 * high:.0f}"])
+        ends = [f"{100 * end:.0f}" for end in row.get("interval", ())]
+        lines.append([name, row.get("asked", ""), *texts, " to ".join(ends)])
     print_table(["category", "asked", *means, "95% interval of model"], lines)
     result = {"means": means, "categories": rates}
     pixels = [row["px"] for rows in categories.values() for row in rows if "px" in row]

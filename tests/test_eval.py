@@ -189,7 +189,9 @@ def test_questions_of_every_form_are_scored(questions, monkeypatch, capsys):
     assert rates["all"]["soft"] == pytest.approx(0.5)
     assert result["means"]["model"] == pytest.approx((2 / 3 + 1 + 1 + 0) / 4)
     assert result["point_error_px_median"] == 3
-    assert "| existence | 3 | 50.0 | 0.0 | 66.7 | 100.0 | 0.0 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| existence | 3 | 50.0 | 0.0 | 66.7 | 100.0 | 0.0 |  | 21 to 94 |" in printed
+    assert "| mean |  | 25.0 | 0.0 | 66.7 |" in printed
 
 
 def test_so_many_questions_of_each_category_and_wording(questions, monkeypatch):
