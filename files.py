@@ -26,7 +26,7 @@ from cli import UserError, one_line
 # What readers and decoders raise on broken input. Our own mistakes look the same in here, so keep
 # the blocks under `reading` small.
 BROKEN = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
-BROKEN += (ArithmeticError, EOFError, RecursionError, MemoryError, SafetensorError)
+BROKEN += (ArithmeticError, EOFError, RuntimeError, MemoryError, SafetensorError)
 
 
 @contextmanager

@@ -1,238 +1,401 @@
-"""BLM: one set of weights that answers questions about pictures and drives every robot it was trained on.
+"""BLM: one set of weights that answers questions about pictures and drives every robot it knows.
 
     blm = BLM.from_pretrained("weights/nano")
-    blm.answer([front, wrist], "Where is the red cube in the front view? Give a point.")       a string
-    blm.act({"images": {"front": ..., "wrist": ...}, "state": ..., "instruction": "push the cube"}, "widowx")      (T, dof + 1) rad and m
+    blm.answer([front, wrist], "Where is the red cube in the front view? Give a point.")  # a string
+    observation = {"images": {"front": ..., "wrist": ...}, "state": ..., "instruction": "push it"}
+    blm.act(observation, "widowx")  # (T, dof + 1), rad and m
 
-A checkpoint folder:
-    config.json, model.safetensors, tokenizer.json     the language model, as the hub's Qwen2.5-VL: a folder with only these answers
-    policy.safetensors, policy.json                    the policy: weights and statistics; sizes, robots with the order and units of their numbers, and
-                                                       which language model it reads (a hash), for it is useless on any other
-    training.json                                      how each stage was made: command, seed, steps, figures
+A model folder:
 
-Letters: B batch, L tokens of the prompt, Dc width of the language model, T action horizon, S state dims.
+    config.json, generation_config.json, model.safetensors   the language model, as on the hub
+    tokenizer*.json, preprocessor_config.json                the processor; so far it only answers
+    policy.safetensors      the policy's weights and statistics
+    policy.json             its sizes, its robots with the order and units of their numbers, and what
+                            it reads: a hash of the language model, for it is useless on any other
+    training.json           how each stage was made: command, seed, steps, figures
+
+Letters: B batch, L tokens of the prompt, Dc width of the language model, T action horizon, A and S
+action and state dims.
 """
+
 import dataclasses
 import hashlib
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from checkpoint import hub_weights, stored_dtype
 from cli import UserError, choose
-
-from files import atomic, write_json
+from data.media import to_rgb
+from files import atomic, find_folder, read_json, reading, write_json
 from policy import Policy, PolicyConfig
-from checkpoint import config_dict, hub_weights
 from processor import Processor
 from vlm import VLM
-from files import find_folder, read_json
 
 VIEWS = ("front", "wrist")
-VERSION = 1                              # of policy.json
-
-
-def backbone_hash(vlm, processor, num_layers=None):
-    """16 hex digits that name the weights behind a language model's hidden states after `num_layers` blocks (None: all weights), the same whether
-    stored as float16 or float32. Blocks after k may be trained on: a policy that reads block k stays valid."""
-    about = {**config_dict(vlm.config), "min_pixels": processor.image.min_pixels, "max_pixels": processor.image.max_pixels}
-    digest, ran = hashlib.sha256(json.dumps(about, sort_keys=True).encode()), len(vlm.model.layers[:num_layers])
-    later = (*(f"model.layers.{i}." for i in range(ran, len(vlm.model.layers))), *(("model.norm.", "lm_head.") if num_layers is not None else ()))
-    for name, tensor in sorted(hub_weights(vlm.state_dict(), vlm.config).items()):
-        if name.startswith(later):
-            continue
-        digest.update(name.encode())
-        digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy())
-    return digest.hexdigest()[:16]
-
-
-def describe(state_dim, action_dim):
-    """Order and units of a robot's numbers, for whoever reads policy.json: data/robots.py has the frames."""
-    joints = action_dim - 1
-    state = [["joint angle", joints, "rad"], ["finger travel", 1, "m"], ["TCP position, base frame", 3, "m"], ["TCP rotation, first two columns", 6, "1"]]
-    return {"state_dim": state_dim, "action_dim": action_dim, "state": state, "action": [["joint target", joints, "rad"], ["finger target", 1, "m"]]}
+VERSION = 2  # of policy.json; 1 told neither the order of its robots nor its tokenizer
+LARGEST_STATE = 10  # rad, m: no joint turns so far, but a state in degrees does
+# for whoever reads policy.json; the frames are in data/robots.py
+STATE = "joint angles (rad), finger (m), TCP position (m), first two columns of its rotation"
+ACTION = "joint targets (rad), finger target (m)"
 
 
 class BLM:
-    """vlm a VLM and processor its Processor; policy a Policy or None; training {stage: its record}."""
+    """vlm a VLM, processor its Processor; policy a Policy or None; training {stage: record}."""
 
     def __init__(self, vlm, processor, policy=None, training=None):
-        self.vlm, self.processor, self.training = vlm.eval(), processor, training or {}
+        self.vlm = vlm.eval()
+        self.processor = processor
         self.policy = policy and policy.eval()
+        self.training = training or {}
         self.device = next(vlm.parameters()).device
+
+    def prompt(self, images, texts, side="right"):
+        """The processor's inputs for pictures and a text a row, on the model's device."""
+        batch = self.processor.prompt(images, texts, side)
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     # ---- digital space
 
-    def answer(self, images, question, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=None, stream=None):
-        """The reply to `question` about `images` (PIL or uint8 (height, width, 3), a video as the list of its frames, two a second; maybe none), greedy at
-        temperature 0. UserError if nothing is asked.
+    def answer(
+        self,
+        images,
+        question,
+        max_new_tokens=128,
+        temperature=0.0,
+        top_p=1.0,
+        seed=None,
+        stream=None,
+    ):
+        """The reply to `question` about `images`: greedy at temperature 0, else drawn.
 
-        stream(text) is called with every new piece of the reply, as it comes.
+        images: PIL or uint8 (height, width, 3), a video as the list of its frames, two a second;
+        maybe none. stream(text) is called with every new piece of the reply, as it comes.
         """
-        if not question.strip():
-            raise UserError("the question is empty: ask something, as in --ask \"Where is the red cube?\"")
-        batch = self.prompt([images], [question])
-        ids, said = [], ""
+        batch = self.prompt([images], [words("question", question)])
+        decode = self.processor.tokenizer.decode
+        ids = []
+        said = ""
 
         def piece(tokens):
             nonlocal said
             ids.append(tokens[0])
-            text = self.processor.tokenizer.decode(ids)
-            if not text.endswith("\ufffd"):                             # half a character: its other bytes are still to come
-                said, new = text, text[len(said):]
-                stream(new)
+            text = decode(ids)
+            if not text.endswith("\ufffd"):  # half a character: its other bytes are still to come
+                stream(text[len(said) :])
+                said = text
 
-        made = self.vlm.generate(**batch, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop_token_ids=self.stops(),
-                                 stream=stream and piece)
-        return self.processor.tokenizer.decode(made[0])
+        rows = self.vlm.generate(
+            **batch,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stream=stream and piece,
+        )
+        return decode(rows[0])
 
     def answers(self, images, questions, max_new_tokens=128, batch_size=16):
         """`answer`, greedy, for many: images and a question for each row, to a list of replies."""
-        made = []
+        replies = []
         for start in range(0, len(questions), batch_size):
-            part = slice(start, start + batch_size)
-            made += self.vlm.generate(**self.prompt(images[part], questions[part], side="left"), max_new_tokens=max_new_tokens, stop_token_ids=self.stops())
-        return [self.processor.tokenizer.decode(ids) for ids in made]
-
-    def prompt(self, images, texts, side="right"):
-        """`Processor.prompt`, on the model's device."""
-        return {name: tensor.to(self.device) for name, tensor in self.processor.prompt(images, texts, side).items()}
-
-    def stops(self):
-        """What ends a reply: the folder's stop tokens, and the chat template's."""
-        special = self.processor.tokenizer.special
-        return [*self.vlm.generation_config["eos_token_id"], special["<|im_end|>"], special["<|endoftext|>"]]
+            rows = slice(start, start + batch_size)
+            batch = self.prompt(images[rows], questions[rows], side="left")
+            ids = self.vlm.generate(**batch, max_new_tokens=max_new_tokens)
+            replies += map(self.processor.tokenizer.decode, ids)
+        return replies
 
     # ---- physical space
 
+    def require_policy(self):
+        """The policy. UserError if there is none."""
+        if self.policy is None:
+            raise UserError(
+                "this model folder has no policy.safetensors: it answers, but does not act; "
+                "train a policy with `python train_policy.py`"
+            )
+        return self.policy
+
     @torch.no_grad()
     def intent_states(self, images, instructions, num_layers=None):
-        """[[front, wrist], ...] and an instruction each, to hidden states (B, L, Dc) behind block k and their mask (B, L) bool; later blocks do not run.
+        """[[front, wrist], ...] and an instruction each: what the language model says of them.
 
-        The one place where the prompt for acting is made: `act` and the cache of train_policy.py both call it. num_layers is k where no policy is yet.
+        Hidden states (B, L, Dc) behind block k and their mask (B, L) bool; later blocks do not run.
+        The one place where the prompt for acting is made: `act` and the cache of train_policy.py
+        call it. num_layers is k where there is no policy yet.
         """
         batch = self.prompt(images, instructions)
-        hidden = self.vlm(**batch, num_layers=num_layers or self.policy.config.intent_layer).hidden_states[-1]
+        if self.policy is not None:  # before the network runs
+            self.policy.check_length(batch["input_ids"].shape[1])
+        k = num_layers or self.policy.config.intent_layer
+        hidden = self.vlm(**batch, num_layers=k).hidden_states[-1]
         return hidden, batch["attention_mask"].bool()
 
     def act(self, observation, robot, temperature=0.0, seed=None):
-        """One chunk of targets, (T, dof + 1) float32: joint angles (rad) and the finger (m), for the next T control steps of 50 ms.
+        """One chunk of targets, (T, dof + 1) float32, for the next T control steps of 50 ms.
 
-        observation {"images": {"front", "wrist": (height, width, 3) uint8}, "state": (S,) physical units, "instruction": str}.
-        temperature scales the noise that the chunk flows from: at 1 a sample, as GR00T draws it; at 0 the flow starts from the noise's mean, gives one
-        chunk for one observation, and is what eval.py measures unless told otherwise. seed (an integer or a list of them) fixes the
-        noise. UserError on an unknown robot or anything of the wrong shape.
+        Joint angles (rad) and the finger (m). observation: see `read_observation`. temperature
+        scales the noise that the chunk flows from: at 1 a sample, as GR00T draws it; at 0 the flow
+        starts from the noise's mean and gives one chunk for one observation, which is what eval.py
+        measures. seed (an integer or a list of them) fixes the noise. UserError on an unknown robot
+        and on whatever is wrong with the observation.
         """
-        if self.policy is None:
-            raise UserError("this model folder has no policy.safetensors: it answers, but does not act; train a policy with `python train_policy.py`")
-        names = list(self.policy.embodiments)
+        policy = self.require_policy()
+        names = list(policy.embodiments)
         index = names.index(choose(robot, names, "robot"))
-        state_dim, action_dim = self.policy.embodiments[robot]
-        images, state, instruction = check(observation, robot, state_dim)
+        state_dim, action_dim = policy.embodiments[robot]
+        images, numbers, instruction = read_observation(observation, robot, state_dim)
         hidden, mask = self.intent_states([images], [instruction])
-        shape = (1, self.policy.config.action_horizon, self.policy.action_dim)
-        noise = temperature * np.random.default_rng(seed).standard_normal(shape, np.float32) if temperature else np.zeros(shape, np.float32)
-        padded = np.zeros((1, self.policy.state_dim), np.float32)
-        padded[0, :state_dim] = state
-        tensors = (torch.from_numpy(array).to(self.device) for array in (padded, np.array([index]), noise))
-        return self.policy.sample(hidden, mask, *tensors)[0, :, :action_dim].cpu().numpy()
+
+        state = torch.zeros(1, policy.state_dim)
+        state[0, :state_dim] = torch.from_numpy(numbers)
+        noise = np.zeros((1, policy.config.action_horizon, policy.action_dim), np.float32)
+        if temperature:
+            rng = np.random.default_rng(seed)
+            noise = temperature * rng.standard_normal(noise.shape, np.float32)
+        inputs = (state, torch.tensor([index]), torch.from_numpy(noise))
+        chunk = policy.sample(hidden, mask, *(tensor.to(self.device) for tensor in inputs))
+        chunk = chunk[0, :, :action_dim].cpu().numpy()
+        if not np.isfinite(chunk).all():
+            raise UserError(f"the chunk for {robot} is not finite: are the weights damaged?")
+        return chunk
 
     # ---- the folder
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id, device="cpu", dtype=torch.float32):
-        """The model in a folder or on the hub, with its policy if it has one; dtype is the language model's. UserError on anything missing, broken, or
-        from another model; nothing stays at random."""
+        """The model in a folder or on the hub, with its policy if it has one.
+
+        dtype is the language model's. UserError on anything missing, broken, or from another model;
+        nothing stays at random.
+        """
         folder = find_folder(path_or_repo_id)
         if not folder.is_dir():
-            raise UserError(f"no model folder {folder}; name one with --weights, or train one with `python train_sft.py` and `python train_policy.py`")
-        vlm, processor = VLM.from_pretrained(folder, device, dtype), Processor.from_pretrained(folder)
+            raise UserError(
+                f"no model folder {folder}; name one with --weights, or train one with "
+                "`python train_sft.py` and `python train_policy.py`"
+            )
+        processor = Processor.from_pretrained(folder)
+        # the policy's hash is of the weights as they are stored, so a cast waits for it
+        as_read = dtype if dtype == torch.float32 else stored_dtype(folder)
+        vlm = VLM.from_pretrained(folder, device, as_read)
         if len(processor.tokenizer) > vlm.config.vocab_size:
-            raise UserError(f"{folder / 'tokenizer.json'} has {len(processor.tokenizer)} tokens, the model {vlm.config.vocab_size}: take both from one folder")
-        here = [(folder / name).exists() for name in ("policy.json", "policy.safetensors")]
-        if any(here) and not all(here):
-            raise UserError(f"{folder} has one of policy.json and policy.safetensors without the other: copy both, or delete it")
-        policy = load_policy(folder, vlm, processor).to(device) if all(here) else None
-        return cls(vlm, processor, policy, load_training(folder))
+            raise UserError(
+                f"{folder / 'tokenizer.json'} has {len(processor.tokenizer)} tokens, the model "
+                f"{vlm.config.vocab_size}: take both from one folder"
+            )
+        policy = None
+        if any((folder / f"policy.{kind}").exists() for kind in ("json", "safetensors")):
+            policy = load_policy(folder, vlm, processor).to(device)
+        return cls(vlm.to(dtype), processor, policy, load_training(folder))
 
     def save_pretrained(self, folder, dtype=None):
-        """Write the whole folder, each file whole or not at all; dtype float16 halves it (statistics stay float32)."""
+        """Write the whole folder, each file whole or not at all.
+
+        dtype float16 halves it (statistics stay float32).
+        """
         self.vlm.save_pretrained(folder, dtype)
         self.processor.save_pretrained(folder)
         if self.policy is not None:
-            self.save_policy(folder, dtype)
+            k = self.policy.config.intent_layer
+            backbone = backbone_hash(self.vlm, self.processor, k, dtype)
+            self.save_policy(folder, dtype, backbone=backbone)
         if self.training:
             write_json(Path(folder) / "training.json", self.training)
 
     def save_policy(self, folder, dtype=None, weights=None, backbone=None):
-        """Write policy.safetensors and policy.json beside their language model; weights {name: tensor} stand for the policy's own, backbone for the hash."""
-        policy, kept = self.policy, {name: tensor.detach().cpu().contiguous() for name, tensor in (weights or self.policy.state_dict()).items()}
-        weights = {name for name, _ in policy.named_parameters()}
-        tensors = {name: tensor.to(dtype) if dtype and name in weights else tensor for name, tensor in kept.items()}
+        """Write policy.safetensors and policy.json beside their language model.
+
+        weights {name: tensor} stand for the policy's own, backbone for the hash.
+        """
+        policy = self.policy
+        if backbone is None:
+            backbone = backbone_hash(self.vlm, self.processor, policy.config.intent_layer)
+        statistics = {name for name, _ in policy.named_buffers()}
+        tensors = {}
+        for name, tensor in (weights or policy.state_dict()).items():
+            kept = tensor.dtype if name in statistics else dtype
+            tensors[name] = tensor.detach().to("cpu", kept).contiguous()
+        robots = {}
+        for name, (state_dim, action_dim) in policy.embodiments.items():
+            sizes = {"state_dim": state_dim, "action_dim": action_dim}
+            robots[name] = {"index": len(robots), **sizes}
+        about = {
+            "version": VERSION,
+            "config": dataclasses.asdict(policy.config),
+            "condition_size": policy.condition_size,
+            "embodiments": robots,
+            "state": STATE,
+            "action": ACTION,
+            "views": VIEWS,
+            "backbone": backbone,
+        }
         with atomic(Path(folder) / "policy.safetensors") as path:
             save_file(tensors, path, metadata={"format": "pt"})
-        robots = {name: describe(*sizes) for name, sizes in policy.embodiments.items()}
-        about = {"version": VERSION, "config": dataclasses.asdict(policy.config), "condition_size": policy.condition_size, "embodiments": robots,
-                 "views": list(VIEWS), "backbone": backbone or backbone_hash(self.vlm, self.processor, policy.config.intent_layer)}
         write_json(Path(folder) / "policy.json", about)
 
 
-def check(observation, robot, state_dim):
-    """([front, wrist], state, instruction) of an observation, or a UserError that says what is wrong with it."""
-    missing = {"images", "state", "instruction"} - observation.keys()
-    if missing:
-        raise UserError(f"the observation lacks {', '.join(sorted(missing))}")
-    absent = [view for view in VIEWS if view not in observation["images"]]
-    if absent:
-        raise UserError(f"the observation lacks the {absent[0]} picture: its images must be {' and '.join(VIEWS)}")
-    images = [np.asarray(observation["images"][view]) for view in VIEWS]
-    for view, image in zip(VIEWS, images):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise UserError(f"the {view} picture must be uint8 (height, width, 3), not {image.dtype} {image.shape}")
-    state = np.asarray(observation["state"], np.float32)
-    if state.shape != (state_dim,):
-        raise UserError(f"the state of {robot} has {state_dim} numbers (order and units: data/robots.py), not {state.shape}")
-    if not np.isfinite(state).all():
-        raise UserError(f"the state of {robot} holds a number that is not finite: {state.tolist()}")
-    if not observation["instruction"].strip():
-        raise UserError("the instruction is empty: say what to do, as in --instruction \"push the cube to the goal\"")
-    return images, state, observation["instruction"]
+# ---- what people hand over
+
+
+def words(name, text):
+    """A question or an instruction. UserError if it is no text, or empty."""
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"the {name} is {text!r}: it must be a text that says something")
+    return text
+
+
+def to_array(numbers):
+    """Numbers in lists, arrays or tensors, wherever and of whatever type, as a numpy array."""
+    if isinstance(numbers, torch.Tensor):
+        if numbers.is_floating_point():
+            numbers = numbers.float()  # numpy has no bfloat16
+        numbers = numbers.numpy(force=True)
+    return np.asarray(numbers)
+
+
+def to_square(picture):
+    """A picture as uint8 (side, side, 3), its middle if it is not square. UserError if it is none.
+
+    PIL of any mode, uint8 or floats in 0..1, height x width x 3 or 3 x height x width, maybe a
+    batch of one.
+    """
+    if not isinstance(picture, Image.Image):
+        picture = to_array(picture)
+        if picture.ndim == 4 and len(picture) == 1:
+            picture = picture[0]
+        if picture.ndim == 3 and picture.shape[0] == 3 != picture.shape[2]:
+            picture = picture.transpose(1, 2, 0)
+        if picture.dtype.kind == "f":
+            if not (picture.min() >= 0 and picture.max() <= 1):
+                raise UserError("a picture of floats must lie in 0..1")
+            picture = (picture * 255).round().astype(np.uint8)
+    picture = np.asarray(to_rgb(picture))
+    height, width, _ = picture.shape
+    side = min(height, width)
+    if height != width:  # Python shows a warning once
+        warnings.warn(
+            f"a camera of {width}x{height} is cropped to its middle {side}x{side}: "
+            "the policy knows square pictures",
+            stacklevel=4,
+        )
+    top = (height - side) // 2
+    left = (width - side) // 2
+    return picture[top : top + side, left : left + side]
+
+
+def read_observation(observation, robot, state_dim):
+    """([front, wrist], state (S,) float32, instruction) of an observation, checked.
+
+    {"images": {"front", "wrist": see `to_square`}, "state": S numbers in rad and m, in the order of
+    policy.json, "instruction": str}; arrays, lists or tensors. UserError says what is wrong.
+    """
+    form = '{"images": {"front": ..., "wrist": ...}, "state": ..., "instruction": ...}'
+    with reading("the observation", f"it must be {form}"):
+        images = [observation["images"][view] for view in VIEWS]
+        state = observation["state"]
+        instruction = words("instruction", observation["instruction"]).strip()
+    for i, view in enumerate(VIEWS):
+        with reading(f"the {view} picture"):
+            images[i] = to_square(images[i])
+    with reading(f"the state of {robot}", f"it is {state_dim} numbers, rad and m (policy.json)"):
+        state = to_array(state).astype(np.float64, casting="same_kind")
+        state = state[0] if state.ndim == 2 and len(state) == 1 else state
+        if state.shape != (state_dim,):
+            raise UserError(f"it has the shape {state.shape}")
+        if not (np.abs(state) <= LARGEST_STATE).all():
+            raise UserError(f"it holds numbers that are not finite, or too large: {state.tolist()}")
+    return images, state.astype(np.float32), instruction
+
+
+# ---- what belongs together
+
+
+def backbone_hash(vlm, processor, num_layers=None, dtype=None):
+    """16 hex digits that name all that hidden states behind block `num_layers` depend on.
+
+    Configuration, weights, image settings and tokenizer; blocks behind k may be trained on, and a
+    policy that reads block k stays valid. None: all blocks. The same for weights in float16 and in
+    float32; dtype: the hash that the model will have once it is stored so.
+    """
+    tokenizer = json.loads(processor.tokenizer.fast.to_str())
+    settings = [
+        dataclasses.asdict(vlm.config),
+        dataclasses.asdict(processor.image),
+        tokenizer["pre_tokenizer"],
+        processor.tokenizer.fast.get_vocab(),
+        # versions of the library write a merge as "a b" or as ["a", "b"]
+        [
+            merge if isinstance(merge, str) else " ".join(merge)
+            for merge in tokenizer["model"]["merges"]
+        ],
+    ]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    later = ()
+    if num_layers is not None:
+        blocks = range(num_layers, vlm.config.num_hidden_layers)
+        later = ("model.norm.", "lm_head.", *(f"model.layers.{i}." for i in blocks))
+    for name, tensor in sorted(hub_weights(vlm.state_dict(), vlm.config).items()):
+        if not name.startswith(later):
+            stored = tensor.detach().to("cpu", dtype).to(torch.float16)
+            digest.update(name.encode())
+            digest.update(stored.contiguous().numpy())
+    return digest.hexdigest()[:16]
 
 
 def load_policy(folder, vlm, processor):
-    """The Policy in `folder`, which must belong to `vlm`: every tensor's name and shape must match, so nothing is left at random."""
-    path, weights = Path(folder) / "policy.json", Path(folder) / "policy.safetensors"
-    found, advice = read_json(path), f"make it with `python train_policy.py --out {folder}`"
-    if found.get("version") != VERSION:
-        raise UserError(f"{path} has format version {found.get('version')}, this code reads {VERSION}; {advice}")
-    try:
-        embodiments = {name: (sizes["state_dim"], sizes["action_dim"]) for name, sizes in found["embodiments"].items()}
-        policy = Policy(PolicyConfig(**found["config"]), found["condition_size"], embodiments)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} is not a policy's description ({type(error).__name__}: {error}); {advice}") from None
-    if found.get("backbone") != backbone_hash(vlm, processor, policy.config.intent_layer):
-        raise UserError(f"{weights} was trained on another language model than {folder}/model.safetensors: take both from one folder, or {advice}")
-    try:
-        tensors = load_file(weights)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read weights {weights}: {getattr(error, 'strerror', None) or error}; is the file complete? Else {advice}") from None
-    tensors = {name.replace("normaliser.", "normalizer."): tensor for name, tensor in tensors.items()}
-    wanted = policy.state_dict()
-    reshaped = {name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape}
-    for what, names in (("missing", wanted.keys() - tensors.keys()), ("unknown", tensors.keys() - wanted.keys()), ("of another shape", reshaped)):
-        if names:
-            raise UserError(f"{weights} does not fit {path.name}: {len(names)} tensors {what}, first {min(names)}; {advice}")
-    policy.load_state_dict(tensors)
+    """The Policy in `folder`, which must belong to this language model.
+
+    Every tensor's name and shape must match and every number be finite.
+    """
+    path = Path(folder) / "policy.json"
+    weights = Path(folder) / "policy.safetensors"
+    advice = f"take both from one folder, or make them with `python train_policy.py --out {folder}`"
+    tensors = {}
+    with reading(weights, advice):
+        for name, tensor in load_file(weights).items():
+            assert tensor.isfinite().all(), f"{name} holds numbers that are not finite"
+            assert not name.endswith("_std") or tensor.min() > 0, f"{name} is not positive"
+            name = name.replace("normaliser", "normalizer")  # as shipped
+            tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+
+    about = read_json(path, advice)
+    with reading(path, advice):
+        if about["version"] != VERSION:
+            raise UserError(f"format version {about['version']}, this code reads {VERSION}")
+        assert about["views"] == list(VIEWS), f"views {about['views']}"
+        config = PolicyConfig(**about["config"])
+        for field in dataclasses.fields(config):
+            value = about["config"][field.name]
+            assert type(value) in (field.type, int), f"{field.name} is {value!r}"
+        assert config.num_layers + config.perceiver_layers < len(tensors), "too many layers"
+        robots = about["embodiments"]
+        embodiments = {}
+        for name in sorted(robots, key=lambda name: robots[name]["index"]):
+            assert robots[name]["index"] == len(embodiments), "robots without an index"
+            embodiments[name] = (robots[name]["state_dim"], robots[name]["action_dim"])
+            assert 1 < embodiments[name][1] <= embodiments[name][0] < 1000, f"sizes of {name}"
+        with torch.device("meta"):  # shapes only
+            policy = Policy(config, about["condition_size"], embodiments)
+        backbone = about["backbone"]
+
+    if backbone != backbone_hash(vlm, processor, config.intent_layer):
+        raise UserError(
+            f"{weights} was trained on another language model, tokenizer or size of pictures "
+            f"than {folder} has: {advice}"
+        )
+    with reading(weights, f"it does not fit {path.name}; {advice}"):
+        policy.load_state_dict(tensors, assign=True)
     return policy.eval()
 
 
 def load_training(folder):
-    """{stage: record} of a folder's training.json, {} without one; Stage I writes its record bare."""
+    """{stage: record} of a folder's training.json, {} without one; Stage I writes it bare."""
     path = Path(folder) / "training.json"
-    found = read_json(path) if path.exists() else {}
-    return {found["stage"]: found} if "stage" in found else found
+    record = read_json(path) if path.exists() else {}
+    return {record["stage"]: record} if "stage" in record else record
