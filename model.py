@@ -60,6 +60,12 @@ class BLM:
         batch = self.processor.prompt(images, texts, side)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
+    def stops(self):
+        """What ends a reply: the folder's stop tokens, and the chat template's."""
+        special = self.processor.tokenizer.special
+        template = [special["<|im_end|>"], special["<|endoftext|>"]]
+        return self.vlm.generation_config["eos_token_id"] + template
+
     # ---- digital space
 
     def answer(
@@ -96,6 +102,7 @@ class BLM:
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            stop_token_ids=self.stops(),
             stream=stream and piece,
         )
         return decode(rows[0])
@@ -106,7 +113,9 @@ class BLM:
         for start in range(0, len(questions), batch_size):
             rows = slice(start, start + batch_size)
             batch = self.prompt(images[rows], questions[rows], side="left")
-            ids = self.vlm.generate(**batch, max_new_tokens=max_new_tokens)
+            ids = self.vlm.generate(
+                **batch, max_new_tokens=max_new_tokens, stop_token_ids=self.stops()
+            )
             replies += map(self.processor.tokenizer.decode, ids)
         return replies
 

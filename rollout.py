@@ -31,7 +31,7 @@ def robots_of(blm, names):
     UserError if it was not trained on one of them, or cannot act at all.
     """
     robots = choose_many(names, ROBOTS, "robot")
-    known = blm.acting().embodiments
+    known = blm.require_policy().embodiments
     strange = [robot for robot in robots if robot not in known]
     if strange and names != "all":
         raise UserError(

@@ -41,7 +41,7 @@ def test_corrections_begin_where_the_policy_was():
 
 def test_corrections_are_of_the_robots_that_the_policy_knows(tmp_path, monkeypatch):
     jobs = []
-    monkeypatch.setattr(recorder, "load_policy", lambda folder: SimpleNamespace(policy=SimpleNamespace(embodiments={"panda": (17, 8), "widowx": (16, 7)})))
+    monkeypatch.setattr(recorder, "load_policy", lambda folder: SimpleNamespace(require_policy=lambda: SimpleNamespace(embodiments={"panda": (17, 8), "widowx": (16, 7)})))
     monkeypatch.setattr(recorder, "record_cell", lambda job: jobs.append(job) or (*job[:2], 1, []))
     monkeypatch.setattr(recorder, "pool", lambda workers: nullcontext(SimpleNamespace(imap_unordered=map)))
     record(RecordConfig(out=str(tmp_path), policy="some", tasks="PickCube", episodes=1))
