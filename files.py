@@ -119,7 +119,7 @@ def checksum(arrays):
     value = 0
     for name, array in sorted(arrays.items()):
         value = zlib.crc32(name.encode(), value)
-        value = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), value)
+        value = zlib.crc32(np.asarray(array, order="C").reshape(-1).view(np.uint8), value)
     return f"{value:08x}"
 
 
@@ -130,7 +130,7 @@ def save_tensors(path, tensors, about):
     """
     from safetensors.numpy import save_file
 
-    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     header = {"about": json.dumps(about), "crc32": checksum(arrays)}
     with atomic(path) as temporary:
         save_file(arrays, temporary, metadata=header)

@@ -1,5 +1,8 @@
 """Tests run from anywhere, on one core each, without a GPU, a display or a network."""
+
+import json
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -7,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
+from safetensors.torch import load_file
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,9 +25,12 @@ def one_thread():
 
 def last_state(folder):
     """{name: tensor} of a run's last checkpoint."""
-    from safetensors.torch import load_file
-    from trainer import checkpoints
-    return load_file(checkpoints(folder)[-1])
+    return load_file(sorted(Path(folder, "state").glob("*.safetensors"))[-1])
+
+
+def log_of(folder):
+    """The lines of a run's log, dicts."""
+    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
 
 
 def spawn_two(function, *arguments):
@@ -32,7 +39,7 @@ def spawn_two(function, *arguments):
 
 
 def free_port():
-    """One that nothing listens on, below those that the kernel gives to connections: one of these may be taken again before the processes have begun."""
+    """A port that nothing listens on, below those that the kernel gives to connections."""
     for port in range(20000 + os.getpid() % 10000, 32000):
         with socket.socket() as free:
             try:
@@ -44,6 +51,32 @@ def free_port():
 
 
 def start_one(rank, port, function, arguments):
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     torch.set_num_threads(1)
     function(*arguments)
+
+
+def killed_again_and_again(function, moments, *arguments):
+    """Run function(*arguments, moment), which ends by SIGKILL, for each moment in turn."""
+    context = torch.multiprocessing.get_context("spawn")
+    killer = context.Process(target=live_and_die, args=(function, moments, arguments))
+    killer.start()
+    killer.join()
+    assert killer.exitcode == 0
+
+
+def live_and_die(function, moments, arguments):
+    """In a fresh process, which is safe to fork: it has started no threads."""
+    torch.set_num_threads(1)
+    for moment in moments:
+        child = os.fork()
+        if child == 0:
+            function(*arguments, moment)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL

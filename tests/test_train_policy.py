@@ -1,222 +1,344 @@
-"""train_policy.py keeps its promises, on tiny episodes in the real format: frozen means frozen, resuming is bit-exact, two processes equal one."""
+"""train_policy.py keeps its promises on tiny episodes: frozen means frozen, resuming is bit-exact."""
+
 import dataclasses
 import json
+import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import policy
+import train_policy
 import trainer
 from cli import UserError
-from conftest import last_state, spawn_two
+from conftest import killed_again_and_again, last_state, log_of, spawn_two
+from data import demonstrations
 from data.record import load_episodes, write_episode
 from model import BLM, backbone_hash
 from policy import PolicyConfig
 from test_model import small_blm
-from train_policy import Demos, TrainConfig, cache_intents, train
+from train_policy import TrainConfig, train
 
 SIZES = {"panda": (17, 8), "widowx": (16, 7)}
-ALONE = SimpleNamespace(rank=0, world=1, sharded=False, barrier=lambda: None)
-SMALL = dict(intent_layer=2, num_intent_queries=4, max_condition_tokens=96, hidden_size=16, num_layers=2, num_heads=2, action_horizon=4, num_future_tokens=2, future_layer=1)
+SMALL = PolicyConfig(
+    intent_layer=2,
+    num_intent_queries=4,
+    max_condition_tokens=96,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=2,
+    action_horizon=4,
+    num_future_tokens=2,
+    future_layer=1,
+)
+
+
+def use_small_sizes():
+    """Here and in every process that a test starts."""
+    policy.PRESETS["small"] = SMALL
+    demonstrations.FRAME_STRIDE = 2
+
+
+@pytest.fixture(autouse=True)
+def small_sizes(monkeypatch):
+    monkeypatch.setitem(policy.PRESETS, "small", SMALL)
+    monkeypatch.setattr(demonstrations, "FRAME_STRIDE", 2)
+
+
+def write_random_episode(folder, robot, task, seed, rng):
+    steps = int(rng.integers(5, 11))
+    images = []
+    for _ in range(steps):
+        views = ("front", "wrist")
+        images.append({v: rng.integers(0, 255, (32, 32, 3), dtype=np.uint8) for v in views})
+    state_dim, action_dim = SIZES[robot]
+    episode = SimpleNamespace(
+        images=images,
+        states=rng.normal(size=(steps, state_dim)).astype(np.float32),
+        actions=rng.normal(size=(steps, action_dim)).astype(np.float32),
+        phases=["move"] * steps,
+        success=True,
+        attempts=1,
+        instruction="push the cube" + " to the goal" * seed,
+    )
+    write_episode(folder / f"{robot}-{task}-{seed}.safetensors", episode, robot, task, seed, 0.0)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder with demos/ (2 robots x 2 tasks x 3 episodes of 5 to 10 steps) and backbone/."""
-    folder, rng = tmp_path_factory.mktemp("stage2"), np.random.default_rng(0)
+def folder(tmp_path_factory):
+    """demos/ (2 robots x 2 tasks x 3 episodes of 5 to 10 steps) and backbone/."""
+    folder = tmp_path_factory.mktemp("stage2")
+    rng = np.random.default_rng(0)
     (folder / "demos").mkdir()
-    for robot, (S, A) in SIZES.items():
+    for robot in SIZES:
         for task in ("PickCube", "PushCube"):
             for seed in range(3):
-                n = int(rng.integers(5, 11))
-                pictures = [{view: rng.integers(0, 255, (32, 32, 3), dtype=np.uint8) for view in ("front", "wrist")} for _ in range(n)]
-                states, actions = rng.normal(size=(n, S)).astype(np.float32), rng.normal(size=(n, A)).astype(np.float32)
-                demonstration = SimpleNamespace(images=pictures, states=states, actions=actions, phases=["move"] * n, success=True, attempts=1,
-                                                instruction="push the cube" + " to the goal" * seed)
-                write_episode(folder / "demos" / f"{robot}-{task}-{seed}.safetensors", demonstration, robot, task, seed, 0.0)
+                write_random_episode(folder / "demos", robot, task, seed, rng)
     small_blm(policy=False).save_pretrained(folder / "backbone")
     return folder
 
 
-def hash_of(blm):
-    return backbone_hash(blm.vlm, blm.processor)
+def settings(folder, out, **changes):
+    flags = {"data": str(folder / "demos"), "backbone": str(folder / "backbone"), "out": str(out)}
+    flags |= {"cache": str(folder / "intents"), "sizes": "small", "steps": 4, "batch_size": 4}
+    flags |= {"lr": 1e-2, "eval_every": 2, "device": "cpu"}
+    return TrainConfig(**{**flags, **changes})
 
 
-def flags(made, out, **changes):
-    settings = dict(data=str(made / "demos"), backbone=str(made / "backbone"), cache=str(made / "intents"), out=str(out), steps=4, batch_size=4, warmup=1, lr=1e-3,
-                    frame_stride=2, save_every=2, eval_every=4, eval_rows=8, device="cpu")
-    return TrainConfig(**{**settings, **changes})
+def observation(episode):
+    images = dict(zip(("front", "wrist"), episode.images(0)))
+    return {"images": images, "state": episode.state[0], "instruction": episode.instruction}
 
 
-def test_a_run_makes_a_model_and_the_backbone_does_not_move(made, tmp_path):
-    before = hash_of(BLM.from_pretrained(made / "backbone"))
-    figures = train(flags(made, tmp_path), PolicyConfig(**SMALL))
+def hash_of(blm, blocks=None):
+    return backbone_hash(blm.vlm, blm.processor, blocks)
+
+
+def test_a_run_makes_a_model_and_the_backbone_does_not_move(folder, tmp_path):
+    before = hash_of(BLM.from_pretrained(folder / "backbone"))
+    figures = train(settings(folder, tmp_path))
     blm = BLM.from_pretrained(tmp_path)
     assert hash_of(blm) == before and set(blm.policy.embodiments) == set(SIZES)
-    assert {"val_flow", "val_future", "joint_error_rad", "finger_accuracy"} <= figures.keys()
-    assert blm.training["sft"]["step"] == 7 and blm.training["policy"]["step"] == 4
-    assert blm.training["policy"]["rows"]["held_out"] > 0 and blm.training["policy"]["command"].startswith("python ")
-    episode = load_episodes(made / "demos")[0]
-    seen = {"images": dict(zip(("front", "wrist"), episode.images(0))), "state": episode.state[0], "instruction": episode.instruction}
-    assert blm.act(seen, episode.robot).shape == (4, 8)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 4 and lines[-1]["joint_error_rad"] == figures["joint_error_rad"]
+    assert figures.keys() == {"val_flow", "val_future", "joint_error_rad"}
+    assert all(np.isfinite(value) and value > 0 for value in figures.values())
+    record = blm.training["policy"]
+    assert blm.training["sft"]["step"] == 7 and record["step"] == 4
+    assert record["rows"] > 0 and record["command"].startswith("python ")
+    episode = load_episodes(folder / "demos")[0]
+    assert blm.act(observation(episode), episode.robot).shape == (4, 8)
+    last = log_of(tmp_path)[-1]
+    assert last["step"] == 4 and last["joint_error_rad"] == figures["joint_error_rad"]
     with pytest.raises(UserError, match="--resume"):
-        train(flags(made, tmp_path), PolicyConfig(**SMALL))
+        train(settings(folder, tmp_path))
     with pytest.raises(UserError, match="--lr"):
-        train(flags(made, tmp_path, resume=True, lr=1.0), PolicyConfig(**SMALL))
+        train(settings(folder, tmp_path, resume=True, lr=1.0))
 
 
-def test_resume_is_bit_exact(made, tmp_path, monkeypatch):
-    train(flags(made, tmp_path / "whole"), PolicyConfig(**SMALL))
-    rate = trainer.learning_rate
+def killed_run(folder, out, moment):
+    """One life of a run that is killed when it makes the batch of step `moment`."""
+    use_small_sizes()
+    make = train_policy.make_batch
 
-    def stop(step, cfg):
-        if step == 3:
-            raise KeyboardInterrupt
-        return rate(step, cfg)
+    def deadly(demos, policy, cfg, step):
+        if step == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return make(demos, policy, cfg, step)
 
-    monkeypatch.setattr(trainer, "learning_rate", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(flags(made, tmp_path / "parts"), PolicyConfig(**SMALL))
-    monkeypatch.undo()
-    train(flags(made, tmp_path / "parts", resume=True), PolicyConfig(**SMALL))
-    whole, parts = last_state(tmp_path / "whole"), last_state(tmp_path / "parts")
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    train_policy.make_batch = deadly
+    train(settings(folder, out, steps=45, resume=bool(trainer.checkpoints(out))))
 
 
-def test_a_resumed_run_takes_new_episodes_in(made, tmp_path):
-    shutil.copytree(made / "demos", tmp_path / "demos")
-    train(flags(made, tmp_path / "out", data=str(tmp_path / "demos")), PolicyConfig(**SMALL))
+def test_killed_at_twenty_moments_it_ends_with_the_same_bits(folder, tmp_path):
+    train(settings(folder, tmp_path / "whole", steps=45))
+    moments = sorted(np.random.default_rng(0).choice(np.arange(1, 44), 20, replace=False).tolist())
+    killed_again_and_again(killed_run, moments, folder, tmp_path / "killed")
+    train(settings(folder, tmp_path / "killed", steps=45, resume=True))
+    whole, killed = last_state(tmp_path / "whole"), last_state(tmp_path / "killed")
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    losses = [[line["loss"] for line in log_of(tmp_path / run)] for run in ("whole", "killed")]
+    assert losses[0] == losses[1] and len(losses[0]) == 45
+
+
+def test_a_resumed_run_takes_new_episodes_in(folder, tmp_path):
+    shutil.copytree(folder / "demos", tmp_path / "demos")
+    data = str(tmp_path / "demos")
+    train(settings(folder, tmp_path / "out", data=data))
     before = last_state(tmp_path / "out")
-    for path in sorted((made / "demos").glob("widowx-PushCube-*")):
+    for path in sorted((folder / "demos").glob("widowx-PushCube-*")):
         shutil.copy(path, tmp_path / "demos" / path.name.replace("Cube-", "Cube-50000"))
-    train(flags(made, tmp_path / "out", data=str(tmp_path / "demos"), resume=True, steps=6), PolicyConfig(**SMALL))
-    about, after = json.loads((tmp_path / "out" / "training.json").read_text())["policy"], last_state(tmp_path / "out")
-    assert about["episodes"] == 15 and [(run["step"], run["episodes"]) for run in about["before"]] == [(4, 12)]
-    scale = [name for name in before if "normalizer" in name]
-    assert scale and all(torch.equal(before[name], after[name]) for name in scale)      # the weights were made for these
+    train(settings(folder, tmp_path / "out", data=data, resume=True, steps=6))
+    record = json.loads((tmp_path / "out" / "training.json").read_text())["policy"]
+    assert record["episodes"] == 15 and [run["step"] for run in record["before"]] == [4]
+    after = last_state(tmp_path / "out")
+    statistics = [name for name in before if "normalizer" in name]
+    assert statistics and all(torch.equal(before[name], after[name]) for name in statistics)
 
 
-def one_of_two(made, out):
-    train(flags(made, out), PolicyConfig(**SMALL))
+def two_processes(folder, out, changes):
+    use_small_sizes()
+    train(settings(folder, out, **changes))
 
 
-def test_two_processes_equal_one(made, tmp_path):
-    train(flags(made, tmp_path / "one"), PolicyConfig(**SMALL))
-    spawn_two(one_of_two, made, tmp_path / "two")
-    one, two = last_state(tmp_path / "one"), last_state(tmp_path / "two")
-    for name in one:
-        if name.startswith("policy.") and not name.endswith("key_value.bias"):     # softmax ignores a bias on keys: Adam blows up rounding
-            assert torch.allclose(one[name].float(), two[name].float(), atol=1e-4), name
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_equal_one(folder, tmp_path, fsdp):
+    changes = {"steps": 20, "eval_every": 20}
+    train(settings(folder, tmp_path / "one", **changes))
+    cache = {"cache": str(tmp_path / "intents")}  # made by both, in shares
+    spawn_two(two_processes, folder, tmp_path / "two", {**changes, **cache, "fsdp": fsdp})
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert len(one) == len(two) == 20
+    for a, b in zip(one, two):
+        assert abs(a["loss"] - b["loss"]) <= 2e-5 * max(1, a["loss"])
+    mine, theirs = last_state(tmp_path / "one"), last_state(tmp_path / "two")
+    assert mine.keys() == theirs.keys()
 
 
-def demos_of(made, cache="intents"):
-    blm, episodes = BLM.from_pretrained(made / "backbone"), load_episodes(made / "demos")
-    hidden = cache_intents(blm, episodes, flags(made, "unused", cache=str(made / cache)), 2, hash_of(blm), ALONE)
-    return blm, episodes, Demos(episodes, hidden, PolicyConfig(**SMALL), 2, 25)
+def load_rows(folder, cache="intents"):
+    blm = BLM.from_pretrained(folder / "backbone")
+    episodes = load_episodes(folder / "demos")
+    place = folder / cache / "model-k2"
+    demonstrations.cache_hidden_states(blm, episodes, 2, place)
+    width = blm.vlm.config.hidden_size
+    hidden = [demonstrations.open_cache(place, episode, width) for episode in episodes]
+    return blm, episodes, demonstrations.Demonstrations(episodes, hidden, 4)
 
 
-def test_rows_hold_what_the_episode_holds(made):
-    blm, episodes, demos = demos_of(made)
-    rows = np.arange(len(demos.where))
-    batch = demos[rows]
-    for row, (i, j) in enumerate(demos.where):
+def test_rows_hold_what_the_episode_holds(folder):
+    blm, episodes, demos = load_rows(folder)
+    batch = demos.batch(np.arange(len(demos.frame)))
+    for row, (i, j) in enumerate(demos.frame):
         episode, t = episodes[i], 2 * int(j)
-        dims, left = episode.action.shape[1], min(4, len(episode) - t)
-        assert np.array_equal(batch["state"][row, :episode.state.shape[1]], episode.state[t])
-        assert np.array_equal(batch["action"][row, :left, :dims], episode.action[t:t + left])
-        assert (batch["action"][row, left:, :dims].numpy() == episode.action[-1]).all()                # past the end: hold
+        state = batch["state"][row, : episode.state.shape[1]].numpy()
+        action = batch["action"][row, :, : episode.action.shape[1]].numpy()
+        left = min(4, len(episode) - t)
+        assert np.array_equal(state, episode.state[t])
+        assert np.array_equal(action[:left], episode.action[t : t + left])
+        assert (action[left:] == episode.action[-1]).all()  # past the end: hold
+        assert batch["action_valid"][row].all()
         assert bool(batch["future_valid"][row]) == (t + 4 < len(episode))
         assert list(demos.embodiments)[batch["embodiment"][row]] == episode.robot
-        if row % 5 == 0:
-            for name, at in (("", t), ("future_", t + 4)):
-                if at < len(episode):
-                    alone, mask = blm.intent_states([episode.images(at)], [episode.instruction], num_layers=2)
-                    stored = batch[name + "hidden"][row, batch[name + "mask"][row]]
-                    assert torch.allclose(stored, alone[0], atol=2e-2, rtol=2e-3)                # float16
+        for name, at in (("", t), ("future_", t + 4)):
+            if row % 5 == 0 and at < len(episode):
+                alone, _ = blm.intent_states([episode.images(at)], [episode.instruction], 2)
+                stored = batch[f"{name}hidden"][row, batch[f"{name}mask"][row]]
+                assert torch.allclose(stored, alone[0], atol=2e-2, rtol=2e-3)  # float16
 
 
-def test_held_out_episodes_are_not_trained_on(made):
-    _, episodes, demos = demos_of(made)
-    trained, held = set(demos.train), set(np.concatenate(list(demos.held_out.values())))
-    assert not trained & held and len(trained) + len(held) == len(demos.where)
-    assert {episodes[i].seed for i in demos.where[sorted(held), 0]} == {2}
-    drawn = [demos.rows_of_step(0, step, 8) for step in range(20)]
-    assert set(np.concatenate(drawn)) <= trained
-    assert np.array_equal(drawn[3], demos.rows_of_step(0, 3, 8)) and not np.array_equal(drawn[3], demos.rows_of_step(1, 3, 8))
+def test_held_out_episodes_are_not_trained_on(folder):
+    _, episodes, demos = load_rows(folder)
+    trained = set(demos.train)
+    held_out = set(np.concatenate(demos.held_out))
+    assert not trained & held_out and len(trained) + len(held_out) == len(demos.frame)
+    assert {episodes[i].seed for i in demos.frame[sorted(held_out), 0]} == {2}
+    rows = [demos.rows_of_step(0, step, 8) for step in range(20)]
+    assert set(np.concatenate(rows)) <= trained
+    assert np.array_equal(rows[3], demos.rows_of_step(0, 3, 8))
+    assert not np.array_equal(rows[3], demos.rows_of_step(1, 3, 8))
 
 
-def test_the_cache_is_computed_once_and_never_stale(made, monkeypatch):
-    calls, states = [], BLM.intent_states
-    monkeypatch.setattr(BLM, "intent_states", lambda self, *args, **named: calls.append(1) or states(self, *args, **named))
-    demos_of(made, "fresh")
+def test_hidden_states_are_computed_once_and_never_stale(folder, monkeypatch):
+    calls = []
+    states = BLM.intent_states
+
+    def counted(self, *args):
+        calls.append(1)
+        return states(self, *args)
+
+    monkeypatch.setattr(BLM, "intent_states", counted)
+    load_rows(folder, "fresh")
     assert len(calls) == 12
-    demos_of(made, "fresh")
+    load_rows(folder, "fresh")
     assert len(calls) == 12
-    files = sorted((made / "fresh").rglob("*.npy"))
-    files[0].write_bytes(files[0].read_bytes()[:-10])                    # a broken file is made again
-    demos_of(made, "fresh")
-    assert len(calls) == 13
-    other = small_blm(seed=5, policy=False)
-    cache_intents(other, load_episodes(made / "demos"), flags(made, "unused", cache=str(made / "fresh")), 2, hash_of(other), ALONE)
-    assert len(calls) == 25
 
 
-def test_mistakes_are_told(made, tmp_path):
-    for changes, config, word in (({"frame_stride": 3}, {}, "--frame_stride"), ({"backbone": "nowhere"}, {}, "train_sft.py"), ({"resume": True}, {}, "no training run"), ({"held_out": 1}, {}, "--held_out"),
-                                  ({}, {"intent_layer": 4}, "--intent_layer"), ({"robots": "xarm6"}, {}, "no episodes"), ({"start": "nowhere"}, {}, "nowhere")):
-        with pytest.raises(UserError, match=word):
-            train(flags(made, tmp_path / "none", **changes), PolicyConfig(**{**SMALL, **config}))
+@pytest.mark.parametrize("damage", ["cut", "flip", "header", "zeros"])
+def test_damaged_hidden_states_are_made_again(folder, damage, capsys):
+    load_rows(folder, damage)
+    files = sorted((folder / damage).rglob("*.safetensors"))
+    before = files[0].read_bytes()
+    content = bytearray(before)
+    if damage == "cut":
+        content = content[:-10]
+    elif damage == "flip":
+        content[-7] ^= 4
+    elif damage == "header":
+        content[9:12] = b"\xff\xfe\xfd"
+    else:
+        content[-64:] = bytes(64)
+    files[0].write_bytes(content)
+    load_rows(folder, damage)
+    assert files[0].read_bytes() == before
+    assert "made again" in capsys.readouterr().out
 
 
-def test_a_new_robot_trains_its_own_layers_alone(made, tmp_path):
-    train(flags(made, tmp_path / "one", robots="panda"), PolicyConfig(**SMALL))
-    train(flags(made, tmp_path / "two", robots="widowx", start=str(tmp_path / "one"), demonstrations=2), PolicyConfig(**SMALL))
+def test_a_mended_episode_gets_new_hidden_states(folder, tmp_path):
+    shutil.copytree(folder / "demos", tmp_path / "demos")
+    shutil.copytree(folder / "backbone", tmp_path / "backbone")
+    load_rows(tmp_path)
+    rng = np.random.default_rng(9)
+    write_random_episode(tmp_path / "demos", "panda", "PickCube", 0, rng)  # other pictures
+    count = len(list((tmp_path / "intents").rglob("*.safetensors")))
+    load_rows(tmp_path)
+    assert len(list((tmp_path / "intents").rglob("*.safetensors"))) == count + 1
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"backbone": "nowhere"}, "nowhere"),
+        ({"resume": True}, "no training run"),
+        ({"intent_layer": 9}, "--intent_layer 9.*blocks"),
+        ({"robots": "xarm6"}, "no episodes"),
+        ({"start": "nowhere"}, "nowhere"),
+        ({"sizes": "huge"}, "unknown --sizes 'huge'"),
+        ({"demonstrations": -1}, "--demonstrations -1"),
+    ],
+)
+def test_mistakes_are_told(folder, tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        train(settings(folder, tmp_path / "none", **changes))
+
+
+def test_a_new_robot_trains_its_own_layers_alone(folder, tmp_path):
+    train(settings(folder, tmp_path / "one", robots="panda"))
+    changes = {"robots": "widowx", "start": str(tmp_path / "one"), "demonstrations": 2}
+    train(settings(folder, tmp_path / "two", **changes))
     one, two = BLM.from_pretrained(tmp_path / "one"), BLM.from_pretrained(tmp_path / "two")
-    assert list(one.policy.embodiments) == ["panda"] and list(two.policy.embodiments) == ["panda", "widowx"]
-    assert two.training["policy"]["episodes"] == 4                       # two tasks, the two lowest seeds of each
+    assert list(one.policy.embodiments) == ["panda"]
+    assert list(two.policy.embodiments) == ["panda", "widowx"]
+    assert two.training["policy"]["episodes"] == 4  # two tasks, the two lowest seeds of each
     before, after = one.policy.state_dict(), two.policy.state_dict()
-    changed = {name for name, tensor in after.items() if tensor.shape != before[name].shape}
-    assert changed and all(torch.equal(after[name][tuple(map(slice, old.shape))], old) for name, old in before.items())
-    episode = load_episodes(made / "demos")[0]
-    seen = {"images": dict(zip(("front", "wrist"), episode.images(0))), "state": episode.state[0], "instruction": episode.instruction}
-    assert episode.robot == "panda" and np.array_equal(one.act(seen, "panda"), two.act(seen, "panda"))
-    start = last_state(tmp_path / "two")
-    moments = [tensor for name, tensor in start.items() if name.endswith("exp_avg")]
-    assert moments and all((tensor[0] == 0).all() and (tensor[1] != 0).any() for tensor in moments if tensor.ndim)
-    with pytest.raises(UserError, match="other sizes"):
-        train(flags(made, tmp_path / "three", start=str(tmp_path / "one")), PolicyConfig(**{**SMALL, "num_layers": 3}))
+    assert any(tensor.shape != before[name].shape for name, tensor in after.items())
+    for name, old in before.items():
+        corner = tuple(slice(size) for size in old.shape)
+        assert torch.equal(after[name][corner], old), name
+    episode = load_episodes(folder / "demos")[0]
+    chunks = [blm.act(observation(episode), "panda") for blm in (one, two)]
+    assert np.array_equal(*chunks)
+    for name, tensor in last_state(tmp_path / "two").items():
+        if name.endswith("exp_avg"):
+            assert (tensor[0] == 0).all() and (tensor[1] != 0).any()
+    monkey = dataclasses.replace(SMALL, num_layers=3)
+    policy.PRESETS["other"] = monkey
+    with pytest.raises(UserError, match="no policy of the sizes"):
+        train(settings(folder, tmp_path / "three", start=str(tmp_path / "one"), sizes="other"))
 
 
-def test_a_policy_that_goes_on_from_another_trains_all(made, tmp_path):
-    train(flags(made, tmp_path / "one"), PolicyConfig(**SMALL))
-    train(flags(made, tmp_path / "two", start=str(tmp_path / "one"), tasks="PushCube"), PolicyConfig(**SMALL))
-    before, after = (BLM.from_pretrained(tmp_path / name).policy.state_dict() for name in ("one", "two"))
-    assert all(torch.equal(before[name], after[name]) == name.startswith("normalizer.") for name in ("normalizer.state_mean", "blocks.0.mlp.1.weight"))
+def test_a_policy_that_goes_on_from_another_trains_all(folder, tmp_path):
+    train(settings(folder, tmp_path / "one"))
+    train(settings(folder, tmp_path / "two", start=str(tmp_path / "one"), tasks="PushCube"))
+    one = BLM.from_pretrained(tmp_path / "one").policy.state_dict()
+    two = BLM.from_pretrained(tmp_path / "two").policy.state_dict()
+    assert torch.equal(one["normalizer.state_mean"], two["normalizer.state_mean"])
+    assert not torch.equal(one["blocks.0.mlp.1.weight"], two["blocks.0.mlp.1.weight"])
 
 
-def test_a_run_refused_for_its_language_model_is_left_as_it_was(made, tmp_path):
-    cfg = flags(made, tmp_path / "one", robots="panda")
-    train(cfg, PolicyConfig(**SMALL))
+def test_a_run_refused_for_its_language_model_is_left_as_it_was(folder, tmp_path):
+    cfg = settings(folder, tmp_path / "one", robots="panda")
+    train(cfg)
     small_blm(seed=5, policy=False).save_pretrained(tmp_path / "other")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir() if path.is_file()}
+    paths = [path for path in (tmp_path / "one").iterdir() if path.is_file()]
+    before = {path: path.read_bytes() for path in paths}
     with pytest.raises(UserError, match="another language model"):
-        train(dataclasses.replace(cfg, backbone=str(tmp_path / "other"), resume=True), PolicyConfig(**SMALL))
-    assert {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir() if path.is_file()} == before
+        train(dataclasses.replace(cfg, backbone=str(tmp_path / "other"), resume=True))
+    assert {path: path.read_bytes() for path in paths} == before
 
 
-def test_a_policy_goes_on_with_another_language_model(made, tmp_path):
-    train(flags(made, tmp_path / "one", robots="panda"), PolicyConfig(**SMALL))
+def test_a_policy_goes_on_with_another_language_model(folder, tmp_path):
+    train(settings(folder, tmp_path / "one", robots="panda"))
     small_blm(seed=5, policy=False).save_pretrained(tmp_path / "other")
-    train(flags(made, tmp_path / "two", robots="panda", start=str(tmp_path / "one"), backbone=str(tmp_path / "other")), PolicyConfig(**SMALL))
+    changes = {"start": str(tmp_path / "one"), "backbone": str(tmp_path / "other")}
+    train(settings(folder, tmp_path / "two", robots="panda", **changes))
     one, two = BLM.from_pretrained(tmp_path / "one"), BLM.from_pretrained(tmp_path / "two")
-    assert not torch.equal(*(blm.vlm.model.embed_tokens.weight for blm in (one, two)))
+    assert not torch.equal(one.vlm.model.embed_tokens.weight, two.vlm.model.embed_tokens.weight)
     assert torch.equal(one.policy.normalizer.state_mean, two.policy.normalizer.state_mean)
     assert not torch.equal(one.policy.perceiver.queries, two.policy.perceiver.queries)
-    assert two.training["policy"]["started_from"]["backbone"] == one.training["policy"]["backbone"] != two.training["policy"]["backbone"]
-    with pytest.raises(UserError, match="another language model"):           # frozen layers would read what they do not know
-        train(flags(made, tmp_path / "three", robots="widowx", start=str(tmp_path / "one"), backbone=str(tmp_path / "other")), PolicyConfig(**SMALL))
+    before = two.training["policy"]["started_from"]["backbone"]
+    assert before == one.training["policy"]["backbone"] != two.training["policy"]["backbone"]
+    with pytest.raises(UserError, match="another language model"):
+        train(settings(folder, tmp_path / "three", robots="widowx", **changes))
