@@ -170,9 +170,8 @@ class Demonstrations:
         for robot in np.unique(self.embodiment[self.train]):
             if not normalizer.fitted[robot]:
                 rows = self.train[self.embodiment[self.train] == robot]
-                action = torch.from_numpy(self.action[rows])
-                valid = torch.ones(action.shape[:2], dtype=torch.bool)
-                normalizer.fit(int(robot), torch.from_numpy(self.state[rows]), action, valid)
+                state = torch.from_numpy(self.state[rows])
+                normalizer.fit(int(robot), state, torch.from_numpy(self.action[rows]))
 
     def rows_of_step(self, seed, step, batch_size):
         """(B,) rows, a function of (seed, step), sorted by robot: the policy has few groups then.
@@ -195,7 +194,6 @@ class Demonstrations:
             batch[f"{name}mask"] = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, L)
         for name in ("state", "action", "embodiment"):
             batch[name] = torch.from_numpy(getattr(self, name)[rows])
-        batch["action_valid"] = torch.ones(batch["action"].shape[:2], dtype=torch.bool)
         return batch
 
     def describe(self, rows):

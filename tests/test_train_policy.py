@@ -199,7 +199,6 @@ def test_rows_hold_what_the_episode_holds(folder):
         assert np.array_equal(state, episode.state[t])
         assert np.array_equal(action[:left], episode.action[t : t + left])
         assert (action[left:] == episode.action[-1]).all()  # past the end: hold
-        assert batch["action_valid"][row].all()
         assert bool(batch["future_valid"][row]) == (t + 4 < len(episode))
         assert list(demos.embodiments)[batch["embodiment"][row]] == episode.robot
         for name, at in (("", t), ("future_", t + 4)):
