@@ -148,7 +148,9 @@ def shard(module, blocks, device, methods=()):
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     for part in (*blocks, module):
         fully_shard(part, mp_policy=precision)
-        part.set_gradient_divide_factor(1.0)  # a sum over processes: each has its share of the loss
+        # every process has its share of the loss: gradients add up
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
     for method in methods:
         register_fsdp_forward_method(module, method)
 
@@ -181,29 +183,20 @@ def sum_gradients(parameters):
 
     Those of shards are added already, by fully_shard.
     """
-    if not dist.is_initialized():
-        return
-    parameters = [p for p in parameters if not isinstance(p, DTensor)]
-    if not parameters:  # all is sharded
-        return
-    # rows without a picture leave the ViT without a gradient: zeros, if others have one
-    touched = torch.tensor([p.grad is not None for p in parameters]).to(parameters[0].device)
-    dist.all_reduce(touched, dist.ReduceOp.MAX)
-    parameters = [p for p, by_any in zip(parameters, touched.tolist()) if by_any]
     for p in parameters:
-        if p.grad is None:
+        if p.grad is None:  # rows without a picture leave the ViT without one
             p.grad = torch.zeros_like(p)
-    if not parameters:
+    gradients = [p.grad for p in parameters if not isinstance(p, DTensor)]
+    if not dist.is_initialized() or not gradients:
         return
-    flat = torch.cat([p.grad.flatten() for p in parameters])
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
-    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad.copy_(part.view_as(p))
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
 
 
 def clip_gradients(parameters):
     """Scale gradients down to a norm of GRAD_CLIP. Returns the norm before, a float."""
-    parameters = [p for p in parameters if p.grad is not None]
     squares = 0.0
     for sharded in (False, True):
         gradients = [p.grad for p in parameters if isinstance(p.grad, DTensor) == sharded]
