@@ -170,14 +170,19 @@ def grey_row():
     return Row([[{"role": "user", "content": [{"type": "image"}]}]], [("image", grey)], {})
 
 
+@lru_cache
+def say_once(text):
+    tqdm.write(text)
+
+
 def read_row(rows, index, seed, cfg):
-    """A Row. With --on_bad skip one whose pictures turn out broken is told, and a grey row instead."""
+    """A Row. With --on_bad skip one whose pictures turn out broken is named, and a grey one instead."""
     try:
         return rows.row(index, seed)
     except UserError as error:
         if cfg.on_bad == "refuse":
             raise
-        tqdm.write(f"left out: {error}")
+        say_once(f"left out: {error}")
         return grey_row()
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from cli import UserError
 from data.conversations import Conversations
 from processor import Processor, chat, train_tokenizer
-from train_sft import INPUTS, Mixture, SFTConfig, make_batch, read_row, read_rows
+from train_sft import INPUTS, SFTConfig, read_row
 from vlm import PRESETS, VLM
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -717,15 +717,13 @@ def test_twenty_thousand_records_are_ready_at_once_and_no_picture_is_opened(fold
 
 def test_skip_leaves_out_what_breaks_only_when_read(folder, capsys):
     record = sharegpt("<image>What?", "x", image="broken.png")
-    path = write(folder / "m.jsonl", record, messages("Hi", "Hello"))
-    cfg = SFTConfig(data=str(path), on_bad="skip", dense_weight=0)
-    mixture = Mixture(cfg)
-    rows = [(0, mixture.sources[0], 0), (1, mixture.sources[0], 1)]
-    rows = read_rows(rows, mixture, cfg) + read_rows(rows, mixture, cfg)
-    assert [len(row[0][0]) for row in rows] == [1, 2, 1, 2]  # nothing is asked about a grey picture
+    rows = Conversations(write(folder / "m.jsonl", record, messages("Hi", "Hello")))
+    skip = SFTConfig(on_bad="skip")
+    lengths = [len(read_row(rows, i, None, skip).conversations[0]) for i in (0, 1, 0, 1)]
+    assert lengths == [1, 2, 1, 2]  # nothing is asked about a grey picture
     assert capsys.readouterr().out.count("m.jsonl, line 1") == 1
     with pytest.raises(UserError, match="m.jsonl, line 1"):
-        read_rows([(0, mixture.sources[0], 0)], mixture, SFTConfig(data=str(path), dense_weight=0))
+        read_row(rows, 0, None, SFTConfig())
 
 
 @pytest.mark.parametrize("video", ["film.gif", "frames"])
@@ -733,14 +731,12 @@ def test_a_conversation_with_a_picture_and_a_video_trains(folder, video):
     record = sharegpt("<image><video>What?", "Noise.", image="whole.png", video=video)
     rows = Conversations(write(folder / "v.jsonl", record))
     tokenizer = train_tokenizer([*rows.texts(), "system user assistant"] * 3, 280)
-    config = PRESETS["nano"].for_tokenizer(tokenizer)
-    cfg = SFTConfig(dense_weight=0)
-    batch = make_batch([read_row(rows, 0, 0, cfg)], Processor(tokenizer), cfg)
+    batch = Processor(tokenizer).pack([rows.row(0)])
     frames = {"film.gif": 3, "frames": 12}[video]
     assert batch["video_grid_thw"].tolist()[0][0] == -(-frames // 2)  # two to a patch
     assert batch["image_grid_thw"].shape == (1, 3)
     inputs = {name: batch[name] for name in INPUTS if name in batch}
-    assert VLM(config)(**inputs).logits.isfinite().all()
+    assert VLM(PRESETS["nano"].for_tokenizer(tokenizer))(**inputs).logits.isfinite().all()
 
 
 # ---- anything else
