@@ -52,30 +52,40 @@ def frame(position, rotation):
     return transform
 
 
+def frame_of(view):
+    """(4, 4) of a body, site, geom or camera, as MjData shows it."""
+    return frame(view.xpos, view.xmat)
+
+
 def find_flange(model, data, config):
     """(body id, frame) of the site or body at the flange, z outwards, y along the fingers' way."""
-    names = {model.body(i).name: data.body(i) for i in range(1, model.nbody)}
-    names |= {model.site(i).name: data.site(i) for i in range(model.nsite)}
-    names.pop("", None)
-    flange = names[choose(config.site, names, "--site (a site or a body)")]
-    is_site = config.site in [model.site(i).name for i in range(model.nsite)]
+    sites = {model.site(i).name: data.site(i) for i in range(model.nsite)}
+    bodies = {model.body(i).name: data.body(i) for i in range(1, model.nbody)}
+    named = {name: view for name, view in (bodies | sites).items() if name}
+    flange = named[choose(config.site, named, "--site (a site or a body)")]
+    is_site = config.site in sites
     body = model.site_bodyid[flange.id] if is_site else flange.id
+
     axes = re.fullmatch("(-?)([xyz]),(-?)([xyz])", config.axes or "z,y")
     if not axes or axes[2] == axes[4]:
         raise UserError(f"--axes {config.axes}: name two axes, such as z,y or x,-y")
     rotation = flange.xmat.reshape(3, 3)
-    z = rotation[:, "xyz".index(axes[2])] * (-1 if axes[1] else 1)
-    y = rotation[:, "xyz".index(axes[4])] * (-1 if axes[3] else 1)
-    # the way from the last joint but one to the flange leads outwards
-    hinges = [i for i in ancestors(model, body) if model.body_jntnum[i]]
-    away = (flange.xpos - data.xpos[hinges[-2]]) if len(hinges) > 1 else z
-    if not config.axes and (not is_site or z @ away < 0.3 * np.linalg.norm(away)):
+    z = rotation[:, "xyz".index(axes[2])]
+    y = rotation[:, "xyz".index(axes[4])]
+    z = -z if axes[1] else z
+    y = -y if axes[3] else y
+
+    # What is not told is checked: the way from the last joint but one to the flange leads outwards.
+    turning = [i for i in ancestors(model, body) if model.body_jntnum[i]]
+    away = flange.xpos - data.xpos[turning[-2:][0]] if turning else z
+    sideways = z @ away < 0.3 * np.linalg.norm(away)
+    if not config.axes and (sideways or not is_site):
         axis = "xyz"[np.argmax(np.abs(away @ rotation))]
         raise UserError(
             f"is z of {config.site} outwards and y along the fingers' way? Say it with --axes z,y; "
             f"by the look of the arm it is {axis} that points away"
         )
-    return body, frame(flange.xpos, np.stack([np.cross(y, z), y, z], axis=1))
+    return body, frame(flange.xpos, np.column_stack([np.cross(y, z), y, z]))
 
 
 def ancestors(model, body):
@@ -87,7 +97,7 @@ def ancestors(model, body):
     return path
 
 
-def split_links(model, path, config):
+def split_links(model, data, path, config):
     """[[body id]]: the base, then what each joint moves. UserError if they are no chain of hinges."""
     links = [[]]
     for body in path:
@@ -99,7 +109,7 @@ def split_links(model, path, config):
             links.append([])
             refuse_what_is_lost(model, joints[0])
         links[-1].append(body)
-    if len(links) < 6:
+    if len(links) < 6:  # the base and five joints
         raise UserError(
             f"{config.mjcf} has {len(links) - 1} joints before {config.site}: the tasks need five"
         )
@@ -107,7 +117,7 @@ def split_links(model, path, config):
     if config.base:
         links[0] = links[0][names.index(choose(config.base, names, "fixed body")) :]
     elif len(links[0]) > 1:
-        if abs(model.body_pos[links[0]][:, 2].sum()) > 0.01:
+        if abs(data.xpos[links[0][-1], 2]) > 0.01:  # is it on a pedestal, or on a column?
             raise UserError(f"say with --base which stands on the table: {', '.join(names)}")
         links[0] = links[0][-1:]
     return links
@@ -151,21 +161,30 @@ def measure_servos(model, joints):
         mujoco.mj_forward(model, data)
         return data.qfrc_actuator[dofs]  # a copy
 
+    # Driven as far as it goes, and against a joint that is far away and fast, a servo gives all
+    # that it has; a motor does so by its own limit of control.
     most = 1e8
     torques = np.sort([torque(-most, most, most), torque(most, -most, -most)], axis=0)
-    limits = np.where(model.jnt_actfrclimited[joints], model.jnt_actfrcrange[joints].T, 0)
+    limited = model.jnt_actfrclimited[joints]
+    limits = np.where(limited, model.jnt_actfrcrange[joints].T, 0)
     torques = np.where(torques.any(0), torques, limits)  # what nothing drives has its own limit
+
+    # Without limits of force a servo is linear: differences are its gains, zeros its targets.
     model.actuator_forcelimited[:] = 0
     model.jnt_actfrclimited[:] = 0
     rest = torque()
     kp = rest - torque(angle=1.0)
     kv = rest - torque(speed=1.0)
+    ends = np.sort([torque(-most), torque(most)], axis=0)
     servo = kp > 0
-    reached = np.sort([torque(-most), torque(most)], axis=0) / np.where(servo, kp, 1)
-    targets = np.where(servo, reached, [[-most], [most]])
-    free = (np.abs(torques) > 1e6) | (torques == 0)
-    torques = np.where(free, np.where(servo, 0, [[-TORQUE], [TORQUE]]), torques)
-    return np.where(servo, kp, GAINS[0]), np.where(servo, kv, GAINS[1]), torques.T, targets.T
+    targets = np.where(servo, ends / np.where(servo, kp, 1), [[-most], [most]])
+
+    default = np.where(servo, 0, [[-TORQUE], [TORQUE]])  # 0 0 is no limit in MJCF
+    unlimited = (np.abs(torques) > 1e6) | (torques == 0)
+    torques = np.where(unlimited, default, torques)
+    kp = np.where(servo, kp, GAINS[0])
+    kv = np.where(servo, kv, GAINS[1])
+    return kp, kv, torques.T, targets.T
 
 
 # ---- the new file: the gripper's own, with another arm under its hand
@@ -190,26 +209,31 @@ def add_link(parent, chain, link, before, **attributes):
     before: the world's frame in the parent's.
     """
     model, data = chain
-    here = np.linalg.inv(frame(data.xpos[link[0]], data.xmat[link[0]]))
-    element = add(parent, "body", frame=before @ np.linalg.inv(here), gravcomp="1", **attributes)
+    placed = frame_of(data.body(link[0]))
+    here = np.linalg.inv(placed)
+    element = add(parent, "body", frame=before @ placed, gravcomp="1", **attributes)
+    # What is screwed on keeps its own mass, in a body of its own without a joint.
     for body in link:
         holder = element if body == link[0] else add(element, "body", gravcomp="1")
         mass = max(model.body_mass[body], 1e-6)
         moments = model.body_inertia[body] + 1e-6
         inertial = here @ frame(data.xipos[body], data.ximat[body])
         add(holder, "inertial", frame=inertial, mass=mass, diaginertia=moments)
-    mine = np.isin(model.geom_bodyid, link) & (model.geom_type != mujoco.mjtGeom.mjGEOM_PLANE)
-    solid = mine & (model.geom_contype > 0)
+    mine = np.isin(model.geom_bodyid, link)
+    mine &= model.geom_type != mujoco.mjtGeom.mjGEOM_PLANE
+    solid = mine & (model.geom_contype > 0)  # what collides, if anything does
     geoms = np.flatnonzero(solid if solid.any() else mine)
     largest = sorted(geoms, key=lambda g: -model.geom_aabb[g, 3:].prod())
     for g in largest[:MOST_CAPSULES]:
         center, half = np.split(model.geom_aabb[g], 2)
         radius = np.sort(half)[:2].mean()
         way = np.eye(3)[half.argmax()] * max(half.max() - radius, 1e-4)
-        placed = here @ frame(data.geom_xpos[g], data.geom_xmat[g])
-        ends = [(placed @ [*end, 1])[:3] for end in (center - way, center + way)]
+        placed = here @ frame_of(data.geom(g))
+        start = placed @ [*(center - way), 1]
+        end = placed @ [*(center + way), 1]
         if radius > 0.005:
-            add(element, "geom", fromto=np.round(ends, 4), size=radius.round(4))
+            fromto = np.concatenate([start[:3], end[:3]])
+            add(element, "geom", fromto=fromto.round(4), size=radius.round(4))
     return element, here
 
 
@@ -220,26 +244,29 @@ def write_arm(config, root):
     data = mujoco.MjData(model)
     mujoco.mj_kinematics(model, data)
     end, flange = find_flange(model, data, config)
-    base, *links = split_links(model, ancestors(model, end), config)
+    base, *links = split_links(model, data, ancestors(model, end), config)
     joints = model.body_jntadr[[link[0] for link in links]]
 
     hand = root.find(".//body[@name='hand']")
     if hand.find("camera") is None:
         hand_camera(get_robot(config.gripper).model, hand)
-    world, servos, contact = (root.find(tag) for tag in ("worldbody", "actuator", "contact"))
+    world = root.find("worldbody")
+    servos = root.find("actuator")
+    contact = root.find("contact")
     fingers = servos[-1]
     for element in (world, servos, contact):
         element.clear()
     chain = (model, data)
     if base:
-        before = np.linalg.inv(frame(data.xpos[base[0]], data.xmat[base[0]]))
+        before = np.linalg.inv(frame_of(data.body(base[0])))  # wherever it stood in the file
         body, before = add_link(world, chain, base, before, name="base", childclass="link")
     else:  # the first body turns: it stands on the floor of the world
         x, y, _ = data.xpos[links[0][0]]
         before = frame([-x, -y, 0], np.eye(3))
         body = add(world, "body", name="base", childclass="link")
-    for i, (link, *drive) in enumerate(zip(links, *measure_servos(model, joints), strict=True)):
-        body, before = add_link(body, chain, link, before, name=f"link{i + 1}")
+    measured = zip(*measure_servos(model, joints), strict=True)
+    for i, drive in enumerate(measured):
+        body, before = add_link(body, chain, links[i], before, name=f"link{i + 1}")
         add_joint(body, servos, model, joints[i], f"joint{i + 1}", *drive)
     servos.append(fingers)
     hand.attrib |= add(ET.Element("none"), "body", frame=before @ flange).attrib
@@ -275,9 +302,7 @@ def hand_camera(model, hand):
     """Give the hand the wrist camera of its own arm, which is fixed to the flange there."""
     data = mujoco.MjData(model)
     mujoco.mj_forward(model, data)
-    at = data.body("hand")
-    camera = data.camera("wrist")
-    seen = np.linalg.inv(frame(at.xpos, at.xmat)) @ frame(camera.xpos, camera.xmat)
+    seen = np.linalg.inv(frame_of(data.body("hand"))) @ frame_of(data.camera("wrist"))
     add(hand, "camera", name="wrist", fovy="90", frame=seen)
 
 
@@ -300,12 +325,11 @@ def point_down(kinematics, start, distance, height, side):
     """
     z = np.array([0, 0, -1.0])
     y = np.array([0, side, 0.0])
-    rotation = np.stack([np.cross(y, z), y, z], axis=1)
+    rotation = np.column_stack([np.cross(y, z), y, z])
     qpos = kinematics.solve_ik(np.array([distance, 0, height]), rotation, start)
     links = [f"link{i + 2}" for i in range(len(start) - 1)]
-    if qpos is None or min(kinematics.data.body(link).xpos[2] for link in links) < 0.03:
-        return None
-    return qpos
+    heights = [kinematics.data.body(link).xpos[2] for link in links]
+    return None if qpos is None or min(heights) < 0.03 else qpos
 
 
 def farthest(kinematics, qpos, distance, step, side):

@@ -72,17 +72,12 @@ def compile_scene(robot_name, task_name, clutter):
     resize(spec, robot)
     for i in range(clutter):
         name = f"clutter{i}"
-        body = spec.worldbody.add_body(name=name, mocap=True, pos=[0.1 * i, 0, -0.5])
-        box = mujoco.mjtGeom.mjGEOM_BOX
-        body.add_geom(name=name, type=box, size=[0.02] * 3, contype=0, conaffinity=0)
+        body = spec.worldbody.add_body(name=name, mocap=True)
+        body.pos = [0.1 * i, 0, -0.5]
+        geom = body.add_geom(name=name, type=mujoco.mjtGeom.mjGEOM_BOX)
+        geom.size = [0.02] * 3
+        geom.contype = geom.conaffinity = 0
     return spec.compile()
-
-
-def front_pixel(robot):
-    """Meters that a pixel of the front view spans at the middle of the workspace."""
-    camera = compile_scene(robot.name, "PickCube", 0).camera("front")
-    distance = np.linalg.norm(camera.pos - (-0.02 * robot.scale, 0, 0.1 * robot.scale))
-    return distance * 2 * np.tan(np.radians(camera.fovy.item() / 2)) / IMAGE_SIZE
 
 
 # ---- what varies
@@ -97,20 +92,17 @@ def set_light(model, ambient, diffuse, light, direction):
 
 def vary_looks(model, original, rng):
     """Another light and table top for VARIED of the episodes, those of `original` for others."""
-    turn = rng.uniform(0, 2 * np.pi)
-    height = rng.uniform(0.6, 2)
-    grey = rng.uniform(0.3, 0.8)
-    ambient = rng.uniform(0.15, 0.45)
-    diffuse = rng.uniform(0.15, 0.45)
-    light = rng.uniform(0.2, 0.6)
-    tint = rng.normal(0, 0.06, 3)
+    low = (0, 0.6, 0.3, 0.15, 0.15, 0.2)
+    high = (2 * np.pi, 2, 0.8, 0.45, 0.45, 0.6)
+    turn, height, grey, ambient, diffuse, light = rng.uniform(low, high)
+    table = np.clip(grey + rng.normal(0, 0.06, 3), 0.2, 0.9)
     if rng.random() < VARIED:
         set_light(model, ambient, diffuse, light, (np.cos(turn), np.sin(turn), -height))
-        model.geom("table").rgba[:3] = np.clip(grey + tint, 0.2, 0.9)
     else:
         head = original.vis.headlight
         set_light(model, head.ambient, head.diffuse, original.light_diffuse, original.light_dir)
-        model.geom("table").rgba[:] = original.geom("table").rgba
+        table = original.geom("table").rgba[:3]
+    model.geom("table").rgba[:3] = table
 
 
 def turn_camera(model, original, rng, far=1.0):
@@ -121,20 +113,23 @@ def turn_camera(model, original, rng, far=1.0):
     before = original.camera("front")
     way, axis = rng.normal(size=(2, 3))
     camera.pos[:] = before.pos + shift * (way / np.linalg.norm(way))
-    axis = axis / np.linalg.norm(axis)
-    turn = np.array([np.cos(angle / 2), *(np.sin(angle / 2) * axis)])
+    turn = np.empty(4)
+    mujoco.mju_axisAngle2Quat(turn, axis / np.linalg.norm(axis), angle)
     mujoco.mju_mulQuat(camera.quat, before.quat, turn)
 
 
+def first_start(layout):
+    """(2,) m: where the object lies that is moved first."""
+    position, _ = next(iter(layout.values()))
+    return np.array(position[:2])
+
+
 @cache
-def region(robot_name, task_name, samples=10_000):
-    """(low, high): corners (m) of the box in which a task's first object starts."""
-    task = TASKS[task_name]
+def region(robot, task, samples=10_000):
+    """(low, high): corners (2,) m of the box in which a task's first object starts."""
     rng = np.random.default_rng(0)
-    layouts = [task.spawn(get_robot(robot_name), rng) for _ in range(samples)]
-    first = next(iter(task.labels))
-    starts = np.array([layout[first][0][:2] for layout in layouts])
-    return starts.min(0), starts.max(0)
+    starts = [first_start(task.spawn(robot, rng)) for _ in range(samples)]
+    return np.min(starts, axis=0), np.max(starts, axis=0)
 
 
 def outside(robot, task, layout, rng, distance=0.02):
@@ -142,17 +137,12 @@ def outside(robot, task, layout, rng, distance=0.02):
 
     `distance` (m) beyond an edge that is drawn from `rng`, among those where all stay in reach.
     """
-    low, high = region(robot.name, task.name)
-    x, y = layout[next(iter(task.labels))][0][:2]
-    shifts = [
-        (low[0] - distance - x, 0),
-        (high[0] + distance - x, 0),
-        (0, low[1] - distance - y),
-        (0, high[1] + distance - y),
-    ]
-    for dx, dy in rng.permutation(shifts):
-        moved = {name: ((x + dx, y + dy, z), yaw) for name, ((x, y, z), yaw) in layout.items()}
-        if reachable(robot, *(position[:2] for position, _ in moved.values())):
+    low, high = region(robot, task)
+    start = first_start(layout)
+    beyond = [np.diag(low - distance - start), np.diag(high + distance - start)]
+    for shift in rng.permutation(np.stack(beyond, axis=1).reshape(4, 2)):
+        moved = {name: (np.add(at, [*shift, 0]), yaw) for name, (at, yaw) in layout.items()}
+        if reachable(robot, *(at[:2] for at, _ in moved.values())):
             return moved
     return layout
 
@@ -162,8 +152,7 @@ def spare_spot(robot, layout, rng, least=0.1):
     others = np.array([position[:2] for position, _ in layout.values()])
     spots = rng.uniform(-1, 1, (100, 2)) * (robot.spawn_half_size + 0.05)
     clear = np.linalg.norm(spots[:, None] - others, axis=-1).min(1)  # (100,)
-    best = np.argmax(clear >= least) if clear.max() >= least else np.argmax(clear)
-    return (*spots[best], 0.02)
+    return (*spots[np.argmax(np.minimum(clear, least))], 0.02)
 
 
 class TabletopEnv:
@@ -197,26 +186,22 @@ class TabletopEnv:
         self.original = compile_scene(robot, task, max(clutter, int(crowded)))
         self.model = self.original
         if perturbation or varied:
-            self.model = copy.copy(self.original)  # it will be changed
+            self.model = copy.copy(self.original)  # it will be changed, the shared one never
         if perturbation == "lighting":
             set_light(self.model, 0.17, 0.17, 0.3, (0.6, 0.5, -0.6))
         if perturbation == "table":
             self.model.geom("table").rgba[:] = (0.45, 0.5, 0.58, 1)
-        if crowded:
-            self.set_spare((0.95, 0.8, 0.1, 1))
+        if crowded:  # the first spare cube can be run into
+            spare = self.model.geom("clutter0")
+            spare.rgba[:] = (0.95, 0.8, 0.1, 1)
+            spare.contype[:] = spare.conaffinity[:] = 1
+            self.model.body_contype[spare.bodyid] = self.model.body_conaffinity[spare.bodyid] = 1
         self.data = mujoco.MjData(self.model)
         self.base = np.array([-self.robot.spawn_distance, 0.0, 0.0])
         self.tcp = self.model.site("tcp").id
         self.pads = [self.model.geom(f"{side}_pad").id for side in ("left", "right")]
         self.max_speed_step = self.robot.velocity_limit / CONTROL_HZ
         self.cameras = {}
-
-    def set_spare(self, color):
-        """The first spare cube can be run into, and has this color."""
-        geom = self.model.geom("clutter0")
-        geom.rgba[:] = color
-        geom.contype[:] = geom.conaffinity[:] = 1
-        self.model.body_contype[geom.bodyid] = self.model.body_conaffinity[geom.bodyid] = 1
 
     # ---- gymnasium's two verbs
 
@@ -225,7 +210,7 @@ class TabletopEnv:
 
         instruction: another wording. info holds the layout {body: (position, yaw)}.
         """
-        rng = seeds.rng(seed, self.task.name)
+        rng = seeds.rng(seed, self.task.name)  # where things lie, how the arm rests, which words
         mujoco.mj_resetData(self.model, self.data)
         layout = self.task.spawn(self.robot, rng)
         layout = self.perturb(seed, layout)
@@ -251,8 +236,7 @@ class TabletopEnv:
         if self.perturbation == "outside":
             return outside(self.robot, self.task, layout, rng)
         if self.perturbation == "distractor":
-            spot = spare_spot(self.robot, layout, rng)
-            layout["clutter0"] = (spot, rng.uniform(0, np.pi))
+            self.add_spare(layout, rng)
         if self.perturbation == "camera":
             turn_camera(self.model, self.original, rng)
         return layout
@@ -262,10 +246,13 @@ class TabletopEnv:
         far = rng.uniform(0, 1.25) * (rng.random() < MOVED)
         turn_camera(self.model, self.original, rng, far)
         if rng.random() < CROWDED:
-            spot = spare_spot(self.robot, layout, rng)
-            layout["clutter0"] = (spot, rng.uniform(0, np.pi))
+            self.add_spare(layout, rng)
             colors = list(CROWD.values())
-            self.set_spare(colors[rng.integers(len(colors))])
+            self.model.geom("clutter0").rgba[:] = colors[rng.integers(len(colors))]
+
+    def add_spare(self, layout, rng):
+        spot = spare_spot(self.robot, layout, rng)
+        layout["clutter0"] = (spot, rng.uniform(0, np.pi))
 
     def step(self, action):
         """Drive the servos to `action` (A,) for one control step (0.05 s).
@@ -287,7 +274,7 @@ class TabletopEnv:
         # fingers are sent to their end stops on purpose, and not counted
         self.clipped["limits"] += bool(np.abs(inside - action)[:dof].max() > 1e-6)
         self.clipped["speed"] += bool(np.abs(target - inside[:dof]).max() > 1e-6)
-        self.data.ctrl[dof] = inside[dof]
+        self.data.ctrl[dof] = inside[dof]  # at once: their servo's force is limited
         for i in range(1, SUBSTEPS + 1):  # targets slide there, so that servos see no jumps
             self.data.ctrl[:dof] = before + (target - before) * i / SUBSTEPS
             mujoco.mj_step(self.model, self.data)
@@ -380,14 +367,14 @@ class TabletopEnv:
         closing = self.data.site_xmat[self.tcp].reshape(3, 3)[:, 1]
         forces = {pad: np.zeros(3) for pad in self.pads}
         wrench = np.zeros(6)
-        for i, contact in enumerate(self.data.contact[: self.data.ncon]):
-            for pad, other in (contact.geom, contact.geom[::-1]):
+        for i, contact in enumerate(self.data.contact):
+            for pad, other in (contact.geom, contact.geom[::-1]):  # either may be the pad
                 if pad in forces and self.model.geom_bodyid[other] == body:
                     mujoco.mj_contactForce(self.model, self.data, i, wrench)
                     forces[pad] += contact.frame.reshape(3, 3).T @ wrench[:3]
+        pressed = []
         for force in forces.values():
             size = np.linalg.norm(force)
-            aligned = abs(force @ closing) >= size * np.cos(np.radians(85))
-            if size < self.robot.grasp_force or not aligned:
-                return False
-        return True
+            along = abs(force @ closing) >= size * np.cos(np.radians(85))
+            pressed.append(along and size >= self.robot.grasp_force)
+        return all(pressed)

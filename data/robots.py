@@ -98,6 +98,7 @@ class Kinematics:
         """
         dof = self.robot.dof
         low, high = self.robot.joint_range.T
+        # a start outside the limits would be a solution outside them
         q = np.clip(start, low, high)
         jac = np.zeros((6, self.model.nv))
         for _ in range(iterations):
@@ -108,12 +109,13 @@ class Kinematics:
                 return q
             mujoco.mj_comPos(self.model, self.data)
             mujoco.mj_jacSite(self.model, self.data, jac[:3], jac[3:], self.site)
-            J = jac[:, :dof]
+            J = jac[:, :dof]  # (6, dof), without the fingers
+            # damping: near a singularity a step stays small
             inverse = J.T @ np.linalg.inv(J @ J.T + 1e-4 * np.eye(6))
             step = inverse @ error
-            if dof > 6:
+            if dof > 6:  # what does not move the tool
                 step += (np.eye(dof) - inverse @ J) @ (0.1 * (start - q))
-            longest = np.abs(step).max() + 1e-9
+            longest = np.abs(step).max() + 1e-9  # rad; steps are at most 0.4 long
             q = np.clip(q + step * min(1.0, 0.4 / longest), low, high)
         return None
 

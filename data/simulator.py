@@ -41,10 +41,11 @@ def open_renderer(model, size):
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # no display is needed
     try:
-        gl_context = sys.modules[mujoco.Renderer.__module__].gl_context
-        if not (chosen and hasattr(gl_context, "GLContext")):
-            importlib.reload(gl_context)  # with the GL this time
-        return mujoco.Renderer(model, size, size)
+        rendering = sys.modules[mujoco.Renderer.__module__]
+        if not (chosen and hasattr(rendering.gl_context, "GLContext")):
+            importlib.reload(rendering.gl_context)  # with the GL this time
+            importlib.reload(rendering)
+        return rendering.Renderer(model, size, size)
     except Exception as error:  # noqa: BLE001, EGL, OSMesa and GLFW each raise their own
         reason = f"{type(error).__name__}: {error}"
         raise UserError(

@@ -30,7 +30,7 @@ BIN_FLOOR = 0.0025  # half thickness, and the height of the bin's origin, m
 CLOSEST_CUBES = 0.0586  # m, between two cubes' centers: they do not touch however they are turned
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashable, though its wordings are lists
 class Task:
     """objects: file in data/objects/; labels {body: what people call it}, what is moved first.
 
@@ -109,12 +109,13 @@ def pull_spawn(robot, rng):
 def stack_spawn(robot, rng):
     s = robot.scale
     while True:
+        # both cubes lie near a place that is itself drawn
         offset = rng.uniform(-0.1, 0.1, 2) * s
         a = offset + rng.uniform((-0.1, -0.2), (0.1, 0.2)) * s
         b = offset + rng.uniform((-0.1, -0.2), (0.1, 0.2)) * s
         if np.hypot(*(a - b)) > CLOSEST_CUBES and reachable(robot, a, b):
-            yaw = rng.uniform(0, 2 * np.pi, 2)
-            return {"cubeA": ((*a, 0.02), yaw[0]), "cubeB": ((*b, 0.02), yaw[1])}
+            yaw_a, yaw_b = rng.uniform(0, 2 * np.pi, 2)
+            return {"cubeA": ((*a, 0.02), yaw_a), "cubeB": ((*b, 0.02), yaw_b)}
 
 
 def sphere_spawn(robot, rng):
@@ -122,7 +123,7 @@ def sphere_spawn(robot, rng):
     while True:
         ball = rng.uniform((-0.1, -0.1), (-0.05, 0.1)) * s
         bin_ = rng.uniform((0, -0.1), (0.1, 0.1)) * s
-        if np.hypot(*(ball - bin_)) > 0.07:
+        if np.hypot(*(ball - bin_)) > 0.07:  # room for the open fingers
             return {"sphere": ((*ball, 0.02), 0.0), "bin": ((*bin_, BIN_FLOOR), 0.0)}
 
 
@@ -169,7 +170,8 @@ def sphere_success(env):
 
 
 def peg_success(env):
-    tilt = np.arccos(np.clip(abs(env.rotation("peg")[2, 0]), 0, 1))
+    along = env.rotation("peg")[2, 0]  # of its axis, up; either end will do
+    tilt = np.arccos(np.clip(abs(along), 0, 1))
     height = env.position("peg")[2]
     return {"upright": tilt <= 0.08, "height": abs(height - PEG_LENGTH) < 0.005}
 
