@@ -76,7 +76,7 @@ def atomic(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.stem[:60]}-", suffix=path.suffix
+            dir=path.parent, prefix=f".part-{path.stem[:60]}-", suffix=path.suffix
         )
         os.close(handle)
     except OSError as error:
@@ -114,11 +114,11 @@ def whole_files(folder, pattern):
 # ---- safetensors
 
 
-def checksum(arrays):
-    """CRC-32 of {name: numpy array} as text: names and bytes, in the order of names."""
-    value = 0
+def checksum(arrays, about=""):
+    """CRC-32 of {name: numpy array} and a text, as text: names, types, shapes and bytes."""
+    value = zlib.crc32(about.encode())
     for name, array in sorted(arrays.items()):
-        value = zlib.crc32(name.encode(), value)
+        value = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), value)
         value = zlib.crc32(np.asarray(array, order="C").reshape(-1).view(np.uint8), value)
     return f"{value:08x}"
 
@@ -131,9 +131,10 @@ def save_tensors(path, tensors, about):
     from safetensors.numpy import save_file
 
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    header = {"about": json.dumps(about), "crc32": checksum(arrays)}
+    about = {**about, "crc32": checksum(arrays, json.dumps(about))}
     with atomic(path) as temporary:
-        save_file(arrays, temporary, metadata=header)
+        # one entry: safetensors writes several in an order that changes from run to run
+        save_file(arrays, temporary, metadata={"about": json.dumps(about)})
 
 
 class Tensors:
@@ -144,10 +145,13 @@ class Tensors:
         self.advice = advice
         with reading(path, advice):
             self.file = safe_open(path, "numpy")
-            self.header = self.file.metadata() or {}
-            self.about = json.loads(self.header["about"])
+            header = self.file.metadata() or {}
+            # "episode": as episodes were written before they had checksums
+            self.about = json.loads(header.get("episode") or header["about"])
             if not isinstance(self.about, dict):
                 raise UserError("its header is no JSON object")
+            self.stamp = self.about.pop("crc32", None)
+            self.unstamped = "episode" in header
 
     def names(self):
         return set(self.file.keys())
@@ -162,10 +166,11 @@ class Tensors:
             return self.file.get_slice(name)
 
     def check(self):
-        """UserError if a byte of the tensors has changed since they were written."""
+        """UserError if a byte has changed since it was written; sets `checksum`. Returns self."""
         arrays = {name: self[name] for name in self.names()}
+        self.checksum = checksum(arrays, json.dumps(self.about))
         with reading(self.path, self.advice):
-            if checksum(arrays) != self.header.get("crc32"):
+            if self.checksum != self.stamp and not self.unstamped:
                 raise UserError("its checksum does not fit: the file is damaged")
         return self
 
@@ -199,13 +204,18 @@ def writable(folder):
 
 @contextmanager
 def claim(folder):
-    """Hold a folder for one writer at a time. UserError if another process holds it."""
+    """Hold a folder for one writer at a time, and clear what a killed one left half-written.
+
+    UserError if another process holds it.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another process writes to {folder}: choose another --out") from None
+        for left in Path(folder).glob(".part-*"):  # by a process that was killed
+            left.unlink()
         yield
     (Path(folder) / ".lock").unlink(missing_ok=True)
 

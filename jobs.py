@@ -3,45 +3,60 @@
 import multiprocessing
 import os
 import signal
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import threading
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 
 from cli import UserError
 
 
-def start_worker():
-    """Ctrl-C is left to the process that asks; a worker ends with its parent, even if killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def end_with_parent():
+    """In a worker: leave at once when the process that asks is gone, even if it was killed."""
+    parent = multiprocessing.parent_process()
+
+    def watch():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_jobs(function, jobs, workers):
     """Yield function(job) of every job, in the order in which they end, from `workers` processes.
 
     Each has one thread. UserError if a worker is killed, as by a system that is out of memory.
+    Ctrl-C, an error or a reader that stops early ends the workers, whatever they are doing.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
-        futures = []
+    others = set(multiprocessing.active_children())
+    jobs = iter(jobs)
+    running = set()
+    with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as pool:
         try:
-            for job in jobs:
-                futures.append(pool.submit(function, job))
-            for future in as_completed(futures):
-                yield future.result()
+            # Workers start while Ctrl-C is blocked, and inherit that: it is left to this process.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            running = {pool.submit(function, job) for job in islice(jobs, 2 * workers)}
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                # what is done first, then what went wrong
+                for future in sorted(done, key=lambda future: future.exception() is not None):
+                    yield future.result()
+                running |= {pool.submit(function, job) for job in islice(jobs, len(done))}
         except BrokenProcessPool:
             raise UserError(
                 "a worker was killed, perhaps for want of memory: try fewer --workers; "
                 "what is done is kept, so start the same command again"
             ) from None
         finally:
-            for future in futures:
-                future.cancel()
+            if running:  # nobody waits for the rest
+                for process in set(multiprocessing.active_children()) - others:
+                    process.terminate()
 
 
 def pool(workers):  # TEMPORARY: until every caller uses run_jobs
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-
-
-def this_process():  # TEMPORARY
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    context = multiprocessing.get_context("spawn")
+    return context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))

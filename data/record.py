@@ -1,225 +1,316 @@
 """Episodes: recorded from the expert, kept on disk, read at training speed, looked at.
 
-    python -m data.record --robots all --tasks all --episodes 100 --seed 0 --workers 2
-    torchrun --nproc_per_node 4 -m data.record                           each process makes its share, on one machine or several with a common folder
-    python -m data.record --policy out/policy                            corrections: a policy begins, the expert takes over (DAgger, arXiv 1011.0686)
-    python -m data.record --show out/demos --out out/demos.png          a contact sheet (.png) or a moving picture (.gif)
+    python -m data.record --robots all --tasks all --episodes 100 --workers 2
+    python -m data.record --show out/demos --out out/demos.png      a contact sheet, or a .gif
 
-An episode is one safetensors file, <folder>/<robot>-<task>-<seed>.safetensors, L control steps at 20 Hz long:
-    state   (L, S) float32   action (L, A) float32     order and units: data/robots.py; row t is what was seen and what the expert commanded
-    jpeg    (bytes,) uint8   offset (2 L + 1,) int64    JPEG pictures end to end; front of step t is piece 2 t, wrist 2 t + 1
-    phase   (L,) uint8       index into the header's "phases"
-Header (one JSON object, "episode"): robot, task, seed, instruction, success, phases, noise, made (the command), version.
-Files appear whole or not at all; a second run records only what is missing. Only successes are kept; failures.json counts the others.
+An episode is one file, <folder>/<robot>-<task>-<seed>.safetensors, L control steps at 20 Hz long:
+
+    state   (L, S) float32      what was seen, and what the expert commanded then;
+    action  (L, A) float32      order and units: data/robots.py
+    jpeg    (bytes,) uint8      JPEG pictures end to end
+    offset  (2 L + 1,) int64    where each begins: front of step t is piece 2 t, wrist 2 t + 1
+    phase   (L,) uint8          index into the header's "phases"
+
+Its header has robot, task, seed, instruction, success, phases, noise, maker, made (the command).
+Files appear whole or not at all, and what they hold does not depend on the number of workers. A
+second run records what is missing or damaged. Only successes are kept; failures.json has the seeds
+of the others.
 """
+
 import io
-import json
+import itertools
 import os
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from cli import UserError, at_least, choose_many, parse, run
-from jobs import pool, this_process
-
-from files import atomic, whole_files, writable
+import data.expert
+from cli import UserError, at_least, choose, choose_many, parse, run
 from data import seeds
 from data.env import TabletopEnv
-from data.expert import demonstrate
+from data.media import open_image
 from data.robots import ROBOTS
 from data.tasks import TASKS
-from rollout import robots_of, rollout
+from files import (
+    Tensors,
+    atomic,
+    claim,
+    read_json,
+    reading,
+    save_tensors,
+    whole_files,
+    writable,
+    write_json,
+)
+from jobs import run_jobs
 
-VERSION = 1
 JPEG_QUALITY = 92
+LARGEST = 1e3  # rad or m: no arm's state or action comes near
+MOST_PIXELS = 1024  # of a picture's side
+TRIES = 5  # seeds for each episode that is wanted, and 20 more, before a cell is given up
+ADVICE = "delete it and record again"
 
 
 @dataclass
 class RecordConfig:
-    robots: str = "all"      # comma-separated robots, or all
-    tasks: str = "all"       # comma-separated tasks, or all
-    episodes: int = 100      # successful episodes for each robot and task
-    seed: int = 0            # first layout seed; evaluation uses seeds from 1,000,000 on
-    workers: int = 2         # processes
-    noise: float = 0.015     # rad, smooth disturbance of what is executed (never of what is recorded)
-    policy: str = ""         # model folder: corrections, in which this policy begins and the expert takes over; their seeds start 500,000 later
-    out: str = "out/demos"   # folder of episodes; with --show the picture to draw
-    show: str = ""           # draw this folder (or file) of episodes instead of recording
+    robots: str = "all"  # comma-separated robots, or all
+    tasks: str = "all"  # comma-separated tasks, or all
+    episodes: int = 100  # successful episodes for each robot and task
+    seed: int = 0  # first layout seed
+    workers: int = 2  # processes
+    noise: float = 0.015  # rad, smooth disturbance of what is executed (never of what is recorded)
+    out: str = "out/demos"  # folder of episodes; with --show the picture to draw
+
+
+@dataclass
+class Flags(RecordConfig):
+    show: str = ""  # draw this folder (or file) of episodes instead of recording
 
 
 # ---- writing
 
+
 def encode(image):
+    """(bytes,) uint8: a picture (H, W, 3) as JPEG."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)      # full colour resolution: objects are a few pixels wide
+    # full color resolution: objects are a few pixels wide
+    Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return np.frombuffer(buffer.getvalue(), np.uint8)
 
 
-def write_episode(path, demonstration, robot, task, seed, noise):
+def write_episode(path, demonstration, robot, task, seed, noise, maker="expert"):
     """One Demonstration as a file; see the top of this file."""
-    pieces = [encode(images[view]) for images in demonstration.images for view in ("front", "wrist")]
-    names = list(dict.fromkeys(demonstration.phases))
-    tensors = {"state": demonstration.states, "action": demonstration.actions, "jpeg": np.concatenate(pieces),
-               "offset": np.cumsum([0] + [len(p) for p in pieces]), "phase": np.array([names.index(p) for p in demonstration.phases], np.uint8)}
-    header = {"robot": robot, "task": task, "seed": seed, "instruction": demonstration.instruction, "success": bool(demonstration.success),
-              "phases": names, "noise": noise, "made": shlex.join(sys.argv), "version": VERSION}
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata={"episode": json.dumps(header)})
+    pieces = []
+    for images in demonstration.images:
+        pieces += [encode(images["front"]), encode(images["wrist"])]
+    names, phase = np.unique(demonstration.phases, return_inverse=True)
+    tensors = {
+        "state": demonstration.states,
+        "action": demonstration.actions,
+        "jpeg": np.concatenate(pieces),
+        "offset": np.cumsum([0] + [len(piece) for piece in pieces]),
+        "phase": phase.astype(np.uint8),
+    }
+    about = {
+        "robot": robot,
+        "task": task,
+        "seed": seed,
+        "instruction": demonstration.instruction,
+        "success": bool(demonstration.success),
+        "phases": names.tolist(),
+        "noise": noise,
+        "maker": maker,
+        "made": shlex.join(sys.argv),
+    }
+    save_tensors(path, tensors, about)
 
 
-def correction(blm, env, seed, noise):
-    """A Demonstration that begins where `blm` got to in some number of steps: what to do about its own mistakes. None if it was done by then."""
-    render, env.render = env.render, False                 # the policy draws only what it looks at
-    steps = int(seeds.rng(seed, "takeover").integers(10, env.task.max_steps - 10))
-    done = rollout(blm, env, seed, max_steps=steps)["success"]
-    env.render = render
-    return None if done else demonstrate(env, seed, noise, reset=False)
+def path_of(config, robot, task, seed):
+    return Path(config.out) / f"{robot}-{task}-{seed}.safetensors"
 
 
-def load_policy(folder):
-    """The BLM of a worker: on the CPU, since pictures are drawn and joints moved between any two looks."""
-    import torch                                           # not needed, and slow to load, where the expert works alone
-    from model import BLM
-    torch.set_num_threads(1)
-    return BLM.from_pretrained(folder)
-
-
-def record_cell(job):
-    """Record one slice of a cell: (robot, task, kept, failed seeds). Seeds count up from the slice's start until enough succeed."""
-    robot, task, config, first, step = job
-    folder, env, blm, kept, failed, seed = Path(config.out), None, None, 0, [], config.seed + first
+def record_slice(job):
+    """Record every `step`-th seed of a cell: (cell's name, episodes, seeds that failed)."""
+    config, demonstrate, maker, robot, task, first, step = job
+    env = TabletopEnv(robot, task, varied="all")
     wanted = len(range(first, config.episodes, step))
-    while kept < wanted:
-        path = folder / f"{robot}-{task}-{seed}.safetensors"
-        if not path.exists():
-            env = env or TabletopEnv(robot, task, varied="all")
-            if config.policy:
-                blm = blm or load_policy(config.policy)
-                demonstration = correction(blm, env, seed, config.noise)
-            else:
-                demonstration = demonstrate(env, seed, config.noise)
-            if demonstration is None or not demonstration.success:
-                if demonstration:
-                    failed.append(seed)
-                if len(failed) > 20 + wanted:
-                    raise UserError(f"the expert fails on {robot} {task}: {len(failed)} layouts of {len(failed) + kept}")
-                seed += step
-                continue
-            write_episode(path, demonstration, robot, task, seed, config.noise)
-        kept += 1
-        seed += step
-    if env:
-        env.close()
-    return robot, task, kept, failed
+    kept = 0
+    failed = []
+    for seed in itertools.count(config.seed + first, step):
+        if kept == wanted:
+            break
+        if seed >= config.seed + step * (TRIES * wanted + 20):
+            raise UserError(f"{kept} of {wanted} episodes of {robot} {task}, and no more to be had")
+        path = path_of(config, robot, task, seed)
+        with suppress(UserError):
+            Episode(path)
+            kept += 1
+            continue
+        demonstration = demonstrate(env, seed, config.noise)
+        if demonstration and demonstration.success:
+            write_episode(path, demonstration, robot, task, seed, config.noise, maker)
+            kept += 1
+        elif demonstration:
+            failed.append(seed)
+    env.close()
+    return f"{robot}-{task}", kept, failed
 
 
-def record(config):
-    """Record what is missing of robots x tasks x episodes into config.out; returns {cell: failed seeds}."""
-    robots, tasks = choose_many(config.robots, ROBOTS, "robot"), choose_many(config.tasks, TASKS, "task")
-    at_least(config, 1, "episodes", "workers"), at_least(config, 0, "seed", "noise")
+def refuse_mixtures(config, cells, maker):
+    """UserError if this run would keep episodes that were made in another way."""
+    wanted = {"noise": config.noise, "maker": maker}
+    for task, robot in cells:
+        for seed in range(config.seed, config.seed + config.episodes):
+            path = path_of(config, robot, task, seed)
+            about = {}
+            with suppress(UserError):  # what is absent or broken will be recorded
+                about = Tensors(path).about if path.exists() else {}
+            for name, value in wanted.items():
+                there = about.get(name, value)
+                if there != value:
+                    raise UserError(
+                        f"{path} was made with {name} {there}, not {value}: choose another --out"
+                    )
+
+
+def record(config, demonstrate=data.expert.demonstrate, maker="expert", first_seed=0):
+    """Record what is missing of robots x tasks x episodes into config.out.
+
+    demonstrate(env, seed, noise) -> Demonstration, or None for a seed to be left out; it travels
+    to the workers. maker: what it is, in the headers; first_seed: what is added to config.seed.
+    Returns {cell: seeds that failed}.
+    """
+    robots = choose_many(config.robots, ROBOTS, "robot")
+    cells = list(itertools.product(choose_many(config.tasks, TASKS, "task"), robots))
+    at_least(config, 1, "episodes", "workers")
+    at_least(config, 0, "seed", "noise")
     if config.seed + 2 * config.episodes > seeds.FIRST_CORRECTION:
-        raise UserError(f"--seed {config.seed}: stay below {seeds.FIRST_CORRECTION:,}, where the seeds of corrections begin, and behind those the evaluation's")
-    if config.policy:
-        robots = robots_of(load_policy(config.policy), config.robots)              # a bad folder is told here, once
-        config = replace(config, seed=config.seed + seeds.FIRST_CORRECTION)
+        limit = f"{seeds.FIRST_CORRECTION:,}"
+        raise UserError(f"--seed {config.seed}: stay below {limit}, where other seeds begin")
+    config = replace(config, seed=config.seed + first_seed)
+    refuse_mixtures(config, cells, maker)
     writable(config.out)
-    # slices of ten interleaved seeds, so that the work divides well and the files do not depend on the number of workers
-    slices = max(1, config.episodes // 10)
-    rank, world = this_process()
-    jobs = [(r, t, config, first, slices) for t in tasks for r in robots for first in range(slices)][rank::world]
-    counts = Path(config.out) / ("failures.json" if world == 1 else f"failures-{rank}.json")
-    failures = json.loads(counts.read_text()) if counts.exists() else {}
-    with pool(config.workers) as workers, tqdm(total=sum(len(range(first, config.episodes, slices)) for *_, first, _ in jobs), unit="episode") as bar:
-        for robot, task, kept, failed in workers.imap_unordered(record_cell, jobs):
-            failures.setdefault(f"{robot}-{task}", []).extend(failed)
+    counts = Path(config.out) / "failures.json"
+    failures = {}
+    if counts.exists():
+        with reading(counts, "delete it"):
+            failures = {cell: {*map(int, failed)} for cell, failed in read_json(counts).items()}
+    # slices of ten interleaved seeds, so that the work divides well among any number of workers
+    step = max(1, config.episodes // 10)
+    jobs = [
+        (config, demonstrate, maker, robot, task, first, step)
+        for task, robot in cells
+        for first in range(step)
+    ]
+    with claim(config.out), tqdm(total=len(cells) * config.episodes, unit="episode") as bar:
+        for cell, kept, failed in run_jobs(record_slice, jobs, config.workers):
+            failures.setdefault(cell, set()).update(failed)
             bar.update(kept)
-            bar.set_postfix(failed=sum(map(len, failures.values())))
-    with atomic(counts) as temporary:
-        temporary.write_text(json.dumps({cell: sorted(set(seeds)) for cell, seeds in sorted(failures.items())}, indent=1))
+    write_json(counts, {cell: sorted(failed) for cell, failed in sorted(failures.items())})
     return failures
 
 
 # ---- reading
 
+
 class Episode:
-    """One file, memory-mapped: state (L, S), action (L, A) float32, images(t) -> [front, wrist] uint8, header fields as attributes. UserError if broken."""
+    """One file: state (L, S), action (L, A) float32, phases [L], images(t); `about`, its header.
+
+    Also robot, task, seed, instruction, success, and the checksum of all. UserError if a byte is
+    not as it was written, or a number cannot be.
+    """
 
     def __init__(self, path):
         self.path = Path(path)
-        try:
-            with safe_open(self.path, "numpy") as file:
-                header = json.loads((file.metadata() or {})["episode"])
-                self.state, self.action, self.offset, self.phase = (file.get_tensor(n) for n in ("state", "action", "offset", "phase"))
-                assert len(self.state) == len(self.action) == len(self.phase) == (len(self.offset) - 1) // 2
-                file.get_slice("jpeg").get_shape()
-        except (OSError, SafetensorError, KeyError, ValueError, AssertionError) as error:
-            raise UserError(f"broken episode file {path} ({type(error).__name__}: {error}); delete it and record again") from None
-        if header.get("version") != VERSION:
-            raise UserError(f"{path} has format version {header.get('version')}, this code reads {VERSION}; record again")
-        self.header = header
-        self.robot, self.task, self.seed, self.instruction, self.success = (header[k] for k in ("robot", "task", "seed", "instruction", "success"))
-        self.phases = [header["phases"][i] for i in self.phase]
+        file = Tensors(path, ADVICE).check()
+        with reading(path, ADVICE):
+            self.checksum = file.checksum
+            self.about = about = file.about
+            self.robot = choose(about["robot"], ROBOTS, "robot")
+            self.task = choose(about["task"], TASKS, "task")
+            self.seed = int(about["seed"])
+            self.instruction = str(about["instruction"])
+            self.success = about["success"]
+            self.state = file["state"]
+            self.action = file["action"]
+            self.offset = file["offset"]
+            self.phases = [about["phases"][i] for i in file["phase"]]
+            lengths = {len(self.action), len(self.phases), (len(self.offset) - 1) / 2}
+            assert lengths == {len(self)}, "its arrays differ in length"
+            for name in ("state", "action"):
+                values = file[name]
+                assert values.ndim == 2 and values.dtype.kind == "f", f"{name} is no matrix"
+                strange = ~(np.abs(values) < LARGEST)  # NaN is not smaller either
+                if strange.any():
+                    step, number = np.argwhere(strange)[0]
+                    raise UserError(f"{name} at step {step} holds {values[step, number]}")
 
     def __len__(self):
         return len(self.state)
 
     def images(self, t):
         """[front, wrist] (128, 128, 3) uint8 of step t."""
-        with safe_open(self.path, "numpy") as file:
-            piece = file.get_slice("jpeg")
-            return [np.asarray(Image.open(io.BytesIO(piece[int(self.offset[2 * t + v]):int(self.offset[2 * t + v + 1])].tobytes()))) for v in (0, 1)]
+        with reading(self.path, ADVICE):
+            jpeg = Tensors(self.path).slice("jpeg")
+            return [self.picture(jpeg, 2 * t), self.picture(jpeg, 2 * t + 1)]
+
+    def picture(self, jpeg, i):
+        start, stop = self.offset[i : i + 2].tolist()
+        with open_image(io.BytesIO(jpeg[start:stop].tobytes())) as image:
+            assert max(image.size) <= MOST_PIXELS, f"a picture of {image.size} pixels"
+            return np.asarray(image)
 
 
 def load_episodes(folder):
-    """All episodes of a folder, sorted by cell and seed. UserError if there are none, or one is broken."""
-    paths = sorted(whole_files(folder, "*.safetensors"), key=lambda p: (p.stem.rsplit("-", 1)[0], int(p.stem.rsplit("-", 1)[1])) if p.stem.rsplit("-", 1)[-1].isdigit() else ("", 0))
+    """All episodes of a folder, sorted by cell and seed. UserError if one is broken, or none."""
+    paths = whole_files(folder, "*.safetensors")
     if not paths:
-        raise UserError(f"no episodes in {folder}; make them with `python -m data.record --out {folder}`")
-    return [Episode(path) for path in paths]
+        raise UserError(f"no episodes in {folder}; make them: python -m data.record --out {folder}")
+    return sorted(map(Episode, paths), key=lambda e: (f"{e.robot}-{e.task}", e.seed))
 
 
 def ensure(folder):
-    """Record the default demonstrations into `folder` unless episodes are there; in their own folder, not those of a recording that was stopped."""
-    there, whole = (whole_files(folder, names) for names in ("*.safetensors", "failures*.json"))
-    if there and (whole or Path(folder) != Path(RecordConfig.out)):
+    """Record the default demonstrations into `folder` unless episodes are there.
+
+    In their own folder also if not all are: a recording was stopped.
+    """
+    there = whole_files(folder, "*.safetensors")
+    whole = (Path(folder) / "failures.json").exists() or Path(folder) != Path(RecordConfig.out)
+    if there and whole:
         return
     config = RecordConfig(out=str(folder), workers=os.cpu_count() or 1)
-    print(f"{'not all' if there else 'no'} demonstrations in {folder}: recording {config.episodes} for each of 24 cells (about {24 * config.episodes / 240 / config.workers:.0f} minutes)")
+    minutes = config.episodes / 10 / config.workers
+    print(f"too few demonstrations in {folder}: recording them, about {minutes:.0f} minutes")
     record(config)
 
 
 # ---- looking
 
-def show(source, out, frames=4, moments=40):
-    """Draw one episode a cell (or the one file `source`), front above wrist: `frames` moments of each as .png, or all cells playing side by side as .gif."""
-    paths = {}
-    for path in [Path(source)] if Path(source).is_file() else whole_files(source, "*.safetensors"):
-        paths.setdefault(path.stem.rsplit("-", 1)[0], path)
+
+def show(source, out):
+    """Draw one episode of each cell, front view above wrist view, a row a task.
+
+    A .png has four moments of each, a .gif lets all play side by side. source: a folder or a file.
+    """
+    paths = [Path(source)] if Path(source).is_file() else whole_files(source, "*.safetensors")
     if not paths:
-        raise UserError(f"no episodes at {source}; make them with `python -m data.record --out {source}`")
-    episodes = sorted((Episode(path) for path in paths.values()), key=lambda e: (list(TASKS).index(e.task), ROBOTS.index(e.robot)))
-    moving, wide = Path(out).suffix == ".gif", len({e.robot for e in episodes})
-    tiles = [[np.concatenate(e.images(int(t)), 0)[::2, ::2] for t in np.linspace(0, len(e) - 1, moments if moving else frames)] for e in episodes]
-    tiles = tiles if moving else [[np.concatenate(row, 1)] for row in tiles]
-    tiles += [[np.zeros_like(picture) for picture in tiles[0]]] * (-len(tiles) % wide)
-    grids = [Image.fromarray(np.concatenate([np.concatenate([t[i] for t in tiles[r:r + wide]], 1) for r in range(0, len(tiles), wide)])) for i in range(len(tiles[0]))]
+        raise UserError(f"no episodes at {source}; make them: python -m data.record --out {source}")
+    firsts = {path.stem.rsplit("-", 1)[0]: path for path in reversed(paths)}
+    episodes = [Episode(path) for path in firsts.values()]
+    tasks = [task for task in TASKS if task in {episode.task for episode in episodes}]
+    robots = [robot for robot in ROBOTS if robot in {episode.robot for episode in episodes}]
+    moving = Path(out).suffix == ".gif"
+    moments = 40 if moving else 4
+    sheet = None  # (moments, tasks, robots, height, width, 3)
+    for episode in episodes:
+        for i, t in enumerate(np.linspace(0, len(episode) - 1, moments).astype(int)):
+            tile = np.concatenate(episode.images(t))[::2, ::2]
+            if sheet is None:
+                sheet = np.zeros((moments, len(tasks), len(robots), *tile.shape), np.uint8)
+            sheet[i, tasks.index(episode.task), robots.index(episode.robot)] = tile
+    if moving:
+        sheet = sheet.transpose(0, 1, 3, 2, 4, 5)
+    else:  # moments side by side
+        sheet = sheet.transpose(1, 3, 2, 0, 4, 5)[None]
+    height = len(tasks) * tile.shape[0]
+    frames = [Image.fromarray(frame.reshape(height, -1, 3)) for frame in sheet]
     with atomic(out) as temporary:
-        grids[0].save(temporary, **({"save_all": True, "append_images": grids[1:], "duration": 100, "loop": 0} if moving else {}))
+        frames[0].save(temporary, save_all=moving, append_images=frames[1:], duration=100, loop=0)
     print(f"drew {len(episodes)} episodes into {out}")
 
 
 def main():
-    config = parse(RecordConfig, description="Record the expert's demonstrations, or look at them (--show).")
+    config = parse(Flags, description="Record the expert's demonstrations, or look at them.")
     if config.show:
-        out = config.out if Path(config.out).suffix in (".gif", ".png") else "out/demos.png"
-        return show(config.show, out)
+        drawn = Path(config.out).suffix in (".gif", ".png")
+        show(config.show, config.out if drawn else "out/demos.png")
+        return
     failures = record(config)
     print(f"episodes in {config.out}; failed layouts: {sum(map(len, failures.values()))}")
 

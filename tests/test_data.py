@@ -10,12 +10,9 @@ from safetensors import safe_open
 
 from cli import UserError
 from nano import scenes as corpora
-from data import record as recorder
 from nano.scenes import CLASSES, CLUTTER, MOST_QUESTIONS, Corpus, attempt, faults_of, look, make_shard, project
 from data.env import TabletopEnv
-from data.expert import demonstrate
 from nano.questions import equalise
-from data.record import Episode, RecordConfig, correction, load_episodes, record, write_episode
 from data.robots import get_robot
 from data.tasks import TASKS
 from rollout import rollout, why
@@ -32,24 +29,6 @@ class Lazy:
         return np.tile(np.append(get_robot(robot).home + (0.3, 0, 0, 0, 0, 0), 0.0), (16, 1))
 
 
-def test_corrections_begin_where_the_policy_was():
-    env, lazy = TabletopEnv("widowx", "PickCube", render=False), Lazy()
-    demonstration = correction(lazy, env, 5, 0.0)
-    assert demonstration.success and abs(demonstration.states[0, 0] - 0.3) < 0.02 and demonstration.phases[0] == "retreat"
-    assert lazy.asked[0] == [5, 0] and lazy.asked[-1][1] >= 8 and len(demonstration.states) <= env.task.max_steps
-
-
-def test_corrections_are_of_the_robots_that_the_policy_knows(tmp_path, monkeypatch):
-    jobs = []
-    monkeypatch.setattr(recorder, "load_policy", lambda folder: SimpleNamespace(require_policy=lambda: SimpleNamespace(embodiments={"panda": (17, 8), "widowx": (16, 7)})))
-    monkeypatch.setattr(recorder, "record_cell", lambda job: jobs.append(job) or (*job[:2], 1, []))
-    monkeypatch.setattr(recorder, "pool", lambda workers: nullcontext(SimpleNamespace(imap_unordered=map)))
-    record(RecordConfig(out=str(tmp_path), policy="some", tasks="PickCube", episodes=1))
-    assert [job[0] for job in jobs] == ["panda", "widowx"]
-    with pytest.raises(UserError, match="not trained on xarm6"):
-        record(RecordConfig(out=str(tmp_path), policy="some", robots="xarm6", episodes=1))
-
-
 def test_a_rollout_looks_every_few_steps_and_says_why_it_failed():
     env, lazy = TabletopEnv("widowx", "StackCube", render=False), Lazy()
     result = rollout(lazy, env, 5, execute_steps=6, max_steps=20)
@@ -57,41 +36,6 @@ def test_a_rollout_looks_every_few_steps_and_says_why_it_failed():
     for held, reason in (([0, 1, 1], "held to the end"), ([0, 1, 0], "let go elsewhere")):
         assert why(env.task, held) == reason
     assert why(TASKS["PushCube"], [0]) == "missed the target"
-
-
-def test_recorder_resumes_and_reads_back(tmp_path):
-    config = RecordConfig(robots="widowx", tasks="PushCube", episodes=2, workers=1, out=str(tmp_path))
-    record(config)
-    files = sorted(tmp_path.glob("*.safetensors"))
-    assert [f.name for f in files] == ["widowx-PushCube-0.safetensors", "widowx-PushCube-1.safetensors"]
-    before, kept = files[0].read_bytes(), files[1].read_bytes()
-    files[0].unlink()
-    record(config)
-    assert files[1].read_bytes() == kept and len(files[0].read_bytes()) == len(before)
-    episode = load_episodes(tmp_path)[0]
-    assert episode.robot == "widowx" and episode.success and episode.seed == 0 and "made" in episode.header
-    front, wrist = episode.images(len(episode) - 1)
-    env = TabletopEnv("widowx", "PushCube", varied="all")
-    observation, _ = env.reset(0)
-    assert np.abs(episode.images(0)[0].astype(int) - observation["images"]["front"]).mean() < 3       # JPEG loses little
-    assert np.allclose(episode.state[0], observation["state"]) and episode.action.shape == (len(episode), 7)
-    assert json.loads((tmp_path / "failures.json").read_text()) == {"widowx-PushCube": []}
-
-
-def test_broken_episodes_are_named(tmp_path):
-    with pytest.raises(UserError, match="no episodes"):
-        load_episodes(tmp_path)
-    env = TabletopEnv("widowx", "PushCube", render=False)
-    demonstration = demonstrate(env, 0)
-    demonstration.images = [{v: np.zeros((8, 8, 3), np.uint8) for v in ("front", "wrist")}] * len(demonstration.states)
-    path = tmp_path / "widowx-PushCube-0.safetensors"
-    write_episode(path, demonstration, "widowx", "PushCube", 0, 0.0)
-    assert len(Episode(path)) == len(demonstration.states)
-    whole = path.read_bytes()
-    for broken in (whole[:200], whole[:-50], b"", b"not an episode at all"):
-        path.write_bytes(broken)
-        with pytest.raises(UserError, match="broken episode"):
-            load_episodes(tmp_path)
 
 
 @pytest.mark.parametrize("task", TASKS)

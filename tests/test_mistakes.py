@@ -9,6 +9,7 @@ from PIL import Image
 
 from dev import bench
 import cli
+import corrections
 import data.add_robot
 import nano.scenes
 import nano.instructions
@@ -68,12 +69,14 @@ MISTAKES = [
     (data.add_robot, "--mjcf {tmp}/file.txt --name new", "cannot read"),
     (data.add_robot, "--mjcf {tmp}/file.txt --name panda", "there is such a robot already"),
     (data.record, "--robots pandas", "unknown robot"),
-    (data.record, "--policy {tmp}/nowhere --out {tmp}/o", "nowhere"),
+    (corrections, "--policy {tmp}/nowhere --out {tmp}/o", "nowhere"),
+    (corrections, "--policy {nano} --robots pandas --out {tmp}/o", "unknown robot 'pandas'"),
+    (data.record, "--policy out/policy", "unrecognized arguments: --policy"),
     (data.record, "--tasks Juggle", "unknown task"),
     (data.record, "--episodes 0", "at least 1"),
     (data.record, "--out /proc/nowhere", "cannot write"),
     (data.record, "--show {tmp}/empty", "no episodes"),
-    (data.record, "--show {tmp}/broken --out {tmp}/o.png", "broken episode"),
+    (data.record, "--show {tmp}/broken --out {tmp}/o.png", "panda-PickCube-0.*delete it and record again"),
     (nano.scenes, "--scenes many", "invalid int value"),
     (sample, "--execute_steps 0", "--execute_steps 0 must be at least 1"),
     (sample, "--seed -1", "--seed -1 must be at least 0"),
@@ -121,7 +124,7 @@ MISTAKES = [
     (train_policy, "--ema 1.5 --out {tmp}/o", "--ema 1.5"),
     (train_policy, "--batch_size -4 --out {tmp}/o", "--batch_size -4"),
     (train_policy, "--resume --out {tmp}/o", "no training run to resume"),
-    (train_policy, "--data {tmp}/broken --backbone {nano} --out {tmp}/o", "broken episode"),
+    (train_policy, "--data {tmp}/broken --backbone {nano} --out {tmp}/o", "panda-PickCube-0.*delete it and record again"),
     (train_policy, "--intent_layer 99 --data {tmp}/broken --backbone {nano} --out {tmp}/o", "--intent_layer 99"),
     (train_policy, "--num_heads 5", "--hidden_size 192 must be an even multiple"),
     (train_policy, "--backbone {tmp}/nowhere --out {tmp}/p", "nowhere"),

@@ -1,0 +1,62 @@
+"""Corrections: a policy begins, the expert takes over (DAgger, arXiv 1011.0686).
+
+    python corrections.py --policy out/policy --tasks StackCube,PlaceSphere --episodes 80
+    python corrections.py --policy out/policy --seed 10000      another round, of the policy after it
+
+They show what to do about the policy's own mistakes, and are episodes like any other
+(data/record.py): `python train_policy.py --resume` learns from them. Their seeds lie 500,000 behind
+those of demonstrations.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from cli import parse, run
+from data import seeds
+from data.expert import demonstrate
+from data.record import RecordConfig, record
+from files import checksum
+from model import BLM
+from rollout import robots_of, rollout
+
+
+@dataclass
+class CorrectionConfig(RecordConfig):
+    policy: str = "out/policy"  # model folder: the policy that begins
+
+
+@functools.cache
+def load_policy(folder):
+    """The BLM of a process: on the CPU, since pictures are drawn and joints moved between looks."""
+    torch.set_num_threads(1)
+    return BLM.from_pretrained(folder)
+
+
+def correct(folder, env, seed, noise):
+    """A Demonstration that begins where the policy got to in some number of steps.
+
+    None if it was done by then.
+    """
+    steps = seeds.rng(seed, "takeover").integers(10, env.task.max_steps - 10)
+    render = env.render
+    env.render = False  # the policy draws only what it looks at
+    done = rollout(load_policy(folder), env, seed, max_steps=int(steps))["success"]
+    env.render = render
+    return None if done else demonstrate(env, seed, noise, reset=False)
+
+
+def main():
+    config = parse(CorrectionConfig, description="Record corrections of a policy by the expert.")
+    blm = load_policy(config.policy)  # what is wrong with it is told here, once
+    config.robots = ",".join(robots_of(blm, config.robots))
+    weights = {name: tensor.numpy() for name, tensor in blm.policy.state_dict().items()}
+    maker = f"expert after a policy with checksum {checksum(weights)}"
+    begin = functools.partial(correct, config.policy)
+    failures = record(config, begin, maker, first_seed=seeds.FIRST_CORRECTION)
+    print(f"corrections in {config.out}; failed layouts: {sum(map(len, failures.values()))}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,81 @@
+"""Corrections: a policy begins, the expert takes over where it got to."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import corrections
+from cli import UserError
+from data import seeds
+from data.env import TabletopEnv
+from data.robots import get_robot
+
+
+class Lazy:
+    """A policy that leans to one side and stays there."""
+
+    def __init__(self, robots=("widowx",)):
+        self.asked = []
+        self.policy = torch.nn.Linear(2, 2)
+        self.policy.embodiments = dict.fromkeys(robots, (16, 7))
+
+    def require_policy(self):
+        return self.policy
+
+    def act(self, observation, robot, temperature, seed):
+        self.asked.append(seed)
+        pose = get_robot(robot).home + (0.3, 0, 0, 0, 0, 0)
+        return np.tile(np.append(pose, 0.0), (16, 1))
+
+
+@pytest.fixture
+def lazy(monkeypatch):
+    policy = Lazy(("panda", "widowx"))
+    monkeypatch.setattr(corrections, "load_policy", lambda folder: policy)
+    return policy
+
+
+def call(monkeypatch, *flags):
+    """What `python corrections.py ...` asks the recorder for."""
+    asked = []
+
+    def keep(config, demonstrate, maker, first_seed):
+        asked.append(SimpleNamespace(**vars(config), maker=maker, first_seed=first_seed))
+        return {}
+
+    monkeypatch.setattr(corrections, "record", keep)
+    monkeypatch.setattr("sys.argv", ["corrections.py", *flags])
+    corrections.main()
+    return asked[0]
+
+
+def test_corrections_begin_where_the_policy_was(lazy):
+    env = TabletopEnv("widowx", "PickCube", render=False)
+    demonstration = corrections.correct("some", env, 5, 0.0)
+    assert demonstration.success and demonstration.phases[0] == "retreat"
+    assert abs(demonstration.states[0, 0] - 0.3) < 0.02
+    assert lazy.asked[0] == [5, 0] and lazy.asked[-1][1] >= 8
+    assert len(demonstration.states) <= env.task.max_steps
+
+
+def test_nothing_is_corrected_where_the_policy_was_done(lazy, monkeypatch):
+    monkeypatch.setattr(corrections, "rollout", lambda *args, **options: {"success": True})
+    env = TabletopEnv("widowx", "PickCube", render=False)
+    assert corrections.correct("some", env, 5, 0.0) is None
+
+
+def test_corrections_have_seeds_of_their_own_and_name_their_policy(lazy, monkeypatch):
+    asked = call(monkeypatch, "--policy", "some", "--seed", "10000")
+    assert asked.seed == 10_000 and asked.first_seed == seeds.FIRST_CORRECTION == 500_000
+    again = call(monkeypatch, "--policy", "a copy of it")
+    assert asked.maker == again.maker
+    lazy.policy.weight.data += 1
+    assert call(monkeypatch, "--policy", "some").maker != asked.maker
+
+
+def test_corrections_are_of_the_robots_that_the_policy_knows(lazy, monkeypatch):
+    assert call(monkeypatch).robots == "panda,widowx"
+    with pytest.raises(UserError, match="not trained on xarm6"):
+        call(monkeypatch, "--robots", "xarm6")
