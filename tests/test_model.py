@@ -559,6 +559,12 @@ def test_what_is_no_question_is_told(blm, question):
     assert "the question is" in refusal(blm.answer, [], question)
 
 
+@pytest.mark.parametrize("seed, temperature", [(-1, 1.0), ("a", 1.0), (1.5, 1.0), (1, "hot")])
+def test_a_seed_or_temperature_that_is_none_is_told(blm, seed, temperature):
+    told = refusal(blm.act, observation(), "panda", temperature=temperature, seed=seed)
+    assert "temperature and seed" in told
+
+
 def test_a_long_instruction_is_refused_before_the_network_runs():
     blm, seen = small_blm(), observation()
     blm.vlm.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
