@@ -270,8 +270,6 @@ def fit(cfg, blm, policy, demos, facts, device):
     with trainer.catch_signals() as signals:
         for step in trainer.progress_bar(steps):
             lr = trainer.learning_rate(step, cfg, WARMUP)
-            trainer.set_learning_rate(optimizers, lr)
-
             batch, totals = next(batches)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -282,7 +280,7 @@ def fit(cfg, blm, policy, demos, facts, device):
 
             losses, stop = trainer.sum_losses(losses, signals, device)
             if math.isfinite(losses["loss"] + norm):
-                trainer.step_optimizers(optimizers)
+                trainer.step_optimizers(optimizers, lr)
                 update_average(blm.policy, policy, step)
                 skipped = 0
             else:

@@ -427,8 +427,6 @@ def fit(cfg, modules, processor, mixture, optimizers, before, device):
     with trainer.catch_signals() as signals:
         for step in trainer.progress_bar(steps):
             lr = trainer.learning_rate(step, cfg, WARMUP)
-            trainer.set_learning_rate(optimizers, lr)
-
             batches = [to_device(batch, device) for batch in next(upcoming)]
             totals = count(batches, auxiliary)
             sums = Counter()
@@ -442,7 +440,7 @@ def fit(cfg, modules, processor, mixture, optimizers, before, device):
 
             losses, stop = trainer.sum_losses(sums, signals, device)
             if math.isfinite(losses["loss"] + norm):
-                trainer.step_optimizers(optimizers)
+                trainer.step_optimizers(optimizers, lr)
                 skipped = 0
             else:
                 skipped += 1

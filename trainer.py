@@ -119,9 +119,11 @@ def barrier():
 
 def sum_over_processes(numbers, device):
     """[float] of this process to the sums over all of them."""
-    sums = torch.tensor([float(number) for number in numbers], dtype=torch.float64).to(device)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
+    numbers = [float(number) for number in numbers]
+    if not dist.is_initialized():
+        return numbers
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
     return sums.tolist()
 
 
@@ -314,14 +316,11 @@ def make_optimizers(modules, lr, weight_decay, dtype=torch.float32):
     return optimizers
 
 
-def set_learning_rate(optimizers, lr):
+def step_optimizers(optimizers, lr):
+    """One step of each at this learning rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-
-
-def step_optimizers(optimizers):
-    for optimizer in optimizers:
         optimizer.step()
 
 

@@ -111,7 +111,7 @@ def two_tensors():
     optimizers = make_optimizers([model], 1e-2, 0.0)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    trainer.step_optimizers(optimizers)
+    trainer.step_optimizers(optimizers, 1e-2)
     return {"model": model}, optimizers
 
 
