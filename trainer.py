@@ -218,7 +218,7 @@ def learning_rate(step, cfg, warmup):
 
 def sum_losses(losses, signals, device):
     """({name: loss summed over processes, a float}, whether any process got a signal)."""
-    numbers = [*losses.values(), len(signals)]
+    numbers = [*(loss.detach() for loss in losses.values()), len(signals)]
     *values, stop = sum_over_processes(numbers, device)
     return dict(zip(losses, values)), stop > 0
 
