@@ -102,7 +102,8 @@ def split_links(model, data, path, config):
     links = [[]]
     for body in path:
         joints = np.flatnonzero(model.jnt_bodyid == body)
-        if len(joints) > 1 or (model.jnt_type[joints] != mujoco.mjtJoint.mjJNT_HINGE).any():
+        other = model.jnt_type[joints] != mujoco.mjtJoint.mjJNT_HINGE  # slides, balls, free bases
+        if len(joints) > 1 or other.any():
             name = model.body(body).name
             raise UserError(f"body {name} must have one hinge joint or none, as all arms here")
         if len(joints):
@@ -115,7 +116,8 @@ def split_links(model, data, path, config):
         )
     names = [model.body(i).name for i in links[0]]
     if config.base:
-        links[0] = links[0][names.index(choose(config.base, names, "fixed body")) :]
+        first = names.index(choose(config.base, names, "fixed body"))
+        links[0] = links[0][first:]  # what it stands on in the file is left out
     elif len(links[0]) > 1:
         if abs(data.xpos[links[0][-1], 2]) > 0.01:  # is it on a pedestal, or on a column?
             raise UserError(f"say with --base which stands on the table: {', '.join(names)}")
@@ -146,10 +148,11 @@ def measure_servos(model, joints):
     """
     of_joint = model.actuator_trntype <= int(mujoco.mjtTrn.mjTRN_JOINTINPARENT)
     position = of_joint & (model.actuator_biasprm[:, 1] < 0)
-    beside = ~position & np.isin(model.actuator_trnid[:, 0], model.actuator_trnid[position, 0])
+    driven = model.actuator_trnid[:, 0]
+    beside = ~position & np.isin(driven, driven[position])
     model.actuator_gainprm[beside] = 0  # a velocity servo's target would follow the motion
     model.actuator_biasprm[beside] = 0
-    model.body_gravcomp[:] = 0
+    model.body_gravcomp[:] = 0  # it can be counted among the actuators' torques
     data = mujoco.MjData(model)
     dofs = model.jnt_dofadr[joints]
 
@@ -157,7 +160,7 @@ def measure_servos(model, joints):
         data.qpos[model.jnt_qposadr[joints]] = angle
         data.qvel[dofs] = speed
         data.ctrl[:] = ctrl
-        data.act[:] = ctrl
+        data.act[:] = ctrl  # what an integrated servo would have reached
         mujoco.mj_forward(model, data)
         return data.qfrc_actuator[dofs]  # a copy
 
@@ -226,12 +229,12 @@ def add_link(parent, chain, link, before, **attributes):
     largest = sorted(geoms, key=lambda g: -model.geom_aabb[g, 3:].prod())
     for g in largest[:MOST_CAPSULES]:
         center, half = np.split(model.geom_aabb[g], 2)
-        radius = np.sort(half)[:2].mean()
+        radius = np.sort(half)[:2].mean()  # the longest side is the capsule's axis
         way = np.eye(3)[half.argmax()] * max(half.max() - radius, 1e-4)
         placed = here @ frame_of(data.geom(g))
         start = placed @ [*(center - way), 1]
         end = placed @ [*(center + way), 1]
-        if radius > 0.005:
+        if radius > 0.005:  # m; screws and labels are left out
             fromto = np.concatenate([start[:3], end[:3]])
             add(element, "geom", fromto=fromto.round(4), size=radius.round(4))
     return element, here
@@ -269,9 +272,11 @@ def write_arm(config, root):
         body, before = add_link(body, chain, links[i], before, name=f"link{i + 1}")
         add_joint(body, servos, model, joints[i], f"joint{i + 1}", *drive)
     servos.append(fingers)
-    hand.attrib |= add(ET.Element("none"), "body", frame=before @ flange).attrib
+    placed = add(ET.Element("none"), "body", frame=before @ flange)
+    hand.attrib |= placed.attrib
     body.append(hand)
     exclude_neighbors(contact, len(links))
+    # a file's first key is its rest pose, as in MuJoCo Menagerie
     home = model.key_qpos[0] if model.nkey else model.qpos0
     return home[model.jnt_qposadr[joints]]
 
@@ -291,11 +296,19 @@ def add_joint(body, servos, model, joint, name, kp, kv, torques, targets):
         axis=model.jnt_axis[joint],
         range=limits,
         ref=model.qpos0[model.jnt_qposadr[joint]],
-        armature=max(model.dof_armature[dof], 0.01),
+        armature=max(model.dof_armature[dof], 0.01),  # stiff servos shake a light wrist
         damping=model.dof_damping[dof],
         frictionloss=model.dof_frictionloss[dof],
     )
-    add(servos, "position", joint=name, kp=kp, kv=kv, ctrlrange=limits, forcerange=torques)
+    add(
+        servos,
+        "position",
+        joint=name,
+        kp=kp,
+        kv=kv,
+        ctrlrange=limits,
+        forcerange=torques,
+    )
 
 
 def hand_camera(model, hand):
@@ -309,10 +322,13 @@ def hand_camera(model, hand):
 def exclude_neighbors(contact, dof):
     """Capsules overlap at their joints: only links more than three apart are checked."""
     links = ["base", *(f"link{i + 1}" for i in range(dof)), "hand"]
-    pairs = [(a, b) for i, a in enumerate(links) for b in links[i + 1 : i + 4]]
-    pairs += [(f"{side}_finger", link) for side in ("left", "right") for link in links[-4:]]
-    for a, b in [*pairs, ("left_finger", "right_finger")]:
-        add(contact, "exclude", body1=a, body2=b)
+    pairs = [("left_finger", "right_finger")]
+    for i, link in enumerate(links):
+        pairs += [(link, other) for other in links[i + 1 : i + 4]]
+    for link in links[-4:]:
+        pairs += [("left_finger", link), ("right_finger", link)]
+    for body1, body2 in pairs:
+        add(contact, "exclude", body1=body1, body2=body2)
 
 
 # ---- where the tasks take place
@@ -348,10 +364,10 @@ def find_workspace(robot):
     the middle of a joint's range costs as much as 5 cm of reach. UserError if none reaches.
     """
     kinematics = Kinematics(robot)
-    low, high = np.clip(robot.joint_range.T, -np.pi, np.pi)
+    low, high = np.clip(robot.joint_range.T, -np.pi, np.pi)  # one turn is enough to look at
     starts = np.random.default_rng(0).uniform(low, high, (40, robot.dof))
     lengths = [robot.model.body(f"link{i + 1}").pos for i in range(robot.dof)]
-    span = np.linalg.norm(lengths, axis=1).sum()
+    span = np.linalg.norm(lengths, axis=1).sum()  # m, of the arm stretched out
     best = -np.inf
     near = far = 0.0
     for start in [robot.home, (low + high) / 2, *starts]:
@@ -359,12 +375,16 @@ def find_workspace(robot):
             qpos = point_down(kinematics, start, 0.5 * span, 0.12 * span, side)
             if qpos is None:
                 continue
-            ends = [farthest(kinematics, qpos, 0.5 * span, step, side) for step in (-0.01, 0.01)]
-            score = np.diff(ends) - 0.05 * np.abs(qpos - robot.joint_range.mean(1)).max()
+            inner = farthest(kinematics, qpos, 0.5 * span, -0.01, side)
+            outer = farthest(kinematics, qpos, 0.5 * span, 0.01, side)
+            bent = np.abs(qpos - robot.joint_range.mean(axis=1)).max()
+            score = outer - inner - 0.05 * bent
             if score > best:
                 best = score
-                near, far = ends
-                home, home_side = qpos, side
+                near = inner
+                far = outer
+                home = qpos
+                home_side = side
     if far - near < 0.2:
         raise UserError(
             "this arm's hand cannot point straight down along 0.2 m of the table; its first joint "
@@ -372,6 +392,7 @@ def find_workspace(robot):
         )
     scale = min(1.0, round((far - near) / 0.53, 2))  # 1 for arms with 0.53 m, as the xArms
     center = far - 0.21 * scale
+    # 20 cm above the near half of the region, at scale 1
     rest = point_down(kinematics, home, center - 0.05 * scale, 0.2 * scale, home_side)
     return {
         "home": home if rest is None else rest,
@@ -399,7 +420,9 @@ def convert(config, path):
         tree.write(path)
         return Robot(config.name, path)
 
-    robot = write({"home": home, "velocity_limit": [config.speed] * len(home)})
+    # the workspace is found with the arm as it stands in the file
+    speeds = [config.speed] * len(home)
+    robot = write({"home": home, "velocity_limit": speeds})
     return write(find_workspace(robot))
 
 
@@ -414,7 +437,7 @@ def main():
         raise UserError(f"--name {config.name}: lower-case letters, digits and underscores only")
     if path.exists():
         raise UserError(f"--name {config.name}: there is such a robot already; delete {path} first")
-    with atomic(path) as temporary:
+    with atomic(path) as temporary:  # a refusal leaves nothing behind
         robot = convert(config, temporary)
     near, far = robot.reach
     print(

@@ -59,6 +59,7 @@ def compile_scene(robot_name, task_name, clutter):
     robot = get_robot(robot_name)
     task = TASKS[task_name]
     here = Path(__file__).parent
+    # the sections of the three files are merged as if they stood in one
     files = {
         "table": (here / "table.xml").read_bytes(),
         "arm": robot.path.read_bytes(),
@@ -66,6 +67,7 @@ def compile_scene(robot_name, task_name, clutter):
     }
     parts = "".join(f'<include file="{name}"/>' for name in files)
     spec = mujoco.MjSpec.from_string(f"<mujoco>{parts}</mujoco>", include=files)
+    # the arm's file has its base at the origin; here that is where objects start
     spec.body("base").pos[0] = -robot.spawn_distance
     for view in ("front", "render"):
         spec.camera(view).pos *= robot.scale
@@ -92,12 +94,14 @@ def set_light(model, ambient, diffuse, light, direction):
 
 def vary_looks(model, original, rng):
     """Another light and table top for VARIED of the episodes, those of `original` for others."""
+    # all are drawn before it is drawn whether they are used
     low = (0, 0.6, 0.3, 0.15, 0.15, 0.2)
     high = (2 * np.pi, 2, 0.8, 0.45, 0.45, 0.6)
     turn, height, grey, ambient, diffuse, light = rng.uniform(low, high)
     table = np.clip(grey + rng.normal(0, 0.06, 3), 0.2, 0.9)
     if rng.random() < VARIED:
-        set_light(model, ambient, diffuse, light, (np.cos(turn), np.sin(turn), -height))
+        direction = (np.cos(turn), np.sin(turn), -height)
+        set_light(model, ambient, diffuse, light, direction)
     else:
         head = original.vis.headlight
         set_light(model, head.ambient, head.diffuse, original.light_diffuse, original.light_dir)
@@ -139,10 +143,16 @@ def outside(robot, task, layout, rng, distance=0.02):
     """
     low, high = region(robot, task)
     start = first_start(layout)
-    beyond = [np.diag(low - distance - start), np.diag(high + distance - start)]
-    for shift in rng.permutation(np.stack(beyond, axis=1).reshape(4, 2)):
-        moved = {name: (np.add(at, [*shift, 0]), yaw) for name, (at, yaw) in layout.items()}
-        if reachable(robot, *(at[:2] for at, _ in moved.values())):
+    # one shift along one axis for each edge of the box
+    below = np.diag(low - distance - start)
+    above = np.diag(high + distance - start)
+    shifts = np.stack([below, above], axis=1).reshape(4, 2)
+    for shift in rng.permutation(shifts):
+        moved = {}
+        for name, (position, yaw) in layout.items():
+            moved[name] = (np.add(position, [*shift, 0]), yaw)
+        places = [position[:2] for position, _ in moved.values()]
+        if reachable(robot, *places):
             return moved
     return layout
 
@@ -151,8 +161,9 @@ def spare_spot(robot, layout, rng, least=0.1):
     """A spot (m) for one more cube, `least` from all objects; nearer only where there is none."""
     others = np.array([position[:2] for position, _ in layout.values()])
     spots = rng.uniform(-1, 1, (100, 2)) * (robot.spawn_half_size + 0.05)
-    clear = np.linalg.norm(spots[:, None] - others, axis=-1).min(1)  # (100,)
-    return (*spots[np.argmax(np.minimum(clear, least))], 0.02)
+    apart = np.linalg.norm(spots[:, None] - others, axis=-1)  # (100, objects)
+    clear = np.minimum(apart.min(axis=1), least)  # the first that is far enough wins
+    return (*spots[np.argmax(clear)], 0.02)
 
 
 class TabletopEnv:
@@ -199,9 +210,10 @@ class TabletopEnv:
         self.data = mujoco.MjData(self.model)
         self.base = np.array([-self.robot.spawn_distance, 0.0, 0.0])
         self.tcp = self.model.site("tcp").id
-        self.pads = [self.model.geom(f"{side}_pad").id for side in ("left", "right")]
+        self.pads = [self.model.geom(name).id for name in ("left_pad", "right_pad")]
+        # what a joint may move in one control step, rad
         self.max_speed_step = self.robot.velocity_limit / CONTROL_HZ
-        self.cameras = {}
+        self.cameras = {}  # {size: Camera}, opened with the first picture
 
     # ---- gymnasium's two verbs
 
@@ -220,8 +232,9 @@ class TabletopEnv:
             self.vary_camera_and_crowd(seed, layout)
         for name, (position, yaw) in layout.items():
             self.place(name, position, yaw)
+        low, high = self.robot.joint_range.T
         qpos = self.robot.home + rng.normal(0, INITIAL_NOISE, self.robot.dof)
-        self.set_arm(np.clip(qpos, *self.robot.joint_range.T), self.robot.travel)
+        self.set_arm(np.clip(qpos, low, high), self.robot.travel)
         wording = self.wordings[rng.integers(len(self.wordings))]
         self.instruction = wording if instruction is None else instruction
         self.steps = 0
@@ -261,7 +274,8 @@ class TabletopEnv:
         info["clipped"]. ValueError if the action has another shape, or is not finite.
         """
         action = np.asarray(action, float)
-        if action.shape != (self.robot.action_dim,) or not np.isfinite(action).all():
+        fits = action.shape == (self.robot.action_dim,)
+        if not fits or not np.isfinite(action).all():
             raise ValueError(
                 f"action for {self.robot.name} must be {self.robot.action_dim} finite numbers, "
                 f"got {action}"
@@ -272,8 +286,10 @@ class TabletopEnv:
         reach = self.max_speed_step
         target = np.clip(inside[:dof], before - reach, before + reach)
         # fingers are sent to their end stops on purpose, and not counted
-        self.clipped["limits"] += bool(np.abs(inside - action)[:dof].max() > 1e-6)
-        self.clipped["speed"] += bool(np.abs(target - inside[:dof]).max() > 1e-6)
+        too_far = np.abs(inside - action)[:dof].max()
+        too_fast = np.abs(target - inside[:dof]).max()
+        self.clipped["limits"] += bool(too_far > 1e-6)
+        self.clipped["speed"] += bool(too_fast > 1e-6)
         self.data.ctrl[dof] = inside[dof]  # at once: their servo's force is limited
         for i in range(1, SUBSTEPS + 1):  # targets slide there, so that servos see no jumps
             self.data.ctrl[:dof] = before + (target - before) * i / SUBSTEPS
@@ -306,7 +322,8 @@ class TabletopEnv:
             for view, image in images.items():
                 noisy = image + self.sensor.normal(0, 8, image.shape)
                 images[view] = np.clip(noisy, 0, 255).astype(np.uint8)
-            state = state + self.sensor.normal(0, 0.005, state.shape).astype(np.float32)
+            noise = self.sensor.normal(0, 0.005, state.shape)
+            state = state + noise.astype(np.float32)
         return {"images": images, "state": state, "instruction": self.instruction}
 
     def draw(self, view, size=IMAGE_SIZE, **how):
@@ -327,7 +344,7 @@ class TabletopEnv:
         pose = [*position, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
         body = self.model.body(name)
         mocap = body.mocapid[0]
-        if mocap >= 0:
+        if mocap >= 0:  # goals, bins and spare cubes stay where they are put
             self.data.mocap_pos[mocap] = pose[:3]
             self.data.mocap_quat[mocap] = pose[3:]
         else:
@@ -351,8 +368,9 @@ class TabletopEnv:
 
     def speed(self, name):
         """(linear m/s, angular rad/s) of a free body."""
-        velocity = self.data.joint(self.model.body(name).jntadr[0]).qvel
-        return np.linalg.norm(velocity[:3]), np.linalg.norm(velocity[3:])
+        joint = self.model.body(name).jntadr[0]
+        linear, angular = np.split(self.data.joint(joint).qvel, 2)
+        return np.linalg.norm(linear), np.linalg.norm(angular)
 
     def joint_speed(self):
         """Largest arm joint speed, rad/s; the fingers are not counted."""
@@ -364,14 +382,16 @@ class TabletopEnv:
         ManiSkill's grasp test; how hard they must press is in the arm's file.
         """
         body = self.model.body(name).id
-        closing = self.data.site_xmat[self.tcp].reshape(3, 3)[:, 1]
-        forces = {pad: np.zeros(3) for pad in self.pads}
-        wrench = np.zeros(6)
+        tool = self.data.site_xmat[self.tcp].reshape(3, 3)
+        closing = tool[:, 1]
+        forces = {pad: np.zeros(3) for pad in self.pads}  # N, in the world's frame
+        wrench = np.zeros(6)  # in the contact's frame, whose rows are its axes
         for i, contact in enumerate(self.data.contact):
             for pad, other in (contact.geom, contact.geom[::-1]):  # either may be the pad
                 if pad in forces and self.model.geom_bodyid[other] == body:
                     mujoco.mj_contactForce(self.model, self.data, i, wrench)
-                    forces[pad] += contact.frame.reshape(3, 3).T @ wrench[:3]
+                    axes = contact.frame.reshape(3, 3)
+                    forces[pad] += axes.T @ wrench[:3]
         pressed = []
         for force in forces.values():
             size = np.linalg.norm(force)

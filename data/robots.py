@@ -39,9 +39,12 @@ class Robot:
         self.name = name
         self.path = Path(path)
         with reading(path, "delete it, or make it again with data.add_robot"):
+            # what MJCF has no place for stands in the file's custom section
             spec = mujoco.MjSpec.from_file(str(path))
             self.model = spec.compile()
-            numbers = {numeric.name: np.array(numeric.data) for numeric in spec.numerics}
+            numbers = {}
+            for numeric in spec.numerics:
+                numbers[numeric.name] = np.array(numeric.data)
             self.display_name = spec.text("display_name").data
             self.home = numbers["home"]
             self.velocity_limit = numbers["velocity_limit"]
@@ -54,6 +57,7 @@ class Robot:
             self.cube_mass = numbers["cube_mass"].item()
             self.goal_radius = numbers["goal_radius"].item()
             self.grasp_force = numbers["grasp_force"].item()
+            # the rest follows
             self.dof = len(self.home)
             self.state_dim = self.dof + 10
             self.action_dim = self.dof + 1
@@ -65,7 +69,9 @@ class Robot:
     def clip(self, action):
         """The action (A,) inside the arm's joint and finger limits."""
         low, high = self.joint_range.T
-        return np.clip(action, [*low, SQUEEZE], [*high, self.travel])
+        lowest = np.append(low, SQUEEZE)
+        highest = np.append(high, self.travel)
+        return np.clip(action, lowest, highest)
 
 
 @cache
@@ -88,7 +94,8 @@ class Kinematics:
         self.data.qpos[: self.robot.dof] = qpos
         mujoco.mj_kinematics(self.model, self.data)
         position = self.data.site_xpos[self.site].copy()
-        return position, self.data.site_xmat[self.site].reshape(3, 3).copy()
+        rotation = self.data.site_xmat[self.site].copy()
+        return position, rotation.reshape(3, 3)
 
     def solve_ik(self, position, rotation, start, iterations=80, tolerance=1e-3):
         """qpos (dof,) rad inside the limits that reaches a TCP pose; None if none is found.
@@ -103,7 +110,8 @@ class Kinematics:
         jac = np.zeros((6, self.model.nv))
         for _ in range(iterations):
             at, turned = self.forward(q)
-            error = np.concatenate([position - at, rotation_vector(rotation @ turned.T)])
+            turn = rotation_vector(rotation @ turned.T)  # what is missing, in the base frame
+            error = np.concatenate([position - at, turn])
             near = np.abs(error[:3]).max() < tolerance / 5
             if near and np.abs(error[3:]).max() < tolerance:
                 return q

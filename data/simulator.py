@@ -50,8 +50,8 @@ def open_renderer(model, size):
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
             f"cannot draw with MUJOCO_GL={os.environ.get('MUJOCO_GL', 'unset')} ({reason}); on "
-            "Debian or Ubuntu type `apt-get install libegl1 libgl1-mesa-dri`, or set "
-            "MUJOCO_GL=osmesa after `apt-get install libosmesa6`"
+            "Debian or Ubuntu set MUJOCO_GL=egl after `apt-get install libegl1 libgl1-mesa-dri`, "
+            "or MUJOCO_GL=osmesa after `apt-get install libosmesa6`"
         ) from None
 
 
@@ -79,4 +79,5 @@ class Camera:
         return np.where(ids[..., 1] == geom, ids[..., 0], -1)
 
     def close(self):
+        """Free the GL's memory; a picture after this is an error."""
         self.renderer.close()

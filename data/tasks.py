@@ -52,7 +52,7 @@ class Task:
 
 def resize(spec, robot):
     """Fit PickCube's and the pushing tasks' objects to the arm, in an uncompiled scene."""
-    goal = spec.body("goal")
+    goal = spec.body("goal")  # the other tasks have none
     if spec.geom("goal"):  # PickCube's
         cube = spec.geom("cube")
         cube.size = [robot.cube_half] * 3
@@ -77,7 +77,8 @@ def square(robot, rng):
 def reachable(robot, *points):
     """True if the tool can point straight down at every xy (in the task's frame)."""
     near, far = robot.reach
-    return all(near <= np.hypot(x + robot.spawn_distance, y) <= far for x, y in points)
+    distances = [np.hypot(x + robot.spawn_distance, y) for x, y in points]
+    return all(near <= distance <= far for distance in distances)
 
 
 def pick_spawn(robot, rng):
@@ -89,11 +90,15 @@ def pick_spawn(robot, rng):
         distance = np.hypot(np.hypot(*(cube - goal)), height)
         if distance > 2 * robot.goal_radius:  # else it is done before it begins
             half = robot.cube_half
-            return {"cube": ((*cube, half), yaw), "goal": ((*goal, half + height), 0.0)}
+            return {
+                "cube": ((*cube, half), yaw),
+                "goal": ((*goal, half + height), 0.0),
+            }
 
 
 def region_spawn(robot, rng, direction):
     x, y = square(robot, rng)
+    # straight ahead of the cube, or straight behind; 0.5 mm up, so that the rings are seen
     goal = (x + direction * 0.2 * robot.scale, y, 0.0005)
     return {"cube": ((x, y, 0.02), 0.0), "goal": (goal, 0.0)}
 
@@ -115,16 +120,23 @@ def stack_spawn(robot, rng):
         b = offset + rng.uniform((-0.1, -0.2), (0.1, 0.2)) * s
         if np.hypot(*(a - b)) > CLOSEST_CUBES and reachable(robot, a, b):
             yaw_a, yaw_b = rng.uniform(0, 2 * np.pi, 2)
-            return {"cubeA": ((*a, 0.02), yaw_a), "cubeB": ((*b, 0.02), yaw_b)}
+            return {
+                "cubeA": ((*a, 0.02), yaw_a),
+                "cubeB": ((*b, 0.02), yaw_b),
+            }
 
 
 def sphere_spawn(robot, rng):
     s = robot.scale
     while True:
+        # the bin is always farther from the robot than the ball
         ball = rng.uniform((-0.1, -0.1), (-0.05, 0.1)) * s
         bin_ = rng.uniform((0, -0.1), (0.1, 0.1)) * s
         if np.hypot(*(ball - bin_)) > 0.07:  # room for the open fingers
-            return {"sphere": ((*ball, 0.02), 0.0), "bin": ((*bin_, BIN_FLOOR), 0.0)}
+            return {
+                "sphere": ((*ball, 0.02), 0.0),
+                "bin": ((*bin_, BIN_FLOOR), 0.0),
+            }
 
 
 def peg_spawn(robot, rng):
@@ -135,8 +147,8 @@ def peg_spawn(robot, rng):
 
 
 def pick_success(env):
-    distance = np.linalg.norm(env.position("cube") - env.position("goal"))
-    at_goal = distance <= env.robot.goal_radius
+    offset = env.position("cube") - env.position("goal")
+    at_goal = np.linalg.norm(offset) <= env.robot.goal_radius
     return {"at_goal": at_goal, "robot_static": env.joint_speed() <= 0.2}
 
 
