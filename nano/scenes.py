@@ -1,165 +1,216 @@
-"""Stage I's corpus: pictures from the simulator, and questions whose answers are its true state.
+"""nano's pictures for Stage I, from the simulator, with questions that its true state answers.
 
-    python -m nano.scenes --scenes 42000 --workers 2            (train; a fifteenth of it for validation beside it)
+    python -m nano.scenes --scenes 42000 --workers 2        writes out/corpus in about 15 minutes
 
 A scene is one of two things:
-    a picture    front, or front and wrist: a random layout with spare cubes around, the arm anywhere, now and then ready to grasp or nearly so
-    a clip       four front views in order: an attempt at the task, by the expert or with one of four faults, as a whole, its end,
-                 up to the end of a step, or two pictures with two that may follow
-It has at most ten questions (data/questions.py) and, for the base stage, dense targets of every picture:
-    patch_class  (V, 8, 8) int     what a patch shows, index into CLASSES, 0 = nothing named
-    patch_offset (V, 8, 8, 3)      that object's centre minus the patch's centre (in patches, x to the right, y down), and its camera depth (m) minus 0.6
-    gripper      (V, 4)            where it is, seen or not: x, y (patches from the picture's centre), depth (dm) minus 6; its opening, 0 closed to 1 open
-Files: <folder>/<split>/<shard>.safetensors with images (n, 128, 128, 3) uint8, first (scenes + 1), the targets, and the questions as JSON in the header.
-Validation scenes come from seeds that training never sees; their questions are asked twice, in wordings that it sees and in those that it does not.
+    a picture   front, or front and wrist: a random layout with spare cubes around, the arm
+                anywhere, now and then ready to grasp or nearly so
+    a clip      four front views in order: an attempt at the task, by the expert or with one of
+                four faults, as a whole, its end, up to the end of a step, or two pictures with two
+                that may follow
+It has at most ten questions (questions.py), is one line of train.jsonl or val.jsonl, and is read
+like any other conversations file:
+
+    {"images": ["train/panda-PickCube-000/12-0.png", ...], "questions": [...], "robot", "task",
+     "grounding": [{"patches": 64 letters, row by row, what each patch of this picture shows:
+                               A nothing, B gripper, C the first of questions.COLORS, ...
+                    "objects": {label: [x, y, depth] of its center}, in pixels and m,
+                               of the gripper too, even where it does not show
+                    "opening": of the gripper, 0 to 1}, ...]}
+
+Validation scenes come from seeds that training never sees; their questions are asked twice, in
+wordings that it sees and in those that it does not. made.json has what they were made from and,
+once all is there, checksums.
 """
+
+import dataclasses
+import itertools
 import json
 import math
-import os
+import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from einops import rearrange
+from PIL import Image
 from tqdm import tqdm
 
 from cli import UserError, at_least, choose_many, parse, run
-from jobs import pool
-
-from files import atomic, whole_files, writable, write_json
 from data import seeds
-from data.simulator import mujoco
+from data.conversations import Conversations
 from data.env import CROWD, IMAGE_SIZE, VIEWS, TabletopEnv
-from data.expert import PEG_LEVER, PRIMITIVES, Infeasible, hand_offset, plan, quarter_turn, tool_rotation
-from nano.questions import CATEGORIES, CAUSES, STEP_TEXT, Asker, equalise
+from data.expert import (
+    PEG_LEVER,
+    PRIMITIVES,
+    Infeasible,
+    hand_offset,
+    plan,
+    quarter_turn,
+    tool_rotation,
+)
 from data.robots import ROBOTS, get_kinematics, get_robot
+from data.simulator import mujoco
 from data.tasks import BLUE, GREEN, RED, TASKS
+from files import atomic, read_json, reading, write_json
+from jobs import run_jobs
+from nano.questions import CATEGORIES, CAUSES, COLORS, STEPS, Asker, equalise
 
-GRID = 8                                                      # patches a side of nano's ViT
-SPARE = {"yellow cube": (0.95, 0.85, 0.1, 1), **CROWD, "red cube": RED, "green cube": GREEN, "blue cube": BLUE}      # the last three where the task has none of its own
-LABELS = sorted({label for task in TASKS.values() for label in task.labels.values()} | set(SPARE))
-COLOURS = {label: label.split()[0] if " " in label else None for label in LABELS}
-GRASPED = [label for label in LABELS if "cube" in label or label in ("blue ball", "peg")]
-CLASSES = ["nothing", "gripper", *LABELS]
-SHARD, CLUTTER, MOST_QUESTIONS = 250, 3, 10
-
+GRID = 8  # patches a side of nano's ViT
+PATCH = IMAGE_SIZE // GRID
+PICTURE = (IMAGE_SIZE, IMAGE_SIZE, 3)
+CLASSES = ["nothing", "gripper", *COLORS]
+SPARE = {"yellow cube": (0.95, 0.85, 0.1, 1), **CROWD}
+SPARE |= {"red cube": RED, "green cube": GREEN, "blue cube": BLUE}  # where the task has none itself
+GRASPABLE = [label for label in COLORS if "cube" in label or label in ("blue ball", "peg")]
+CLUTTER = 3  # spare cubes at most
+MOST_QUESTIONS = 10
+SHARD = 250  # scenes of one job
+# What can go wrong: nothing is grasped to be pushed, and a peg may stand anywhere.
+FAULTS = {
+    "PushCube": ["missed", "stopped"],
+    "PullCube": ["missed", "stopped"],
+    "LiftPegUpright": ["missed", "dropped", "stopped"],
+}
+LIFTED = ("lift", "LiftPegUpright")  # a step that holds something, as carrying does
+# which steps a fault carries out beside their place
+ASTRAY = {
+    "missed": ("approach", "descend", "push", "pull"),
+    "beside": ("carry", "place", "retreat"),
+}
 
 
 @dataclass
-class CorpusConfig:
-    scenes: int = 42000        # training scenes, spread over all robots and tasks
-    seed: int = 0              # first seed
-    workers: int = 2           # processes
-    out: str = "out/corpus"    # folder
+class ScenesConfig:
+    scenes: int = 42000  # training scenes, spread over all robots and tasks
+    seed: int = 0  # first seed
+    workers: int = 2  # processes
+    out: str = "out/corpus"  # folder
 
 
 # ---- what is in a picture
 
+
 def project(env, view, point):
-    """(x, y) pixels and depth (m) of a point in the task's frame, seen by the camera `view`."""
+    """x, y (pixels) and depth (m) of a point in the task's frame, seen by the camera `view`."""
     camera = env.data.camera(view)
     x, y, z = camera.xmat.reshape(3, 3).T @ (point - camera.xpos)
-    focal = IMAGE_SIZE / 2 / np.tan(np.radians(env.model.camera(view).fovy[0]) / 2)
     depth = max(-z, 1e-3)
-    return IMAGE_SIZE / 2 + focal * x / depth, IMAGE_SIZE / 2 - focal * y / depth, depth
+    half = IMAGE_SIZE / 2
+    focal = half / np.tan(np.radians(env.model.camera(view).fovy[0]) / 2)
+    return half + focal * x / depth, half - focal * y / depth, depth
 
 
-def look(env, view, spare):
-    """The picture, its patch_class, patch_offset and gripper, and {label: (x1, y1, x2, y2, pixels, x, y of its centre)} of what it shows. spare {body: label}."""
-    names = {**env.task.labels, **spare}
-    label_of = np.zeros(env.model.ngeom + 1, int)             # the last entry serves id -1, the sky
-    centres = {1: env.data.site_xpos[env.tcp]}
-    for geom in range(env.model.ngeom):
-        body = env.model.body(env.model.geom_bodyid[geom]).name
-        if body in names:
-            label_of[geom] = CLASSES.index(names[body])
-            centres[label_of[geom]] = env.data.body(body).xpos
-        elif body in ("left_finger", "right_finger"):
-            label_of[geom] = 1
-    picture, classes = env.draw(view), label_of[env.draw(view, segmentation=True)]
-    patch = IMAGE_SIZE // GRID
-    tiles = classes.reshape(GRID, patch, GRID, patch).transpose(0, 2, 1, 3).reshape(GRID, GRID, -1)
-    counts = (tiles[..., None] == np.arange(len(CLASSES))).sum(2)
-    counts[..., 0] = 4                                        # four pixels of an object are enough to name a patch
-    counts[..., 2:] *= 4                                      # and objects matter more than fingers in front of them
-    patch_class = counts.argmax(-1)
-    patch_offset = np.zeros((GRID, GRID, 3), np.float32)
-    for c, centre in centres.items():
-        x, y, depth = project(env, view, centre)
-        rows, columns = np.nonzero(patch_class == c)
-        offset = np.stack([x / patch - columns - 0.5, y / patch - rows - 0.5, np.full(len(rows), depth - 0.6)], 1)
-        patch_offset[rows, columns] = offset.clip(-GRID, GRID)         # a centre beside or behind the camera projects anywhere
+def look(env, view, bodies):
+    """(picture, its grounding for the record, how things show for the Asker).
+
+    bodies {label: name of its body}; the last {label: (x1, y1, x2, y2, how many pixels, x, y)}.
+    """
+    numbers = {env.model.body(body).id: CLASSES.index(label) for label, body in bodies.items()}
+    for side in ("left", "right"):
+        numbers[env.model.body(f"{side}_finger").id] = 1
+    of_geom = [numbers.get(body, 0) for body in env.model.geom_bodyid]
+    classes = np.array([*of_geom, 0])[env.draw(view, segmentation=True)]  # geom -1 is the sky
+    tiles = rearrange(classes, "(y a) (x b) -> (y x) (a b)", a=PATCH, b=PATCH)
+    counts = (tiles[..., None] == np.arange(len(CLASSES))).sum(1)  # (64, C)
+    counts[:, 0] = 4  # four pixels of an object are enough to name a patch
+    counts[:, 2:] *= 4  # and objects matter more than fingers in front of them
+    centers = {"gripper": project(env, view, env.data.site_xpos[env.tcp])}
     seen = {}
-    for c in np.unique(classes[classes > 1]):
-        ys, xs = np.nonzero(classes == c)
-        seen[CLASSES[c]] = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1, len(xs), *project(env, view, centres[c])[:2])
-    x, y, depth = project(env, view, centres[1])
-    gripper = (*np.clip((x / patch - GRID / 2, y / patch - GRID / 2), -GRID, GRID), 10 * depth - 6, env.data.qpos[env.robot.dof] / env.robot.travel)
-    return picture, patch_class, patch_offset, gripper, seen
+    for label in sorted(bodies):
+        ys, xs = np.nonzero(classes == CLASSES.index(label))
+        if len(xs):
+            centers[label] = project(env, view, env.position(bodies[label]))
+            corners = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
+            seen[label] = (*map(int, corners), len(xs), *centers[label][:2])
+    grounding = {
+        "patches": "".join(chr(ord("A") + number) for number in counts.argmax(1)),
+        "objects": {label: np.round(center, 4).tolist() for label, center in centers.items()},
+        "opening": round(env.data.qpos[env.robot.dof] / env.robot.travel, 4),
+    }
+    return env.draw(view), grounding, seen
 
 
-# ---- scenes
+def scene(env, shots, asked, rng):
+    """The record of a scene of what `look` returned; its images are still arrays."""
+    mixed = [asked[i] for i in rng.permutation(len(asked))]
+    turns = []  # one of each category first, then a second of each
+    for question in mixed:
+        question["turn"] = turns.count(question["category"])
+        turns.append(question["category"])
+    chosen = sorted(mixed, key=lambda question: question.pop("turn"))
+    images, grounding, _ = zip(*shots)
+    record = {"images": images, "questions": chosen[:MOST_QUESTIONS], "grounding": grounding}
+    return {**record, "robot": env.robot.name, "task": env.task.name}
 
-def scene_of(shots, asked, rng):
-    """A scene of `shots`, what `look` returned: {name: one of each shot}, and up to MOST_QUESTIONS of what was asked."""
-    mixed, ranks = [asked[i] for i in rng.permutation(len(asked))], Counter()
-    for question in mixed:                                   # one of each category first, then a second of each
-        question["rank"] = ranks[question["category"]] = ranks[question["category"]] + 1
-    chosen = sorted(mixed, key=lambda question: question.pop("rank"))[:MOST_QUESTIONS]
-    images, classes, offsets, grippers, _ = zip(*shots)
-    return {"images": images, "patch_class": classes, "patch_offset": offsets, "gripper": grippers}, chosen
 
-
-def grasp_point(env, label, body):
-    """Where to grasp a body: its centre, or a place on the outer half of the peg."""
-    at = env.position(body)
-    if label != "peg":
-        return at
-    axis = env.rotation(body)[:, 0]
-    return at + PEG_LEVER * axis * np.sign(axis @ (at - env.base))
+# ---- pictures
 
 
 def picture(env, seed, rng, asker):
-    """A layout with spare cubes, and the arm anywhere above it, or with its fingers around something, or nearly."""
+    """[the scene] of a layout with spare cubes, the arm anywhere or its fingers around something."""
     env.reset(seed)
-    s, spare, taken = env.robot.scale, {}, [env.position(name)[:2] for name in env.task.labels]
-    others = [label for label in SPARE if label not in env.task.labels.values()]
-    for i, label in enumerate(rng.permutation(others)[:rng.integers(CLUTTER + 1)]):
-        xy = rng.uniform((-0.2, -0.22), (0.15, 0.22)) * s
-        if min(np.hypot(*(xy - other)) for other in taken) > 0.07:
-            env.place(f"clutter{i}", (*xy, 0.02), rng.uniform(0, np.pi))
-            env.model.geom(f"clutter{i}").rgba[:] = SPARE[label]
-            spare[f"clutter{i}"] = str(label)
-            taken.append(xy)
+    bodies = {label: body for body, label in env.task.labels.items()}
+    own = sum("cube" in label for label in bodies)
+    add_cubes(env, bodies, rng)
     mujoco.mj_forward(env.model, env.data)
-    bodies = {label: body for body, label in {**env.task.labels, **spare}.items()}
-    pose_arm(env, {label: body for label, body in bodies.items() if label in GRASPED}, rng)
+    pose_arm(env, bodies, rng)
     views = VIEWS if rng.random() < 0.7 else VIEWS[:1]
-    looks = {view: look(env, view, spare) for view in views}
-    grasps = {label: (ready(env, label, body), project(env, "front", grasp_point(env, label, body))[:2]) for label, body in bodies.items() if label in GRASPED}
-    asked = asker.picture({view: shot[-1] for view, shot in looks.items()}, list(bodies), {label: env.position(body) for label, body in bodies.items()}, COLOURS, grasps,
-                          (env.robot.display_name, env.robot.dof, [get_robot(name).display_name for name in ROBOTS]), sum("cube" in label for label in env.task.labels.values()))
-    for i in range(CLUTTER):
-        env.place(f"clutter{i}", (0.1 * i, 0, -0.5))
-    return scene_of(list(looks.values()), asked, rng)
+    shots = [look(env, view, bodies) for view in views]
+    seen = {view: shown for view, (_, _, shown) in zip(views, shots)}
+    asker.arm(env.robot, [get_robot(name).display_name for name in ROBOTS])
+    where = {label: env.position(body) for label, body in bodies.items()}
+    for label in asker.things(seen, where, own):
+        if label in GRASPABLE:
+            *place, _ = project(env, "front", grasp_point(env, label, bodies[label]))
+            asker.grasp(label, ready(env, label, bodies[label]), place)
+    return [scene(env, shots, asker.take(), rng)]
+
+
+def grasp_point(env, label, body):
+    """Where to grasp a body: its center, or a place on the outer half of the peg."""
+    center = env.position(body)
+    if label != "peg":
+        return center
+    axis = env.rotation(body)[:, 0]
+    return center + PEG_LEVER * axis * np.sign(axis @ (center - env.base))
+
+
+def add_cubes(env, bodies, rng):
+    """Put spare cubes on the table, where nothing lies, and into bodies {label: body}."""
+    others = [label for label in SPARE if label not in bodies]
+    taken = [env.position(body)[:2] for body in bodies.values()]
+    for i, label in enumerate(rng.permutation(others)[: rng.integers(CLUTTER + 1)].tolist()):
+        xy = rng.uniform((-0.2, -0.22), (0.15, 0.22)) * env.robot.scale
+        if np.linalg.norm(xy - taken, axis=1).min() > 0.07:
+            body = f"clutter{i}"
+            env.place(body, (*xy, 0.02), rng.uniform(0, np.pi))
+            env.model.geom(body).rgba[:] = SPARE[label]
+            bodies[label] = body
+            taken.append(xy)
 
 
 def pose_arm(env, bodies, rng):
-    """The arm anywhere above the table; in four of ten scenes its open fingers around one of `bodies`, or some centimetres beside or above it."""
-    s, finger = env.robot.scale, rng.uniform(0, env.robot.travel)
-    centre = np.array([env.robot.spawn_distance, 0, 0])
-    for _ in range(5):
-        position = centre + rng.uniform((-0.13, -0.13, 0.03), (0.13, 0.13, 0.3)) * (s, s, 0.7 if s < 1 else 1)
-        turn, tilt = rng.normal(0, 0.4), rng.choice([0.0, 0.3])
-        if bodies and rng.random() < 0.4:
-            label = rng.choice(sorted(bodies))
-            at = grasp_point(env, label, bodies[label])
-            turn, tilt, finger = quarter_turn(env, bodies[label], at), 0.0, env.robot.travel
-            away = rng.uniform(0.035, 0.06) * [np.array([np.cos(a), np.sin(a), 0.3]) for a in [rng.uniform(0, 2 * np.pi)]][0] if rng.random() < 0.5 else rng.normal(0, 0.003, 3)
-            position = at - env.base + away
-        rotation = tool_rotation(env.robot, np.arctan2(position[1], position[0]) + turn, tilt)
+    """The arm anywhere; in four of ten scenes open around a thing, or some centimeters away."""
+    scale = env.robot.scale
+    finger = rng.uniform(0, env.robot.travel)
+    labels = sorted(set(bodies) & set(GRASPABLE))
+    for _ in range(5):  # tries
+        position = rng.uniform((-0.13, -0.13, 0.03), (0.13, 0.13, 0.3))
+        position = position * (scale, scale, 0.7 if scale < 1 else 1) - env.base
+        turn = rng.normal(0, 0.4)
+        tilt = rng.choice([0.0, 0.3])
+        if labels and rng.random() < 0.4:
+            label = rng.choice(labels)
+            point = grasp_point(env, label, bodies[label])
+            turn = quarter_turn(env, bodies[label], point)
+            tilt = 0.0
+            finger = env.robot.travel
+            position = point - env.base + astray(rng)
+        azimuth = np.arctan2(position[1], position[0])
+        rotation = tool_rotation(env.robot, azimuth + turn, tilt)
         qpos = get_kinematics(env.robot.name).solve_ik(position, rotation, env.robot.home)
         if qpos is not None:
             env.set_arm(qpos, finger)
@@ -167,219 +218,320 @@ def pose_arm(env, bodies, rng):
     mujoco.mj_forward(env.model, env.data)
 
 
+def astray(rng):
+    """(3,) m: from where a grasp would succeed, by centimeters or, as often, by millimeters."""
+    if rng.random() < 0.5:
+        distance = rng.uniform(0.035, 0.06)
+        angle = rng.uniform(0, 2 * np.pi)
+        return distance * np.array([np.cos(angle), np.sin(angle), 0.3])
+    return rng.normal(0, 0.003, 3)
+
+
 def ready(env, label, body):
-    """True if closing the gripper now would grasp the body: it stands open around the place where it should."""
-    along, across, down = np.abs(hand_offset(env, grasp_point(env, label, body)))
-    return bool(along < 0.012 and across < 0.015 and down < 0.02 and env.data.qpos[env.robot.dof] > 0.028 and not (env.model.body(body).mocapid[0] < 0 and env.grasped(body)))
+    """Would closing the gripper now grasp the body? It stands open around the right place."""
+    offset = np.abs(hand_offset(env, grasp_point(env, label, body)))
+    opened = env.data.qpos[env.robot.dof] > 0.028
+    return bool((offset < (0.012, 0.015, 0.02)).all() and opened and not env.grasped(body))
 
 
-# ---- attempts
-
-def faults_of(task):
-    """What can go wrong in a task: nothing is grasped to be pushed, and the peg is set down wherever it stands."""
-    return CAUSES if task.name in ("PickCube", "StackCube", "PlaceSphere") else ("missed", "stopped") if task.name in ("PushCube", "PullCube") else CAUSES[:3]
+# ---- clips
 
 
-def attempt(env, seed, rng, fault):
-    """The expert's plan, carried out once with a `fault` or, with None, as often as it takes: ([(qpos, phase)] of every control step, success)."""
-    env.reset(seed)
-    trace, done, shift = [], False, np.append(rng.choice([-1, 1], 2) * rng.uniform(0.035, 0.05, 2), 0)
-    late = rng.uniform(0.3, 0.8)                             # where in its step a dropped thing is let go
+def commands(env, rng, fault):
+    """(name of the step, action) of the expert, with a `fault` once, else as often as it takes."""
+    shift = np.append(rng.choice([-1, 1], 2) * rng.uniform(0.035, 0.05, 2), 0)
+    late = rng.uniform(0.3, 0.8)  # where in its step a dropped thing is let go
     for _ in range(1 if fault else 4):
         try:
             primitives = PRIMITIVES[env.task.name](env)
-            for step in primitives:
-                if step.position is not None and (fault == "missed" and step.name in ("approach", "descend", "push", "pull")
-                                                  or fault == "beside" and step.name in ("carry", "place", "retreat") and len(primitives) > 2):
-                    step.position = step.position + shift
+            for primitive in primitives:
+                if primitive.position is not None and primitive.name in ASTRAY.get(fault, ()):
+                    primitive.position = primitive.position + shift
             segments = plan(env, primitives)
         except Infeasible:
             break
         if fault == "stopped":
-            segments = segments[:rng.integers(max(1, len(segments) // 2), max(2, len(segments)))]
+            half = len(segments) // 2
+            segments = segments[: rng.integers(max(1, half), max(2, len(segments)))]
         for name, targets in segments:
-            for i, action in enumerate(targets):
-                if fault == "dropped" and (name == "carry" or name == "lift" and env.task.name == "LiftPegUpright") and i > late * len(targets):
-                    action = np.append(action[:-1], env.robot.travel)
-                trace.append((env.data.qpos.copy(), name))
-                *_, done, truncated, _ = env.step(action)
-                if done or truncated:
-                    trace.append((env.data.qpos.copy(), name))
-                    return trace, bool(done)
+            held = name == "carry" or (name, env.task.name) == LIFTED
+            for i, target in enumerate(targets):
+                if fault == "dropped" and held and i > late * len(targets):
+                    target = np.append(target[:-1], env.robot.travel)
+                yield name, target
             if fault == "dropped" and name == "carry":
                 break
-    for _ in range(8):                                       # what was let go comes to rest
-        *_, done, _, _ = env.step(np.append(env.data.ctrl[:env.robot.dof], env.data.ctrl[env.robot.dof]))
-    trace.append((env.data.qpos.copy(), trace[-1][1] if trace else "approach"))
-    return trace, bool(done)
+    for _ in range(8):  # what was let go comes to rest
+        yield None, env.data.ctrl[: env.robot.dof + 1].copy()
+
+
+def attempt(env, seed, rng, fault):
+    """The expert, once with a `fault` or, with None, as often as it takes.
+
+    Returns qpos (T, n) and the step's name of every control step, and whether it succeeded.
+    """
+    env.reset(seed)
+    qpos, names = [], []
+    for name, action in commands(env, rng, fault):
+        if name:
+            qpos.append(env.data.qpos.copy())
+            names.append(name)
+        *_, done, truncated, _ = env.step(action)
+        if name and (done or truncated):
+            break
+    return np.array([*qpos, env.data.qpos]), [*names, *names[-1:]], done
 
 
 def clips(env, seed, rng, asker):
-    """The scenes of one attempt: twice as a whole, four times if it failed, its end, up to the end of each of its steps, and three times two pictures with two that
-    may follow."""
-    causes = faults_of(env.task)
+    """The scenes of one attempt, none if a fault did no harm or the expert failed."""
+    causes = FAULTS.get(env.task.name, list(CAUSES))
     fault = causes[seed // 4 % len(causes)] if rng.random() < 0.5 else None
-    trace, success = attempt(env, seed, rng, fault)
-    if len(trace) < 12 or success == (fault is not None):    # a fault that did no harm, or an expert that failed
+    qpos, names, success = attempt(env, seed, rng, fault)
+    if len(qpos) < 12 or success != (fault is None):
         return []
-    label, task = next(iter(env.task.labels.values())), env.task.instructions[0]
-    names, tasks = [phase for _, phase in trace], [other.instructions[0] for other in TASKS.values()]
-    last, dof, found = len(trace) - 1, env.robot.dof, []
+    bodies = {label: body for body, label in env.task.labels.items()}
+    label = next(iter(bodies))
+    tasks = [task.instructions[0] for task in TASKS.values()]
+    task = env.task.instructions[0]
+    last = len(qpos) - 1
+    scenes = []
 
-    def shots(times):
-        views = []
-        for t in times:
-            env.data.qpos[:], env.data.qvel[:] = trace[t][0], 0
+    def wording():
+        return env.task.instructions[rng.integers(len(env.task.instructions))]
+
+    def way(a, b, numbers=None):
+        return np.abs(qpos[b] - qpos[a])[:numbers].max()
+
+    def add(times):
+        """A scene of these four moments, if anything has been asked."""
+        asked = asker.take()
+        shots = []
+        for t in times if asked else []:
+            env.data.qpos[:] = qpos[int(t)]
+            env.data.qvel[:] = 0
             mujoco.mj_forward(env.model, env.data)
-            views.append(look(env, "front", {}))
-        return views
-
-    def add(times, asked):
+            shots.append(look(env, "front", bodies))
+        for question in asked:
+            question["labels"] = list(bodies)
         if asked:
-            found.append(scene_of(shots(times), asked, rng))
+            scenes.append(scene(env, shots, asked, rng))
 
-    wording = lambda: env.task.instructions[rng.integers(len(env.task.instructions))]
-    for _ in range(4 if fault else 2):
-        times = np.linspace(0, last, 4) + np.append(np.insert(rng.uniform(-0.1, 0.1, 2) * last, 0, 0), 0)
-        still = rng.random() < 0.25                          # the same picture four times over: nothing moves
+    for _ in range(4 if fault else 2):  # as a whole
+        times = np.linspace(0, last, 4)
+        times[1:3] += rng.uniform(-0.1, 0.1, 2) * last
+        still = rng.random() < 0.25
         times = np.full(4, rng.integers(last)) if still else times.astype(int)
-        moved = bool(np.abs(trace[times[-1]][0][:dof] - trace[times[0]][0][:dof]).max() > 0.05)
-        questions = asker.whole(task, tasks, wording(), label, success, fault, causes, moved)
-        add(times, [q for q in questions if q["category"] == "embodiment"] if still else questions)
-    add(np.linspace(max(0, last - rng.integers(9, 40)), last, 4).astype(int), [q for q in [asker.yes_no("success", success, (wording(),), (task,), ahead=3)] if q])
-    ends = [t for t in range(8, last) if names[t] != names[t + 1] and names[t] in STEP_TEXT]
-    if fault is None and names.count("approach") and len(set(names)) == len([1 for a, b in zip(names, names[1:]) if a != b]) + 1:     # each step once: no second try
-        order = list(dict.fromkeys(names))
-        for t in ends:
-            add(np.linspace(max(0, t - 24), t, 4).astype(int), asker.within(task, wording(), label, order, order.index(names[t])))
-    step, far = 8, lambda t, other: np.abs(trace[other][0] - trace[t][0]).max()
-    for t in rng.integers(step, max(step + 1, last - step), 3):
-        third, after = rng.random() < 0.5, min(t + step, last)
-        other = t - 2 * step if t >= 2 * step and rng.random() < 0.7 else min(t + 5 * step, last)
-        if last >= 3 * step and far(t, after) > 0.05 and far(t, other) > 1.5 * far(t, after):        # what stays where it was might be next as well
-            add([t - step, t, *((after, other) if third else (other, after))], asker.future(third))
-    return found
+        asker.whole(task, tasks, wording(), label, fault, causes)
+        if still:  # the same picture four times over: it tells nothing but that nothing moves
+            asker.take()
+        asker.yes_no("embodiment moving", way(times[0], times[-1], env.robot.dof) > 0.05)
+        add(times)
+    times = np.linspace(max(0, last - rng.integers(9, 40)), last, 4)
+    asker.success(task, wording(), success)
+    add(times)
+    order = [name for name, _ in groupby(names)]
+    if fault is None and "approach" in order and len(set(order)) == len(order):  # no second try
+        for t in range(8, last):
+            if names[t] != names[t + 1] and names[t] in STEPS:  # the end of a step
+                asker.within(task, wording(), label, order, names[t])
+                add(np.linspace(max(0, t - 24), t, 4))
+    for t in rng.integers(8, max(9, last - 8), 3):
+        third = rng.random() < 0.5
+        after = min(t + 8, last)
+        back = t >= 16 and rng.random() < 0.7
+        other = t - 16 if back else min(t + 40, last)
+        # what stays where it was might be next as well
+        if last >= 24 and way(t, after) > 0.05 and way(t, other) > 1.5 * way(t, after):
+            asker.ask("future", "3" if third else "4", options=("3", "4"))
+            add([t - 8, t, *((after, other) if third else (other, after))])
+    return scenes
 
 
-# ---- shards
-
-def scenes_of(path):
-    """How many scenes a shard holds; None if it is not there or cannot be read."""
-    try:
-        with safe_open(path, "numpy") as file:
-            return file.get_slice("first").get_shape()[0] - 1
-    except (OSError, SafetensorError):
-        return None
+# ---- files
 
 
 def make_shard(job):
-    """Write one shard of `count` scenes of one cell; returns how many are there. Validation shards ask every question in seen and in held-out wordings."""
-    path, robot, task, seed, count, validation = job
-    if scenes_of(path) == count:
+    """Write the pictures of a shard, then its lines; returns how many they are."""
+    part, robot, task, first, count = job
+    if part.exists():  # whole, of a rendering that was stopped
         return count
-    env, scenes = TabletopEnv(robot, task, render=False, clutter=CLUTTER, varied="looks"), []
-    draw = seeds.rng(seed, "wording")
-    askers = [Asker(draw, held_out) for held_out in ((False, True) if validation else (False,))]
-    while len(scenes) < count:
+    env = TabletopEnv(robot, task, render=False, clutter=CLUTTER, varied="looks")
+    draw = seeds.rng(first, "wording")
+    held_out = (False, True) if part.parent.name == "val" else (False,)
+    askers = [Asker(draw, kind) for kind in held_out]
+    scenes = []
+    for seed in itertools.count(first):
+        kind = picture if seed % 4 else clips  # a clip's seed gives up to nine scenes
         for asker in askers:
-            rng = seeds.rng(seed, "scene")
-            made = [picture(env, seed, rng, asker)] if seed % 4 else clips(env, seed, rng, asker)     # a clip's seed gives up to nine scenes
-            for scene in made:
-                for question in scene[1]:
-                    question["held_out"] = asker.held_out
-            scenes += made
-        seed += 1
+            scenes += kind(env, seed, seeds.rng(seed, "scene"), asker)
+        if len(scenes) >= count:
+            break
     env.close()
-    scenes = scenes[:count]
-    joined = lambda name, dtype: np.concatenate([np.stack(shots[name]) for shots, _ in scenes]).astype(dtype)
-    tensors = {"images": joined("images", np.uint8), "patch_class": joined("patch_class", np.uint8), "patch_offset": joined("patch_offset", np.float16),
-               "gripper": joined("gripper", np.float16), "first": np.cumsum([0] + [len(shots["images"]) for shots, _ in scenes])}
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata={"questions": json.dumps([questions for _, questions in scenes]), "robot": robot, "task": task, "classes": json.dumps(CLASSES)})
+    folder = part.parent.parent
+    with atomic(part) as lines, open(lines, "w") as file:
+        for number, record in enumerate(scenes[:count]):
+            names = [f"{number}-{i}.png" for i in range(len(record["images"]))]
+            paths = [part.with_suffix("") / name for name in names]
+            for path, image in zip(paths, record["images"]):
+                with atomic(path) as temporary:
+                    Image.fromarray(image).save(temporary, compress_level=1)
+            record["images"] = [str(path.relative_to(folder)) for path in paths]
+            file.write(json.dumps(record) + "\n")
     return count
 
 
-def make(config):
-    """Render what is missing of config.scenes training scenes, rounded up to as many for each robot and task, and a fifteenth for validation; the result does
-    not depend on the number of workers."""
-    at_least(config, 1, "scenes", "workers"), at_least(config, 0, "seed"), writable(config.out)
-    cells, jobs = [(r, t) for t in TASKS for r in ROBOTS], []
-    of_cell = math.ceil(config.scenes / len(cells))
-    sizes = [min(SHARD, of_cell - first) for first in range(0, of_cell, SHARD)]
-    for c, (robot, task) in enumerate(cells):
-        base = config.seed + 10_000 * c
-        jobs += [(Path(config.out) / "train" / f"{robot}-{task}-{i:03d}.safetensors", robot, task, base + 300 * i, size, False) for i, size in enumerate(sizes)]
-        jobs.append((Path(config.out) / "val" / f"{robot}-{task}-000.safetensors", robot, task, seeds.FIRST_VALIDATION + base, max(20, config.scenes // 15 // len(cells)), True))
-    # shards are drawn out of order, so that a corpus cut short is balanced
-    jobs = [jobs[i] for i in np.random.default_rng(0).permutation(len(jobs))]
-    with pool(config.workers) as workers, tqdm(total=sum(j[4] for j in jobs), unit="scene") as bar:
-        for count in workers.imap_unordered(make_shard, jobs):
-            bar.update(count)
-    write_json(Path(config.out) / "made.json", asdict(config))
+def jobs_of(config):
+    """{split: [(part, robot, task, first seed, scenes)]}: SHARD scenes of a cell, or what is left.
 
-
-def ensure(folder):
-    """Make the default corpus in `folder` unless one is there; in its own folder, one that was not stopped."""
-    config, there = CorpusConfig(out=str(folder), workers=os.cpu_count() or 1), whole_files(Path(folder) / "val", "*.safetensors")
-    if not there or Path(folder) == Path(CorpusConfig.out) and not (Path(folder) / "made.json").exists():
-        print(f"no whole corpus in {folder}: rendering {config.scenes} scenes (about {config.scenes / 25 / 60 / config.workers:.0f} minutes)")
-        make(config)
-
-
-class Corpus:
-    """Scenes of a split ("train" or "val"), read from memory-mapped shards.
-
-    corpus[i] -> {"images": [(128, 128, 3) uint8], "turns": [(question, answer)], "questions": the same with category, form and chance,
-    "often": how many the corpus has of each one's category, "patch_class": (V, 8, 8), "patch_offset": (V, 8, 8, 3), "gripper": (V, 4), "robot": str, "things": [str], the labels
-    of what a clip's task is about, none for pictures}.
+    Each robot and task has as many; of all scenes, a fifteenth more for validation.
     """
-    num_classes = len(CLASSES)
+    jobs = {"train": [], "val": []}
+    cells = [(robot, task) for task in TASKS for robot in ROBOTS]
+    each = math.ceil(config.scenes / len(cells))
+    for number, (robot, task) in enumerate(cells):
+        seed = config.seed + 10_000 * number
+        shards = [
+            ("train", i, seed + 300 * i, min(SHARD, each - first))
+            for i, first in enumerate(range(0, each, SHARD))
+        ]
+        val = seeds.FIRST_VALIDATION + seed
+        shards.append(("val", 0, val, max(20, config.scenes // 15 // len(cells))))
+        for split, i, first, count in shards:
+            part = Path(config.out) / split / f"{robot}-{task}-{i:03d}.jsonl"
+            jobs[split].append((part, robot, task, first, count))
+    return {split: sorted(shards) for split, shards in jobs.items()}
 
-    def __init__(self, folder, split, categories="all"):
-        self.folder, self.categories, chosen = folder, categories, set(choose_many(categories, CATEGORIES, "category"))
-        paths = whole_files(Path(folder) / split, "*.safetensors")
-        if not paths:
-            raise UserError(f"no {split} corpus in {folder}; make it with `python -m nano.scenes --out {folder}`")
-        self.files, places, asked = [], [], []
-        for path in paths:
-            try:
-                file = safe_open(path, "numpy")
-                questions, first = json.loads(file.metadata()["questions"]), file.get_tensor("first")
-            except Exception as error:
-                raise UserError(f"broken corpus file {path} ({type(error).__name__}: {error}); delete it and run `python -m nano.scenes --out {folder}` again") from None
-            if file.metadata()["classes"] != json.dumps(CLASSES) or "gripper" not in file.keys():
-                raise UserError(f"{path} is of another version of the corpus; delete {folder} and run `python -m nano.scenes --out {folder}` again")
-            places += [(len(self.files), int(a), int(b)) for a, b in zip(first, first[1:])]
-            asked += [[question for question in scene if question["category"] in chosen] for scene in questions]
-            self.files.append(file)
-        self.scenes = [(*place, some) for place, some in zip(places, equalise(asked)) if some]
-        self.often = Counter(question["category"] for *_, questions in self.scenes for question in questions)
+
+def join(parts, path):
+    """Files' lines as one file, without the "yes" or "no" too many; returns its checksum."""
+    lines = []
+    for part in parts:
+        lines += part.read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    equalise([record["questions"] for record in records])
+    with atomic(path) as temporary, open(temporary, "w") as file:
+        for record in records:
+            if record["questions"]:
+                file.write(json.dumps(record) + "\n")
+    return checksum(path)
+
+
+def checksum(path):
+    return zlib.crc32(path.read_bytes())
+
+
+def make(config):
+    """Render what is missing of a corpus; the result does not depend on the number of workers."""
+    at_least(config, 1, "scenes", "workers")
+    at_least(config, 0, "seed")
+    path = Path(config.out) / "made.json"
+    made = {"scenes": config.scenes, "seed": config.seed, "checksums": {}}
+    if path.exists():
+        before = read_json(path, "delete it")
+        if before.get("checksums"):
+            made["checksums"] = before["checksums"]
+        if before != made:
+            raise UserError(f"{path} tells of other settings: choose another --out, or delete it")
+        if made["checksums"]:
+            return
+    write_json(path, made)
+    jobs = jobs_of(config)
+    shards = jobs["train"] + jobs["val"]
+    with tqdm(total=sum(count for *_, count in shards), unit="scene") as bar:
+        for count in run_jobs(make_shard, shards, config.workers):
+            bar.update(count)
+    for split in jobs:
+        parts = [part for part, *_ in jobs[split]]
+        name = f"{split}.jsonl"
+        made["checksums"][name] = join(parts, path.with_name(name))
+    write_json(path, made)
+    for part, *_ in shards:
+        part.unlink()
+
+
+@dataclass
+class Scenes:
+    """The scenes of a split ("train" or "val") as rows: a source of train_sft.py.
+
+    A row asks at most `questions` of the chosen categories, drawn anew each time, the rarer its
+    category the likelier. A share `blind` of rows has noise for pictures: the model learns to
+    guess where it sees nothing, instead of babbling. pictures_only: nothing is asked.
+    """
+
+    folder: str
+    split: str = "train"
+    categories: str = "all"
+    questions: int = 4
+    blind: float = 0.0
+    pictures_only: bool = False
+
+    def __post_init__(self):
+        names = choose_many(self.categories, CATEGORIES, "category")
+        path = Path(self.folder) / f"{self.split}.jsonl"
+        advice = f"make it with `python -m nano.scenes --out {self.folder}`"
+        with reading(path, advice):
+            if checksum(path) != read_json(path.with_name("made.json"))["checksums"][path.name]:
+                raise UserError("it was damaged or changed since it was made; delete the folder")
+        self.file = Conversations(path)
+        self.chosen = []  # (row of the file, which of its questions)
+        self.often = Counter()
+        for i, (_, record) in enumerate(self.file.records):
+            asked = [question["category"] for question in record["questions"]]
+            chosen = [n for n, category in enumerate(asked) if category in names]
+            self.often.update(asked[n] for n in chosen)
+            if chosen:
+                self.chosen.append((i, chosen))
+        if not self.chosen:
+            raise UserError(f"{path} asks nothing of --categories {self.categories}: take others")
 
     def validation(self):
-        """The validation split of the same folder and categories."""
-        return Corpus(self.folder, "val", self.categories)
-
-    def texts(self):
-        """Every string of the questions and answers, every instruction, and the chat template's own words, for a tokenizer."""
-        words = [*(w for task in TASKS.values() for w in task.instructions), "system\nYou are a helpful assistant.", "user\n", "assistant\n"]
-        return [q[part] for *_, questions in self.scenes for q in questions for part in ("question", "answer")] + words * 100
+        return dataclasses.replace(self, split="val")
 
     def __len__(self):
-        return len(self.scenes)
+        return len(self.chosen)
 
-    def __getitem__(self, i):
-        number, a, b, questions = self.scenes[i]
-        about = self.files[number].metadata()
-        images, classes, offsets, gripper = (self.files[number].get_slice(name)[a:b] for name in ("images", "patch_class", "patch_offset", "gripper"))
-        return {"images": list(images), "turns": [(q["question"], q["answer"]) for q in questions], "questions": questions, "often": [self.often[q["category"]] for q in questions],
-                "patch_class": classes.astype(np.int64), "patch_offset": offsets.astype(np.float32), "gripper": gripper.astype(np.float32), "robot": about["robot"],
-                "things": list(TASKS[about["task"]].labels.values()) if b - a > len(VIEWS) else []}
+    def name(self, i):
+        return self.file.name(self.chosen[i][0])
+
+    def texts(self):
+        """Every question and answer, and often, for a tokenizer, every instruction."""
+        for i, chosen in self.chosen:
+            questions = self.file.records[i][1]["questions"]
+            for n in chosen:
+                yield from (questions[n]["question"], questions[n]["answer"])
+        for task in TASKS.values():
+            yield from task.instructions * 100
+
+    def row(self, i, seed=None):
+        """A Row. seed (of the run, number of the row) draws its questions, and whether it is blind.
+
+        Without one it asks all questions as they stand.
+        """
+        i, chosen = self.chosen[i]
+        row = self.file.row(i)
+        questions = row.record["questions"]
+        if self.pictures_only:
+            chosen = []
+        elif seed is not None:
+            run, number = seed
+            draw = np.random.default_rng([run, 2, number])
+            if draw.random() < self.blind:
+                noise = [draw.integers(0, 256, PICTURE, dtype=np.uint8) for _ in row.media]
+                row.media = [("image", Image.fromarray(image)) for image in noise]
+                row.record = {**row.record, "grounding": None}
+            often = [self.often[questions[n]["category"]] for n in chosen]
+            wait = np.random.default_rng([run, 1, number]).exponential(often)
+            chosen = [chosen[n] for n in wait.argsort()[: self.questions]]
+        pictures = [{"role": "user", "content": [{"type": "image"} for _ in row.media]}]
+        row.conversations = [row.conversations[n] for n in chosen] or [pictures]
+        row.record = {**row.record, "questions": [questions[n] for n in chosen]}
+        return row
 
 
 def main():
-    config = parse(CorpusConfig, description="Render Stage I's corpus of questions about scenes.")
+    config = parse(ScenesConfig, description="Render pictures for Stage I, and ask about them.")
     make(config)
-    print(f"corpus in {config.out}: {len(Corpus(config.out, 'train'))} training scenes, {len(Corpus(config.out, 'val'))} validation scenes")
+    print(f"scenes in {config.out}: train.jsonl, val.jsonl and their pictures")
 
 
 if __name__ == "__main__":

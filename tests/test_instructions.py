@@ -1,0 +1,75 @@
+"""General instructions have right answers, and no probe is a training row."""
+
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from cli import UserError
+from data.conversations import Conversations
+from nano import instructions
+from nano.instructions import KINDS, WORDINGS, InstructionsConfig, make
+
+
+def test_instructions_are_right_and_probes_are_new(tmp_path):
+    make(InstructionsConfig(rows=600, probes=120, pictures=9, out=str(tmp_path)))
+    asked = []
+    for name, count in (("train", 600), ("probes", 120)):
+        rows = Conversations(tmp_path / f"{name}.jsonl")
+        assert len(rows) == count
+        questions = [record["questions"][0] for _, record in rows.records]
+        asked.append(
+            {json.dumps([r["images"], r["questions"][0]["question"]]) for _, r in rows.records}
+        )
+        for question in questions:
+            check(question)
+        row = rows.row(next(i for i, q in enumerate(questions) if q["category"] == "refusal"))
+        assert (
+            row.media[0][1].size == (128, 128)
+            and "There is no" in row.conversations[0][1]["content"]
+        )
+    assert not asked[0] & asked[1]
+    assert Counter(question["category"] for question in questions) == dict.fromkeys(KINDS, 20)
+    assert 0.3 < np.mean([question["held_out"] for question in questions]) < 0.7
+
+
+def check(question):
+    """Is the answer right, and do the options fit?"""
+    text, answer = question["question"], question["answer"]
+    if " + " in text:
+        a, b = re.findall(r"\d+", text)
+        assert int(answer) == int(a) + int(b)
+    if "A) " in text:
+        before, options = text.split("A) ")
+        listed = dict(option.split(") ") for option in re.split(" (?=[B-F][)])", "A) " + options))
+        assert list(listed.values()) == question["options"] and question["chance"] == 1 / len(
+            listed
+        )
+        taken, _, last = answer.rpartition(": ")  # "words: letter", the letter, or the words
+        if last in listed:
+            assert listed[last] in before and listed[last] == (taken or listed[last])
+            assert question["form"] == "choice"
+        else:
+            letter = next(name for name in listed if re.search(rf"\b{name}\b", before))
+            assert listed[letter] == answer and question["form"] == "words"
+    if "numbers" in text:
+        numbers = [int(number) for number in answer.split(", ")]
+        assert numbers == sorted(numbers)
+        assert numbers == sorted(map(int, re.findall(r"\d+", text)))
+
+
+def test_a_wording_that_is_held_out_has_no_word_of_its_own():
+    for name, wordings in WORDINGS.items():
+        held_out = set(re.findall("[a-z]+", wordings["held_out"].lower()))
+        assert held_out <= set(re.findall("[a-z]+", " ".join(wordings["seen"]).lower())), name
+        assert wordings["held_out"] not in wordings["seen"]
+
+
+def test_what_is_there_is_not_made_again(tmp_path, monkeypatch):
+    make(InstructionsConfig(rows=5, probes=6, pictures=2, out=str(tmp_path)))
+    monkeypatch.setattr(instructions, "make", None)
+    instructions.ensure(tmp_path)
+    with pytest.raises(UserError, match="--pictures 1 must be at least 2"):
+        make(InstructionsConfig(pictures=1, out=str(tmp_path)))

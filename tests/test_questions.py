@@ -1,0 +1,98 @@
+"""Questions cannot be guessed from their text: wordings, options and answers are balanced."""
+
+import re
+from collections import Counter
+
+import numpy as np
+
+from data.tasks import TASKS
+from nano.questions import CATEGORIES, COLORS, WORDINGS, Asker, equalise
+
+
+def test_every_question_has_ten_wordings_of_one_meaning():
+    for name, wordings in WORDINGS.items():
+        every = wordings["seen"] + wordings["held_out"]
+        assert len(every) == len(set(every)) >= 10 and len(wordings["held_out"]) == 2
+        takes = set()
+        for wording in every:
+            numbers = [int(number) for number in re.findall(r"{(\d)}", wording)]
+            takes.add(max(numbers) + 1 if numbers else wording.count("{}"))
+        assert len(takes) == 1, name
+        words = {
+            kind: set(re.findall("[a-z]+", " ".join(wordings[kind]).lower())) for kind in wordings
+        }
+        assert words["held_out"] <= words["seen"], name  # a new sentence, but no new word
+    assert len(CATEGORIES) == 17
+
+
+def test_whatever_a_task_is_about_can_be_named():
+    labels = {label for task in TASKS.values() for label in task.labels.values()}
+    assert labels <= set(COLORS) and list(COLORS) == sorted(COLORS)
+
+
+def test_answers_are_balanced_whatever_is_usual():
+    rng = np.random.default_rng(0)
+    asker = Asker(rng)
+    for _ in range(2000):
+        asker.yes_no("existence", rng.random() < 0.9, ["red cube"])  # nine of ten scenes have one
+    given = Counter(question["answer"] for question in asker.take())
+    assert abs(given["yes"] - given["no"]) <= 1 and given["no"] > 100
+    for _ in range(600):
+        asker.closed("past", str(rng.choice(["a", "b", "c"], p=[0.7, 0.2, 0.1])), ["a", "b", "c"])
+    letters = Counter()
+    words = Counter()
+    for question in asker.take():
+        if question["form"] == "choice":
+            word, letter = question["answer"].split(": ")
+            letters[letter] += 1
+            assert f"{letter}) {word}" in question["question"] and question["chance"] == 1 / 3
+            assert question["options"]["ABC".index(letter)] == word
+        else:
+            words[question["answer"]] += 1
+    for counts in (letters, words):  # a third each, though "a" is right seven times of ten
+        assert len(counts) == 3
+        assert all(0.2 < count / counts.total() < 0.47 for count in counts.values())
+
+
+def test_yes_and_no_are_as_many_to_whatever_reads_alike():
+    def question(about, answer):
+        return {"category": "existence", "about": about, "answer": answer, "held_out": False}
+
+    where = {"category": "point", "answer": "x"}
+    scenes = [
+        [question("peg", "yes"), where],
+        [question("peg", "yes"), question("bin", "no")],
+        [question("peg", "no")],
+    ]
+    equalise(scenes)
+    assert scenes == [[question("peg", "yes"), where], [], [question("peg", "no")]]
+
+
+def test_held_out_wordings_are_never_asked_in_training():
+    texts = []
+    for held_out in (False, True):
+        asked = set()
+        for seed in range(60):
+            asker = Asker(np.random.default_rng(seed), held_out)
+            asker.locate("point", "point", (1, 2), "peg", words=["front"])
+            [question] = asker.take()
+            assert question["held_out"] == held_out
+            asked.add(question["question"])
+        texts.append(asked)
+    assert len(texts[0]) == 8 and len(texts[1]) == 2 and not texts[0] & texts[1]
+
+
+def test_a_question_tells_what_it_names_and_points_at():
+    asker = Asker(np.random.default_rng(0))
+    for _ in range(60):
+        asker.ask("spatial side", "left", ["peg", "bin"])
+        asker.ask("spatial side", "right", ["peg", "bin"])
+    orders = {tuple(question["labels"]) for question in asker.asked}
+    for question in asker.take():  # in the order of the text
+        assert question["labels"] == sorted(["peg", "bin"], key=question["question"].index)
+    assert len(orders) == 2
+    asker.locate("box", "box", (10, 20, 30, 60), "bin", words=["front"])
+    [question] = asker.take()
+    assert question["place"] == [20, 40] and '"bbox_2d": [10, 20, 30, 60]' in question["answer"]
+    asker.yes_no("existence", True, ["orange cube"])
+    assert " a orange" not in asker.take()[0]["question"]
