@@ -431,7 +431,8 @@ def make(config):
         if before.get("checksums"):
             made["checksums"] = before["checksums"]
         if before != made:
-            raise UserError(f"{path} tells of other settings: choose another --out, or delete it")
+            there = f"--scenes {before.get('scenes')} --seed {before.get('seed')}"
+            raise UserError(f"{path.parent} is of {there}: choose another --out, or delete it")
         if made["checksums"]:
             return
     write_json(path, made)

@@ -60,11 +60,8 @@ def check(question):
         assert numbers == sorted(map(int, re.findall(r"\d+", text)))
 
 
-def test_a_wording_that_is_held_out_has_no_word_of_its_own():
-    for name, wordings in WORDINGS.items():
-        held_out = set(re.findall("[a-z]+", wordings["held_out"].lower()))
-        assert held_out <= set(re.findall("[a-z]+", " ".join(wordings["seen"]).lower())), name
-        assert wordings["held_out"] not in wordings["seen"]
+def test_held_out_wordings_are_never_trained_on():
+    assert all(wordings["held_out"] not in wordings["seen"] for wordings in WORDINGS.values())
 
 
 def test_what_is_there_is_not_made_again(tmp_path, monkeypatch):
