@@ -152,13 +152,6 @@ def make(config):
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def ensure(folder):
-    """Write the default instructions into `folder` unless they are there."""
-    if not all((Path(folder) / f"{name}.jsonl").exists() for name in ("train", "probes")):
-        print(f"no instructions in {folder}: writing them")
-        make(InstructionsConfig(out=str(folder)))
-
-
 def main():
     config = parse(InstructionsConfig, description="Write general instructions and probes of them.")
     make(config)

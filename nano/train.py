@@ -14,6 +14,7 @@ replay and grounding.py's heads; all are made if they are not there.
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,9 @@ from data.conversations import Conversations
 from files import claim, read_json, reading
 from nano import instructions, scenes
 from nano.grounding import Grounding
-from processor import SYSTEM_PROMPT, Processor, train_tokenizer
+from nano.instructions import InstructionsConfig
+from nano.scenes import Scenes, ScenesConfig
+from processor import SYSTEM_PROMPT, Processor, Tokenizer, train_tokenizer
 from train_sft import Source, train
 from trainer import RunConfig
 from vlm import PRESETS, VLM
@@ -76,11 +79,17 @@ STAGES = {
 }  # fmt: skip
 
 
+def make_data(cfg):
+    """Make the default scenes and instructions where they are not there."""
+    if not (Path(cfg.scenes) / "val.jsonl").exists():
+        scenes.make(ScenesConfig(out=cfg.scenes, workers=os.cpu_count() or 1))
+    if not (Path(cfg.instructions) / "probes.jsonl").exists():
+        instructions.make(InstructionsConfig(out=cfg.instructions))
+
+
 def open_sources(cfg):
     """The rows of a stage. UserError on what they lack."""
-    rows = scenes.Scenes(
-        cfg.scenes, "train", cfg.categories, cfg.questions, cfg.blind, cfg.pictures_only
-    )
+    rows = Scenes(cfg.scenes, "train", cfg.categories, cfg.questions, cfg.blind, cfg.pictures_only)
     sources = [Source("scenes", rows, cfg.share, rows.validation())]
     if not cfg.pictures_only:
         replay = Conversations(Path(cfg.instructions) / "train.jsonl")
@@ -99,19 +108,23 @@ def learn_tokenizer(cfg):
 def train_stage(cfg):
     """Train one stage; returns its last figures."""
     torch.manual_seed(cfg.seed)
-    folder = cfg.out if cfg.resume else cfg.backbone  # its own tokenizer: data may be others by now
-    if folder:
-        processor = Processor.from_pretrained(folder)
-        model = VLM.from_pretrained(folder)
+    if cfg.resume:  # its own: the backbone or the data may be others by now
+        processor = Processor(Tokenizer.from_pretrained(cfg.out))
+    elif cfg.backbone:
+        processor = Processor.from_pretrained(cfg.backbone)
     else:
         processor = Processor(learn_tokenizer(cfg))
+    if cfg.backbone:
+        model = VLM.from_pretrained(cfg.backbone)
+    else:
         model = VLM(PRESETS["nano"].for_tokenizer(processor.tokenizer))
     heads = Grounding(model.config, processor.tokenizer, cfg.intent_layer, cfg.pictures_only)
-    known = Path(folder) / "heads.safetensors"
-    if folder and known.exists():  # new ones would undo in a hundred steps what is learned
-        with reading(known):
-            heads.load_state_dict(load_file(known))
+    learned = Path(cfg.backbone) / "heads.safetensors"
+    if cfg.backbone and learned.exists():  # new ones would undo in a hundred steps what is learned
+        with reading(learned):
+            heads.load_state_dict(load_file(learned))
     with claim(cfg.out):
+        processor.tokenizer.save_pretrained(cfg.out)  # before a first checkpoint needs it
         return train(cfg, model, processor, open_sources(cfg), heads)
 
 
@@ -161,8 +174,7 @@ def main():
         check(stage)
     trainer.start_processes(cfg)
     if trainer.this_process()[0] == 0:
-        scenes.ensure(cfg.scenes)
-        instructions.ensure(cfg.instructions)
+        make_data(cfg)
     trainer.barrier()
     for stage in missing:  # mistakes are told now, not after other stages' training
         open_sources(stage)
