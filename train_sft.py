@@ -394,6 +394,9 @@ def train(cfg, model, processor, sources, auxiliary=None):
     device = trainer.start_processes(cfg)
     mixture = Mixture(sources, cfg.seed)
     select_parts(model, cfg)
+    if auxiliary is not None and auxiliary.num_layers:  # blocks that do not run stay as they are
+        model.model.layers[auxiliary.num_layers :].requires_grad_(False)
+        model.model.norm.requires_grad_(False)
     model.checkpointing = model.visual.checkpointing = cfg.checkpointing
     modules = {"model": model}
     if auxiliary is not None:

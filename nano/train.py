@@ -150,7 +150,7 @@ def missing_stages(cfg):
         stage.resume = bool(trainer.checkpoints(stage.out))
         if stage.out == cfg.out:
             raise UserError(f"--out {cfg.out} is where an earlier stage goes: choose another")
-    if len(missing) > 1:  # stopped before this stage began
+    if cfg.backbone in stages:  # it may have been stopped before this stage began
         cfg.resume = cfg.resume and bool(trainer.checkpoints(cfg.out))
     return missing
 

@@ -62,10 +62,10 @@ def test_looking_stops_at_block_k(tmp_path, data):
 
 
 def test_it_overfits_a_few_scenes(tmp_path, data):
-    look = config(tmp_path / "look", data, pictures_only=True, steps=60, lr=5e-3)
+    look = config(tmp_path / "look", data, pictures_only=True, steps=50, lr=5e-3)
     look.eval_every = 1000
     train_stage(look)
-    changes = {"backbone": look.out, "steps": 300, "batch_size": 8, "lr": 5e-3, "blind": 0.0}
+    changes = {"backbone": look.out, "steps": 320, "batch_size": 6, "lr": 5e-3, "blind": 0.0}
     figures = train_stage(config(tmp_path / "base", data, **changes, share=3.0, eval_every=1000))
     answers = [line["answer"] for line in log_of(tmp_path / "base")]
     assert np.mean(answers[-9:]) < 0.3 * answers[0]
