@@ -130,8 +130,6 @@ def attend(q, k, v, mask=None, **options):
 
 
 class RMSNorm(nn.Module):
-    """As torch's own, whose bookkeeping takes as long as the work on one token."""
-
     def __init__(self, width, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -141,17 +139,31 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+@lru_cache
+def constant(number):
+    return torch.tensor(number)
+
+
+def rms_norm(x, norm):
+    """`norm` of x (B, D) without gradient: torch's own is eight operations on a CPU."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return norm(x)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    mean = torch.addcmul(constant(norm.eps), length, length, value=1 / x.shape[-1])
+    return x * mean.rsqrt_() * norm.weight
+
+
 def cos_sin(angles, dtype):
-    """For `apply_rotary`, of a head's angles (..., d/2): cos, cos and -sin, sin, (..., d) each."""
-    cos = angles.cos().to(dtype)
-    sin = angles.sin().to(dtype)
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    """cos (..., 1, d/2) and sin (..., 2, d/2) for `apply_rotary`, of angles (..., d/2)."""
+    sin = angles.sin()
+    return angles.cos()[..., None, :].to(dtype), torch.stack((-sin, sin), dim=-2).to(dtype)
 
 
 def apply_rotary(x, cos, sin):
-    """Rotate pairs (i, i + d/2) of the last axis of x (..., d); cos and sin (..., d)."""
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)  # under autocast x is narrower
+    """Rotate pairs (i, i + d/2) of the last axis of x (..., d)."""
+    pairs = x.unflatten(-1, (2, -1))  # (..., 2, d/2)
+    turned = torch.addcmul(pairs * cos, pairs.flip(-2), sin)
+    return turned.flatten(-2).to(x.dtype)  # under autocast x is narrower than cos
 
 
 def compute(block, checkpointing, *inputs):
@@ -238,13 +250,15 @@ class VisionAttention(nn.Module):
 
     def forward(self, x, cos, sin, groups):
         qkv = self.qkv(x).view(len(x), 3, self.num_heads, -1)  # (P, 3, H, d)
-        qk, v = qkv.split((2, 1), dim=1)
-        qkv = torch.cat((apply_rotary(qk, cos, sin), v), dim=1)
+        q, k = apply_rotary(qkv[:, :2], cos, sin).unbind(1)
         outputs = []
-        for (count, length), part in zip(groups, qkv.split([n * size for n, size in groups])):
-            q, k, v = part.view(count, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-            y = attend(q, k, v)  # (count, H, length, d)
-            outputs.append(y.transpose(1, 2).reshape(count * length, -1))
+        start = 0
+        for count, length in groups:
+            stop = start + count * length
+            group = [t[start:stop].unflatten(0, (count, length)) for t in (q, k, qkv[:, 2])]
+            y = attend(*(t.transpose(1, 2) for t in group))  # (count, H, length, d)
+            outputs.append(y.transpose(1, 2).flatten(2).flatten(0, 1))
+            start = stop
         return self.proj(torch.cat(outputs))
 
 
@@ -317,7 +331,7 @@ class VisionTransformer(nn.Module):
         # half of a head's pairs turn with the row, the other half with the column
         half = config.hidden_size // config.num_heads // 2
         frequency = 10000.0 ** (-torch.arange(0, half, 2, device=device) / half)
-        angles = (places[:, :, None] * frequency).view(-1, 1, 1, half)
+        angles = (places[:, :, None] * frequency).view(-1, 1, 1, half)  # for q and k, heads
         x = self.patch_embed(pixel_values[order])
         cos, sin = cos_sin(angles, x.dtype)
         for i, block in enumerate(self.blocks):
@@ -403,6 +417,15 @@ def mrope_positions(
     return torch.from_numpy(positions).to(input_ids.device)
 
 
+@lru_cache
+def rotary_pairs(head_dim, theta, sections, device):
+    """Axis (0 time, 1 row, 2 column) and frequency of each rotary pair of a head, (d/2,) both."""
+    with torch.inference_mode(False):  # kept for training too
+        pairs = torch.arange(0, head_dim, 2, device=device)
+        axis = torch.repeat_interleave(torch.arange(3), torch.tensor(sections)).to(device)
+        return axis, theta ** (-pairs / head_dim)
+
+
 def padding_mask(real):
     """(B, 1, L, L), True where a query may look, of real (B, L), 1 on real tokens, or None.
 
@@ -433,41 +456,37 @@ def branch_mask(lengths, device):
 
 
 class Cache:
-    """Keys and values of `length` tokens so far, with room for `size`; a new one is filled.
+    """Keys and values of `length` tokens so far, with room for `size`.
 
-    layers: [keys, values] each, (B, G, size, d). next_position (B,): of the next token.
+    layers: a buffer (B, 2 G, size, d) each, keys first. turns: cos and sin of the tokens to come.
     """
 
     def __init__(self, size):
         self.size = size
         self.length = 0
-        self.layers = {}
-        self.next_position = None
+        self.layers = []
+        self.turns = None
 
-    def append(self, index, *new):
-        """Add a layer's keys and values (B, G, L, d) of new tokens; returns all, (B, G, S, d)."""
-        B, G, L, d = new[0].shape
-        if index not in self.layers:
-            self.layers[index] = [part.new_empty(B, G, self.size, d) for part in new]
-        buffers = self.layers[index]
-        for buffer, part in zip(buffers, new):
-            buffer.narrow(2, self.length, L).copy_(part)
-        return [buffer.narrow(2, 0, self.length + L) for buffer in buffers]
+    def begin(self, k, v):
+        """Take a layer's keys and values (B, G, L, d) of the prompt."""
+        B, G, L, d = k.shape
+        buffer = k.new_empty(B, 2 * G, self.size, d)
+        buffer[:, :, :L] = torch.cat((k, v), dim=1)
+        self.layers.append(buffer)
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with M-RoPE: x (B, L, D), cos and sin (B, 1, L, d/2).
+    """Grouped-query self-attention with M-RoPE: x (B, L, D), cos and sin as `cos_sin` has them.
 
-    mask (B or 1, 1, L, S), True where a query may look, or None for causal. segments
+    mask (B or 1, 1, L, L), True where a query may look, or None for causal. segments
     [(length, mask)] of texts that share the row and do not see each other, or None.
     """
 
-    def __init__(self, config, index):
+    def __init__(self, config):
         super().__init__()
-        self.index = index
+        self.head_dim = config.head_dim
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
-        self.head_dim = config.head_dim
         # the hub's q_proj, k_proj and v_proj lie below one another in one matrix
         rows = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, rows)
@@ -479,42 +498,57 @@ class Attention(nn.Module):
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         q, k = apply_rotary(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)
         if cache is not None:
-            k, v = cache.append(self.index, k, v)
-        if segments is None:
-            y = attend(q, k, v, mask, is_causal=mask is None and L > 1, enable_gqa=True)
-        else:
-            y = self.attend_apart(q, k, v, segments)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
-
-    def attend_apart(self, q, k, v, segments):
-        """Each text on its own: causal attention is fast without a mask, and nothing is padded."""
+            cache.begin(k, v)
+        # each text on its own: no mask is as fast as causal, and nothing is padded
+        segments = segments or [(L, mask)]
         lengths = [length for length, _ in segments]
         parts = zip(*(t.split(lengths, dim=2) for t in (q, k, v)))
         outputs = []
         for part, (_, mask) in zip(parts, segments):
             outputs.append(attend(*part, mask, is_causal=mask is None, enable_gqa=True))
-        return torch.cat(outputs, dim=2)
+        return self.o_proj(torch.cat(outputs, dim=2).transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config, index):
+    def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, index)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(self, x, *where):
-        x = x + self.self_attn(self.input_layernorm(x), *where)
+    def forward(self, x, cos, sin, mask, segments=None, cache=None, buffer=None):
+        if buffer is not None:
+            return self.step(x, cos, sin, mask, cache.length, buffer)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, segments, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def step(self, x, cos, sin, mask, at, buffer):
+        """`forward` of one token more a row, x (B, D), whose keys and values go to place `at`.
+
+        Without modules, whose calls take as long as the work on one token of a small model.
+        """
+        attention, mlp = self.self_attn, self.mlp
+        heads, kv_heads, d = attention.heads, attention.kv_heads, attention.head_dim
+        qkv = attention.qkv_proj
+        y = F.linear(rms_norm(x, self.input_layernorm), qkv.weight, qkv.bias)
+        y = y.view(len(x), -1, 1, d)  # (B, H + 2 G, 1, d)
+        y[:, : heads + kv_heads] = apply_rotary(y[:, : heads + kv_heads], cos, sin)
+        buffer[:, :, at : at + 1] = y[:, heads:]
+        k, v = buffer[:, :, : at + 1].chunk(2, dim=1)
+        q = y[:, :heads].view(len(x), kv_heads, -1, d)  # those that look at the same keys
+        y = attend(q, k, v, mask).flatten(1)
+        x = torch.addmm(x, y, attention.o_proj.weight.t())
+        y = F.linear(rms_norm(x, self.post_attention_layernorm), mlp.gate_up_proj.weight)
+        gate, up = y.chunk(2, dim=-1)
+        return torch.addmm(x, F.silu(gate) * up, mlp.down_proj.weight.t())
 
 
 class TextModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        layers = [DecoderLayer(config, index) for index in range(config.num_hidden_layers)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -546,12 +580,11 @@ class VLM(nn.Module):
         self.apply(initialize)
 
     def rotary(self, positions):
-        """cos and sin (B, 1, L, d/2) of positions (3, B, L): each pair of a head has its axis."""
+        """cos and sin (B, 1, L, d) of positions (3, B, L): each pair of a head has its axis."""
         config = self.config
-        pairs = torch.arange(0, config.head_dim, 2, device=positions.device)
-        frequency = config.rope_theta ** (-pairs / config.head_dim)
-        sections = torch.tensor(config.mrope_section)
-        axis = torch.repeat_interleave(torch.arange(3), sections)  # (d/2,)
+        axis, frequency = rotary_pairs(
+            config.head_dim, config.rope_theta, config.mrope_section, positions.device
+        )
         angles = positions[axis].movedim(0, -1)[:, None] * frequency
         return cos_sin(angles, self.model.norm.weight.dtype)
 
@@ -594,18 +627,18 @@ class VLM(nn.Module):
         num_layers=k runs the first k blocks only (no logits). logits_at (B, L) bool: logits of
         these places only. segments: the lengths of texts packed into one row (B = 1), each [L] or
         [stem, branch, branch, ...], each branch going on where the stem ends, as if it were alone.
-        cache: an empty one is filled; else input_ids (B, 1) are text that goes on behind it, and
-        attention_mask covers both. ValueError if pictures do not fill their places in the text.
+        An empty cache is filled for `step`. ValueError if pictures do not fill their places in
+        the text.
         """
-        if cache is not None and cache.length:
-            position_ids = cache.next_position.expand(3, 1, -1).mT
-            mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
-        else:
-            grids = (image_grid_thw, video_grid_thw, second_per_grid_ts)
-            position_ids = mrope_positions(
-                input_ids, attention_mask, self.config, *grids, segments=segments
-            )
-            mask = padding_mask(attention_mask)
+        position_ids = mrope_positions(
+            input_ids,
+            attention_mask,
+            self.config,
+            image_grid_thw,
+            video_grid_thw,
+            second_per_grid_ts,
+            segments,
+        )
         x = self.model.embed_tokens(input_ids)
         patch_features = None
         if pixel_values is not None or pixel_values_videos is not None:
@@ -615,18 +648,37 @@ class VLM(nn.Module):
             segments = [(sum(lengths), branch_mask(lengths, x.device)) for lengths in segments]
 
         cos, sin = self.rotary(position_ids)
+        mask = padding_mask(attention_mask)
         hidden = [x]
         for layer in self.model.layers[:num_layers]:
             x = compute(layer, self.checkpointing, x, cos, sin, mask, segments, cache)
             hidden.append(x)
         if cache is not None:
-            cache.length += input_ids.shape[1]
-            cache.next_position = position_ids.amax(dim=(0, 2)) + 1
+            cache.length = input_ids.shape[1]
+            ahead = torch.arange(1, 1 + cache.size - cache.length, device=x.device)
+            positions = position_ids.amax(dim=(0, 2))[:, None] + ahead
+            turns = self.rotary(positions.expand(3, -1, -1))
+            cache.turns = zip(*(part.split(1, dim=2) for part in turns))
         if num_layers is not None:
             return VLMOutput(None, hidden, patch_features)
         last = self.model.norm(x if logits_at is None else x[logits_at])
-        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return VLMOutput(F.linear(last, head.weight), hidden, patch_features, last)
+        return VLMOutput(self.head(last), hidden, patch_features, last)
+
+    def head(self, x):
+        layer = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(x, layer.weight)
+
+    def step(self, tokens, mask, cache):
+        """Logits (B, V) behind one more token (B,) of text a row, which joins the cache.
+
+        mask (B, 1, 1, S), True where it may look, or None.
+        """
+        x = self.model.embed_tokens(tokens)
+        cos, sin = next(cache.turns)
+        for layer, buffer in zip(self.model.layers, cache.layers):
+            x = layer(x, cos, sin, mask, cache=cache, buffer=buffer)
+        cache.length += 1
+        return self.head(self.model.norm(x))
 
     @torch.inference_mode()
     def generate(
@@ -659,7 +711,7 @@ class VLM(nn.Module):
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         mask = None
         if attention_mask is not None and not attention_mask.all():
-            mask = F.pad(attention_mask, (0, max_new_tokens), value=1)  # (B, L + new)
+            mask = F.pad(attention_mask, (0, max_new_tokens), value=1).bool()[:, None, None]
         used = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
         if penalty != 1.0:
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -687,8 +739,8 @@ class VLM(nn.Module):
                 stream(ids)
             if all(done) or i + 1 == max_new_tokens:
                 break
-            seen = None if mask is None else mask[:, : L + i + 1]
-            logits = self(token[:, None], seen, cache=cache).logits[:, 0]
+            seen = None if mask is None else mask[..., : L + i + 1]
+            logits = self.step(token, seen, cache)
         return rows
 
     @classmethod

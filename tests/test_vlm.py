@@ -316,8 +316,9 @@ def test_cached_equals_uncached_and_padding_moves_nothing(tokenizer):
     with torch.no_grad():
         whole, cache = model(**longer), Cache(L + 5)
         model(**batch, cache=cache)
-        parts = [model(extra[:, i:i + 1], longer["attention_mask"][:, :L + i + 1], cache=cache).logits for i in range(5)]
-        torch.testing.assert_close(torch.cat(parts, 1), whole.logits[:, L:], atol=1e-5, rtol=1e-5)
+        real = longer["attention_mask"].bool()[:, None, None]
+        parts = [model.step(extra[:, i], real[..., :L + i + 1], cache) for i in range(5)]
+        torch.testing.assert_close(torch.stack(parts, 1), whole.logits[:, L:], atol=1e-5, rtol=1e-5)
         length = int(batch["attention_mask"][1].sum())                           # of the row without a picture
         alone = {name: batch[name][1:2, -length:] for name in ("input_ids", "attention_mask")}
         torch.testing.assert_close(model(**alone).logits, model(**batch).logits[1:2, -length:], atol=1e-5, rtol=1e-5)
