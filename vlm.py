@@ -22,9 +22,7 @@ m x m neighbors after one another, so that the merger is a reshape.
 import dataclasses
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import groupby
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoint import load_weights, read_config, read_generation_config, save_model
 from files import find_folder, reading
+from positions import branch_mask, mrope_positions, padding_mask, vision_plan
 
 # ---- configuration
 
@@ -189,53 +188,6 @@ class MLP(nn.Module):
 # ---- ViT
 
 
-@lru_cache(maxsize=256)
-def frame_plan(h, w, m, window):
-    """Where the patches of one frame go so that each window's lie together.
-
-    order (h w,): for each place, the patch's index in pixel_values; windows of equal size are
-    adjacent. rows, columns (h w,): where that patch is in the frame. sizes: patches a window.
-    `window` is a window's side in merged tokens.
-    """
-    row, column = np.divmod(np.arange(h // m * (w // m)), w // m)  # of merged tokens
-    labels = row // window * w + column // window
-    _, number, size = np.unique(labels, return_inverse=True, return_counts=True)
-    tokens = np.lexsort((number, size[number]))
-    # a token's m x m patches stay together
-    down, right = np.divmod(np.arange(m * m), m)
-    order = tokens[:, None] * m * m + np.arange(m * m)
-    rows = row[tokens, None] * m + down
-    columns = column[tokens, None] * m + right
-    return order.ravel(), rows.ravel(), columns.ravel(), np.sort(size) * m * m
-
-
-def vision_plan(grids, vision):
-    """The plan of pictures [(t, h, w)], frame after frame.
-
-    Returns order, raster (P,) and where (P, 2), tensors: index in pixel_values, place in reading
-    order, row and column of each patch; and the groups [(count, patches)] of windows and frames.
-    """
-    window = vision.window_size // vision.spatial_merge_size // vision.patch_size
-    orders, rasters, places, windows, frames = [], [], [], [], []
-    start = 0
-    for t, h, w in grids:
-        order, rows, columns, sizes = frame_plan(h, w, vision.spatial_merge_size, window)
-        for _ in range(t):
-            orders.append(start + order)
-            rasters.append(start + rows * w + columns)
-            places.append(np.stack((rows, columns), axis=1))
-            windows.extend(sizes.tolist())
-            frames.append(h * w)
-            start += h * w
-    tensors = [torch.from_numpy(np.concatenate(part)) for part in (orders, rasters, places)]
-    return *tensors, adjacent(windows), adjacent(frames)
-
-
-def adjacent(sizes):
-    """Equal neighbors counted: [4, 4, 2] to [(2, 4), (1, 2)]."""
-    return [(len(list(equal)), size) for size, equal in groupby(sizes)]
-
-
 class VisionAttention(nn.Module):
     """Attention inside each window. x (P, D) in windowed order, cos and sin (P, 1, 1, d/2).
 
@@ -325,13 +277,13 @@ class VisionTransformer(nn.Module):
         tokens (P / m², D of the LLM) and features (P, D of the ViT), both in reading order.
         """
         config = self.config
-        device = pixel_values.device
-        *indices, windows, frames = vision_plan(grid_thw.tolist(), config)
-        order, raster, places = (index.to(device) for index in indices)
+        *plan, windows, frames = vision_plan(grid_thw.tolist(), config)
+        order, raster, rows, columns = (index.to(pixel_values.device) for index in plan)
         # half of a head's pairs turn with the row, the other half with the column
         half = config.hidden_size // config.num_heads // 2
-        frequency = 10000.0 ** (-torch.arange(0, half, 2, device=device) / half)
-        angles = (places[:, :, None] * frequency).view(-1, 1, 1, half)  # for q and k, heads
+        frequency = 10000.0 ** (-torch.arange(0, half, 2, device=rows.device) / half)
+        places = torch.stack((rows, columns), dim=1)[:, :, None]
+        angles = (places * frequency).view(-1, 1, 1, half)  # for all heads of queries and keys
         x = self.patch_embed(pixel_values[order])
         cos, sin = cos_sin(angles, x.dtype)
         for i, block in enumerate(self.blocks):
@@ -340,116 +292,6 @@ class VisionTransformer(nn.Module):
         m2 = config.spatial_merge_size**2
         tokens = self.merger(x)[torch.argsort(order[::m2])]
         return tokens, x[torch.argsort(raster)]
-
-
-# ---- positions and masks of the LLM
-
-
-def row_positions(ids, images, videos, config):
-    """M-RoPE positions (3, L) of one text, an array of ids without padding: time, row, column.
-
-    Text counts on all three alike. A picture's tokens all start at the next position and count
-    along their own axis; the text behind goes on at the largest position + 1. images and videos
-    are iterators of (t, h, w, positions a frame). ValueError if they do not fit the text.
-    """
-    m = config.vision_config.spatial_merge_size
-    grids = {config.image_token_id: images, config.video_token_id: videos}
-    positions = np.zeros((3, len(ids)), np.int64)
-    at = start = 0  # the token that is next, and its position
-    while at < len(ids):
-        if ids[at] not in grids:
-            is_vision = np.isin(ids[at:], list(grids))
-            tokens = int(is_vision.argmax()) if is_vision.any() else len(ids) - at
-            axes = np.arange(tokens)
-        else:
-            t, h, w, pace = next(grids[ids[at]], (0, 0, 0, 0))
-            tokens = t * (h // m) * (w // m)
-            if not tokens or (ids[at : at + tokens] != ids[at]).any() or at + tokens > len(ids):
-                raise ValueError(f"the text has fewer places left than the next picture's {tokens}")
-            axes = np.indices((t, h // m, w // m)).reshape(3, -1)
-            axes[0] = axes[0] * pace
-        positions[:, at : at + tokens] = start + axes
-        start += axes.max() + 1
-        at += tokens
-    return positions
-
-
-def mrope_positions(
-    input_ids,
-    attention_mask,
-    config,
-    image_grid_thw=None,
-    video_grid_thw=None,
-    second_per_grid_ts=None,
-    segments=None,
-):
-    """`row_positions` of a batch, (3, B, L); padding (attention_mask 0) gets 0.
-
-    Grids are taken in reading order; a video's frames are tokens_per_second x second_per_grid_ts
-    apart. A branch of `segments` goes on where its stem ends. As transformers 4 and vLLM have it;
-    transformers 5 goes on behind a video at start + max(h, w) / m, for a long one before its end.
-    """
-    ids = input_ids.cpu().numpy()
-    real = np.ones_like(ids, bool)
-    if attention_mask is not None:
-        real = attention_mask.cpu().numpy().astype(bool)
-    images = [] if image_grid_thw is None else image_grid_thw.tolist()
-    videos = [] if video_grid_thw is None else video_grid_thw.tolist()
-    seconds = np.ones(len(videos)) if second_per_grid_ts is None else second_per_grid_ts
-    paces = [float(s) * config.vision_config.tokens_per_second for s in seconds]
-    images = iter([(*grid, 0) for grid in images])
-    videos = iter([(*grid, pace) for grid, pace in zip(videos, paces)])
-
-    positions = np.zeros((3, *ids.shape), np.int64)
-    if segments is None:
-        for b, row in enumerate(ids):
-            positions[:, b, real[b]] = row_positions(row[real[b]], images, videos, config)
-        return torch.from_numpy(positions).to(input_ids.device)
-    start = 0
-    for stem, *branches in segments:
-        stop = start + stem
-        positions[:, 0, start:stop] = row_positions(ids[0, start:stop], images, videos, config)
-        end = positions[:, 0, start:stop].max() + 1
-        for length in branches:
-            positions[:, 0, stop : stop + length] = end + np.arange(length)
-            stop += length
-        start = stop
-    return torch.from_numpy(positions).to(input_ids.device)
-
-
-@lru_cache
-def rotary_pairs(head_dim, theta, sections, device):
-    """Axis (0 time, 1 row, 2 column) and frequency of each rotary pair of a head, (d/2,) both."""
-    with torch.inference_mode(False):  # kept for training too
-        pairs = torch.arange(0, head_dim, 2, device=device)
-        axis = torch.repeat_interleave(torch.arange(3), torch.tensor(sections)).to(device)
-        return axis, theta ** (-pairs / head_dim)
-
-
-def padding_mask(real):
-    """(B, 1, L, L), True where a query may look, of real (B, L), 1 on real tokens, or None.
-
-    None where causal attention needs no mask: with padding on the right no real token sees it.
-    """
-    if real is None or not (real[:, :-1] < real[:, 1:]).any():
-        return None
-    L = real.shape[1]
-    causal = torch.ones(L, L, dtype=torch.bool, device=real.device).tril()
-    itself = torch.eye(L, dtype=torch.bool, device=real.device)  # no empty rows, so no NaN
-    return causal & real.bool()[:, None, None] | itself
-
-
-def branch_mask(lengths, device):
-    """(L, L), True where a token may look: back to the stem and into its own branch.
-
-    lengths [stem, branch, branch, ...]. None where causal attention needs no mask.
-    """
-    if len(lengths) < 3:
-        return None
-    branch = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    branch = branch.to(device)
-    sees = (branch == 0) | (branch == branch[:, None])
-    return sees.tril()
 
 
 # ---- LLM
@@ -478,8 +320,8 @@ class Cache:
 class Attention(nn.Module):
     """Grouped-query self-attention with M-RoPE: x (B, L, D), cos and sin as `cos_sin` has them.
 
-    mask (B or 1, 1, L, L), True where a query may look, or None for causal. segments
-    [(length, mask)] of texts that share the row and do not see each other, or None.
+    segments [(length, mask)] of texts that share the row and do not see each other; a mask is
+    (B or 1, 1, length, length), True where a query may look, or None for causal.
     """
 
     def __init__(self, config):
@@ -492,15 +334,14 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, rows)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, mask, segments, cache):
+    def forward(self, x, cos, sin, segments, cache):
         B, L, _ = x.shape
         qkv = self.qkv_proj(x).view(B, L, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 G, L, d)
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         q, k = apply_rotary(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)
         if cache is not None:
             cache.begin(k, v)
-        # each text on its own: no mask is as fast as causal, and nothing is padded
-        segments = segments or [(L, mask)]
+        # each text on its own: causal attention is fast without a mask, and nothing is padded
         lengths = [length for length, _ in segments]
         parts = zip(*(t.split(lengths, dim=2) for t in (q, k, v)))
         outputs = []
@@ -510,35 +351,36 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, index):
         super().__init__()
+        self.index = index
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(self, x, cos, sin, mask, segments=None, cache=None, buffer=None):
-        if buffer is not None:
-            return self.step(x, cos, sin, mask, cache.length, buffer)
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, segments, cache)
+    def forward(self, x, cos, sin, segments, cache):
+        if cache is not None and cache.length:
+            return self.step(x, cos, sin, segments[0][1], cache)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segments, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def step(self, x, cos, sin, mask, at, buffer):
-        """`forward` of one token more a row, x (B, D), whose keys and values go to place `at`.
+    def step(self, x, cos, sin, mask, cache):
+        """`forward` of one token more a row, x (B, D), mask (B, 1, 1, S) or None.
 
         Without modules, whose calls take as long as the work on one token of a small model.
         """
         attention, mlp = self.self_attn, self.mlp
-        heads, kv_heads, d = attention.heads, attention.kv_heads, attention.head_dim
-        qkv = attention.qkv_proj
-        y = F.linear(rms_norm(x, self.input_layernorm), qkv.weight, qkv.bias)
-        y = y.view(len(x), -1, 1, d)  # (B, H + 2 G, 1, d)
-        y[:, : heads + kv_heads] = apply_rotary(y[:, : heads + kv_heads], cos, sin)
-        buffer[:, :, at : at + 1] = y[:, heads:]
-        k, v = buffer[:, :, : at + 1].chunk(2, dim=1)
-        q = y[:, :heads].view(len(x), kv_heads, -1, d)  # those that look at the same keys
-        y = attend(q, k, v, mask).flatten(1)
-        x = torch.addmm(x, y, attention.o_proj.weight.t())
+        heads, turned = attention.heads, attention.heads + attention.kv_heads
+        y = rms_norm(x, self.input_layernorm)
+        y = F.linear(y, attention.qkv_proj.weight, attention.qkv_proj.bias)
+        y = y.view(len(x), -1, 1, attention.head_dim)  # (B, H + 2 G, 1, d)
+        y[:, :turned] = apply_rotary(y[:, :turned], cos, sin)
+        buffer = cache.layers[self.index]
+        buffer.narrow(2, cache.length, 1).copy_(y[:, heads:])
+        k, v = buffer.narrow(2, 0, cache.length + 1).chunk(2, dim=1)
+        q = y[:, :heads].unflatten(1, (attention.kv_heads, -1)).squeeze(3)  # (B, G, H / G, d)
+        x = torch.addmm(x, attend(q, k, v, mask).flatten(1), attention.o_proj.weight.t())
         y = F.linear(rms_norm(x, self.post_attention_layernorm), mlp.gate_up_proj.weight)
         gate, up = y.chunk(2, dim=-1)
         return torch.addmm(x, F.silu(gate) * up, mlp.down_proj.weight.t())
@@ -548,7 +390,8 @@ class TextModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        layers = [DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -571,7 +414,7 @@ class VLM(nn.Module):
         self.config = config
         # as in generation_config.json: what `generate` does unless told otherwise
         stops = [config.eos_token_id, config.bos_token_id]
-        self.generation_config = {"eos_token_id": stops}
+        self.generation_config = {"eos_token_id": stops, "repetition_penalty": 1.0}
         self.visual = VisionTransformer(config.vision_config)
         self.model = TextModel(config)
         self.lm_head = None
@@ -580,13 +423,14 @@ class VLM(nn.Module):
         self.apply(initialize)
 
     def rotary(self, positions):
-        """cos and sin (B, 1, L, d) of positions (3, B, L): each pair of a head has its axis."""
+        """cos and sin of positions (3, B, L): each rotary pair of a head has its axis."""
         config = self.config
-        axis, frequency = rotary_pairs(
-            config.head_dim, config.rope_theta, config.mrope_section, positions.device
-        )
-        angles = positions[axis].movedim(0, -1)[:, None] * frequency
-        return cos_sin(angles, self.model.norm.weight.dtype)
+        pairs = torch.arange(0, config.head_dim, 2, device=positions.device)
+        frequency = config.rope_theta ** (-pairs / config.head_dim)  # (d/2,)
+        per_axis = positions[..., None] * frequency  # (3, B, L, d/2)
+        parts = per_axis.split(config.mrope_section, dim=-1)
+        angles = torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)
+        return cos_sin(angles[:, None], self.model.norm.weight.dtype)
 
     def see(self, x, input_ids, pixels, grids):
         """Put what the ViT makes of images and videos into their places in x (B, L, D).
@@ -630,28 +474,20 @@ class VLM(nn.Module):
         An empty cache is filled for `step`. ValueError if pictures do not fill their places in
         the text.
         """
-        position_ids = mrope_positions(
-            input_ids,
-            attention_mask,
-            self.config,
-            image_grid_thw,
-            video_grid_thw,
-            second_per_grid_ts,
-            segments,
-        )
+        grids = (image_grid_thw, video_grid_thw, second_per_grid_ts)
+        position_ids = mrope_positions(input_ids, attention_mask, self.config, *grids, segments)
         x = self.model.embed_tokens(input_ids)
         patch_features = None
         if pixel_values is not None or pixel_values_videos is not None:
             pixels = [pixel_values, pixel_values_videos]
             x, patch_features = self.see(x, input_ids, pixels, [image_grid_thw, video_grid_thw])
+        masked = [(input_ids.shape[1], padding_mask(attention_mask))]
         if segments is not None:
-            segments = [(sum(lengths), branch_mask(lengths, x.device)) for lengths in segments]
-
+            masked = [(sum(lengths), branch_mask(lengths, x.device)) for lengths in segments]
         cos, sin = self.rotary(position_ids)
-        mask = padding_mask(attention_mask)
         hidden = [x]
         for layer in self.model.layers[:num_layers]:
-            x = compute(layer, self.checkpointing, x, cos, sin, mask, segments, cache)
+            x = compute(layer, self.checkpointing, x, cos, sin, masked, cache)
             hidden.append(x)
         if cache is not None:
             cache.length = input_ids.shape[1]
@@ -675,8 +511,8 @@ class VLM(nn.Module):
         """
         x = self.model.embed_tokens(tokens)
         cos, sin = next(cache.turns)
-        for layer, buffer in zip(self.model.layers, cache.layers):
-            x = layer(x, cos, sin, mask, cache=cache, buffer=buffer)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin, [(1, mask)], cache)
         cache.length += 1
         return self.head(self.model.norm(x))
 
@@ -705,42 +541,40 @@ class VLM(nn.Module):
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise ValueError("generation needs padding on the left")
         stops = stop_token_ids or self.generation_config["eos_token_id"]
-        penalty = repetition_penalty or self.generation_config.get("repetition_penalty", 1.0)
+        penalty = repetition_penalty or self.generation_config["repetition_penalty"]
         B, L = input_ids.shape
-        device = input_ids.device
-        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        mask = None
-        if attention_mask is not None and not attention_mask.all():
-            mask = F.pad(attention_mask, (0, max_new_tokens), value=1).bool()[:, None, None]
-        used = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
-        if penalty != 1.0:
-            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            used.scatter_(1, input_ids, real.bool())
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(input_ids.device).manual_seed(seed)
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        used = real.new_zeros(B, self.config.vocab_size)
+        used.scatter_add_(1, input_ids, real)  # how often each token was there
+        sees = F.pad(real, (0, max_new_tokens), value=1).bool()[:, None, None]  # (B, 1, 1, S)
+        padded = not real.all()
 
         cache = Cache(L + max_new_tokens)
-        last = torch.zeros_like(input_ids, dtype=torch.bool)
-        last[:, -1] = True
+        last = torch.arange(L, device=input_ids.device).expand(B, L) == L - 1
         logits = self(input_ids, attention_mask, **vision, logits_at=last, cache=cache).logits
         rows = [[] for _ in range(B)]
-        done = [False] * B
+        running = [True] * B
         for i in range(max_new_tokens):
             if penalty != 1.0:
-                logits = torch.where(used, penalize(logits, penalty), logits)
+                lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
+                logits = torch.where(used > 0, lowered, logits)
             token = choose_token(logits, temperature, top_p, generator)  # (B,)
-            used.scatter_(1, token[:, None], True)
             ids = token.tolist()
-            for b, row in enumerate(rows):
-                done[b] = done[b] or ids[b] in stops
-                if done[b]:
-                    ids[b] = stops[0]
+            for b in range(B):
+                running[b] = running[b] and ids[b] not in stops
+                if running[b]:
+                    rows[b].append(ids[b])
                 else:
-                    row.append(ids[b])
+                    ids[b] = stops[0]
             if stream is not None:
                 stream(ids)
-            if all(done) or i + 1 == max_new_tokens:
+            if not any(running) or i + 1 == max_new_tokens:
                 break
-            seen = None if mask is None else mask[..., : L + i + 1]
-            logits = self.step(token, seen, cache)
+            used.scatter_(1, token[:, None], 1)
+            logits = self.step(token, sees[..., : L + i + 1] if padded else None, cache)
         return rows
 
     @classmethod
@@ -766,10 +600,6 @@ class VLM(nn.Module):
         dtype float16 halves it; weights {name: tensor} stand for the model's own.
         """
         save_model(self, folder, dtype, weights or self.state_dict())
-
-
-def penalize(logits, penalty):
-    return torch.where(logits < 0, logits * penalty, logits / penalty)
 
 
 def choose_token(logits, temperature, top_p, generator):

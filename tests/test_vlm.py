@@ -13,7 +13,8 @@ from cli import UserError
 from conftest import ROOT
 from checkpoint import hub_weights
 from processor import CHAT_TEMPLATE, SPECIAL_TOKENS, ImageConfig, Processor, Tokenizer, chat, collate, process_images, process_videos, train_tokenizer
-from vlm import VLM, Cache, VisionConfig, VLMConfig, attend, mrope_positions
+from positions import mrope_positions
+from vlm import VLM, Cache, VisionConfig, VLMConfig, attend
 from data.media import load_image
 
 CORPUS = ["Where is the red cube? It is left of the blue sphere.", '{"point_2d": [41, 57], "label": "red cube"}',

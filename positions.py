@@ -1,0 +1,145 @@
+"""Where patches and tokens stand, and which tokens see each other: the integers of vlm.py.
+
+    vision_plan        grids of pictures ─► patches sorted into windows, their rows and columns
+    mrope_positions    token ids and grids ─► time, row and column of every token
+    padding_mask, branch_mask    what a token may look at, where causal attention is not enough
+
+Sources: M-RoPE of Qwen2-VL (arXiv 2409.12191), window attention of Qwen2.5-VL (arXiv 2502.13923).
+Letters: B batch, L tokens of a sequence, P patches of all pictures, m patches that a token merges
+along a side, t h w a picture's grid in frames and patches.
+"""
+
+from itertools import groupby, pairwise, repeat
+
+import numpy as np
+import torch
+
+
+def vision_plan(grids, vision):
+    """How the patches of pictures [(t, h, w)] are sorted so that each window's lie together.
+
+    Frames stay after one another, and windows of equal size are neighbors. Returns four tensors
+    (P,), order: the patch's index in pixel_values; raster: its place in reading order; its row and
+    column in the frame; and [(count, patches)], the groups of windows and those of frames.
+    """
+    m = vision.spatial_merge_size
+    side = vision.window_size // vision.patch_size // m * m  # of a window, in patches
+    parts = []
+    frames = []
+    start = 0
+    for t, h, w in grids:
+        # pixel_values has the m x m patches of a token after one another
+        place = np.arange(h * w).reshape(h // m, m, w // m, m).swapaxes(1, 2).ravel()
+        rows, columns = np.divmod(place, w)
+        windows = rows // side * w + columns // side
+        for _ in range(t):
+            number = np.full(h * w, len(frames))
+            parts.append((start + place, rows, columns, start + windows, number))
+            frames.append(h * w)
+            start += h * w
+
+    raster, rows, columns, windows, frame = np.concatenate(parts, axis=1)
+    _, window, sizes = np.unique(windows, return_inverse=True, return_counts=True)
+    order = np.lexsort((window, sizes[window], frame))  # by frame, then size, then window
+    first = np.flatnonzero(np.diff(window[order], prepend=-1))  # where a window begins
+    lengths = np.diff(first, append=start)
+    tensors = [torch.from_numpy(part) for part in (order, raster[order], rows[order])]
+    tensors.append(torch.from_numpy(columns[order]))
+    return *tensors, adjacent(lengths.tolist()), adjacent(frames)
+
+
+def adjacent(sizes):
+    """Equal neighbors counted: [4, 4, 2] to [(2, 4), (1, 2)]."""
+    return [(len(list(equal)), size) for size, equal in groupby(sizes)]
+
+
+def mrope_positions(
+    input_ids,
+    attention_mask,
+    config,
+    image_grid_thw=None,
+    video_grid_thw=None,
+    second_per_grid_ts=None,
+    segments=None,
+):
+    """M-RoPE positions (3, B, L): time, row, column; padding (attention_mask 0) gets 0.
+
+    Grids are taken in reading order; a video's frames are tokens_per_second x second_per_grid_ts
+    apart. A branch of `segments` goes on where its stem ends. ValueError if the grids do not fit
+    the text. As transformers 4 and vLLM have it; transformers 5 goes on behind a video at start +
+    max(h, w) / m, for a long one before its end.
+    """
+    ids = input_ids.cpu().numpy()
+    images = iter([] if image_grid_thw is None else image_grid_thw.tolist())
+    videos = iter([] if video_grid_thw is None else video_grid_thw.tolist())
+    seconds = repeat(1.0) if second_per_grid_ts is None else map(float, second_per_grid_ts)
+    grids = {config.image_token_id: images, config.video_token_id: videos}
+
+    positions = np.zeros((3, *ids.shape), np.int64)
+    if segments is None:
+        real = np.ones_like(ids) if attention_mask is None else attention_mask.cpu().numpy()
+        for b, row in enumerate(ids):
+            text = row[real[b] > 0]
+            positions[:, b, real[b] > 0] = text_positions(text, grids, seconds, config)
+    start = 0
+    for lengths in segments or ():
+        ends = start + np.cumsum(lengths)
+        text = positions[:, 0, start : ends[-1]]  # a view, filled in place
+        text[:] = text_positions(ids[0, start : ends[-1]], grids, seconds, config)
+        for before, end in pairwise(ends[:-1]):  # a branch does not count the one before it
+            text[:, end - start :] -= end - before
+        start = ends[-1]
+    return torch.from_numpy(positions).to(input_ids.device)
+
+
+def text_positions(ids, grids, seconds, config):
+    """Positions (3, L) of one text, an array of ids without padding.
+
+    Text counts on all three axes alike. A picture's tokens all start at the next position and
+    count along their own axis; the text behind goes on at the largest position + 1. grids
+    {token id: iterator of (t, h, w)}, seconds: iterator, of a grid frame of each video.
+    """
+    vision = config.vision_config
+    m = vision.spatial_merge_size
+    positions = np.tile(np.arange(len(ids)), (3, 1))
+    is_vision = np.isin(ids, list(grids))
+    at = 0
+    while is_vision[at:].any():
+        at += is_vision[at:].argmax()
+        t, h, w = next(grids[ids[at]], (0, 0, 0))
+        tokens = t * (h // m) * (w // m)
+        if not tokens or (ids[at : at + tokens] == ids[at]).sum() < tokens:
+            raise ValueError(f"the text has too few places left for a picture of {tokens} tokens")
+        axes = np.indices((t, h // m, w // m)).reshape(3, tokens)
+        if ids[at] == config.video_token_id:
+            axes[0] = axes[0] * vision.tokens_per_second * next(seconds)  # rounded down
+        positions[:, at : at + tokens] = positions[0, at] + axes
+        positions[:, at + tokens :] += axes.max() + 1 - tokens
+        at += tokens
+    return positions
+
+
+def padding_mask(real):
+    """(B, 1, L, L), True where a query may look; real (B, L) 1 on real tokens, or None.
+
+    None where causal attention needs no mask: with padding on the right no real token sees it.
+    """
+    if real is None or not (real[:, :-1] < real[:, 1:]).any():
+        return None
+    L = real.shape[1]
+    causal = torch.ones(L, L, dtype=torch.bool, device=real.device).tril()
+    itself = torch.eye(L, dtype=torch.bool, device=real.device)  # no empty rows, so no NaN
+    return causal & real.bool()[:, None, None] | itself
+
+
+def branch_mask(lengths, device):
+    """(L, L), True where a token may look: back to the stem and into its own branch.
+
+    lengths [stem, branch, branch, ...]. None where causal attention needs no mask.
+    """
+    if len(lengths) < 3:
+        return None
+    branch = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    branch = branch.to(device)  # (L,), 0 for the stem
+    sees = (branch == 0) | (branch == branch[:, None])
+    return sees.tril()
