@@ -44,6 +44,7 @@ def correct(folder, env, seed, noise):
     env.render = False  # the policy draws only what it looks at
     done = rollout(load_policy(folder), env, seed, max_steps=int(steps))["success"]
     env.render = render
+    # the expert goes on in the same episode, from where things are
     return None if done else demonstrate(env, seed, noise, reset=False)
 
 
@@ -51,6 +52,7 @@ def main():
     config = parse(CorrectionConfig, description="Record corrections of a policy by the expert.")
     blm = load_policy(config.policy)  # what is wrong with it is told here, once
     config.robots = ",".join(robots_of(blm, config.robots))
+    # other weights make other corrections, whatever the folder is called
     weights = {name: tensor.numpy() for name, tensor in blm.policy.state_dict().items()}
     maker = f"expert after a policy with checksum {checksum(weights)}"
     begin = functools.partial(correct, config.policy)

@@ -216,8 +216,10 @@ def claim(folder):
             raise UserError(f"another process writes to {folder}: choose another --out") from None
         for left in Path(folder).glob(".part-*"):  # by a process that was killed
             left.unlink()
-        yield
-    (Path(folder) / ".lock").unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            (Path(folder) / ".lock").unlink(missing_ok=True)
 
 
 def find_folder(path_or_repo_id, **options):

@@ -13,11 +13,11 @@ from cli import UserError
 
 def end_with_parent():
     """In a worker: leave at once when the process that asks is gone, even if it was killed."""
-    parent = multiprocessing.parent_process()
+    parent = multiprocessing.parent_process()  # its end is a pipe's, which no kill prevents
 
     def watch():
         parent.join()
-        os._exit(1)
+        os._exit(1)  # from a thread: sys.exit would end only that
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -29,7 +29,7 @@ def run_jobs(function, jobs, workers):
     Ctrl-C, an error or a reader that stops early ends the workers, whatever they are doing.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # a fork would copy GL contexts and threads
     others = set(multiprocessing.active_children())
     jobs = iter(jobs)
     running = set()
@@ -39,6 +39,7 @@ def run_jobs(function, jobs, workers):
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             running = {pool.submit(function, job) for job in islice(jobs, 2 * workers)}
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+            # Only a few jobs wait in the pool: it would finish all that it has, whoever leaves.
             while running:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 # what is done first, then what went wrong

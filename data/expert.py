@@ -89,7 +89,8 @@ def tool_rotation(robot, direction, tilt):
 
     The closing axis is horizontal; direction is about the vertical, 0 along the base's x.
     """
-    x, y = np.cos(direction), np.sin(direction)
+    x = np.cos(direction)
+    y = np.sin(direction)
     approach = np.array([np.sin(tilt) * x, np.sin(tilt) * y, -np.cos(tilt)])
     closing = closing_sign(robot) * np.array([y, -x, 0.0])
     return np.column_stack([np.cross(closing, approach), closing, approach])
@@ -100,7 +101,8 @@ def hand_pose(env):
     _, rotation = tcp_pose(env)
     x, y, _ = closing_sign(env.robot) * rotation[:, 1]
     direction = np.arctan2(x, -y)
-    forward = rotation[:2, 2] @ (np.cos(direction), np.sin(direction))
+    ahead = (np.cos(direction), np.sin(direction))
+    forward = rotation[:2, 2] @ ahead
     return direction, np.arctan2(forward, -rotation[2, 2])
 
 
@@ -133,7 +135,8 @@ def retreat(env, finger):
     """Fingers there first, then up from the table, if the hand is low."""
     tcp, _ = tcp_pose(env)
     steps = []
-    if abs(env.data.qpos[env.robot.dof] - max(finger, 0.0)) > 0.1 * env.robot.travel:
+    travel = env.data.qpos[env.robot.dof] - max(finger, 0.0)
+    if abs(travel) > 0.1 * env.robot.travel:
         steps.append(Primitive("retreat", finger))
     if tcp[2] < 0.06:
         high = tcp + (0.06 - tcp[2] + 0.01) * UP
@@ -149,10 +152,13 @@ def grasp(env, name, point, turn, close=SQUEEZE, tilts=TILTS):
     steps = [Primitive("descend", wide, point, slow=0.6, hold=2), Primitive("grasp", close)]
     # Is the hand above it already, open and turned? Half a turn makes no difference.
     direction, _ = hand_pose(env)
-    turned = abs(np.cos(direction - azimuth_of(env, point) - turn)) > np.cos(0.15)
+    error = direction - azimuth_of(env, point) - turn
+    turned = abs(np.cos(error)) > np.cos(0.15)
     x, y, z = hand_offset(env, point)
     over = np.hypot(x, y) < 0.006 and z < CLEARANCE + 0.02
-    if not (turned and over and env.data.qpos[env.robot.dof] > 0.9 * wide):
+    # m, each finger; a hand that holds nothing may still be closed
+    is_open = env.data.qpos[env.robot.dof] > 0.9 * wide
+    if not (turned and over and is_open):
         high = point + CLEARANCE * UP
         approach = Primitive("approach", wide, high, turn, tilts, straight=False)
         steps = [*retreat(env, wide), approach, *steps]
@@ -170,6 +176,7 @@ def fetch(env, name, height, low):
     body = env.position(name)
     turn = 0.0 if name == "sphere" else quarter_turn(env, name, body)
     steps = grasp(env, name, body, turn)
+    # what is about to be grasped lies low, whatever it is now
     if steps or body[2] < low:
         high = held_at(env, name, body) + height * UP
         steps.append(Primitive("lift", SQUEEZE, high))
@@ -230,23 +237,28 @@ def put(env, name, support, rest, lift, drop):
 
 def lift_peg(env):
     """Grasp across the far half and lift: the peg swings down in the grip. Then stand it up."""
-    panda = env.robot.name == "panda"
     peg = env.position("peg")
     axis = env.rotation("peg")[:, 0]
-    firm = PEG_RADIUS - PEG_FIRM / env.robot.finger_kp
+    firm = PEG_RADIUS - PEG_FIRM / env.robot.finger_kp  # m, where the fingers press as much
     if env.grasped("peg") and peg[2] > 1.2 * PEG_RADIUS:
         return stand_peg(env, peg, axis * np.sign(axis[2]), firm)
-    # loosely for the Panda, whose wrist cannot turn the peg all the way
-    grip = PEG_RADIUS - PEG_SWING / env.robot.finger_kp if panda else firm
+    grip = firm
+    tilts = TILTS
+    lift_tilts = TILTS[::-1]
+    if env.robot.name == "panda":  # its wrist cannot turn the peg all the way: held loosely
+        grip = PEG_RADIUS - PEG_SWING / env.robot.finger_kp
+        lift_tilts = TILTS
+    elif env.robot.name.startswith("xarm"):
+        # leaning back a little spares the wrist the last of its range when the peg stands
+        tilts = (-0.25, 0.0, 0.3)
     axis *= np.sign(axis @ (peg - env.base))  # outwards
     point = peg + PEG_LEVER * axis
     turn = np.arctan2(axis[1], axis[0]) - azimuth_of(env, point)
-    # leaning back a little spares the xArm's wrist the last of its range when the peg stands
-    tilts = (-0.25, 0.0, 0.3) if env.robot.name.startswith("xarm") else TILTS
-    steps = grasp(env, "peg", point, turn, grip, tilts)
     high = peg + PEG_LEVER / 2 * axis + 0.23 * UP
-    tilts = TILTS if panda else TILTS[::-1]
-    return [*steps, Primitive("lift", grip, high, 0.0, tilts, slow=0.8)]
+    return [
+        *grasp(env, "peg", point, turn, grip, tilts),
+        Primitive("lift", grip, high, 0.0, lift_tilts, slow=0.8),
+    ]
 
 
 def stand_peg(env, peg, axis, grip):
@@ -257,7 +269,9 @@ def stand_peg(env, peg, axis, grip):
     forward *= np.sign(forward @ (tcp - env.base)) / np.linalg.norm(forward)
     tilt = np.arctan2(rotation[:, 2] @ forward, -rotation[2, 2])
     tilt += np.arctan2(axis @ forward, axis[2])
-    down = tcp + (PEG_LENGTH + (tcp - peg) @ axis - tcp[2] - 0.006) * UP
+    # set down with its lower end 6 mm below the table top, so that it surely stands
+    lift = PEG_LENGTH + (tcp - peg) @ axis - tcp[2] - 0.006
+    down = tcp + lift * UP
     return [
         Primitive("turn", grip, tcp, 0.0, (tilt,), straight=False),
         Primitive("place", grip, down, slow=0.4, hold=4),
@@ -269,10 +283,24 @@ PRIMITIVES = {
     "PickCube": pick_cube,
     "PushCube": partial(slide, name="push", side=1),
     "PullCube": partial(slide, name="pull", side=-1),
-    "StackCube": partial(put, name="cubeA", support="cubeB", rest=0.04, lift=0.09, drop=0.003),
+    "StackCube": partial(
+        put,
+        name="cubeA",
+        support="cubeB",
+        rest=0.04,
+        lift=0.09,
+        drop=0.003,
+    ),
     # 9 mm above its rest instead of the source's 27: a ball dropped from higher jumps out of walls
     # that reach only its lower half
-    "PlaceSphere": partial(put, name="sphere", support="bin", rest=0.0225, lift=0.07, drop=0.0095),
+    "PlaceSphere": partial(
+        put,
+        name="sphere",
+        support="bin",
+        rest=0.0225,
+        lift=0.07,
+        drop=0.0095,
+    ),
     "LiftPegUpright": lift_peg,
 }
 
@@ -304,13 +332,16 @@ def straight_path(arm, q, goal, rotation):
     mujoco.mju_mat2Quat(quats[0], turned.ravel())
     mujoco.mju_mat2Quat(quats[1], rotation.ravel())
     mujoco.mju_subQuat(turn, quats[1], quats[0])
-    n = max(2, int(np.linalg.norm(goal - at) / 0.02), int(np.linalg.norm(turn) / 0.15))
+    by_way = np.linalg.norm(goal - at) / 0.02  # a waypoint every 2 cm
+    by_turn = np.linalg.norm(turn) / 0.15  # or 0.15 rad
+    n = max(2, int(by_way), int(by_turn))
     path = [q]
     for fraction in np.linspace(0, 1, n + 1)[1:]:
+        position = at + fraction * (goal - at)
         quat = quats[0].copy()
         mujoco.mju_quatIntegrate(quat, turn, fraction)
         mujoco.mju_quat2Mat(between, quat)
-        q = arm.solve_ik(at + fraction * (goal - at), between.reshape(3, 3), path[-1])
+        q = arm.solve_ik(position, between.reshape(3, 3), path[-1])
         # a jump would flip the elbow or the wrist over
         if q is None or np.abs(q - path[-1]).max() > 0.6:
             raise Infeasible
@@ -343,9 +374,11 @@ def timed(robot, path, slow, hold):
     """
     arm = get_kinematics(robot.name)
     limit = np.minimum(JOINT_SPEED, 0.6 * robot.velocity_limit) * slow
-    knots = [0.0]  # s
+    knots = [0.0]  # s, when each waypoint is passed at full speed
     for q, q_next in pairwise(path):
-        way = math.sqrt(sum((arm.forward(q_next)[0] - arm.forward(q)[0]) ** 2))
+        before, _ = arm.forward(q)
+        after, _ = arm.forward(q_next)
+        way = math.sqrt(sum((after - before) ** 2))
         slowest = max(way / (TCP_SPEED * slow), *np.abs(q_next - q) / limit)
         knots.append(knots[-1] + (slowest + 1e-6))
     # minimum jerk peaks at 15/8 of its mean speed
@@ -381,13 +414,15 @@ def plan(env, primitives):
     q = env.data.ctrl[: env.robot.dof]
     pose = hand_pose(env)
     segments = []
+    # each begins where the one before it ends
     for primitive, following in pairwise([*primitives, None]):
         targets = np.tile(q, (FINGER_STEPS, 1))
         if primitive.position is not None:
             targets, pose = reach(env, q, pose, primitive, following)
             q = targets[-1]
         fingers = np.full(len(targets), primitive.finger)
-        segments.append((primitive.name, np.column_stack([targets, fingers])))
+        targets = np.column_stack([targets, fingers])
+        segments.append((primitive.name, targets))
     return segments
 
 
@@ -418,19 +453,27 @@ def demonstrate(env, seed, noise=0.0, reset=True):
     """
     if reset:
         env.reset(seed)
-    env.steps = 0
+    env.steps = 0  # the task's time begins when the expert does
     observation = env.observe()
     rng = seeds.rng(seed, "disturbance")
-    disturbance = np.zeros(env.robot.dof)
+    disturbance = np.zeros(env.robot.dof)  # rad, correlated in time
     rows = []
     for name, target, left in control_steps(env):
         disturbance = 0.8 * disturbance + 0.6 * noise * rng.normal(size=env.robot.dof)
         free = name in ("approach", "lift", "carry")
         fade = min(1.0, left / 6) if free else 0.0  # quiet again where precision begins
         rows.append((observation["state"], target, name, observation["images"]))
-        observation, _, success, late, _ = env.step(target + np.append(disturbance * fade, 0))
+        target = target + np.append(disturbance * fade, 0)
+        observation, _, success, late, _ = env.step(target)
         if success or late:
             break
     states, actions, phases, images = zip(*rows)
     actions = np.array(actions, np.float32)
-    return Demonstration(np.array(states), actions, phases, images, success, env.instruction)
+    return Demonstration(
+        np.array(states),
+        actions,
+        phases,
+        images,
+        success,
+        env.instruction,
+    )

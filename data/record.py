@@ -11,10 +11,10 @@ An episode is one file, <folder>/<robot>-<task>-<seed>.safetensors, L control st
     offset  (2 L + 1,) int64    where each begins: front of step t is piece 2 t, wrist 2 t + 1
     phase   (L,) uint8          index into the header's "phases"
 
-Its header has robot, task, seed, instruction, success, phases, noise, maker, made (the command).
+Its header has robot, task, seed, instruction, phases, noise, maker, and made (the command).
 Files appear whole or not at all, and what they hold does not depend on the number of workers. A
 second run records what is missing or damaged. Only successes are kept; failures.json has the seeds
-of the others.
+of the others, and is written last.
 """
 
 import io
@@ -22,12 +22,14 @@ import itertools
 import os
 import shlex
 import sys
+from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors import safe_open
 from tqdm import tqdm
 
 import data.expert
@@ -41,7 +43,6 @@ from files import (
     Tensors,
     atomic,
     claim,
-    read_json,
     reading,
     save_tensors,
     whole_files,
@@ -89,6 +90,7 @@ def write_episode(path, demonstration, robot, task, seed, noise, maker="expert")
     pieces = []
     for images in demonstration.images:
         pieces += [encode(images["front"]), encode(images["wrist"])]
+    # words become numbers, the header says which
     names, phase = np.unique(demonstration.phases, return_inverse=True)
     tensors = {
         "state": demonstration.states,
@@ -102,7 +104,6 @@ def write_episode(path, demonstration, robot, task, seed, noise, maker="expert")
         "task": task,
         "seed": seed,
         "instruction": demonstration.instruction,
-        "success": bool(demonstration.success),
         "phases": names.tolist(),
         "noise": noise,
         "maker": maker,
@@ -115,48 +116,45 @@ def path_of(config, robot, task, seed):
     return Path(config.out) / f"{robot}-{task}-{seed}.safetensors"
 
 
+def whole_header(path):
+    """The header of an episode, or None if there is none or it is damaged."""
+    with suppress(UserError):
+        return Episode(path).about
+
+
 def record_slice(job):
     """Record every `step`-th seed of a cell: (cell's name, episodes, seeds that failed)."""
-    config, demonstrate, maker, robot, task, first, step = job
+    config, demonstrate, maker, robot, task, first, step = job  # what a process can be sent
     env = TabletopEnv(robot, task, varied="all")
     wanted = len(range(first, config.episodes, step))
+    seed = config.seed + first
+    # some layouts fail, and some are solved by the policy that was to be corrected
+    last = seed + step * (TRIES * wanted + 20)
     kept = 0
     failed = []
-    for seed in itertools.count(config.seed + first, step):
-        if kept == wanted:
-            break
-        if seed >= config.seed + step * (TRIES * wanted + 20):
+    while kept < wanted:
+        path = Path(config.out) / f"{robot}-{task}-{seed}.safetensors"
+        about = whole_header(path)
+        if about is None:
+            demonstration = demonstrate(env, seed, config.noise)
+            if demonstration and demonstration.success:
+                write_episode(path, demonstration, robot, task, seed, config.noise, maker)
+                kept += 1
+            elif demonstration:  # None is no failure
+                failed.append(seed)
+        # kept only if this run would have made it so; older episodes do not name their maker
+        elif (about["noise"], about.get("maker", maker)) == (config.noise, maker):
+            kept += 1
+        else:
+            raise UserError(
+                f"{path} was made by {about.get('maker', maker)} with noise {about['noise']}, "
+                f"not by {maker} with noise {config.noise}: choose another --out"
+            )
+        seed += step
+        if seed > last:
             raise UserError(f"{kept} of {wanted} episodes of {robot} {task}, and no more to be had")
-        path = path_of(config, robot, task, seed)
-        with suppress(UserError):
-            Episode(path)
-            kept += 1
-            continue
-        demonstration = demonstrate(env, seed, config.noise)
-        if demonstration and demonstration.success:
-            write_episode(path, demonstration, robot, task, seed, config.noise, maker)
-            kept += 1
-        elif demonstration:
-            failed.append(seed)
     env.close()
     return f"{robot}-{task}", kept, failed
-
-
-def refuse_mixtures(config, cells, maker):
-    """UserError if this run would keep episodes that were made in another way."""
-    wanted = {"noise": config.noise, "maker": maker}
-    for task, robot in cells:
-        for seed in range(config.seed, config.seed + config.episodes):
-            path = path_of(config, robot, task, seed)
-            about = {}
-            with suppress(UserError):  # what is absent or broken will be recorded
-                about = Tensors(path).about if path.exists() else {}
-            for name, value in wanted.items():
-                there = about.get(name, value)
-                if there != value:
-                    raise UserError(
-                        f"{path} was made with {name} {there}, not {value}: choose another --out"
-                    )
 
 
 def record(config, demonstrate=data.expert.demonstrate, maker="expert", first_seed=0):
@@ -167,32 +165,26 @@ def record(config, demonstrate=data.expert.demonstrate, maker="expert", first_se
     Returns {cell: seeds that failed}.
     """
     robots = choose_many(config.robots, ROBOTS, "robot")
-    cells = list(itertools.product(choose_many(config.tasks, TASKS, "task"), robots))
+    tasks = choose_many(config.tasks, TASKS, "task")
     at_least(config, 1, "episodes", "workers")
     at_least(config, 0, "seed", "noise")
     if config.seed + 2 * config.episodes > seeds.FIRST_CORRECTION:
         limit = f"{seeds.FIRST_CORRECTION:,}"
         raise UserError(f"--seed {config.seed}: stay below {limit}, where other seeds begin")
     config = replace(config, seed=config.seed + first_seed)
-    refuse_mixtures(config, cells, maker)
     writable(config.out)
-    counts = Path(config.out) / "failures.json"
-    failures = {}
-    if counts.exists():
-        with reading(counts, "delete it"):
-            failures = {cell: {*map(int, failed)} for cell, failed in read_json(counts).items()}
     # slices of ten interleaved seeds, so that the work divides well among any number of workers
     step = max(1, config.episodes // 10)
-    jobs = [
-        (config, demonstrate, maker, robot, task, first, step)
-        for task, robot in cells
-        for first in range(step)
-    ]
-    with claim(config.out), tqdm(total=len(cells) * config.episodes, unit="episode") as bar:
+    slices = itertools.product(tasks, robots, range(step))
+    jobs = [(config, demonstrate, maker, robot, task, i, step) for task, robot, i in slices]
+    episodes = config.episodes * len(robots) * len(tasks)
+    failures = defaultdict(list)
+    # One recorder a folder: another would draw the same episodes.
+    with claim(config.out), tqdm(total=episodes, unit="episode") as bar:
         for cell, kept, failed in run_jobs(record_slice, jobs, config.workers):
-            failures.setdefault(cell, set()).update(failed)
+            failures[cell] += failed
             bar.update(kept)
-    write_json(counts, {cell: sorted(failed) for cell, failed in sorted(failures.items())})
+        write_json(Path(config.out) / "failures.json", failures)
     return failures
 
 
@@ -202,7 +194,7 @@ def record(config, demonstrate=data.expert.demonstrate, maker="expert", first_se
 class Episode:
     """One file: state (L, S), action (L, A) float32, phases [L], images(t); `about`, its header.
 
-    Also robot, task, seed, instruction, success, and the checksum of all. UserError if a byte is
+    Also robot, task, seed, instruction, and the checksum of all. UserError if a byte is
     not as it was written, or a number cannot be.
     """
 
@@ -216,10 +208,10 @@ class Episode:
             self.task = choose(about["task"], TASKS, "task")
             self.seed = int(about["seed"])
             self.instruction = str(about["instruction"])
-            self.success = about["success"]
             self.state = file["state"]
             self.action = file["action"]
             self.offset = file["offset"]
+            # pictures stay on disk until they are asked for
             self.phases = [about["phases"][i] for i in file["phase"]]
             lengths = {len(self.action), len(self.phases), (len(self.offset) - 1) / 2}
             assert lengths == {len(self)}, "its arrays differ in length"
@@ -237,7 +229,8 @@ class Episode:
     def images(self, t):
         """[front, wrist] (128, 128, 3) uint8 of step t."""
         with reading(self.path, ADVICE):
-            jpeg = Tensors(self.path).slice("jpeg")
+            # opened anew: thousands of open maps would not do
+            jpeg = safe_open(self.path, "numpy").get_slice("jpeg")
             return [self.picture(jpeg, 2 * t), self.picture(jpeg, 2 * t + 1)]
 
     def picture(self, jpeg, i):
@@ -265,7 +258,7 @@ def ensure(folder):
     if there and whole:
         return
     config = RecordConfig(out=str(folder), workers=os.cpu_count() or 1)
-    minutes = config.episodes / 10 / config.workers
+    minutes = config.episodes / 10 / config.workers  # of one core: ten episodes of all cells
     print(f"too few demonstrations in {folder}: recording them, about {minutes:.0f} minutes")
     record(config)
 
@@ -274,32 +267,31 @@ def ensure(folder):
 
 
 def show(source, out):
-    """Draw one episode of each cell, front view above wrist view, a row a task.
+    """Draw one episode of each cell, front view above wrist view, a row a task, a column a robot.
 
     A .png has four moments of each, a .gif lets all play side by side. source: a folder or a file.
     """
     paths = [Path(source)] if Path(source).is_file() else whole_files(source, "*.safetensors")
     if not paths:
         raise UserError(f"no episodes at {source}; make them: python -m data.record --out {source}")
-    firsts = {path.stem.rsplit("-", 1)[0]: path for path in reversed(paths)}
-    episodes = [Episode(path) for path in firsts.values()]
-    tasks = [task for task in TASKS if task in {episode.task for episode in episodes}]
-    robots = [robot for robot in ROBOTS if robot in {episode.robot for episode in episodes}]
+    cells = {path.stem.rsplit("-", 1)[0]: path for path in paths}  # the last of each
+    episodes = [Episode(path) for path in cells.values()]
+    tasks, rows = np.unique([episode.task for episode in episodes], return_inverse=True)
+    robots, columns = np.unique([episode.robot for episode in episodes], return_inverse=True)
     moving = Path(out).suffix == ".gif"
-    moments = 40 if moving else 4
-    sheet = None  # (moments, tasks, robots, height, width, 3)
+    strips = []
     for episode in episodes:
-        for i, t in enumerate(np.linspace(0, len(episode) - 1, moments).astype(int)):
-            tile = np.concatenate(episode.images(t))[::2, ::2]
-            if sheet is None:
-                sheet = np.zeros((moments, len(tasks), len(robots), *tile.shape), np.uint8)
-            sheet[i, tasks.index(episode.task), robots.index(episode.robot)] = tile
+        moments = np.linspace(0, len(episode) - 1, 40 if moving else 4).astype(int)
+        # half size; front above wrist
+        strips.append([np.concatenate(episode.images(t))[::2, ::2] for t in moments])
+    sheet = np.zeros((len(tasks), len(robots), *np.shape(strips[0])), np.uint8)
+    sheet[rows, columns] = strips  # (tasks, robots, moments, height, width, 3)
+    height = len(tasks) * sheet.shape[3]
     if moving:
-        sheet = sheet.transpose(0, 1, 3, 2, 4, 5)
+        sheet = sheet.transpose(2, 0, 3, 1, 4, 5).reshape(len(moments), height, -1, 3)
     else:  # moments side by side
-        sheet = sheet.transpose(1, 3, 2, 0, 4, 5)[None]
-    height = len(tasks) * tile.shape[0]
-    frames = [Image.fromarray(frame.reshape(height, -1, 3)) for frame in sheet]
+        sheet = sheet.transpose(0, 3, 1, 2, 4, 5).reshape(1, height, -1, 3)
+    frames = [Image.fromarray(frame) for frame in sheet]
     with atomic(out) as temporary:
         frames[0].save(temporary, save_all=moving, append_images=frames[1:], duration=100, loop=0)
     print(f"drew {len(episodes)} episodes into {out}")
@@ -308,6 +300,7 @@ def show(source, out):
 def main():
     config = parse(Flags, description="Record the expert's demonstrations, or look at them.")
     if config.show:
+        # --out is a folder by default
         drawn = Path(config.out).suffix in (".gif", ".png")
         show(config.show, config.out if drawn else "out/demos.png")
         return
