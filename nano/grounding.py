@@ -18,7 +18,7 @@ is what nothing is known of, and nobody learns.
 Letters: P patches of all pictures, C classes, N tokens of answers and options.
 """
 
-from itertools import combinations
+import itertools
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from einops import rearrange
 from torch import nn
 
 from cli import UserError
-from data.env import IMAGE_SIZE, VIEWS
+from data.env import VIEWS
 from nano.questions import LETTERS
 from nano.scenes import CLASSES, GRID, PATCH
 
@@ -36,13 +36,18 @@ NOTHING_WEIGHT = 0.25  # most patches show nothing
 UNKNOWN = -100  # a class that nobody learns
 LARGEST_OFFSET = 4.0  # patches: centers beside or behind the camera project to hundreds
 PICTURES = 4  # of a scene at most
-PAIRS = list(combinations(range(PICTURES), 2))
+PAIRS = list(itertools.combinations(range(PICTURES), 2))
 # Numbers that a token learns: x, y of what its answer or option points at; of an option, right (1)
 # or wrong (-1), and letter; places of the gripper and of two things in each picture; how far the
 # gripper is open there; the root of its way from each picture to each later one.
 PARTS = [2, 2, PICTURES * 3 * 3, PICTURES, len(PAIRS)]
+NUMBERS = sum(PARTS)
 RIGHT = 2  # where among them
+LETTER = 3
+MOMENTS = 4  # and all behind it
 ANSWER_WEIGHT = 0.3  # of each part, beside the words' own loss; at 1 they drown them
+CELLS = itertools.product(range(GRID), repeat=2)
+LATTICE = np.array([(x + 0.5, y + 0.5) for y, x in CELLS]) - GRID / 2  # (64, 2), patches' places
 
 
 # ---- targets
@@ -51,7 +56,7 @@ ANSWER_WEIGHT = 0.3  # of each part, beside the words' own loss; at 1 they drown
 def to_place(numbers):
     """x, y in pixels, and depth in m if there, as a place."""
     x, y, *depth = numbers
-    place = [(x - IMAGE_SIZE / 2) / PATCH, (y - IMAGE_SIZE / 2) / PATCH]
+    place = [x / PATCH - GRID / 2, y / PATCH - GRID / 2]
     return place + [10 * meters - 6 for meters in depth]
 
 
@@ -75,15 +80,16 @@ class Scene:
                 centers[v, CLASSES.index(label)] = to_place(numbers)
         known = self.classes.clip(0)
         center = np.take_along_axis(centers, known[..., None], axis=1)  # (PICTURES, 64, 3)
-        rows, columns = np.indices((GRID, GRID)).reshape(2, -1) + 0.5 - GRID / 2
-        offset = center[..., :2] - np.stack([columns, rows], -1)
+        offset = center[..., :2] - LATTICE
         near = np.abs(offset).max(-1) <= LARGEST_OFFSET
-        self.offsets = np.concatenate([offset, center[..., [2, 0, 1]]], -1)[:V]
-        self.offsets[~near[:V]] = np.nan
+        center[~near] = np.nan
+        offset[~near] = np.nan
+        depth = center[..., 2:]
+        self.offsets = np.concatenate([offset, depth, center[..., :2]], -1)[:V]
         self.gripper = centers[:, 1].clip(-GRID, GRID)
         self.centers = np.full_like(centers, np.nan)
-        v, _ = near.nonzero()
-        self.centers[v, known[near]] = center[near]
+        for v in range(PICTURES):
+            self.centers[v, known[v, near[v]]] = center[v, near[v]]
         self.classes = self.classes[:V]
 
     def moments(self, labels):
@@ -110,34 +116,44 @@ def option_tokens(ids, options, tokenizer):
     spans = []
     for letter, option in zip(LETTERS, options):
         head = tokenizer.encode(f" {letter})")
-        text = tokenizer.encode(f" {letter}) {option}")
-        start = next(i for i in range(len(ids)) if tuple(ids[i : i + len(text)]) == text)
+        text = list(tokenizer.encode(f" {letter}) {option}"))
+        start = 0
+        while ids[start : start + len(text)] != text:
+            start += 1
+            assert start < len(ids), f"the question lacks {letter}) {option}"
         spans.append(range(start + len(head), start + len(text)))
     tokens = []
     for span in spans:
-        others = {ids[i] for other in spans if other is not span for i in other}
+        others = [ids[i] for other in spans if other is not span for i in other]
         telling = [i for i in span if ids[i] not in others]
         tokens.append([*telling, *span][0])
     return tokens
 
 
 def question_targets(question, scene, ids, labels, tokenizer):
-    """(tokens, numbers (N, sum of PARTS), weights) of a question with these ids and labels.
+    """(tokens, numbers (N, NUMBERS), weights) of a question with these ids and labels.
 
     Tokens that the answer is predicted from, then one of each option of a choice.
     """
     answer = [i - 1 for i, label in enumerate(labels) if label >= 0]
-    options = question["options"] if question["form"] == "choice" else []
-    tokens = answer + option_tokens(ids, options, tokenizer)
-    numbers = np.full((len(tokens), sum(PARTS)), np.nan)
-    numbers[: len(answer), :RIGHT] = scene.find(question.get("place"))
-    numbers[:, sum(PARTS[:2]) :] = scene.moments(question.get("labels", []))
-    for i, option in enumerate(options):
-        right = question["answer"].endswith(LETTERS[i])
-        place = scene.find(option if option in CLASSES else None)
-        numbers[len(answer) + i, : sum(PARTS[:2])] = (*place, 1 if right else -1, i - 2)
     # one over the root of the answer's length, as the words: a box would drown a color
-    weights = [len(answer) ** -0.5] * len(answer) + [1.0] * len(options)
+    weights = [len(answer) ** -0.5] * len(answer)
+    tokens = list(answer)
+    numbers = np.full((len(answer), NUMBERS), np.nan)
+    numbers[:, :RIGHT] = scene.find(question.get("place"))
+    if question["form"] == "choice":
+        options = question["options"]
+        weights += [1.0] * len(options)
+        tokens += option_tokens(ids, options, tokenizer)
+        known = np.full((len(options), NUMBERS), np.nan)
+        for i, option in enumerate(options):
+            if option in CLASSES:
+                known[i, :RIGHT] = scene.find(option)
+            right = question["answer"].endswith(LETTERS[i])
+            known[i, RIGHT] = 1 if right else -1
+            known[i, LETTER] = i - 2
+        numbers = np.concatenate([numbers, known])
+    numbers[:, MOMENTS:] = scene.moments(question.get("labels", []))
     return tokens, numbers, weights
 
 
@@ -165,18 +181,20 @@ class Grounding(nn.Module):
 
         self.vit = head(config.vision_config.hidden_size, C + 3)
         self.llm = head(config.hidden_size, self.merge**2 * (C + 5))
-        self.answer = nn.ModuleList([head(config.hidden_size, sum(PARTS)) for _ in range(2)])
+        self.answer = nn.ModuleList([head(config.hidden_size, NUMBERS) for _ in range(2)])
 
     def targets(self, rows, batch):
         """Of packed rows: patch_class (P,) and patch_place (P, 5), of which the ViT learns three;
-        answer_token (N,), answer_number (N, sum of PARTS), answer_weight (N,)."""
+        answer_token (N,), answer_number (N, NUMBERS), answer_weight (N,)."""
         grids = batch.get("image_grid_thw", torch.zeros(0))
         if any(tuple(grid) != (1, GRID, GRID) for grid in grids.tolist()):
             raise UserError(f"these heads need pictures of {GRID} x {GRID} patches")
         ids = batch["input_ids"][0].tolist()
         labels = batch["labels"][0].tolist()
         scenes = [Scene(row.record.get("grounding"), len(row.media)) for row in rows]
-        tokens, numbers, weights = [], [np.zeros((0, sum(PARTS)))], []
+        tokens = []
+        numbers = [np.zeros((0, NUMBERS))]
+        weights = []
         stop = 0
         for row, scene, lengths in zip(rows, scenes, batch["segments"]):
             questions = row.record.get("questions", [])
@@ -217,13 +235,18 @@ class Grounding(nn.Module):
         tokens = out.hidden_states[self.intent_layer][batch["input_ids"] == self.image_token]
         m, side = self.merge, GRID // self.merge
         llm = rearrange(
-            self.llm(tokens), "(n h w) (a b c) -> (n h a w b) c", a=m, b=m, h=side, w=side
+            self.llm(tokens),
+            "(n h w) (a b c) -> (n h a w b) c",
+            a=m,
+            b=m,
+            h=side,
+            w=side,
         )
         read = {"vit": self.vit(out.patch_features), "llm": llm}
         return {name: part.tensor_split([C], 1) for name, part in read.items()}
 
     def read_answers(self, out, batch):
-        """[(N, sum of PARTS)] from two blocks below the top and from there."""
+        """[(N, NUMBERS)] from two blocks below the top and from there."""
         if out.logits is None or not len(batch["answer_token"]):
             return []
         hidden = out.hidden_states[self.below], out.hidden_states[-1]
@@ -237,14 +260,29 @@ class Grounding(nn.Module):
         weight[0] = NOTHING_WEIGHT
         for name, (classes, places) in self.read_patches(out, batch).items():
             truth = batch["patch_place"][:, : places.shape[1]]
-            what = F.cross_entropy(classes, batch["patch_class"], weight, reduction="sum")
+            what = F.cross_entropy(
+                classes,
+                batch["patch_class"],
+                weight,
+                reduction="sum",
+            )
             near = truth[:, 0].isfinite()
-            where = F.smooth_l1_loss(places[near], truth[near], reduction="sum", beta=0.1)
+            where = F.smooth_l1_loss(
+                places[near],
+                truth[near],
+                reduction="sum",
+                beta=0.1,
+            )
             losses[f"patches_{name}"] = what / totals[0] + where / totals[1]
         known = batch["answer_number"].isfinite()
         truth = batch["answer_number"].nan_to_num()
         for read in self.read_answers(out, batch):
-            error = F.smooth_l1_loss(read, truth, reduction="none", beta=0.1)
+            error = F.smooth_l1_loss(
+                read,
+                truth,
+                reduction="none",
+                beta=0.1,
+            )
             # logistic: half a hint is worth something, which L1 denies
             error[:, RIGHT] = F.softplus(-read[:, RIGHT] * truth[:, RIGHT])
             error = error * known

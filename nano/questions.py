@@ -27,7 +27,7 @@ import numpy as np
 DATA = json.loads((Path(__file__).parent / "questions.json").read_text())
 WORDINGS = DATA["wordings"]  # {name: {"seen": [...], "held_out": [...]}}, by category and kind
 STEPS = DATA["steps"]
-CAUSES = DATA["causes"]  # what can go wrong
+CAUSES = DATA["causes"]  # {what can go wrong: its text, tasks, steps that go astray}
 COLORS = DATA["things"]  # {label: color or None}, all that can be named; weights rest on the order
 CATEGORIES = tuple(dict.fromkeys(name.split()[0] for name in WORDINGS))
 KEYS = {"point": "point_2d", "box": "bbox_2d"}  # Qwen2.5-VL's
@@ -151,18 +151,38 @@ class Asker:
     def closed(self, name, answer, options, **more):
         """As words or as a choice, whichever the draw says; not with fewer than two options."""
         if len(set(options)) > 1:
-            self.ask(name, answer, options=options, forms=("words", "choice"), **more)
+            self.ask(
+                name,
+                answer,
+                options=options,
+                forms=("words", "choice"),
+                **more,
+            )
 
     def yes_no(self, name, truth, labels=(), **more):
         answer = "yes" if truth else "no"
-        self.ask(name, answer, labels, options=("yes", "no"), forms=("yes/no",), **more)
+        self.ask(
+            name,
+            answer,
+            labels,
+            options=("yes", "no"),
+            forms=("yes/no",),
+            **more,
+        )
 
     def locate(self, name, form, numbers, label, **more):
         """Where is it? numbers: a point's x, y or a box's x1, y1, x2, y2, in pixels."""
         numbers = [int(number) for number in numbers]
         answer = json.dumps({KEYS[form]: numbers, "label": label})
         center = np.reshape(numbers, (-1, 2)).mean(0).tolist()
-        self.ask(name, answer, [label], forms=(form,), place=center, **more)
+        self.ask(
+            name,
+            answer,
+            [label],
+            forms=(form,),
+            place=center,
+            **more,
+        )
 
     # ---- about one picture, or one from each camera
 
@@ -198,8 +218,20 @@ class Asker:
             for label, (*corners, pixels, x, y) in shown.items():
                 x1, y1, x2, y2 = corners
                 if pixels >= 8 and x1 <= x < x2 and y1 <= y < y2:  # not a corner that peeps out
-                    self.locate("box", "box", corners, label, words=[view])
-                    self.locate("point", "point", (x, y), label, words=[view])
+                    self.locate(
+                        "box",
+                        "box",
+                        corners,
+                        label,
+                        words=[view],
+                    )
+                    self.locate(
+                        "point",
+                        "point",
+                        (x, y),
+                        label,
+                        words=[view],
+                    )
         return visible
 
     def order(self, where):
@@ -207,7 +239,14 @@ class Asker:
         order = sorted(where, key=lambda label: where[label][0])
         ends = clear_ends(order, where)
         for word, label in ends.items():
-            self.closed("nearest", label, order, words=[word], guesses=len(COLORS), place=label)
+            self.closed(
+                "nearest",
+                label,
+                order,
+                words=[word],
+                guesses=len(COLORS),
+                place=label,
+            )
         cubes = [label for label in order if "cube" in label]
         plans = [
             numbered(plan_of(("approach", "descend", "grasp", "lift"), cube)) for cube in cubes
@@ -242,13 +281,25 @@ class Asker:
         self.closed("task", task, tasks, ahead=ALWAYS)
         self.success(task, wording, cause is None)
         if cause:
-            texts = {name: CAUSES[name].format(label) for name in causes}
+            texts = {name: CAUSES[name]["text"].format(label) for name in causes}
             about = {"words": [wording], "about": [task]}
-            self.closed("failure", texts[cause], texts.values(), ahead=3, **about)
+            self.closed(
+                "failure",
+                texts[cause],
+                texts.values(),
+                ahead=3,
+                **about,
+            )
 
     def success(self, task, wording, success):
         # ahead: as many as one attempt gives
-        self.yes_no("success", success, words=[wording], about=[task], ahead=3)
+        self.yes_no(
+            "success",
+            success,
+            words=[wording],
+            about=[task],
+            ahead=3,
+        )
 
     def within(self, task, wording, label, phases, now):
         """At the end of step `now` of an attempt of these phases."""
@@ -260,4 +311,10 @@ class Asker:
         about = {"words": [wording], "about": [task]}
         self.closed("past", plan[at - 1], plan[:-1], about=[task])
         self.closed("next", plan[at], plan[1:], **about)
-        self.ask("remaining", left[at - 1], options=left, forms=("steps",), **about)
+        self.ask(
+            "remaining",
+            left[at - 1],
+            options=left,
+            forms=("steps",),
+            **about,
+        )

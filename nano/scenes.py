@@ -30,6 +30,7 @@ import math
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -68,18 +69,7 @@ GRASPABLE = [label for label in COLORS if "cube" in label or label in ("blue bal
 CLUTTER = 3  # spare cubes at most
 MOST_QUESTIONS = 10
 SHARD = 250  # scenes of one job
-# What can go wrong: nothing is grasped to be pushed, and a peg may stand anywhere.
-FAULTS = {
-    "PushCube": ["missed", "stopped"],
-    "PullCube": ["missed", "stopped"],
-    "LiftPegUpright": ["missed", "dropped", "stopped"],
-}
 LIFTED = ("lift", "LiftPegUpright")  # a step that holds something, as carrying does
-# which steps a fault carries out beside their place
-ASTRAY = {
-    "missed": ("approach", "descend", "push", "pull"),
-    "beside": ("carry", "place", "retreat"),
-}
 
 
 @dataclass
@@ -113,7 +103,12 @@ def look(env, view, bodies):
         numbers[env.model.body(f"{side}_finger").id] = 1
     of_geom = [numbers.get(body, 0) for body in env.model.geom_bodyid]
     classes = np.array([*of_geom, 0])[env.draw(view, segmentation=True)]  # geom -1 is the sky
-    tiles = rearrange(classes, "(y a) (x b) -> (y x) (a b)", a=PATCH, b=PATCH)
+    tiles = rearrange(
+        classes,
+        "(y a) (x b) -> (y x) (a b)",
+        a=PATCH,
+        b=PATCH,
+    )
     counts = (tiles[..., None] == np.arange(len(CLASSES))).sum(1)  # (64, C)
     counts[:, 0] = 4  # four pixels of an object are enough to name a patch
     counts[:, 2:] *= 4  # and objects matter more than fingers in front of them
@@ -208,7 +203,7 @@ def pose_arm(env, bodies, rng):
             turn = quarter_turn(env, bodies[label], point)
             tilt = 0.0
             finger = env.robot.travel
-            position = point - env.base + astray(rng)
+            position = point - env.base + beside(rng)
         azimuth = np.arctan2(position[1], position[0])
         rotation = tool_rotation(env.robot, azimuth + turn, tilt)
         qpos = get_kinematics(env.robot.name).solve_ik(position, rotation, env.robot.home)
@@ -218,7 +213,7 @@ def pose_arm(env, bodies, rng):
     mujoco.mj_forward(env.model, env.data)
 
 
-def astray(rng):
+def beside(rng):
     """(3,) m: from where a grasp would succeed, by centimeters or, as often, by millimeters."""
     if rng.random() < 0.5:
         distance = rng.uniform(0.035, 0.06)
@@ -241,11 +236,12 @@ def commands(env, rng, fault):
     """(name of the step, action) of the expert, with a `fault` once, else as often as it takes."""
     shift = np.append(rng.choice([-1, 1], 2) * rng.uniform(0.035, 0.05, 2), 0)
     late = rng.uniform(0.3, 0.8)  # where in its step a dropped thing is let go
+    astray = CAUSES[fault]["astray"] if fault else []
     for _ in range(1 if fault else 4):
         try:
             primitives = PRIMITIVES[env.task.name](env)
             for primitive in primitives:
-                if primitive.position is not None and primitive.name in ASTRAY.get(fault, ()):
+                if primitive.position is not None and primitive.name in astray:
                     primitive.position = primitive.position + shift
             segments = plan(env, primitives)
         except Infeasible:
@@ -284,67 +280,84 @@ def attempt(env, seed, rng, fault):
 
 def clips(env, seed, rng, asker):
     """The scenes of one attempt, none if a fault did no harm or the expert failed."""
-    causes = FAULTS.get(env.task.name, list(CAUSES))
+    causes = [name for name, cause in CAUSES.items() if env.task.name in cause["tasks"]]
     fault = causes[seed // 4 % len(causes)] if rng.random() < 0.5 else None
     qpos, names, success = attempt(env, seed, rng, fault)
     if len(qpos) < 12 or success != (fault is None):
         return []
     bodies = {label: body for body, label in env.task.labels.items()}
-    label = next(iter(bodies))
-    tasks = [task.instructions[0] for task in TASKS.values()]
-    task = env.task.instructions[0]
-    last = len(qpos) - 1
     scenes = []
 
-    def wording():
-        return env.task.instructions[rng.integers(len(env.task.instructions))]
-
-    def way(a, b, numbers=None):
-        return np.abs(qpos[b] - qpos[a])[:numbers].max()
-
     def add(times):
-        """A scene of these four moments, if anything has been asked."""
+        """A scene of four moments, if anything has been asked."""
         asked = asker.take()
-        shots = []
-        for t in times if asked else []:
-            env.data.qpos[:] = qpos[int(t)]
-            env.data.qvel[:] = 0
-            mujoco.mj_forward(env.model, env.data)
-            shots.append(look(env, "front", bodies))
         for question in asked:
             question["labels"] = list(bodies)
         if asked:
+            shots = [replay(env, qpos[int(t)], bodies) for t in times]
             scenes.append(scene(env, shots, asked, rng))
 
-    for _ in range(4 if fault else 2):  # as a whole
-        times = np.linspace(0, last, 4)
-        times[1:3] += rng.uniform(-0.1, 0.1, 2) * last
-        still = rng.random() < 0.25
-        times = np.full(4, rng.integers(last)) if still else times.astype(int)
-        asker.whole(task, tasks, wording(), label, fault, causes)
-        if still:  # the same picture four times over: it tells nothing but that nothing moves
-            asker.take()
-        asker.yes_no("embodiment moving", way(times[0], times[-1], env.robot.dof) > 0.05)
-        add(times)
-    times = np.linspace(max(0, last - rng.integers(9, 40)), last, 4)
-    asker.success(task, wording(), success)
-    add(times)
+    label = next(iter(bodies))
+    ask_as_a_whole(env, qpos, rng, asker, add, label, fault, causes)
+    last = len(qpos) - 1
+    begin = max(0, last - rng.integers(9, 40))
+    asker.success(env.task.instructions[0], wording(env, rng), success)
+    add(np.linspace(begin, last, 4))
     order = [name for name, _ in groupby(names)]
     if fault is None and "approach" in order and len(set(order)) == len(order):  # no second try
         for t in range(8, last):
             if names[t] != names[t + 1] and names[t] in STEPS:  # the end of a step
-                asker.within(task, wording(), label, order, names[t])
+                task = env.task.instructions[0]
+                asker.within(task, wording(env, rng), label, order, names[t])
                 add(np.linspace(max(0, t - 24), t, 4))
+    ask_what_follows(qpos, rng, asker, add)
+    return scenes
+
+
+def wording(env, rng):
+    return env.task.instructions[rng.integers(len(env.task.instructions))]
+
+
+def replay(env, qpos, bodies):
+    """What `look` sees from the front at a moment of an attempt."""
+    env.data.qpos[:] = qpos
+    env.data.qvel[:] = 0
+    mujoco.mj_forward(env.model, env.data)
+    return look(env, "front", bodies)
+
+
+def ask_as_a_whole(env, qpos, rng, asker, add, label, fault, causes):
+    """Scenes from the beginning to the end of an attempt: four if it failed, as that is rarer."""
+    last = len(qpos) - 1
+    tasks = [task.instructions[0] for task in TASKS.values()]
+    for _ in range(4 if fault else 2):
+        times = np.linspace(0, last, 4)
+        times[1:3] += rng.uniform(-0.1, 0.1, 2) * last
+        still = rng.random() < 0.25
+        times = np.full(4, rng.integers(last)) if still else times.astype(int)
+        asker.whole(env.task.instructions[0], tasks, wording(env, rng), label, fault, causes)
+        if still:  # the same picture four times over: it tells nothing but that nothing moves
+            asker.take()
+        way = np.abs(qpos[times[-1]] - qpos[times[0]])
+        asker.yes_no("embodiment moving", way[: env.robot.dof].max() > 0.05)
+        add(times)
+
+
+def ask_what_follows(qpos, rng, asker, add):
+    """Scenes of two moments and two that may follow, 0.4 s later and far away."""
+    last = len(qpos) - 1
     for t in rng.integers(8, max(9, last - 8), 3):
         third = rng.random() < 0.5
         after = min(t + 8, last)
         back = t >= 16 and rng.random() < 0.7
         other = t - 16 if back else min(t + 40, last)
+        way = np.abs(qpos[after] - qpos[t]).max()
+        other_way = np.abs(qpos[other] - qpos[t]).max()
         # what stays where it was might be next as well
-        if last >= 24 and way(t, after) > 0.05 and way(t, other) > 1.5 * way(t, after):
+        if last >= 24 and way > 0.05 and other_way > 1.5 * way:
             asker.ask("future", "3" if third else "4", options=("3", "4"))
-            add([t - 8, t, *((after, other) if third else (other, after))])
-    return scenes
+            pair = (after, other) if third else (other, after)
+            add([t - 8, t, *pair])
 
 
 # ---- files
@@ -355,7 +368,13 @@ def make_shard(job):
     part, robot, task, first, count = job
     if part.exists():  # whole, of a rendering that was stopped
         return count
-    env = TabletopEnv(robot, task, render=False, clutter=CLUTTER, varied="looks")
+    env = TabletopEnv(
+        robot,
+        task,
+        render=False,
+        clutter=CLUTTER,
+        varied="looks",
+    )
     draw = seeds.rng(first, "wording")
     held_out = (False, True) if part.parent.name == "val" else (False,)
     askers = [Asker(draw, kind) for kind in held_out]
@@ -386,19 +405,17 @@ def jobs_of(config):
     Each robot and task has as many; of all scenes, a fifteenth more for validation.
     """
     jobs = {"train": [], "val": []}
-    cells = [(robot, task) for task in TASKS for robot in ROBOTS]
+    cells = list(itertools.product(TASKS, ROBOTS))
     each = math.ceil(config.scenes / len(cells))
-    for number, (robot, task) in enumerate(cells):
+    few = max(20, config.scenes // 15 // len(cells))
+    for number, (task, robot) in enumerate(cells):
         seed = config.seed + 10_000 * number
-        shards = [
-            ("train", i, seed + 300 * i, min(SHARD, each - first))
-            for i, first in enumerate(range(0, each, SHARD))
-        ]
-        val = seeds.FIRST_VALIDATION + seed
-        shards.append(("val", 0, val, max(20, config.scenes // 15 // len(cells))))
-        for split, i, first, count in shards:
-            part = Path(config.out) / split / f"{robot}-{task}-{i:03d}.jsonl"
-            jobs[split].append((part, robot, task, first, count))
+        for i in range(math.ceil(each / SHARD)):
+            part = Path(config.out, "train", f"{robot}-{task}-{i:03d}.jsonl")
+            count = min(SHARD, each - SHARD * i)
+            jobs["train"].append((part, robot, task, seed + 300 * i, count))
+        part = Path(config.out, "val", f"{robot}-{task}-000.jsonl")
+        jobs["val"].append((part, robot, task, seeds.FIRST_VALIDATION + seed, few))
     return {split: sorted(shards) for split, shards in jobs.items()}
 
 
@@ -450,6 +467,12 @@ def make(config):
         part.unlink()
 
 
+@lru_cache(maxsize=4)
+def read_rows(path, time):
+    """Conversations of a file as it was at that time: several stages read the same."""
+    return Conversations(path)
+
+
 @dataclass
 class Scenes:
     """The scenes of a split ("train" or "val") as rows: a source of train_sft.py.
@@ -473,7 +496,7 @@ class Scenes:
         with reading(path, advice):
             if checksum(path) != read_json(path.with_name("made.json"))["checksums"][path.name]:
                 raise UserError("it was damaged or changed since it was made; delete the folder")
-        self.file = Conversations(path)
+        self.file = read_rows(path, path.stat().st_mtime_ns)
         self.chosen = []  # (row of the file, which of its questions)
         self.often = Counter()
         for i, (_, record) in enumerate(self.file.records):
@@ -517,7 +540,15 @@ class Scenes:
             run, number = seed
             draw = np.random.default_rng([run, 2, number])
             if draw.random() < self.blind:
-                noise = [draw.integers(0, 256, PICTURE, dtype=np.uint8) for _ in row.media]
+                noise = [
+                    draw.integers(
+                        0,
+                        256,
+                        PICTURE,
+                        dtype=np.uint8,
+                    )
+                    for _ in row.media
+                ]
                 row.media = [("image", Image.fromarray(image)) for image in noise]
                 row.record = {**row.record, "grounding": None}
             often = [self.often[questions[n]["category"]] for n in chosen]
