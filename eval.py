@@ -75,7 +75,7 @@ class DigitalConfig:
     base: str = ""  # another one to stand beside, such as the one before Stage I
     data: str = "out/corpus/val.jsonl,out/general/probes.jsonl"  # conversations with questions
     questions: int = 50  # of each category in seen wordings, and as many in held-out ones; 0: all
-    batch_size: int = 64  # questions at a time
+    batch_size: int = 16  # questions at a time
     seed: int = 0  # which of the questions
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "float32"  # of the language model; bfloat16 for large ones on a GPU

@@ -60,64 +60,30 @@ class BLM:
         batch = self.processor.prompt(images, texts, side)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
-    def stops(self):
-        """What ends a reply: the folder's stop tokens, and the chat template's."""
-        special = self.processor.tokenizer.special
-        template = [special["<|im_end|>"], special["<|endoftext|>"]]
-        return self.vlm.generation_config["eos_token_id"] + template
-
     # ---- digital space
 
-    def answer(
-        self,
-        images,
-        question,
-        max_new_tokens=128,
-        temperature=0.0,
-        top_p=1.0,
-        seed=None,
-        stream=None,
-    ):
-        """The reply to `question` about `images`: greedy at temperature 0, else drawn.
+    def answer(self, images, question, **options):
+        """The reply to `question` about `images`, and to nothing that was said before.
 
         images: PIL or uint8 (height, width, 3), a video as the list of its frames, two a second;
-        maybe none. stream(text) is called with every new piece of the reply, as it comes.
+        maybe none. options: see `answers`.
         """
-        batch = self.prompt([images], [words("question", question)])  # B = 1
-        decode = self.processor.tokenizer.decode
-        ids = []
-        said = ""
+        return self.answers([images], [question], **options)[0]
 
-        def piece(tokens):
-            nonlocal said
-            ids.append(tokens[0])
-            text = decode(ids)
-            if not text.endswith("\ufffd"):  # half a character: its other bytes are still to come
-                stream(text[len(said) :])
-                said = text
+    def answers(self, images, questions, **options):
+        """Replies to a question about a list of images for each row, all at a time: [str].
 
-        rows = self.vlm.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop_token_ids=self.stops(),
-            stream=stream and piece,
-        )
-        return decode(rows[0])
-
-    def answers(self, images, questions, max_new_tokens=128, batch_size=16):
-        """`answer`, greedy, for many: images and a question for each row, to a list of replies."""
-        replies = []
-        for start in range(0, len(questions), batch_size):
-            rows = slice(start, start + batch_size)
-            batch = self.prompt(images[rows], questions[rows], side="left")
-            ids = self.vlm.generate(
-                **batch, max_new_tokens=max_new_tokens, stop_token_ids=self.stops()
-            )
-            replies += map(self.processor.tokenizer.decode, ids)
-        return replies
+        options of `VLM.generate`: max_new_tokens; temperature (0: the likeliest words), top_p, seed.
+        """
+        for question in questions:
+            check_text("question", question)
+        tokenizer = self.processor.tokenizer
+        # what ends a reply: the folder's stop tokens, and the chat template's
+        stops = [tokenizer.special["<|im_end|>"], tokenizer.special["<|endoftext|>"]]
+        stops += self.vlm.generation_config["eos_token_id"]
+        batch = self.prompt(images, questions, side="left")
+        replies = self.vlm.generate(**batch, stop_token_ids=stops, **options)
+        return [tokenizer.decode(ids) for ids in replies]
 
     # ---- physical space
 
@@ -158,19 +124,18 @@ class BLM:
         names = list(policy.embodiments)
         index = names.index(choose(robot, names, "robot"))
         state_dim, action_dim = policy.embodiments[robot]
-        images, numbers, instruction = read_observation(observation, robot, state_dim)
+        images, numbers, instruction = read_observation(observation, state_dim)
         hidden, mask = self.intent_states([images], [instruction])
 
         state = torch.zeros(1, policy.state_dim)  # padded to S
         state[0, :state_dim] = torch.from_numpy(numbers)
-        noise = np.zeros((1, policy.config.action_horizon, policy.action_dim), np.float32)
-        if temperature:  # numpy's noise is the same on every device
-            with reading("temperature and seed"):
-                rng = np.random.default_rng(seed)
-                noise = temperature * rng.standard_normal(noise.shape, np.float32)
-        inputs = (state, torch.tensor([index]), torch.from_numpy(noise))
-        chunk = policy.sample(hidden, mask, *(tensor.to(self.device) for tensor in inputs))
-        chunk = chunk[0, :, :action_dim].cpu().numpy()  # (T, dof + 1)
+        shape = (1, policy.config.action_horizon, policy.action_dim)
+        with reading("temperature and seed"):  # numpy's noise is the same on every device
+            noise = np.random.default_rng(seed).standard_normal(shape, np.float32)
+            noise = torch.from_numpy(temperature * noise)
+        inputs = [part.to(self.device) for part in (state, torch.tensor([index]), noise)]
+        chunk = policy.sample(hidden, mask, *inputs)  # (1, T, A)
+        chunk = chunk[0, :, :action_dim].cpu().numpy()
         if not np.isfinite(chunk).all():
             raise UserError(f"the chunk for {robot} is not finite: are the weights damaged?")
         return chunk
@@ -192,15 +157,14 @@ class BLM:
             )
         processor = Processor.from_pretrained(folder)
         # the policy's hash is of the weights as they are stored, so a cast waits for it
-        as_read = dtype if dtype == torch.float32 else stored_dtype(folder)
-        vlm = VLM.from_pretrained(folder, device, as_read)
-        if len(processor.tokenizer) > vlm.config.vocab_size:
-            raise UserError(
-                f"{folder / 'tokenizer.json'} has {len(processor.tokenizer)} tokens, the model "
-                f"{vlm.config.vocab_size}: take both from one folder"
-            )
+        exact = torch.float32 if dtype == torch.float32 else stored_dtype(folder)
+        vlm = VLM.from_pretrained(folder, device, exact)
+        with reading(folder / "tokenizer.json", "take it from the folder of the weights"):
+            # the table of embeddings has no row for more
+            size = vlm.config.vocab_size
+            assert len(processor.tokenizer) <= size, f"more tokens than the model's {size}"
         policy = None
-        if any((folder / f"policy.{kind}").exists() for kind in ("json", "safetensors")):
+        if list(folder.glob("policy.[js]*")):  # with one of its two files the other is missed
             policy = load_policy(folder, vlm, processor).to(device)
         return cls(vlm.to(dtype), processor, policy, load_training(folder))
 
@@ -212,38 +176,34 @@ class BLM:
         self.vlm.save_pretrained(folder, dtype)
         self.processor.save_pretrained(folder)
         if self.policy is not None:
-            k = self.policy.config.intent_layer
-            backbone = backbone_hash(self.vlm, self.processor, k, dtype)
-            self.save_policy(folder, dtype, backbone=backbone)
+            self.save_policy(folder, dtype)
         if self.training:
             write_json(Path(folder) / "training.json", self.training)
 
     def save_policy(self, folder, dtype=None, weights=None, backbone=None):
         """Write policy.safetensors and policy.json beside their language model.
 
-        weights {name: tensor} stand for the policy's own, backbone for the hash.
+        weights {name: tensor} stand for the policy's own, backbone for the hash of a language model
+        that is no longer here.
         """
         policy = self.policy
-        if backbone is None:
-            backbone = backbone_hash(self.vlm, self.processor, policy.config.intent_layer)
-        statistics = {name for name, _ in policy.named_buffers()}
+        k = policy.config.intent_layer
         tensors = {}
         for name, tensor in (weights or policy.state_dict()).items():
-            kept = tensor.dtype if name in statistics else dtype  # float16 is too coarse for them
-            tensors[name] = tensor.detach().to("cpu", kept).contiguous()
+            statistic = name.startswith("normalizer.")  # float16 is too coarse for them
+            tensors[name] = tensor.to("cpu", None if statistic else dtype)
         robots = {}
-        for name, (state_dim, action_dim) in policy.embodiments.items():
-            sizes = {"state_dim": state_dim, "action_dim": action_dim}
-            robots[name] = {"index": len(robots), **sizes}  # JSON's keys have no order
+        for i, (name, (state_dim, action_dim)) in enumerate(policy.embodiments.items()):
+            # with an index, for JSON's keys have no order
+            robots[name] = {"index": i, "state_dim": state_dim, "action_dim": action_dim}
         about = {
             "version": VERSION,
             "config": dataclasses.asdict(policy.config),
-            "condition_size": policy.condition_size,
             "embodiments": robots,
             "state": STATE,
             "action": ACTION,
             "views": VIEWS,
-            "backbone": backbone,
+            "backbone": backbone or backbone_hash(self.vlm, self.processor, k, dtype),
         }
         with atomic(Path(folder) / "policy.safetensors") as path:
             save_file(tensors, path, metadata={"format": "pt"})
@@ -253,20 +213,20 @@ class BLM:
 # ---- what people hand over
 
 
-def words(name, text):
-    """A question or an instruction. UserError if it is no text, or empty."""
+def check_text(name, text):
+    """UserError if a question or an instruction is no text, or empty."""
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"the {name} is {text!r}: it must be a text that says something")
-    return text
 
 
-def to_array(numbers):
-    """Numbers in lists, arrays or tensors, wherever and of whatever type, as a numpy array."""
+def to_array(numbers, ndim):
+    """Lists, arrays or tensors, wherever and of whatever type, as numpy; a batch of one as its row."""
     if isinstance(numbers, torch.Tensor):
         if numbers.is_floating_point():
             numbers = numbers.float()  # numpy has no bfloat16
         numbers = numbers.numpy(force=True)
-    return np.asarray(numbers)
+    numbers = np.asarray(numbers)
+    return numbers[0] if numbers.ndim == ndim + 1 and len(numbers) == 1 else numbers
 
 
 def to_square(picture):
@@ -280,13 +240,11 @@ def to_square(picture):
     picture padded with black or squeezed.
     """
     if not isinstance(picture, Image.Image):
-        picture = to_array(picture)
-        if picture.ndim == 4 and len(picture) == 1:
-            picture = picture[0]
-        if picture.ndim == 3 and picture.shape[0] == 3 != picture.shape[2]:
-            picture = picture.transpose(1, 2, 0)  # to height x width x 3
+        picture = to_array(picture, 3)
+        if picture.shape[:1] == (3,) != picture.shape[2:]:  # colors first, as torch has them
+            picture = picture.transpose(1, 2, 0)
         if picture.dtype.kind == "f":
-            if not (picture.min() >= 0 and picture.max() <= 1):
+            if not (picture.min() >= 0 and picture.max() <= 1):  # NaN is neither
                 raise UserError("a picture of floats must lie in 0..1")
             picture = (picture * 255).round().astype(np.uint8)
     picture = np.asarray(to_rgb(picture))
@@ -303,61 +261,57 @@ def to_square(picture):
     return picture[top : top + side, left : left + side]
 
 
-def read_observation(observation, robot, state_dim):
-    """([front, wrist], state (S,) float32, instruction) of an observation, checked.
+def read_observation(observation, state_dim):
+    """([front, wrist], state (S,) float64, instruction) of an observation, checked.
 
     {"images": {"front", "wrist": see `to_square`}, "state": S numbers in rad and m, in the order of
     policy.json, "instruction": str}; arrays, lists or tensors. UserError says what is wrong.
     """
-    form = '{"images": {"front": ..., "wrist": ...}, "state": ..., "instruction": ...}'
-    with reading("the observation", f"it must be {form}"):
-        images = [observation["images"][view] for view in VIEWS]
-        state = observation["state"]
-        instruction = words("instruction", observation["instruction"]).strip()  # as in training
-    for i, view in enumerate(VIEWS):
+    form = f'"state": {state_dim} numbers in rad and m, "instruction": text'
+    with reading("the observation", f'it must be {{"images": {{"front", "wrist"}}, {form}}}'):
+        images = {view: observation["images"][view] for view in VIEWS}
+        instruction = observation["instruction"]
+        check_text("instruction", instruction)
+        # complex numbers and texts are no kind of float
+        state = to_array(observation["state"], 1).astype(np.float64, casting="same_kind")
+        assert state.shape == (state_dim,), f"the state has the shape {state.shape}"
+        # NaN is not below anything
+        fine = np.abs(state) <= LARGEST_STATE
+        assert fine.all(), f"the state is not finite, or too large: {state[~fine]}"
+    squares = []
+    for view, picture in images.items():
         with reading(f"the {view} picture"):
-            images[i] = to_square(images[i])
-    with reading(f"the state of {robot}", f"it is {state_dim} numbers, rad and m (policy.json)"):
-        state = to_array(state).astype(np.float64, casting="same_kind")
-        state = state[0] if state.ndim == 2 and len(state) == 1 else state
-        if state.shape != (state_dim,):
-            raise UserError(f"it has the shape {state.shape}")
-        if not (np.abs(state) <= LARGEST_STATE).all():  # NaN is not below anything
-            raise UserError(f"it holds numbers that are not finite, or too large: {state.tolist()}")
-    return images, state.astype(np.float32), instruction
+            squares.append(to_square(picture))
+    return squares, state, instruction.strip()  # as in training
 
 
 # ---- what belongs together
 
 
-def backbone_hash(vlm, processor, num_layers=None, dtype=None):
+def backbone_hash(vlm, processor, num_layers, dtype=None):
     """16 hex digits that name all that hidden states behind block `num_layers` depend on.
 
     Configuration, weights, image settings and tokenizer; blocks behind k may be trained on, and a
-    policy that reads block k stays valid. None: all blocks. The same for weights in float16 and in
-    float32; dtype: the hash that the model will have once it is stored so.
+    policy that reads block k stays valid. The same for weights in float16 and in float32; dtype:
+    the hash that the model will have once it is stored so.
     """
     # of the tokenizer what it does, not its file: versions of the library write it differently
     tokenizer = json.loads(processor.tokenizer.fast.to_str())
+    # a merge is "a b" to one version of it and ["a", "b"] to another
+    merges = tokenizer["model"]["merges"]
     settings = [
         dataclasses.asdict(vlm.config),
         dataclasses.asdict(processor.image),
         tokenizer["pre_tokenizer"],
         processor.tokenizer.fast.get_vocab(),
-        # versions of the library write a merge as "a b" or as ["a", "b"]
-        [
-            merge if isinstance(merge, str) else " ".join(merge)
-            for merge in tokenizer["model"]["merges"]
-        ],
+        [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    later = ()
-    if num_layers is not None:  # what is not read
-        blocks = range(num_layers, vlm.config.num_hidden_layers)
-        later = ("model.norm.", "lm_head.", *(f"model.layers.{i}." for i in blocks))
+    blocks = range(num_layers, vlm.config.num_hidden_layers)
+    unread = ("model.norm.", "lm_head.", *(f"model.layers.{i}." for i in blocks))
     for name, tensor in sorted(hub_weights(vlm.state_dict(), vlm.config).items()):
-        if not name.startswith(later):
-            stored = tensor.detach().to("cpu", dtype).to(torch.float16)
+        if not name.startswith(unread):
+            stored = tensor.to("cpu", dtype).to(torch.float16)
             digest.update(name.encode())
             digest.update(stored.contiguous().numpy())
     return digest.hexdigest()[:16]
@@ -368,8 +322,8 @@ def load_policy(folder, vlm, processor):
 
     Every tensor's name and shape must match and every number be finite.
     """
-    path = Path(folder) / "policy.json"
-    weights = Path(folder) / "policy.safetensors"
+    path = folder / "policy.json"
+    weights = folder / "policy.safetensors"
     advice = f"take both from one folder, or make them with `python train_policy.py --out {folder}`"
     tensors = {}
     with reading(weights, advice):
@@ -381,33 +335,29 @@ def load_policy(folder, vlm, processor):
 
     about = read_json(path, advice)
     with reading(path, advice):
-        if about["version"] != VERSION:
-            raise UserError(f"format version {about['version']}, this code reads {VERSION}")
+        written = f"format version {about['version']}"
+        assert about["version"] == VERSION, f"{written}, this code reads {VERSION}"
         assert about["views"] == list(VIEWS), f"views {about['views']}"
         config = PolicyConfig(**about["config"])
         for field in dataclasses.fields(config):
             value = about["config"][field.name]
-            assert type(value) in (field.type, int), f"{field.name} is {value!r}"
+            assert type(value) is field.type, f"{field.name} is {value!r}"
         # before a network of a million layers is built
         assert config.num_layers + config.perceiver_layers < len(tensors), "too many layers"
-        robots = about["embodiments"]
         embodiments = {}
-        for name in sorted(robots, key=lambda name: robots[name]["index"]):
-            assert robots[name]["index"] == len(embodiments), "robots without an index"
-            embodiments[name] = (robots[name]["state_dim"], robots[name]["action_dim"])
-            assert 1 < embodiments[name][1] <= embodiments[name][0] < 1000, f"sizes of {name}"
+        robots = about["embodiments"].items()
+        for i, (name, robot) in enumerate(sorted(robots, key=lambda item: item[1]["index"])):
+            assert robot["index"] == i, "robots without an index"
+            embodiments[name] = (robot["state_dim"], robot["action_dim"])
+            assert 1 < robot["action_dim"] <= robot["state_dim"] < 1000, f"sizes of {name}"
         with torch.device("meta"):  # shapes only
-            policy = Policy(config, about["condition_size"], embodiments)
-        backbone = about["backbone"]
-
-    if backbone != backbone_hash(vlm, processor, config.intent_layer):
-        raise UserError(
-            f"{weights} was trained on another language model, tokenizer or size of pictures "
-            f"than {folder} has: {advice}"
-        )
+            policy = Policy(config, vlm.config.hidden_size, embodiments)
+        backbone = backbone_hash(vlm, processor, config.intent_layer)
+        differs = "it was trained on another language model, tokenizer or size of pictures"
+        assert about["backbone"] == backbone, differs
     with reading(weights, f"it does not fit {path.name}; {advice}"):
         policy.load_state_dict(tensors, assign=True)  # names and shapes must match
-    return policy.eval()
+    return policy
 
 
 def load_training(folder):

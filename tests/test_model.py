@@ -186,7 +186,7 @@ def test_a_policy_belongs_to_what_it_was_trained_on(blm, folder):
     tuned = small_blm()
     tuned.vlm.model.layers[2].mlp.down_proj.weight.data += 1  # behind block k = 2
     assert backbone_hash(tuned.vlm, tuned.processor, 2) == of
-    assert backbone_hash(tuned.vlm, tuned.processor) != backbone_hash(blm.vlm, blm.processor)
+    assert backbone_hash(tuned.vlm, tuned.processor, 3) != backbone_hash(blm.vlm, blm.processor, 3)
     tuned.vlm.model.layers[1].mlp.down_proj.weight.data += 1
     assert backbone_hash(tuned.vlm, tuned.processor, 2) != of
     words = small_blm(corpus=["another text altogether, as long as this"])
