@@ -55,9 +55,3 @@ def run_jobs(function, jobs, workers):
             if running:  # nobody waits for the rest
                 for process in set(multiprocessing.active_children()) - others:
                     process.terminate()
-
-
-def pool(workers):  # TEMPORARY: until every caller uses run_jobs
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("spawn")
-    return context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))

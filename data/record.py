@@ -112,10 +112,6 @@ def write_episode(path, demonstration, robot, task, seed, noise, maker="expert")
     save_tensors(path, tensors, about)
 
 
-def path_of(config, robot, task, seed):
-    return Path(config.out) / f"{robot}-{task}-{seed}.safetensors"
-
-
 def whole_header(path):
     """The header of an episode, or None if there is none or it is damaged."""
     with suppress(UserError):
@@ -142,14 +138,15 @@ def record_slice(job):
                 kept += 1
             elif demonstration:  # None is no failure
                 failed.append(seed)
-        # kept only if this run would have made it so; older episodes do not name their maker
-        elif (about["noise"], about.get("maker", maker)) == (config.noise, maker):
-            kept += 1
         else:
-            raise UserError(
-                f"{path} was made by {about.get('maker', maker)} with noise {about['noise']}, "
-                f"not by {maker} with noise {config.noise}: choose another --out"
-            )
+            # kept only if this run would have made it so; older episodes do not name their maker
+            there = (about.get("maker", maker), about.get("noise"))
+            if there != (maker, config.noise):
+                raise UserError(
+                    f"{path} was made by {there[0]} with noise {there[1]}, "
+                    f"not by {maker} with noise {config.noise}: choose another --out"
+                )
+            kept += 1
         seed += step
         if seed > last:
             raise UserError(f"{kept} of {wanted} episodes of {robot} {task}, and no more to be had")
@@ -168,7 +165,7 @@ def record(config, demonstrate=data.expert.demonstrate, maker="expert", first_se
     tasks = choose_many(config.tasks, TASKS, "task")
     at_least(config, 1, "episodes", "workers")
     at_least(config, 0, "seed", "noise")
-    if config.seed + 2 * config.episodes > seeds.FIRST_CORRECTION:
+    if config.seed + (TRIES + 2) * config.episodes + 20 > seeds.FIRST_CORRECTION:
         limit = f"{seeds.FIRST_CORRECTION:,}"
         raise UserError(f"--seed {config.seed}: stay below {limit}, where other seeds begin")
     config = replace(config, seed=config.seed + first_seed)
