@@ -55,7 +55,7 @@ def main():
     # other weights make other corrections, whatever the folder is called
     weights = {name: tensor.numpy() for name, tensor in blm.policy.state_dict().items()}
     maker = f"expert after a policy with checksum {checksum(weights)}"
-    begin = functools.partial(correct, config.policy)
+    begin = functools.partial(correct, config.policy)  # each worker loads its own
     failures = record(config, begin, maker, first_seed=seeds.FIRST_CORRECTION)
     print(f"corrections in {config.out}; failed layouts: {sum(map(len, failures.values()))}")
 

@@ -123,7 +123,7 @@ def record_slice(job):
     config, demonstrate, maker, robot, task, first, step = job  # what a process can be sent
     env = TabletopEnv(robot, task, varied="all")
     wanted = len(range(first, config.episodes, step))
-    seed = config.seed + first
+    seed = config.seed + first  # counts up until enough are kept
     # some layouts fail, and some are solved by the policy that was to be corrected
     last = seed + step * (TRIES * wanted + 20)
     kept = 0
