@@ -9,9 +9,9 @@ import shlex
 import sys
 
 import pytest
+from conftest import ROOT
 
 import cli
-from conftest import ROOT
 from data.tasks import TASKS
 
 README = (ROOT / "README.md").read_text()
@@ -26,7 +26,7 @@ def commands_of(page, text):
     if page == "docs/WEIGHTS.md":  # its table has old commands too: today's are in the last column
         lines = text.splitlines()
         text = "\n".join(line.split(" | ")[-1] if line.startswith("|") else line for line in lines)
-    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     lines = [part for block in blocks for line in block.splitlines() for part in line.split("&&")]
     lines += re.findall(r"`([^`\n]+)`", text)
     found = [line.split(" #")[0].strip() for line in lines]
@@ -75,7 +75,7 @@ def test_links_and_scripts_are_there(page):
             path, _, anchor = link.partition("#")
             assert (folder / path).exists(), link
             if anchor:
-                titles = re.findall(r"^#+ (.+)$", (folder / path).read_text(), re.M)
+                titles = re.findall(r"^#+ (.+)$", (folder / path).read_text(), re.MULTILINE)
                 assert anchor in [title.lower().replace(" ", "-") for title in titles], link
     for script in re.findall(r"\bsh ([\w./]+\.sh)", text):
         assert (ROOT / script).exists(), script
