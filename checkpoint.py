@@ -95,6 +95,7 @@ def read_config(folder):
         text |= {name: rope[name] for name in ("mrope_section", "rope_theta") if name in rope}
         if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
             raise UserError("rope scaling is not supported: take a checkpoint without it")
+        assert text.get("hidden_act", "silu") == "silu", "hidden_act is not silu"
         if text.get("use_sliding_window"):
             raise UserError("sliding windows are not supported: take a checkpoint without them")
         vision = known(content.get("vision_config") or {})
@@ -112,8 +113,11 @@ def read_generation_config(folder, config):
     stops = []
     for ids in (content.get("eos_token_id"), config.eos_token_id, config.bos_token_id):
         stops += ids if isinstance(ids, list) else [ids]
-    stops = [token for token in dict.fromkeys(stops) if token is not None]
-    return {"eos_token_id": stops, "repetition_penalty": content.get("repetition_penalty", 1.0)}
+    with reading(path):
+        penalty = content.get("repetition_penalty", 1.0)
+        assert isinstance(penalty, (int, float)) and penalty > 0, "repetition_penalty is no number"
+        stops = [int(token) for token in dict.fromkeys(stops) if token is not None]
+    return {"eos_token_id": stops, "repetition_penalty": penalty}
 
 
 def stored_dtype(folder):

@@ -58,30 +58,36 @@ class ImageConfig:
         size {shortest_edge, longest_edge} there, or below "image_processor" into
         processor_config.json. Whatever is left out comes from config.json, or is the class's.
         """
-        folder = Path(folder)
-        path = folder / "processor_config.json"
+        path = Path(folder) / "processor_config.json"
         content = read_json(path).get("image_processor") if path.exists() else None
         if content is None:
-            path = folder / "preprocessor_config.json"
+            path = Path(folder) / "preprocessor_config.json"
             content = read_json(path) if path.exists() else {}
-        model = read_json(folder / "config.json")
+        model = read_json(Path(folder) / "config.json")
         with reading(path):
-            vision = model.get("vision_config") or {}
-            sizes = {"merge_size": vision.get("spatial_merge_size", 2)}
-            for name, usual in (("patch_size", 14), ("temporal_patch_size", 2)):
-                sizes[name] = vision.get(name, usual)
-            edges = content.get("size") or {}
-            limits = {
-                "min_pixels": edges.get("shortest_edge") or model.get("min_pixels") or 56 * 56,
-                "max_pixels": edges.get("longest_edge")
-                or model.get("max_pixels")
-                or 28 * 28 * 1280,
+            vision = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
+            vision |= model.get("vision_config") or {}
+            size = content.get("size") or {}
+            size = {
+                "min_pixels": size.get("shortest_edge"),
+                "max_pixels": size.get("longest_edge"),
+            } | size
+            fields = {
+                "patch_size": vision["patch_size"],
+                "merge_size": vision["spatial_merge_size"],
+                "temporal_patch_size": vision["temporal_patch_size"],
+                "min_pixels": 56 * 56,
+                "max_pixels": 28 * 28 * 1280,
             }
-            names = [field.name for field in dataclasses.fields(cls)]
-            own = {name: content[name] for name in names if content.get(name) is not None}
-            image = cls(**{**sizes, **limits, **own})
-            for name, value in sizes.items():
-                assert getattr(image, name) == value, f"{name} differs from config.json's {value}"
+            for source in (model, size, content):  # the last one that says it is right
+                for field in dataclasses.fields(cls):
+                    if source.get(field.name) is not None:
+                        fields[field.name] = source[field.name]
+            image = cls(**fields)
+            fits = image.patch_size == vision["patch_size"]
+            assert fits and image.merge_size == vision["spatial_merge_size"], (
+                "patch_size or merge_size differs from config.json's"
+            )
         return image
 
     def save_pretrained(self, folder):
