@@ -43,9 +43,10 @@ PAIRS = list(itertools.combinations(range(PICTURES), 2))
 PARTS = [2, 2, PICTURES * 3 * 3, PICTURES, len(PAIRS)]
 NUMBERS = sum(PARTS)
 RIGHT = 2  # where among them
-LETTER = 3
-MOMENTS = 4  # and all behind it
+LETTER = 3  # from -2 for A on
+MOMENTS = 4  # this and all behind it
 ANSWER_WEIGHT = 0.3  # of each part, beside the words' own loss; at 1 they drown them
+L1 = {"beta": 0.1}  # a tenth of a patch, or a centimeter, is near enough for squares
 CELLS = itertools.product(range(GRID), repeat=2)
 LATTICE = np.array([(x + 0.5, y + 0.5) for y, x in CELLS]) - GRID / 2  # (64, 2), patches' places
 
@@ -57,7 +58,7 @@ def to_place(numbers):
     """x, y in pixels, and depth in m if there, as a place."""
     x, y, *depth = numbers
     place = [x / PATCH - GRID / 2, y / PATCH - GRID / 2]
-    return place + [10 * meters - 6 for meters in depth]
+    return place + [10 * meters - 6 for meters in depth]  # 0.6 m is the middle of the scene
 
 
 class Scene:
@@ -69,7 +70,7 @@ class Scene:
     """
 
     def __init__(self, grounding, V):
-        self.clip = V > len(VIEWS)
+        self.clip = V > len(VIEWS)  # four moments of one camera, not one moment of two
         self.classes = np.full((PICTURES, GRID**2), UNKNOWN)
         self.opening = np.full(PICTURES, np.nan)
         centers = np.full((PICTURES, C, 3), np.nan)
@@ -78,15 +79,17 @@ class Scene:
             self.opening[v] = picture["opening"]
             for label, numbers in picture["objects"].items():
                 centers[v, CLASSES.index(label)] = to_place(numbers)
-        known = self.classes.clip(0)
+        known = self.classes.clip(0)  # an index too where nothing is known
         center = np.take_along_axis(centers, known[..., None], axis=1)  # (PICTURES, 64, 3)
         offset = center[..., :2] - LATTICE
+        # NaN is not near either
         near = np.abs(offset).max(-1) <= LARGEST_OFFSET
         center[~near] = np.nan
         offset[~near] = np.nan
         depth = center[..., 2:]
         self.offsets = np.concatenate([offset, depth, center[..., :2]], -1)[:V]
-        self.gripper = centers[:, 1].clip(-GRID, GRID)
+        self.gripper = centers[:, 1].clip(-GRID, GRID)  # it may be beside the camera
+        # of the objects only those that some patch shows
         self.centers = np.full_like(centers, np.nan)
         for v in range(PICTURES):
             self.centers[v, known[v, near[v]]] = center[v, near[v]]
@@ -94,21 +97,21 @@ class Scene:
 
     def moments(self, labels):
         """The last three of PARTS, for an answer about `labels`."""
-        places = np.full((PICTURES, 3, 3), np.nan)
+        places = np.full((PICTURES, 3, 3), np.nan)  # of gripper, first and second thing
         places[:, 0] = self.gripper
         for i, label in enumerate(labels[:2], start=1):
             places[:, i] = self.centers[:, CLASSES.index(label)]
         ways = np.full(len(PAIRS), np.nan)
         if self.clip:  # two cameras do not see one move
             steps = [self.gripper[b] - self.gripper[a] for a, b in PAIRS]
-            ways = np.linalg.norm(steps, axis=1) ** 0.5
+            ways = np.linalg.norm(steps, axis=1) ** 0.5  # the root: small moves count as well
         return np.concatenate([places.ravel(), self.opening, ways])
 
     def find(self, place):
         """x and y of a label in the first picture, or of [x, y] in pixels."""
         if isinstance(place, list):
             return to_place(place)
-        return self.centers[0, CLASSES.index(place or "nothing"), :2]
+        return self.centers[0, CLASSES.index(place or "nothing"), :2]  # nothing is nowhere: NaN
 
 
 def option_tokens(ids, options, tokenizer):
@@ -116,6 +119,7 @@ def option_tokens(ids, options, tokenizer):
     spans = []
     for letter, option in zip(LETTERS, options):
         head = tokenizer.encode(f" {letter})")
+        # a space, a letter and a bracket begin pieces of BPE: in the question the tokens are the same
         text = list(tokenizer.encode(f" {letter}) {option}"))
         start = 0
         while ids[start : start + len(text)] != text:
@@ -126,7 +130,7 @@ def option_tokens(ids, options, tokenizer):
     for span in spans:
         others = [ids[i] for other in spans if other is not span for i in other]
         telling = [i for i in span if ids[i] not in others]
-        tokens.append([*telling, *span][0])
+        tokens.append([*telling, *span][0])  # two options may be the same
     return tokens
 
 
@@ -135,7 +139,7 @@ def question_targets(question, scene, ids, labels, tokenizer):
 
     Tokens that the answer is predicted from, then one of each option of a choice.
     """
-    answer = [i - 1 for i, label in enumerate(labels) if label >= 0]
+    answer = [i - 1 for i, label in enumerate(labels) if label >= 0]  # token i predicts i + 1
     # one over the root of the answer's length, as the words: a box would drown a color
     weights = [len(answer) ** -0.5] * len(answer)
     tokens = list(answer)
@@ -174,11 +178,13 @@ class Grounding(nn.Module):
         self.intent_layer = intent_layer
         self.num_layers = intent_layer if pictures_only else None
         self.names = ["patches_vit", "patches_llm"] + ["answers"] * (not pictures_only)
+        # where comparisons still have blocks before them
         self.below = max(intent_layer, config.num_hidden_layers - 2)
 
         def head(width, numbers):
             return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, numbers))
 
+        # relative places from each, places in the picture from block k alone
         self.vit = head(config.vision_config.hidden_size, C + 3)
         self.llm = head(config.hidden_size, self.merge**2 * (C + 5))
         self.answer = nn.ModuleList([head(config.hidden_size, NUMBERS) for _ in range(2)])
@@ -195,24 +201,25 @@ class Grounding(nn.Module):
         tokens = []
         numbers = [np.zeros((0, NUMBERS))]
         weights = []
-        stop = 0
+        stop = 0  # where a row ends among the packed tokens
         for row, scene, lengths in zip(rows, scenes, batch["segments"]):
             questions = row.record.get("questions", [])
             stop += sum(lengths)
-            lengths = lengths[len(lengths) - len(questions) :]
+            lengths = lengths[len(lengths) - len(questions) :]  # without the stem
             start = stop - sum(lengths)
             for question, length in zip(questions, lengths):
                 own = slice(start, start + length)
-                found = question_targets(question, scene, ids[own], labels[own], self.tokenizer)
-                tokens += [start + token for token in found[0]]
-                numbers.append(found[1])
-                weights += found[2]
+                text = (ids[own], labels[own], self.tokenizer)
+                places, known, counts = question_targets(question, scene, *text)
+                tokens += [start + place for place in places]
+                numbers.append(known)
+                weights += counts
                 start += length
         classes = np.concatenate([scene.classes for scene in scenes])
         offsets = np.concatenate([scene.offsets for scene in scenes])
         return {
-            "patch_class": torch.tensor(classes).flatten(),
-            "patch_place": torch.tensor(offsets).flatten(0, 1).float(),
+            "patch_class": torch.tensor(classes).flatten(),  # (V, 64) to (P,)
+            "patch_place": torch.tensor(offsets).flatten(0, 1).float(),  # (V, 64, 5) to (P, 5)
             "answer_token": torch.tensor(tokens, dtype=torch.long),
             "answer_number": torch.tensor(np.concatenate(numbers)).float(),
             "answer_weight": torch.tensor(weights),
@@ -230,18 +237,13 @@ class Grounding(nn.Module):
 
     def read_patches(self, out, batch):
         """{"vit", "llm"}: classes (P, C) and places (P, 3 or 5) of all patches in reading order."""
-        if out.patch_features is None:
+        if out.patch_features is None:  # rows of words alone
             return {}
-        tokens = out.hidden_states[self.intent_layer][batch["input_ids"] == self.image_token]
-        m, side = self.merge, GRID // self.merge
-        llm = rearrange(
-            self.llm(tokens),
-            "(n h w) (a b c) -> (n h a w b) c",
-            a=m,
-            b=m,
-            h=side,
-            w=side,
-        )
+        images = batch["input_ids"] == self.image_token
+        tokens = self.llm(out.hidden_states[self.intent_layer][images])  # (P / m², m² (C + 5))
+        m = self.merge
+        sizes = {"a": m, "b": m, "h": GRID // m, "w": GRID // m}
+        llm = rearrange(tokens, "(n h w) (a b c) -> (n h a w b) c", **sizes)  # (P, C + 5)
         read = {"vit": self.vit(out.patch_features), "llm": llm}
         return {name: part.tensor_split([C], 1) for name, part in read.items()}
 
@@ -255,39 +257,26 @@ class Grounding(nn.Module):
     def losses(self, out, batch, totals):
         """A batch's share of a step's losses, by name: cross-entropy of classes and smooth L1 of
         places, twice; smooth L1 of what answers and options know, logistic of right and wrong."""
+        # zeros where there is nothing to learn: all processes name the same
         losses = dict.fromkeys(self.names, out.hidden_states[0].new_zeros(()))
         weight = torch.ones(C, device=batch["patch_class"].device)
         weight[0] = NOTHING_WEIGHT
         for name, (classes, places) in self.read_patches(out, batch).items():
             truth = batch["patch_place"][:, : places.shape[1]]
-            what = F.cross_entropy(
-                classes,
-                batch["patch_class"],
-                weight,
-                reduction="sum",
-            )
+            what = F.cross_entropy(classes, batch["patch_class"], weight, reduction="sum")
             near = truth[:, 0].isfinite()
-            where = F.smooth_l1_loss(
-                places[near],
-                truth[near],
-                reduction="sum",
-                beta=0.1,
-            )
+            where = F.smooth_l1_loss(places[near], truth[near], **L1, reduction="sum")
             losses[f"patches_{name}"] = what / totals[0] + where / totals[1]
         known = batch["answer_number"].isfinite()
         truth = batch["answer_number"].nan_to_num()
         for read in self.read_answers(out, batch):
-            error = F.smooth_l1_loss(
-                read,
-                truth,
-                reduction="none",
-                beta=0.1,
-            )
+            error = F.smooth_l1_loss(read, truth, **L1, reduction="none")  # (N, NUMBERS)
             # logistic: half a hint is worth something, which L1 denies
             error[:, RIGHT] = F.softplus(-read[:, RIGHT] * truth[:, RIGHT])
             error = error * known
-            for part, there, total in zip(error.split(PARTS, 1), known.split(PARTS, 1), totals[2:]):
-                mean = part.sum(1) / there.sum(1).clamp(min=1)
+            parts = zip(error.split(PARTS, 1), known.split(PARTS, 1), totals[2:])
+            for part, there, total in parts:
+                mean = part.sum(1) / there.sum(1).clamp(min=1)  # (N,)
                 share = (mean * batch["answer_weight"]).sum() / total
                 losses["answers"] = losses["answers"] + ANSWER_WEIGHT * share
         return losses
@@ -301,7 +290,7 @@ class Grounding(nn.Module):
             hit = classes.argmax(1) == batch["patch_class"]
             figures[f"center_error_px_{name}"] = error[error.isfinite()]
             figures[f"object_accuracy_{name}"] = hit[shows].float()
-        for read in self.read_answers(out, batch)[1:]:
+        for read in self.read_answers(out, batch)[1:]:  # the head at the top
             truth = batch["answer_number"]
             error = (read - truth)[:, :2].norm(dim=1) * PATCH
             option = truth[:, RIGHT].isfinite()

@@ -55,7 +55,7 @@ def instruction(name, rng):
         answers = [word.upper(), f"{word} {word}", json.dumps({"word": word})]
         how = ("format capitals", "format twice", "format json").index(name)
         return [word], answers[how], None
-    if name == "copying":
+    if name == "copying":  # two to twelve words
         text = " ".join(draw(rng.integers(2, 13)))
         return [text], text, None
     if name.startswith("ordering"):
@@ -65,13 +65,13 @@ def instruction(name, rng):
         return listed[:1], listed[1], None
     if name.startswith("choice"):
         return choice(name, draw, rng)
-    if name == "refusal":
+    if name == "refusal":  # words for things that no scene has
         thing = str(rng.choice(ABSENT))
         return [thing], f"There is no {thing} in the picture.", None
     a, b = rng.choice(range(1, 10), 2).tolist()
     if name == "arithmetic plus":
         return [a, b], str(a + b), None
-    return [max(a, b), min(a, b)], str(abs(a - b)), None
+    return [max(a, b), min(a, b)], str(abs(a - b)), None  # nothing below zero
 
 
 def choice(name, draw, rng):
@@ -80,6 +80,7 @@ def choice(name, draw, rng):
     parts = np.split(draw(lengths.sum()), lengths.cumsum()[:-1])
     options = [" ".join(part) for part in parts]
     right = rng.integers(len(options))
+    # as questions about scenes list theirs
     listed = " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options))
     option, letter = options[right], LETTERS[right]
     if name == "choice words":
@@ -88,6 +89,7 @@ def choice(name, draw, rng):
 
 
 def row(name, rng, pictures, held_out):
+    """A line of the file with an instruction of WORDINGS[name]."""
     words, answer, options = instruction(name, rng)
     seen = WORDINGS[name]["seen"]
     wording = WORDINGS[name]["held_out"] if held_out else seen[rng.integers(len(seen))]
@@ -95,6 +97,7 @@ def row(name, rng, pictures, held_out):
         "question": wording.format(*words),
         "answer": answer,
         "category": name.split()[0],
+        # an answer that ends in a letter also trains the heads on options
         "form": "choice" if answer[-1] in LETTERS and options else "words",
         "chance": 1 / len(options) if options else 0.0,
         "held_out": held_out,
@@ -111,6 +114,7 @@ def draw_pictures(config):
     names = [f"pictures/{i:03d}.png" for i in range(config.pictures)]
     for i, name in enumerate(names):
         path = Path(config.out) / name
+        # they do not depend on the configuration
         if not path.exists():
             env = TabletopEnv(*cells[i % len(cells)])
             observation, _ = env.reset(FIRST_SEED + i)
@@ -120,8 +124,8 @@ def draw_pictures(config):
     return names
 
 
-def asked(line):
-    return line["images"], line["questions"][0]["question"]
+def text_of(line):
+    return str(line["images"]) + line["questions"][0]["question"]
 
 
 def make(config):
@@ -135,17 +139,19 @@ def make(config):
     names = list(WORDINGS)
     probes = []
     for i in range(config.probes):
+        # kinds in turn, then the sorts of each, then seen and held-out wordings
         turn, kind = divmod(i, len(KINDS))
         same = [name for name in names if name.split()[0] == KINDS[kind]]
         turn, which = divmod(turn, len(same))
         probes.append(row(same[which], rng, pictures[::8], turn % 2 == 1))
-    taken = [asked(probe) for probe in probes]
+    taken = {text_of(probe) for probe in probes}
     odds = np.array([OFTEN.get(name, 1) for name in names])
+    # one picture in eight is for probes alone
     shown = [picture for i, picture in enumerate(pictures) if i % 8]
     train = []
     while len(train) < config.rows:
         line = row(str(rng.choice(names, p=odds / odds.sum())), rng, shown, False)
-        if asked(line) not in taken:
+        if text_of(line) not in taken:
             train.append(line)
     for name, lines in (("train", train), ("probes", probes)):
         with atomic(Path(config.out) / f"{name}.jsonl") as path:

@@ -26,12 +26,12 @@ import numpy as np
 
 DATA = json.loads((Path(__file__).parent / "questions.json").read_text())
 WORDINGS = DATA["wordings"]  # {name: {"seen": [...], "held_out": [...]}}, by category and kind
-STEPS = DATA["steps"]
+STEPS = DATA["steps"]  # {name of the expert's step: what people call it}
 CAUSES = DATA["causes"]  # {what can go wrong: its text, tasks, steps that go astray}
 COLORS = DATA["things"]  # {label: color or None}, all that can be named; weights rest on the order
 CATEGORIES = tuple(dict.fromkeys(name.split()[0] for name in WORDINGS))
 KEYS = {"point": "point_2d", "box": "bbox_2d"}  # Qwen2.5-VL's
-LETTERS = "ABCDEF"
+LETTERS = "ABCDEF"  # of options
 HUES = 7  # colors of things, and of cubes
 ENDS = {"nearest to": (0, 1), "farthest from": (-1, -2)}  # who lies there, and who might
 ALWAYS = math.inf  # ahead: a robot or a task has one answer, and as many scenes as the others
@@ -39,6 +39,7 @@ ALWAYS = math.inf  # ahead: a robot or a task has one answer, and as many scenes
 
 def plan_of(names, label):
     """These steps in words, each once."""
+    # two steps of the expert may be one for people: to retreat takes it two movements
     return list(dict.fromkeys(STEPS[name].format(label) for name in names))
 
 
@@ -50,6 +51,7 @@ def clear_ends(order, where):
     """{word of ENDS: label} of labels by distance, where the next is 2.5 cm away at least."""
     clear = {}
     for word, (end, other) in ENDS.items():
+        # x points away from the robot
         if len(order) > 1 and abs(where[order[end]][0] - where[order[other]][0]) > 0.025:
             clear[word] = order[end]
     return clear
@@ -66,6 +68,7 @@ def equalise(scenes):
     def stays(question):
         if "about" not in question:
             return True
+        # the first ones stay
         key = alike(question, question["answer"])
         taken[key] += 1
         return taken[key] <= min(there[alike(question, answer)] for answer in ("yes", "no"))
@@ -85,12 +88,12 @@ class Asker:
     def __init__(self, rng, held_out=False):
         self.rng = rng
         self.held_out = held_out
-        self.given = {}
-        self.asked = []
+        self.given = {}  # {what reads alike: Counter of its answers}
+        self.questions = []
 
     def take(self):
-        taken = self.asked
-        self.asked = []
+        taken = self.questions
+        self.questions = []
         return taken
 
     def pick(self, choices):
@@ -113,6 +116,7 @@ class Asker:
         words = (*labels, *words)
         about = about or words
         options = sorted(options)
+        # whoever cannot see shall gain nothing from knowing what is usual
         if options and ahead < ALWAYS:
             given = self.given.setdefault((name, *about, *options), Counter())
             if given[answer] > min(given[option] for option in options) + ahead:
@@ -127,7 +131,7 @@ class Asker:
             "form": self.pick(forms),
             "chance": 1 / (guesses or len(options)) if options else 0.0,
             "held_out": self.held_out,
-            "labels": sorted(labels, key=text.index),
+            "labels": sorted(labels, key=text.index),  # some wordings turn them round
         }
         if place:
             question["place"] = place
@@ -135,7 +139,7 @@ class Asker:
             question["about"] = " ".join(about)
         if question["form"] == "choice":
             self.list_options(question, options)
-        self.asked.append(question)
+        self.questions.append(question)
 
     def list_options(self, question, options):
         """Add the answer and at most three other options to a question, in any order."""
@@ -145,7 +149,7 @@ class Asker:
         for letter, option in zip(LETTERS, listed):
             question["question"] += f" {letter}) {option}"
         question["answer"] += f": {LETTERS[listed.index(answer)]}"
-        question["chance"] = 1 / len(listed)
+        question["chance"] = 1 / len(listed)  # the text leaves no more
         question["options"] = listed
 
     def closed(self, name, answer, options, **more):
@@ -198,40 +202,29 @@ class Asker:
         where {label: (3,) m}, the task's own things first; own: how many cubes the task has.
         """
         front = seen["front"]
+        # a few pixels are enough to see it, not to deny it
         visible = [label for label in where if label in front and front[label][4] >= 6]
         for label in self.rng.permutation(list(COLORS)).tolist():
             if label in visible or label not in where:  # not where something hides it
                 self.yes_no("existence", label in visible, [label])
         number = sum("cube" in label for label in visible)
-        if own <= number <= own + 3:
+        if own <= number <= own + 3:  # with at most three spare ones, and none hidden of its own
             counts = [str(own + more) for more in range(4)]
             self.ask("counting", str(number), options=counts, guesses=6)
         colors = [COLORS[label] for label in visible]
         for label, color in zip(visible, colors):
-            if color and colors.count(color) == 1:
+            if color and colors.count(color) == 1:  # else "the blue object" would be two
                 shapes = {name.split()[-1] for name in COLORS if COLORS[name] == color}
                 self.closed("attribute shape", label.split()[-1], shapes, words=[color])
-        if len(visible) == len(where):
+        if len(visible) == len(where):  # what hides might be nearer
             self.order(where)
         self.pairs(visible, where, front)
         for view, shown in seen.items():
             for label, (*corners, pixels, x, y) in shown.items():
                 x1, y1, x2, y2 = corners
                 if pixels >= 8 and x1 <= x < x2 and y1 <= y < y2:  # not a corner that peeps out
-                    self.locate(
-                        "box",
-                        "box",
-                        corners,
-                        label,
-                        words=[view],
-                    )
-                    self.locate(
-                        "point",
-                        "point",
-                        (x, y),
-                        label,
-                        words=[view],
-                    )
+                    self.locate("box", "box", corners, label, words=[view])
+                    self.locate("point", "point", (x, y), label, words=[view])
         return visible
 
     def order(self, where):
@@ -248,9 +241,8 @@ class Asker:
                 place=label,
             )
         cubes = [label for label in order if "cube" in label]
-        plans = [
-            numbered(plan_of(("approach", "descend", "grasp", "lift"), cube)) for cube in cubes
-        ]
+        steps = ("approach", "descend", "grasp", "lift")  # as the expert picks one up
+        plans = [numbered(plan_of(steps, cube)) for cube in cubes]
         for word, label in clear_ends(cubes, where).items():
             more = {"words": [word], "options": plans, "forms": ("steps",), "place": label}
             self.ask("plan", plans[cubes.index(label)], guesses=HUES, **more)
@@ -278,7 +270,7 @@ class Asker:
 
     def whole(self, task, tasks, wording, label, cause, causes):
         """About an attempt from beginning to end. cause: of its failure, or None."""
-        self.closed("task", task, tasks, ahead=ALWAYS)
+        self.closed("task", task, tasks, ahead=ALWAYS)  # by its first wording
         self.success(task, wording, cause is None)
         if cause:
             texts = {name: CAUSES[name]["text"].format(label) for name in causes}
@@ -293,20 +285,15 @@ class Asker:
 
     def success(self, task, wording, success):
         # ahead: as many as one attempt gives
-        self.yes_no(
-            "success",
-            success,
-            words=[wording],
-            about=[task],
-            ahead=3,
-        )
+        self.yes_no("success", success, words=[wording], about=[task], ahead=3)
 
     def within(self, task, wording, label, phases, now):
         """At the end of step `now` of an attempt of these phases."""
         plan = plan_of(phases, label)
         at = plan.index(STEPS[now].format(label)) + 1
-        if at == len(plan):
+        if at == len(plan):  # nothing is next
             return
+        # what could be left, whatever step this is
         left = [numbered(plan[first:]) for first in range(1, len(plan))]
         about = {"words": [wording], "about": [task]}
         self.closed("past", plan[at - 1], plan[:-1], about=[task])

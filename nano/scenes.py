@@ -87,7 +87,7 @@ def project(env, view, point):
     """x, y (pixels) and depth (m) of a point in the task's frame, seen by the camera `view`."""
     camera = env.data.camera(view)
     x, y, z = camera.xmat.reshape(3, 3).T @ (point - camera.xpos)
-    depth = max(-z, 1e-3)
+    depth = max(-z, 1e-3)  # cameras look along -z; what is behind one projects far away
     half = IMAGE_SIZE / 2
     focal = half / np.tan(np.radians(env.model.camera(view).fovy[0]) / 2)
     return half + focal * x / depth, half - focal * y / depth, depth
@@ -98,26 +98,24 @@ def look(env, view, bodies):
 
     bodies {label: name of its body}; the last {label: (x1, y1, x2, y2, how many pixels, x, y)}.
     """
+    # the class of each body, of each geom, of each pixel
     numbers = {env.model.body(body).id: CLASSES.index(label) for label, body in bodies.items()}
     for side in ("left", "right"):
-        numbers[env.model.body(f"{side}_finger").id] = 1
+        numbers[env.model.body(f"{side}_finger").id] = 1  # gripper
     of_geom = [numbers.get(body, 0) for body in env.model.geom_bodyid]
     classes = np.array([*of_geom, 0])[env.draw(view, segmentation=True)]  # geom -1 is the sky
-    tiles = rearrange(
-        classes,
-        "(y a) (x b) -> (y x) (a b)",
-        a=PATCH,
-        b=PATCH,
-    )
+    # (128, 128) to a row of pixels for each patch, in reading order
+    tiles = rearrange(classes, "(y a) (x b) -> (y x) (a b)", a=PATCH, b=PATCH)
     counts = (tiles[..., None] == np.arange(len(CLASSES))).sum(1)  # (64, C)
     counts[:, 0] = 4  # four pixels of an object are enough to name a patch
     counts[:, 2:] *= 4  # and objects matter more than fingers in front of them
     centers = {"gripper": project(env, view, env.data.site_xpos[env.tcp])}
     seen = {}
-    for label in sorted(bodies):
+    for label in sorted(bodies):  # in the order of CLASSES
         ys, xs = np.nonzero(classes == CLASSES.index(label))
         if len(xs):
             centers[label] = project(env, view, env.position(bodies[label]))
+            # a box ends behind its last pixel
             corners = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
             seen[label] = (*map(int, corners), len(xs), *centers[label][:2])
     grounding = {
@@ -128,16 +126,16 @@ def look(env, view, bodies):
     return env.draw(view), grounding, seen
 
 
-def scene(env, shots, asked, rng):
+def scene(env, shots, questions, rng):
     """The record of a scene of what `look` returned; its images are still arrays."""
-    mixed = [asked[i] for i in rng.permutation(len(asked))]
-    turns = []  # one of each category first, then a second of each
+    mixed = [questions[i] for i in rng.permutation(len(questions))]
+    turns = []  # one of each category comes first, then a second of each
     for question in mixed:
         question["turn"] = turns.count(question["category"])
         turns.append(question["category"])
-    chosen = sorted(mixed, key=lambda question: question.pop("turn"))
+    mixed.sort(key=lambda question: question.pop("turn"))
     images, grounding, _ = zip(*shots)
-    record = {"images": images, "questions": chosen[:MOST_QUESTIONS], "grounding": grounding}
+    record = {"images": images, "questions": mixed[:MOST_QUESTIONS], "grounding": grounding}
     return {**record, "robot": env.robot.name, "task": env.task.name}
 
 
@@ -150,9 +148,10 @@ def picture(env, seed, rng, asker):
     bodies = {label: body for body, label in env.task.labels.items()}
     own = sum("cube" in label for label in bodies)
     add_cubes(env, bodies, rng)
+    # positions of bodies follow from qpos only now
     mujoco.mj_forward(env.model, env.data)
     pose_arm(env, bodies, rng)
-    views = VIEWS if rng.random() < 0.7 else VIEWS[:1]
+    views = VIEWS if rng.random() < 0.7 else VIEWS[:1]  # the front alone is what clips show
     shots = [look(env, view, bodies) for view in views]
     seen = {view: shown for view, (_, _, shown) in zip(views, shots)}
     asker.arm(env.robot, [get_robot(name).display_name for name in ROBOTS])
@@ -178,6 +177,7 @@ def add_cubes(env, bodies, rng):
     others = [label for label in SPARE if label not in bodies]
     taken = [env.position(body)[:2] for body in bodies.values()]
     for i, label in enumerate(rng.permutation(others)[: rng.integers(CLUTTER + 1)].tolist()):
+        # on the table before the arm, whose reach the scale follows (m)
         xy = rng.uniform((-0.2, -0.22), (0.15, 0.22)) * env.robot.scale
         if np.linalg.norm(xy - taken, axis=1).min() > 0.07:
             body = f"clutter{i}"
@@ -192,12 +192,13 @@ def pose_arm(env, bodies, rng):
     scale = env.robot.scale
     finger = rng.uniform(0, env.robot.travel)
     labels = sorted(set(bodies) & set(GRASPABLE))
-    for _ in range(5):  # tries
+    for _ in range(5):  # tries: not every pose can be reached
+        # anywhere in a box over the spawn region, in the base's frame (m)
         position = rng.uniform((-0.13, -0.13, 0.03), (0.13, 0.13, 0.3))
         position = position * (scale, scale, 0.7 if scale < 1 else 1) - env.base
         turn = rng.normal(0, 0.4)
         tilt = rng.choice([0.0, 0.3])
-        if labels and rng.random() < 0.4:
+        if labels and rng.random() < 0.4:  # else hardly one scene would be ready to grasp
             label = rng.choice(labels)
             point = grasp_point(env, label, bodies[label])
             turn = quarter_turn(env, bodies[label], point)
@@ -225,7 +226,7 @@ def beside(rng):
 def ready(env, label, body):
     """Would closing the gripper now grasp the body? It stands open around the right place."""
     offset = np.abs(hand_offset(env, grasp_point(env, label, body)))
-    opened = env.data.qpos[env.robot.dof] > 0.028
+    opened = env.data.qpos[env.robot.dof] > 0.028  # m, a finger's: half a cube takes 0.02
     return bool((offset < (0.012, 0.015, 0.02)).all() and opened and not env.grasped(body))
 
 
@@ -237,7 +238,7 @@ def commands(env, rng, fault):
     shift = np.append(rng.choice([-1, 1], 2) * rng.uniform(0.035, 0.05, 2), 0)
     late = rng.uniform(0.3, 0.8)  # where in its step a dropped thing is let go
     astray = CAUSES[fault]["astray"] if fault else []
-    for _ in range(1 if fault else 4):
+    for _ in range(1 if fault else 4):  # a second plan would mend the fault
         try:
             primitives = PRIMITIVES[env.task.name](env)
             for primitive in primitives:
@@ -246,7 +247,7 @@ def commands(env, rng, fault):
             segments = plan(env, primitives)
         except Infeasible:
             break
-        if fault == "stopped":
+        if fault == "stopped":  # somewhere in the second half
             half = len(segments) // 2
             segments = segments[: rng.integers(max(1, half), max(2, len(segments)))]
         for name, targets in segments:
@@ -256,7 +257,7 @@ def commands(env, rng, fault):
                     target = np.append(target[:-1], env.robot.travel)
                 yield name, target
             if fault == "dropped" and name == "carry":
-                break
+                break  # there is nothing left to set down
     for _ in range(8):  # what was let go comes to rest
         yield None, env.data.ctrl[: env.robot.dof + 1].copy()
 
@@ -275,6 +276,7 @@ def attempt(env, seed, rng, fault):
         *_, done, truncated, _ = env.step(action)
         if name and (done or truncated):
             break
+    # the moment after the last step belongs to that step
     return np.array([*qpos, env.data.qpos]), [*names, *names[-1:]], done
 
 
@@ -290,22 +292,22 @@ def clips(env, seed, rng, asker):
 
     def add(times):
         """A scene of four moments, if anything has been asked."""
-        asked = asker.take()
-        for question in asked:
+        questions = asker.take()
+        for question in questions:  # all depend on all that the task is about
             question["labels"] = list(bodies)
-        if asked:
+        if questions:
             shots = [replay(env, qpos[int(t)], bodies) for t in times]
-            scenes.append(scene(env, shots, asked, rng))
+            scenes.append(scene(env, shots, questions, rng))
 
     label = next(iter(bodies))
     ask_as_a_whole(env, qpos, rng, asker, add, label, fault, causes)
     last = len(qpos) - 1
-    begin = max(0, last - rng.integers(9, 40))
+    begin = max(0, last - rng.integers(9, 40))  # the end of the attempt, half a second to two
     asker.success(env.task.instructions[0], wording(env, rng), success)
     add(np.linspace(begin, last, 4))
     order = [name for name, _ in groupby(names)]
     if fault is None and "approach" in order and len(set(order)) == len(order):  # no second try
-        for t in range(8, last):
+        for t in range(8, last):  # control steps, 20 a second
             if names[t] != names[t + 1] and names[t] in STEPS:  # the end of a step
                 task = env.task.instructions[0]
                 asker.within(task, wording(env, rng), label, order, names[t])
@@ -332,6 +334,7 @@ def ask_as_a_whole(env, qpos, rng, asker, add, label, fault, causes):
     tasks = [task.instructions[0] for task in TASKS.values()]
     for _ in range(4 if fault else 2):
         times = np.linspace(0, last, 4)
+        # ends stay ends, the two between them move
         times[1:3] += rng.uniform(-0.1, 0.1, 2) * last
         still = rng.random() < 0.25
         times = np.full(4, rng.integers(last)) if still else times.astype(int)
@@ -349,6 +352,7 @@ def ask_what_follows(qpos, rng, asker, add):
     for t in rng.integers(8, max(9, last - 8), 3):
         third = rng.random() < 0.5
         after = min(t + 8, last)
+        # the wrong picture is of before, or of long after
         back = t >= 16 and rng.random() < 0.7
         other = t - 16 if back else min(t + 40, last)
         way = np.abs(qpos[after] - qpos[t]).max()
@@ -368,13 +372,8 @@ def make_shard(job):
     part, robot, task, first, count = job
     if part.exists():  # whole, of a rendering that was stopped
         return count
-    env = TabletopEnv(
-        robot,
-        task,
-        render=False,
-        clutter=CLUTTER,
-        varied="looks",
-    )
+    # render: what `reset` and `step` would draw is not looked at
+    env = TabletopEnv(robot, task, render=False, clutter=CLUTTER, varied="looks")
     draw = seeds.rng(first, "wording")
     held_out = (False, True) if part.parent.name == "val" else (False,)
     askers = [Asker(draw, kind) for kind in held_out]
@@ -386,6 +385,7 @@ def make_shard(job):
         if len(scenes) >= count:
             break
     env.close()
+    # a part that is there has all its pictures
     folder = part.parent.parent
     with atomic(part) as lines, open(lines, "w") as file:
         for number, record in enumerate(scenes[:count]):
@@ -406,13 +406,15 @@ def jobs_of(config):
     """
     jobs = {"train": [], "val": []}
     cells = list(itertools.product(TASKS, ROBOTS))
+    # rounded up, so that a small corpus has each cell
     each = math.ceil(config.scenes / len(cells))
     few = max(20, config.scenes // 15 // len(cells))
     for number, (task, robot) in enumerate(cells):
-        seed = config.seed + 10_000 * number
+        seed = config.seed + 10_000 * number  # no two cells share a seed
         for i in range(math.ceil(each / SHARD)):
             part = Path(config.out, "train", f"{robot}-{task}-{i:03d}.jsonl")
             count = min(SHARD, each - SHARD * i)
+            # 300 seeds give more than SHARD scenes: shards share none
             jobs["train"].append((part, robot, task, seed + 300 * i, count))
         part = Path(config.out, "val", f"{robot}-{task}-000.jsonl")
         jobs["val"].append((part, robot, task, seeds.FIRST_VALIDATION + seed, few))
@@ -425,7 +427,7 @@ def join(parts, path):
     for part in parts:
         lines += part.read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    equalise([record["questions"] for record in records])
+    equalise([record["questions"] for record in records])  # over all robots and tasks
     with atomic(path) as temporary, open(temporary, "w") as file:
         for record in records:
             if record["questions"]:
@@ -442,27 +444,27 @@ def make(config):
     at_least(config, 1, "scenes", "workers")
     at_least(config, 0, "seed")
     path = Path(config.out) / "made.json"
-    made = {"scenes": config.scenes, "seed": config.seed, "checksums": {}}
+    settings = {"scenes": config.scenes, "seed": config.seed}
     if path.exists():
         before = read_json(path, "delete it")
-        if before.get("checksums"):
-            made["checksums"] = before["checksums"]
-        if before != made:
+        if before | settings != before:
             there = f"--scenes {before.get('scenes')} --seed {before.get('seed')}"
             raise UserError(f"{path.parent} is of {there}: choose another --out, or delete it")
-        if made["checksums"]:
+        if "checksums" in before:  # all is there
             return
-    write_json(path, made)
+    # now, so that nobody goes on with other settings; checksums last, when all is there
+    write_json(path, settings)
     jobs = jobs_of(config)
     shards = jobs["train"] + jobs["val"]
     with tqdm(total=sum(count for *_, count in shards), unit="scene") as bar:
         for count in run_jobs(make_shard, shards, config.workers):
             bar.update(count)
+    checksums = {}
     for split in jobs:
         parts = [part for part, *_ in jobs[split]]
         name = f"{split}.jsonl"
-        made["checksums"][name] = join(parts, path.with_name(name))
-    write_json(path, made)
+        checksums[name] = join(parts, path.with_name(name))
+    write_json(path, {**settings, "checksums": checksums})
     for part, *_ in shards:
         part.unlink()
 
@@ -497,67 +499,63 @@ class Scenes:
             if checksum(path) != read_json(path.with_name("made.json"))["checksums"][path.name]:
                 raise UserError("it was damaged or changed since it was made; delete the folder")
         self.file = read_rows(path, path.stat().st_mtime_ns)
-        self.chosen = []  # (row of the file, which of its questions)
-        self.often = Counter()
+        self.index = []  # (row of the file, which of its questions)
+        self.often = Counter()  # questions of each category
         for i, (_, record) in enumerate(self.file.records):
-            asked = [question["category"] for question in record["questions"]]
-            chosen = [n for n, category in enumerate(asked) if category in names]
-            self.often.update(asked[n] for n in chosen)
-            if chosen:
-                self.chosen.append((i, chosen))
-        if not self.chosen:
+            categories = [question["category"] for question in record["questions"]]
+            kept = [n for n, category in enumerate(categories) if category in names]
+            self.often.update(categories[n] for n in kept)
+            if kept:
+                self.index.append((i, kept))
+        if not self.index:
             raise UserError(f"{path} asks nothing of --categories {self.categories}: take others")
 
     def validation(self):
         return dataclasses.replace(self, split="val")
 
     def __len__(self):
-        return len(self.chosen)
+        return len(self.index)
 
     def name(self, i):
-        return self.file.name(self.chosen[i][0])
+        return self.file.name(self.index[i][0])
 
     def texts(self):
         """Every question and answer, and often, for a tokenizer, every instruction."""
-        for i, chosen in self.chosen:
+        for i, kept in self.index:
             questions = self.file.records[i][1]["questions"]
-            for n in chosen:
+            for n in kept:
                 yield from (questions[n]["question"], questions[n]["answer"])
         for task in TASKS.values():
-            yield from task.instructions * 100
+            yield from task.instructions * 100  # policies read them at every step
 
     def row(self, i, seed=None):
         """A Row. seed (of the run, number of the row) draws its questions, and whether it is blind.
 
         Without one it asks all questions as they stand.
         """
-        i, chosen = self.chosen[i]
+        i, kept = self.index[i]
         row = self.file.row(i)
         questions = row.record["questions"]
         if self.pictures_only:
-            chosen = []
+            kept = []
         elif seed is not None:
             run, number = seed
             draw = np.random.default_rng([run, 2, number])
             if draw.random() < self.blind:
-                noise = [
-                    draw.integers(
-                        0,
-                        256,
-                        PICTURE,
-                        dtype=np.uint8,
-                    )
-                    for _ in row.media
-                ]
-                row.media = [("image", Image.fromarray(image)) for image in noise]
+                row.media = [("image", noise(draw)) for _ in row.media]
                 row.record = {**row.record, "grounding": None}
-            often = [self.often[questions[n]["category"]] for n in chosen]
+            # waiting times: who comes first comes with odds of one over how often there are others
+            often = [self.often[questions[n]["category"]] for n in kept]
             wait = np.random.default_rng([run, 1, number]).exponential(often)
-            chosen = [chosen[n] for n in wait.argsort()[: self.questions]]
+            kept = [kept[n] for n in wait.argsort()[: self.questions]]
         pictures = [{"role": "user", "content": [{"type": "image"} for _ in row.media]}]
-        row.conversations = [row.conversations[n] for n in chosen] or [pictures]
-        row.record = {**row.record, "questions": [questions[n] for n in chosen]}
+        row.conversations = [row.conversations[n] for n in kept] or [pictures]
+        row.record = {**row.record, "questions": [questions[n] for n in kept]}
         return row
+
+
+def noise(rng):
+    return Image.fromarray(rng.integers(0, 256, PICTURE, dtype=np.uint8))
 
 
 def main():

@@ -87,7 +87,7 @@ def test_a_question_tells_what_it_names_and_points_at():
     for _ in range(60):
         asker.ask("spatial side", "left", ["peg", "bin"])
         asker.ask("spatial side", "right", ["peg", "bin"])
-    orders = {tuple(question["labels"]) for question in asker.asked}
+    orders = {tuple(question["labels"]) for question in asker.questions}
     for question in asker.take():  # in the order of the text
         assert question["labels"] == sorted(["peg", "bin"], key=question["question"].index)
     assert len(orders) == 2
