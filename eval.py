@@ -247,7 +247,7 @@ def ask(blm, source, asked, config, name):
             shown = [what for _, what in source.row(i).media]
             media.append(noise(shown, rng) if name == "blind" else shown)
             questions.append(question["question"])
-        replies += blm.answers(media, questions, MOST_TOKENS)
+        replies += blm.answers(media, questions, max_new_tokens=MOST_TOKENS)
     return replies
 
 
