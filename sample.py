@@ -99,7 +99,7 @@ def mosaic(blm, config, robots, tasks):
 
 
 def ask(blm, config, robot, task):
-    """Print the answer to config.ask, as it comes."""
+    """Print the answer to config.ask."""
     if config.image:
         from data.media import load_image
 
@@ -108,8 +108,8 @@ def ask(blm, config, robot, task):
         observation, _ = TabletopEnv(robot, task).reset(config.seed)
         images = list(observation["images"].values())
     start = time.time()
-    blm.answer(images, config.ask, stream=lambda text: print(text, end="", flush=True))
-    print(f"\n({time.time() - start:.2f} s)")
+    print(blm.answer(images, config.ask))
+    print(f"({time.time() - start:.2f} s)")
 
 
 def main():

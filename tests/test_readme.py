@@ -12,6 +12,8 @@ import pytest
 from conftest import ROOT
 
 import cli
+import sample
+from data.scoring import distance
 from data.tasks import TASKS
 
 README = (ROOT / "README.md").read_text()
@@ -94,6 +96,17 @@ def test_first_screen_has_picture_pitch_and_commands():
     )
     assert picture < pitch < commands
     assert len(commands_of("README.md", screen + "\n```")) >= 3
+
+
+def test_sample_answers_as_the_readme_says(tmp_path, monkeypatch, capsys):
+    question = re.search(r'python sample.py --ask "(.+)"', README)[1]
+    said = re.search(r'`(\{"point_2d".+?\})`', README)[1]
+    argv = ["sample.py", "--ask", question, "--weights", str(ROOT / "weights" / "nano")]
+    monkeypatch.setattr(sys, "argv", [*argv, "--out", str(tmp_path)])
+    sample.main()
+    reply = capsys.readouterr().out.splitlines()[1]  # the device, the reply, the time
+    assert json.loads(reply)["label"] == "red cube"
+    assert distance(reply, said) <= 3  # pixels: renderers differ
 
 
 # ---- figures
