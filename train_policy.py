@@ -231,6 +231,8 @@ def train(cfg):
     facts = {"backbone": backbone, "robots": list(demos.embodiments)}
     facts |= {"episodes": len(demos.names), "rows": len(demos.train), "cells": len(demos.cells)}
     if trainer.this_process()[0] == 0 and not cfg.resume:
+        # a run that is killed before its first checkpoint shall not look like somebody's model
+        (Path(cfg.out) / "state").mkdir(parents=True, exist_ok=True)
         blm.save_pretrained(cfg.out, stored_dtype(find_folder(cfg.backbone)))
     width = blm.vlm.config.hidden_size
     blm.vlm = None  # all that it says is kept: its memory is the policy's now

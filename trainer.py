@@ -75,7 +75,8 @@ def check(cfg):
         raise UserError(f"{cfg.out} already holds a training run: add --resume, or change --out")
     if cfg.resume and not started:
         raise UserError(f"{cfg.out} holds no training run to resume: leave out --resume")
-    if not started and (Path(cfg.out) / "config.json").exists():
+    folder = Path(cfg.out)
+    if (folder / "config.json").exists() and not (folder / "state").exists():
         raise UserError(f"{cfg.out} already holds a model: choose another --out")
     writable(cfg.out)
 
