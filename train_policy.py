@@ -230,12 +230,14 @@ def train(cfg):
     demos = load_demonstrations(cfg, config, blm, start, backbone)
     facts = {"backbone": backbone, "robots": list(demos.embodiments)}
     facts |= {"episodes": len(demos.names), "rows": len(demos.train), "cells": len(demos.cells)}
+    weights = trainer.full_state_dict(blm.vlm)
     if trainer.this_process()[0] == 0 and not cfg.resume:
         # a run that is killed before its first checkpoint shall not look like somebody's model
         (Path(cfg.out) / "state").mkdir(parents=True, exist_ok=True)
-        blm.save_pretrained(cfg.out, stored_dtype(find_folder(cfg.backbone)))
+        blm.vlm.save_pretrained(cfg.out, stored_dtype(find_folder(cfg.backbone)), weights)
+        blm.processor.save_pretrained(cfg.out)
     width = blm.vlm.config.hidden_size
-    blm.vlm = None  # all that it says is kept: its memory is the policy's now
+    weights = blm.vlm = None  # all that they say is kept: their memory is the policy's now
 
     torch.manual_seed(cfg.seed)
     policy = Policy(config, width, demos.embodiments)

@@ -94,8 +94,8 @@ def observation(episode):
     return {"images": images, "state": episode.state[0], "instruction": episode.instruction}
 
 
-def hash_of(blm, blocks=None):
-    return backbone_hash(blm.vlm, blm.processor, blocks)
+def hash_of(blm):
+    return backbone_hash(blm.vlm, blm.processor, len(blm.vlm.model.layers))
 
 
 def test_a_run_makes_a_model_and_the_backbone_does_not_move(folder, tmp_path):
