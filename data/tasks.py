@@ -1,6 +1,6 @@
 """The six tasks: what lies on the table, where it starts, when it is done, how it is asked for.
 
-What lies there is in data/objects/, the words in data/wordings.json. Frame: z = 0 is the table
+What lies there is in data/objects/, which of it and the words in data/wordings.json. Frame: z = 0 is the table
 top, the origin is the middle of the region where objects start, x points away from the robot, y to
 its left; m, rad, kg. Source: ManiSkill 3.0.1, mani_skill/envs/tasks/tabletop. Departures:
 
@@ -17,6 +17,7 @@ its left; m, rad, kg. Source: ManiSkill 3.0.1, mani_skill/envs/tasks/tabletop. D
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,6 @@ GREEN = (0, 1, 0, 1)
 BLUE = (0.0471, 0.1647, 0.6275, 1)
 PEG_LENGTH = 0.12  # half length, m
 PEG_RADIUS = 0.025  # half width, m
-BIN_FLOOR = 0.0025  # half thickness, and the height of the bin's origin, m
-CLOSEST_CUBES = 0.0586  # m, between two cubes' centers: they do not touch however they are turned
 
 
 @dataclass(frozen=True, eq=False)  # hashable, though its wordings are lists
@@ -40,9 +39,9 @@ class Task:
     """
 
     name: str
-    objects: str
     spawn: Callable
     success: Callable
+    objects: str
     labels: dict
     instructions: list
     paraphrases: list
@@ -82,33 +81,22 @@ def reachable(robot, *points):
 
 
 def pick_spawn(robot, rng):
+    half = robot.cube_half
     while True:
         goal = square(robot, rng)
         cube = square(robot, rng)
         yaw = rng.uniform(0, 2 * np.pi)
         height = rng.uniform(0, robot.max_goal_height)
-        distance = np.hypot(np.hypot(*(cube - goal)), height)
+        distance = np.linalg.norm([*(cube - goal), height])
         if distance > 2 * robot.goal_radius:  # else it is done before it begins
-            half = robot.cube_half
-            return {
-                "cube": ((*cube, half), yaw),
-                "goal": ((*goal, half + height), 0.0),
-            }
+            return {"cube": ((*cube, half), yaw), "goal": ((*goal, half + height), 0.0)}
 
 
-def region_spawn(robot, rng, direction):
+def region_spawn(robot, rng, way):
     x, y = square(robot, rng)
-    # straight ahead of the cube, or straight behind; 0.5 mm up, so that the rings are seen
-    goal = (x + direction * 0.2 * robot.scale, y, 0.0005)
+    # straight ahead of the cube (way 1), or straight behind; 0.5 mm up, so that the rings are seen
+    goal = (x + way * 0.2 * robot.scale, y, 0.0005)
     return {"cube": ((x, y, 0.02), 0.0), "goal": (goal, 0.0)}
-
-
-def push_spawn(robot, rng):
-    return region_spawn(robot, rng, +1)
-
-
-def pull_spawn(robot, rng):
-    return region_spawn(robot, rng, -1)
 
 
 def stack_spawn(robot, rng):
@@ -116,27 +104,20 @@ def stack_spawn(robot, rng):
     while True:
         # both cubes lie near a place that is itself drawn
         offset = rng.uniform(-0.1, 0.1, 2) * s
-        a = offset + rng.uniform((-0.1, -0.2), (0.1, 0.2)) * s
-        b = offset + rng.uniform((-0.1, -0.2), (0.1, 0.2)) * s
-        if np.hypot(*(a - b)) > CLOSEST_CUBES and reachable(robot, a, b):
+        a, b = offset + rng.uniform((-0.1, -0.2), (0.1, 0.2), (2, 2)) * s
+        # so far apart they do not touch, however they are turned
+        if np.hypot(*(a - b)) > 0.0586 and reachable(robot, a, b):
             yaw_a, yaw_b = rng.uniform(0, 2 * np.pi, 2)
-            return {
-                "cubeA": ((*a, 0.02), yaw_a),
-                "cubeB": ((*b, 0.02), yaw_b),
-            }
+            return {"cubeA": ((*a, 0.02), yaw_a), "cubeB": ((*b, 0.02), yaw_b)}
 
 
 def sphere_spawn(robot, rng):
-    s = robot.scale
     while True:
         # the bin is always farther from the robot than the ball
-        ball = rng.uniform((-0.1, -0.1), (-0.05, 0.1)) * s
-        bin_ = rng.uniform((0, -0.1), (0.1, 0.1)) * s
+        ball = rng.uniform((-0.1, -0.1), (-0.05, 0.1)) * robot.scale
+        bin_ = rng.uniform((0, -0.1), (0.1, 0.1)) * robot.scale
         if np.hypot(*(ball - bin_)) > 0.07:  # room for the open fingers
-            return {
-                "sphere": ((*ball, 0.02), 0.0),
-                "bin": ((*bin_, BIN_FLOOR), 0.0),
-            }
+            return {"sphere": ((*ball, 0.02), 0.0), "bin": ((*bin_, 0.0025), 0.0)}
 
 
 def peg_spawn(robot, rng):
@@ -149,7 +130,8 @@ def peg_spawn(robot, rng):
 def pick_success(env):
     offset = env.position("cube") - env.position("goal")
     at_goal = np.linalg.norm(offset) <= env.robot.goal_radius
-    return {"at_goal": at_goal, "robot_static": env.joint_speed() <= 0.2}
+    speed = np.abs(env.data.qvel[: env.robot.dof]).max()  # rad/s, of the arm alone
+    return {"at_goal": at_goal, "robot_static": speed <= 0.2}
 
 
 def pull_success(env):
@@ -161,29 +143,22 @@ def push_success(env):
     return pull_success(env) | {"on_table": env.position("cube")[2] < 0.025}
 
 
-def put_success(env, name, place, within, height):
+def put_success(name, place, within, height, env):
     """The body `name` lies, let go and at rest, `height` (m) above `place`."""
     offset = env.position(name) - env.position(place)
-    linear, angular = env.speed(name)
+    joint = env.model.body(name).jntadr[0]
+    linear, angular = np.split(env.data.joint(joint).qvel, 2)  # m/s, rad/s
     return {
         "above": np.hypot(*offset[:2]) <= within,
         "height": abs(offset[2] - height) <= 0.005,
-        "at_rest": linear <= 0.01 and angular <= 0.5,
+        "at_rest": np.linalg.norm(linear) <= 0.01 and np.linalg.norm(angular) <= 0.5,
         "released": not env.grasped(name),
     }
 
 
-def stack_success(env):
-    return put_success(env, "cubeA", "cubeB", within=0.0283 + 0.005, height=0.04)
-
-
-def sphere_success(env):
-    return put_success(env, "sphere", "bin", within=0.005, height=0.0225)
-
-
 def peg_success(env):
-    along = env.rotation("peg")[2, 0]  # of its axis, up; either end will do
-    tilt = np.arccos(np.clip(abs(along), 0, 1))
+    up = abs(env.rotation("peg")[2, 0])  # of its axis; either end will do
+    tilt = np.arccos(min(up, 1))
     height = env.position("peg")[2]
     return {"upright": tilt <= 0.08, "height": abs(height - PEG_LENGTH) < 0.005}
 
@@ -191,12 +166,12 @@ def peg_success(env):
 # ---- all of them
 
 RULES = {
-    "PickCube": ("pick", pick_spawn, pick_success),
-    "PushCube": ("region", push_spawn, push_success),
-    "PullCube": ("region", pull_spawn, pull_success),
-    "StackCube": ("stack", stack_spawn, stack_success),
-    "PlaceSphere": ("sphere", sphere_spawn, sphere_success),
-    "LiftPegUpright": ("peg", peg_spawn, peg_success),
+    "PickCube": (pick_spawn, pick_success),
+    "PushCube": (partial(region_spawn, way=1), push_success),
+    "PullCube": (partial(region_spawn, way=-1), pull_success),
+    "StackCube": (stack_spawn, partial(put_success, "cubeA", "cubeB", 0.0283 + 0.005, 0.04)),
+    "PlaceSphere": (sphere_spawn, partial(put_success, "sphere", "bin", 0.005, 0.0225)),
+    "LiftPegUpright": (peg_spawn, peg_success),
 }
 WORDINGS = json.loads((Path(__file__).parent / "wordings.json").read_text())
 TASKS = {name: Task(name, *rules, **WORDINGS[name]) for name, rules in RULES.items()}

@@ -207,9 +207,9 @@ COUPLED = '<equality><joint joint1="j4" joint2="j3" polycoef="0 -1 0 0 0"/></equ
 PULLED = '<tendon><fixed name="t"><joint joint="j3" coef="1"/></fixed></tendon>'
 STAND = '<body name="stand"><geom type="sphere" size="0.1"/>'
 REFUSED = {
-    "slide": (plain(joint='type="slide"'), {}, "l3 must have one hinge joint"),
+    "slide": (plain(joint='type="slide"'), {}, "j3 must be the one hinge"),
     "spring": (plain(joint='stiffness="20"'), {}, "j3 has a spring"),
-    "coupled": (plain(end=COUPLED), {}, "j3 has another coupled to it"),
+    "coupled": (plain(end=COUPLED), {}, "j3 is coupled to another"),
     "tendon": (plain(end=PULLED), {}, "j3 is pulled by a tendon"),
     "no site": (plain(site=""), {}, "--site.*choose from: base, l1"),
     "a body, axes not told": (plain(site=""), {"site": "l7"}, "--axes z,y"),
@@ -232,7 +232,7 @@ def test_an_arm_that_cannot_be_kept_is_refused_with_the_reason(case, tmp_path, m
     text, flags, reason = REFUSED[case]
     (tmp_path / "arm.xml").write_text(text)
     before = sorted(ARMS.iterdir())
-    config = AddConfig(mjcf=str(tmp_path / "arm.xml"), name="mine", check=False, **flags)
+    config = AddConfig(mjcf=str(tmp_path / "arm.xml"), name="mine", **flags)
     monkeypatch.setattr(add_robot, "parse", lambda *_, **__: config)
     with pytest.raises(UserError) as error:
         add_robot.main()
@@ -249,7 +249,7 @@ def test_a_name_is_new_and_plain(name, monkeypatch):
 
 
 def test_the_expert_works_with_a_new_arm(tmp_path, known, monkeypatch, capsys):
-    config = AddConfig(mjcf=str(shipped("xarm6", tmp_path)), name="mine", check=False)
+    config = AddConfig(mjcf=str(shipped("xarm6", tmp_path)), name="mine")
     monkeypatch.setattr(add_robot, "parse", lambda *_, **__: config)
     monkeypatch.setattr(add_robot, "ARMS", tmp_path / "arms")
     add_robot.main()
