@@ -97,7 +97,8 @@ def refuse_what_is_lost(model, body):
     }
     for reason, holds in reasons.items():
         if holds:
-            raise UserError(f"joint {model.joint(joint).name} {reason}: such arms cannot be kept")
+            name = model.body(body).name
+            raise UserError(f"the joint of body {name} {reason}: such arms cannot be kept")
 
 
 def measure_servos(model, joints):
@@ -289,9 +290,9 @@ def point_down(kinematics, start, distance, height):
 def farthest(kinematics, qpos, distance, step):
     """The distance (m) up to which the hand points down at the table, in steps of `step`."""
     while qpos is not None and distance > 0.15:
-        qpos = point_down(kinematics, qpos, distance, 0.02)
         distance += step
-    return distance - 2 * step
+        qpos = point_down(kinematics, qpos, distance, 0.02)
+    return distance - step
 
 
 def find_workspace(robot):

@@ -21,8 +21,12 @@ from files import reading, whole_files
 
 ARMS = Path(__file__).parent / "arms"
 SHIPPED = ("panda", "xarm6", "xarm7", "widowx")  # tables and seeds of scenes go by this order
-ADDED = {path.stem for path in whole_files(ARMS, "*.xml")} - set(SHIPPED)
-ROBOTS = (*SHIPPED, *sorted(ADDED))
+FILES = [path.stem for path in whole_files(ARMS, "*.xml")]
+ROBOTS = tuple(dict.fromkeys([*SHIPPED, *FILES]))
+
+# In each arm's file, which explains them: rad, rad/s, m, kg, N.
+NUMBERS = ["home", "velocity_limit", "reach", "spawn_distance", "spawn_half_size"]
+NUMBERS += ["max_goal_height", "scale", "cube_half", "cube_mass", "goal_radius", "grasp_force"]
 
 # The finger target that means "closed", m: 10 mm beyond contact, as in ManiSkill, so that a held
 # cube is pressed with 30 N.
@@ -32,31 +36,20 @@ SQUEEZE = -0.01
 class Robot:
     """One arm: its compiled model, and the numbers in its file. UserError if the file is broken.
 
-    home (dof,) rad, velocity_limit (dof,) rad/s, reach (2,) m, and scalars; the file explains them.
+    Of NUMBERS, home and velocity_limit are (dof,), reach is (2,), the others are scalars.
     """
 
     def __init__(self, name, path):
         self.name = name
         self.path = Path(path)
         with reading(path, "delete it, or make it again with data.add_robot"):
-            # what MJCF has no place for stands in the file's custom section
             spec = mujoco.MjSpec.from_file(str(path))
             self.model = spec.compile()
-            numbers = {}
-            for numeric in spec.numerics:
-                numbers[numeric.name] = np.array(numeric.data)
+            # what MJCF has no place for stands in the file's custom section
             self.display_name = spec.text("display_name").data
-            self.home = numbers["home"]
-            self.velocity_limit = numbers["velocity_limit"]
-            self.reach = numbers["reach"]
-            self.spawn_distance = numbers["spawn_distance"].item()
-            self.spawn_half_size = numbers["spawn_half_size"].item()
-            self.max_goal_height = numbers["max_goal_height"].item()
-            self.scale = numbers["scale"].item()
-            self.cube_half = numbers["cube_half"].item()
-            self.cube_mass = numbers["cube_mass"].item()
-            self.goal_radius = numbers["goal_radius"].item()
-            self.grasp_force = numbers["grasp_force"].item()
+            for field in NUMBERS:
+                numbers = self.model.numeric(field).data
+                setattr(self, field, numbers if len(numbers) > 1 else numbers.item())
             # the rest follows
             self.dof = len(self.home)
             self.state_dim = self.dof + 10
@@ -69,9 +62,7 @@ class Robot:
     def clip(self, action):
         """The action (A,) inside the arm's joint and finger limits."""
         low, high = self.joint_range.T
-        lowest = np.append(low, SQUEEZE)
-        highest = np.append(high, self.travel)
-        return np.clip(action, lowest, highest)
+        return np.clip(action, [*low, SQUEEZE], [*high, self.travel])
 
 
 @cache
@@ -93,27 +84,28 @@ class Kinematics:
         """TCP position (3,) m and rotation (3, 3) at the joint angles qpos (dof,) rad."""
         self.data.qpos[: self.robot.dof] = qpos
         mujoco.mj_kinematics(self.model, self.data)
-        position = self.data.site_xpos[self.site].copy()
-        rotation = self.data.site_xmat[self.site].copy()
-        return position, rotation.reshape(3, 3)
+        tcp = self.data.site("tcp")
+        return tcp.xpos.copy(), tcp.xmat.reshape(3, 3).copy()
 
-    def solve_ik(self, position, rotation, start, iterations=80, tolerance=1e-3):
+    def solve_ik(self, position, rotation, start):
         """qpos (dof,) rad inside the limits that reaches a TCP pose; None if none is found.
 
-        Damped least squares from `start` (dof,), joints clamped; a seventh joint leans towards
-        `start` in the null space. tolerance: rad, a fifth of it in m.
+        To 0.2 mm and 1 mrad. Damped least squares from `start` (dof,), joints clamped; a seventh
+        joint leans towards `start` in the null space.
         """
         dof = self.robot.dof
         low, high = self.robot.joint_range.T
         # a start outside the limits would be a solution outside them
         q = np.clip(start, low, high)
         jac = np.zeros((6, self.model.nv))
-        for _ in range(iterations):
+        quat = np.empty(4)
+        error = np.empty(6)  # what is missing, in the base frame
+        for _ in range(80):
             at, turned = self.forward(q)
-            turn = rotation_vector(rotation @ turned.T)  # what is missing, in the base frame
-            error = np.concatenate([position - at, turn])
-            near = np.abs(error[:3]).max() < tolerance / 5
-            if near and np.abs(error[3:]).max() < tolerance:
+            error[:3] = position - at
+            mujoco.mju_mat2Quat(quat, (rotation @ turned.T).ravel())
+            mujoco.mju_quat2Vel(error[3:], quat, 1.0)
+            if (np.abs(error) < [2e-4] * 3 + [1e-3] * 3).all():
                 return q
             mujoco.mj_comPos(self.model, self.data)
             mujoco.mj_jacSite(self.model, self.data, jac[:3], jac[3:], self.site)
@@ -126,15 +118,6 @@ class Kinematics:
             longest = np.abs(step).max() + 1e-9  # rad; steps are at most 0.4 long
             q = np.clip(q + step * min(1.0, 0.4 / longest), low, high)
         return None
-
-
-def rotation_vector(rotation):
-    """Axis times angle (3,) rad of a rotation matrix (3, 3)."""
-    quat = np.empty(4)
-    vector = np.empty(3)
-    mujoco.mju_mat2Quat(quat, rotation.ravel())
-    mujoco.mju_quat2Vel(vector, quat, 1.0)
-    return vector
 
 
 @cache

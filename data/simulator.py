@@ -26,7 +26,7 @@ def load():
             "type `pip uninstall -y mujoco mujoco-core mujoco-studio`, then `pip install mujoco`"
         ) from None
     finally:
-        os.environ.pop("MUJOCO_GL")
+        del os.environ["MUJOCO_GL"]
         if asked is not None:
             os.environ["MUJOCO_GL"] = asked
 
@@ -37,12 +37,11 @@ import mujoco
 
 def open_renderer(model, size):
     """mujoco.Renderer of size x size pixels. UserError if there is no GL, with what to install."""
-    chosen = "MUJOCO_GL" in os.environ
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # no display is needed
     try:
         rendering = sys.modules[mujoco.Renderer.__module__]
-        if not (chosen and hasattr(rendering.gl_context, "GLContext")):
+        if not hasattr(rendering.gl_context, "GLContext"):
             importlib.reload(rendering.gl_context)  # with the GL this time
             importlib.reload(rendering)
         return rendering.Renderer(model, size, size)

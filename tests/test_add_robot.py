@@ -207,10 +207,10 @@ COUPLED = '<equality><joint joint1="j4" joint2="j3" polycoef="0 -1 0 0 0"/></equ
 PULLED = '<tendon><fixed name="t"><joint joint="j3" coef="1"/></fixed></tendon>'
 STAND = '<body name="stand"><geom type="sphere" size="0.1"/>'
 REFUSED = {
-    "slide": (plain(joint='type="slide"'), {}, "j3 must be the one hinge"),
-    "spring": (plain(joint='stiffness="20"'), {}, "j3 has a spring"),
-    "coupled": (plain(end=COUPLED), {}, "j3 is coupled to another"),
-    "tendon": (plain(end=PULLED), {}, "j3 is pulled by a tendon"),
+    "slide": (plain(joint='type="slide"'), {}, "l3 must be the one hinge"),
+    "spring": (plain(joint='stiffness="20"'), {}, "l3 has a spring"),
+    "coupled": (plain(end=COUPLED), {}, "l3 is coupled to another"),
+    "tendon": (plain(end=PULLED), {}, "l3 is pulled by a tendon"),
     "no site": (plain(site=""), {}, "--site.*choose from: base, l1"),
     "a body, axes not told": (plain(site=""), {"site": "l7"}, "--axes z,y"),
     "axes": (plain(), {"axes": "z,z"}, "name two axes"),
