@@ -23,37 +23,36 @@ from safetensors import SafetensorError, safe_open
 
 from cli import UserError, one_line
 
-# What readers and decoders raise on broken input. Our own mistakes look the same in here, so keep
-# the blocks under `reading` small.
-BROKEN = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
-BROKEN += (ArithmeticError, EOFError, RuntimeError, MemoryError, SafetensorError)
-
 
 @contextmanager
 def reading(path, advice=""):
-    """Turn whatever goes wrong in the block into a UserError: the path, why, and `advice`."""
+    """Turn whatever goes wrong in the block into a UserError: the path, why, and `advice`.
+
+    Decoders raise whatever they like, and our own mistakes look the same: keep the block small.
+    """
     hint = f"; {advice}" if advice else ""
     try:
+        # who opens a FIFO waits for ever
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError("a directory or device is no file")
         yield
     except UserError as error:
-        named = str(path) in str(error)
+        named = str(path) in str(error)  # by a smaller block inside this one
         raise UserError(f"{error}{hint}" if named else f"{path}: {error}{hint}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}{hint}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error}{hint}") from None
-    except BROKEN as error:
-        reason = one_line(error, longest=160)
+    except Exception as error:  # noqa: BLE001
+        # the system's errors name the file themselves, but for their strerror
+        reason = one_line(getattr(error, "strerror", None) or error, longest=160)
         if isinstance(error, KeyError):
-            reason = f"it lacks {reason}"
+            reason = f"it lacks {reason}"  # a KeyError is the key alone
         raise UserError(f"cannot read {path}: {reason or type(error).__name__}{hint}") from None
 
 
 def read_text(path, errors="strict"):
     """The text of a file, with or without a byte order mark. UserError if it is no text file."""
     with reading(path):
-        if Path(path).exists() and not Path(path).is_file():
-            raise UserError("it is not a file")  # a FIFO would wait for ever
+        # not the system's encoding: Windows and bare containers have others
         return Path(path).read_text(encoding="utf-8-sig", errors=errors)
 
 
@@ -67,37 +66,46 @@ def read_json(path, advice=""):
 
 
 @contextmanager
+def made(folder):
+    """Make a folder for the block; what it makes and leaves empty goes again.
+
+    UserError if nothing can be written there.
+    """
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # permissions do not tell: a disk may be full, or /proc
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = f"{error.strerror}; choose another folder"
+        raise UserError(f"cannot write to {folder}: {reason}") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # something is in it by now
+            for place in new:  # innermost first
+                place.rmdir()
+
+
+@contextmanager
 def atomic(path):
     """Yield a temporary path beside `path`, renamed to it if the block succeeds, else removed.
 
     UserError if the folder cannot be written, or the disk is full.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".part-{path.stem[:60]}-", suffix=path.suffix
-        )
-        os.close(handle)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {path.parent}: {error.strerror or error}; choose another folder"
-        ) from None
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private
-        temporary.replace(path)
-    except (
-        OSError,
-        SafetensorError,
-    ) as error:  # safetensors has an error of its own for a full disk
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path}: {reason}; what was there is unchanged") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    # hidden, so that `whole_files` passes it over; only the end of the name, which may be long
+    temporary = path.with_name(f".part-{os.getpid()}-{path.name[-60:]}")
+    with made(path.parent):
+        try:
+            yield temporary
+            temporary.replace(path)
+        # safetensors has an error of its own for a full disk
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot write {path}: {reason}; what was there is unchanged") from None
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path, content):
@@ -117,6 +125,7 @@ def whole_files(folder, pattern):
 def checksum(arrays, about=""):
     """CRC-32 of {name: numpy array} and a text, as text: names, types, shapes and bytes."""
     value = zlib.crc32(about.encode())
+    # the order in which tensors lie in a file is not ours
     for name, array in sorted(arrays.items()):
         value = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), value)
         value = zlib.crc32(np.asarray(array, order="C").reshape(-1).view(np.uint8), value)
@@ -151,6 +160,7 @@ class Tensors:
             if not isinstance(self.about, dict):
                 raise UserError("its header is no JSON object")
             self.stamp = self.about.pop("crc32", None)
+            # a checksum that is gone from any other file is damage
             self.unstamped = "episode" in header
 
     def names(self):
@@ -183,6 +193,7 @@ def inside(root, name):
 
     Links that people put into their own folders may lead anywhere.
     """
+    # abspath, not resolve: it takes ".." away and leaves links as they are
     root = Path(os.path.abspath(root))
     path = Path(os.path.abspath(root / name))
     if not path.is_relative_to(root):
@@ -192,14 +203,8 @@ def inside(root, name):
 
 def writable(folder):
     """UserError if nothing can be written into a folder: told before the work. Leaves no trace."""
-    folder = Path(folder)
-    new = [place for place in (folder, *folder.parents) if not place.exists()]
-    with atomic(folder / ".writable"):
+    with made(Path(folder)):
         pass
-    (folder / ".writable").unlink()
-    with suppress(OSError):  # somebody else writes there by now
-        for place in new:
-            place.rmdir()
 
 
 @contextmanager
@@ -208,30 +213,30 @@ def claim(folder):
 
     UserError if another process holds it.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / ".lock", "w") as lock:
+    folder = Path(folder)
+    lock_file = folder / ".lock"  # empty: only the system's lock on it counts
+    with made(folder), open(lock_file, "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it, come what may
         except OSError:
             raise UserError(f"another process writes to {folder}: choose another --out") from None
-        for left in Path(folder).glob(".part-*"):  # by a process that was killed
-            left.unlink()
         try:
+            # nobody else writes here now: these are from processes that were killed
+            for left in folder.glob(".part-*"):
+                left.unlink()
             yield
         finally:
-            (Path(folder) / ".lock").unlink(missing_ok=True)
+            lock_file.unlink(missing_ok=True)
 
 
-def find_folder(path_or_repo_id, **options):
+def find_folder(path_or_repo_id):
     """The folder itself if it is there; else that model of the hub, fetched if it is not on disk.
 
-    A hub name looks like Qwen/Qwen2.5-VL-3B-Instruct. `options` of snapshot_download, if there
-    are any, ask for something else than a model's files. UserError if there is neither.
+    A hub name looks like Qwen/Qwen2.5-VL-3B-Instruct. UserError if there is neither.
     """
-    # only the top folder: repositories also hold checkpoint-500/ and the like
-    options = options or {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": "*/*"}
     folder = Path(path_or_repo_id)
     name = str(path_or_repo_id)
+    # what begins like a folder that is here is a mistyped folder, not a hub name
     on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not Path(folder.parts[0]).exists()
     if folder.exists() or not on_hub:
         return folder
@@ -239,7 +244,9 @@ def find_folder(path_or_repo_id, **options):
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, **options))
+        # only the top folder: repositories also hold checkpoint-500/ and the like
+        files = ["*.json", "*.safetensors"]
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns="*/*"))
     except LocalEntryNotFoundError:
         reason = "no connection to the hub, and no copy on this disk"
     except (HfHubHTTPError, HFValidationError, OSError) as error:

@@ -28,6 +28,7 @@ def run_jobs(function, jobs, workers):
     Each has one thread. UserError if a worker is killed, as by a system that is out of memory.
     Ctrl-C, an error or a reader that stops early ends the workers, whatever they are doing.
     """
+    # inherited by the workers, who would otherwise take every core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")  # a fork would copy GL contexts and threads
     others = set(multiprocessing.active_children())

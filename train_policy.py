@@ -166,7 +166,7 @@ def load_demonstrations(cfg, config, blm, start, backbone):
     folder = Path(cfg.cache) / f"{backbone}-k{config.intent_layer}"
     cache_hidden_states(blm, episodes, config.intent_layer, folder, rank, world, cfg.fsdp)
     trainer.barrier()
-    hidden = [open_cache(folder, episode, blm.vlm.config.hidden_size) for episode in episodes]
+    hidden = [open_cache(folder, episode) for episode in episodes]
     return Demonstrations(episodes, hidden, config.action_horizon, known)
 
 

@@ -22,7 +22,6 @@ a film, or a list of pictures. What else a record holds stays in `Row.record`.
 import json
 import re
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 from tqdm import tqdm
@@ -31,14 +30,15 @@ from cli import UserError, one_line
 from data.media import load_image, load_video, locate
 from files import read_text, reading
 
-ROLES = ("system", "user", "assistant")
-SHAREGPT = {"human": "user", "gpt": "assistant"}  # in any case
+# of both shapes: people mix their words
+ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+ROLES |= {"human": "user", "gpt": "assistant"}
 LOADERS = {"image": load_image, "video": load_video}  # of the kinds of media
 # A place in a text: LLaVA's tag, Qwen's three tokens, Qwen 1's path. ms-swift's tags for boxes are
 # known here to be refused: nothing would be put in.
 PLACE = re.compile(
-    r"<(?:\|vision_start\|><\|)?(image|video|bbox|ref-object|img>.+?</img)"
-    r"(?:_pad\|><\|vision_end\|)?>\n*"
+    r"<(?:\|vision_start\|><\|)?(image|video|bbox|ref-object|img>.+?(?=</img))"
+    r"(?:</img|_pad\|><\|vision_end\|)?>\n*"
 )
 # What a record or a message, and what a picture or video may ask for and would not get.
 UNREAD = re.compile(r"audios?|tools|tool_calls")
@@ -64,13 +64,11 @@ class Conversations:
 
     A record's structure, and whether its pictures are there, is checked at once; what they show,
     when the row is read. on_bad "refuse": bad records are a UserError that names them; "skip":
-    they are left out, and counted in `skipped`.
+    they are counted and left out.
     """
 
     def __init__(self, path, on_bad="refuse"):
         self.path = Path(path)
-        # a file that is itself a link may have its pictures at either end
-        self.roots = (self.path.parent, self.path.resolve().parent)
         self.records = []  # (place in the file, dict): pictures stay on the disk
         bad = []
         entries = read_entries(self.path)
@@ -79,17 +77,19 @@ class Conversations:
                 # whatever is wrong in there is wrong with the record
                 with reading(f"{path}, {place}"):
                     record = json.loads(entry) if isinstance(entry, str) else entry
+                    # no header is read here: a million pictures on a network's disk take an hour
                     for _, source in read_record(record)[1]:
-                        self.find(source)
+                        locate(source, self.path.parent)
                 self.records.append((place, record))
             except UserError as error:
                 bad.append(one_line(error, longest=200))  # so that five of them fit a message
-        self.skipped = len(bad)
-        about = f"{len(bad)} of {len(entries)} records are bad: {'; '.join(bad[:MOST_TOLD])}"
-        if bad and on_bad == "refuse":
-            advice = "JSON lines in UTF-8 wanted: mend them, or leave them out with --on_bad skip"
-            raise UserError(f"{about}; {advice}")
         if bad:
+            about = f"{len(bad)} of {len(entries)} records are bad: {'; '.join(bad[:MOST_TOLD])}"
+            if on_bad == "refuse":
+                raise UserError(
+                    f"{about}; JSON lines in UTF-8 wanted: "
+                    "mend them, or leave them out with --on_bad skip"
+                )
             print(f"left out: {about}")
         if not self.records:
             raise UserError(f"{path} holds no conversations")
@@ -107,27 +107,19 @@ class Conversations:
             for messages in read_record(record)[0]:
                 for message in messages:
                     content = message["content"]
-                    items = [{"text": content}] if isinstance(content, str) else content
-                    yield from (item["text"] for item in items if "text" in item)
+                    if message["role"] == "user":
+                        content = "".join(item.get("text", "") for item in content)
+                    yield content
 
     def row(self, i, rng=None):
         """The Row i. UserError that names file, line and picture if one cannot be read."""
         record = self.records[i][1]
         with reading(self.name(i)):
             conversations, sources = read_record(record)
-            media = [(kind, LOADERS[kind](self.find(source))) for kind, source in sources]
+            media = []
+            for kind, source in sources:
+                media.append((kind, LOADERS[kind](locate(source, self.path.parent))))
         return Row(conversations, media, record)
-
-    def find(self, source):
-        """The file that a source means, or its bytes, or a list of these. UserError if none."""
-        if isinstance(source, list):
-            return [self.find(frame) for frame in source]
-        for root in self.roots:
-            path = locate(str(source), root)
-            # no header is read here: a million pictures on a network's disk take an hour
-            if isinstance(path, BytesIO) or path.exists():
-                return path
-        raise UserError(f"{source} is not there")
 
 
 # ---- from a file to records
@@ -153,107 +145,89 @@ def read_record(record):
 
     A source is a path, a URI, or a list of them: the frames of a video.
     """
-    refuse_unread(record)
+    refuse_unread(record, UNREAD)
+    # tables fill the columns of other shapes with nulls
+    turns = record.get("messages") or record.get("conversations")
+    talks = [turns] if turns else [read_question(entry) for entry in record.get("questions") or []]
+    assert talks, 'it has neither "messages" nor "conversations" nor "questions"'
+    before = [{"role": "system", "content": record["system"]}] if record.get("system") else []
     conversations = []
-    for turns in read_turns(record):  # one conversation, but for questions
-        messages = [read_message(turn) for turn in turns]
-        conversations.append(messages)
-        questions = [message["content"] for message in messages if message["role"] == "user"]
+    for turns in talks:
+        left = {kind: listed(record, kind) for kind in LOADERS}
+        media = []
+        messages = [read_message(turn, left, media) for turn in [*before, *turns]]
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        # where nothing is asked, pictures alone are shown
-        if not "".join(answers).strip() and record.get("questions") != []:
-            raise ValueError("it has no answer")
-        media = place_media(record, questions)
+        assert "".join(answers).strip(), "it has no answer"
+        questions = [message["content"] for message in messages if message["role"] == "user"]
+        # LLaMA-Factory refuses what LLaVA lets pass
+        if questions and not media and not record.get("messages"):
+            media = [(kind, source) for kind in left for source in left[kind]]
+            left = {}
+            questions[0][:0] = [{"type": kind} for kind, _ in media]
+        assert not any(left.values()), "it names more pictures or videos than it has places for"
+        conversations.append(messages)
     return conversations, media
 
 
-def place_media(record, questions):
-    """[(kind, source)] of the places in questions' contents, those beside them put in their turn."""
-    places = [item for content in questions for item in content if "text" not in item]
-    files = {kind: listed(record, kind) for kind in LOADERS}
-    # what questions share must be the same to the last picture
-    if places and not record.get("messages") and not record.get("conversations"):
-        raise ValueError("its pictures come before each question: leave <image> out")
-    # LLaMA-Factory refuses what LLaVA lets pass
-    if questions and not places and not record.get("messages"):
-        places = [{"type": kind} for kind in files for _ in files[kind]]
-        questions[0][:0] = places
-    for place in places:
-        if "source" not in place:  # nor did the content item name it
-            left = files.get(place["type"])
-            if not left:
-                raise ValueError(f"it has more <{place['type']}> than it names")
-            place["source"] = left.pop(0)
-    if any(files.values()):
-        raise ValueError("it names more pictures or videos than its questions have places for")
-    return [(place["type"], place.pop("source")) for place in places]
+def read_question(entry):
+    """The turns of one of a record's questions."""
+    # what questions share must be the same
+    placed = PLACE.search(entry["question"])
+    assert not placed, "its pictures come before each question: leave <image> out"
+    question = {"role": "user", "content": entry["question"]}
+    return [question, {"role": "assistant", "content": entry["answer"]}]
 
 
-def refuse_unread(item, names=UNREAD):
+def refuse_unread(item, names):
     """Errors for what would be learned otherwise than it is meant."""
-    if not isinstance(item, dict):
-        raise TypeError(f"{str(item)[:60]!r} is no JSON object")
+    assert isinstance(item, dict), f"{item!r} is no text and no JSON object"
     for key, value in item.items():
         # films are seen at two frames a second anyway
-        if value and names.fullmatch(key) and (key, value) != ("fps", 2):
-            raise ValueError(f"{key!r} is not obeyed here: take it out")
-
-
-def read_turns(record):
-    """A record's conversations [[{"role", "content"}, ...], ...], whatever its shape."""
-    before = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    # tables fill the columns of other shapes with nulls, and write lists as strings
-    turns = record.get("messages") or record.get("conversations")
-    if turns:
-        return [before + (json.loads(turns) if isinstance(turns, str) else turns)]
-    if "questions" not in record:
-        raise ValueError('it has neither "messages" nor "conversations" nor "questions"')
-    conversations = []
-    for entry in record["questions"]:
-        question = {"role": "user", "content": entry["question"]}
-        answer = {"role": "assistant", "content": entry["answer"]}
-        conversations.append([*before, question, answer])
-    return conversations or [[{"role": "user", "content": ""}]]  # pictures alone
+        asked = value and names.fullmatch(key) and (key, value) != ("fps", 2)
+        assert not asked, f"{key!r} is not obeyed here: take it out"
 
 
 def listed(record, kind):
     """The sources beside a record's texts; rows of text alone may have "" or null there."""
-    entries = record.get(kind) or record.get(f"{kind}s") or []
+    entries = record.get(kind) or record.get(f"{kind}s")
     entries = entries if isinstance(entries, list) else [entries]
-    return [find_source(entry, kind) for entry in entries if entry]
+    return list(filter(None, [find_source(entry, kind) for entry in entries]))
 
 
 def find_source(item, kind):
     """The path or URI in a content item or its like, a list of them, or None without."""
-    while isinstance(item, dict):  # {"image_url": {"url": ...}}, {"image": {"path": ...}}
-        encoded = item.get("bytes") or item.get("base64")
-        if encoded:
-            return f"data:;base64,{encoded}"
-        keys = (kind, f"{kind}_url", "url", "path")
-        item = next((item[key] for key in keys if item.get(key)), None)
     if kind == "video" and isinstance(item, list):  # its frames
         return [find_source(frame, "image") for frame in item]
-    return item and str(item)
+    if not isinstance(item, dict):
+        return item and str(item)
+    encoded = item.get("bytes") or item.get("base64")
+    if encoded:
+        return f"data:;base64,{encoded}"
+    # {"image_url": {"url": ...}}, {"image": {"path": ...}}
+    found = [item[key] for key in (kind, f"{kind}_url", "url", "path") if item.get(key)]
+    return find_source(found[0], kind) if found else None
 
 
-def read_message(turn):
-    """A chat message. Its places for media have a "source" if they name their own."""
-    refuse_unread(turn)
+def read_message(turn, left, media):
+    """A chat message. Its media are added to `media`, from `left` where only a place is named."""
+    refuse_unread(turn, UNREAD)
     name = str(turn.get("role") or turn.get("from")).lower()
-    role = SHAREGPT.get(name, name)
-    if role not in ROLES:
-        raise ValueError(f"unknown role {name!r}, choose from: {', '.join((*ROLES, *SHAREGPT))}")
-    # people mix the words of the two shapes
+    assert name in ROLES, f"unknown role {name!r}, choose from: {', '.join(ROLES)}"
+    role = ROLES[name]
     content = turn.get("value") if turn.get("content") is None else turn["content"]
+    content = content if isinstance(content, list) else [content]
     items = []
-    for item in content if isinstance(content, list) else [content]:
-        items += read_item(item)
+    for kind, what in [part for item in content for part in read_item(item)]:
+        if kind == "text":
+            items.append({"type": kind, "text": what})
+            continue
+        # the model writes answers, and it writes no pictures
+        assert role == "user", f"a message of {name!r} holds <{kind}>: only questions may"
+        assert what or left.get(kind), f"it has more <{kind}> than it names"
+        media.append((kind, what or left[kind].pop(0)))
+        items.append({"type": kind})
     if role == "user":
         return {"role": role, "content": items}
-    # the model writes answers, and it writes no pictures
-    for item in items:
-        if "text" not in item:
-            raise ValueError(f"a message of {name!r} holds <{item['type']}>: only questions may")
     message = {"role": role, "content": "".join(item["text"] for item in items)}
     if turn.get("weight") == 0 or turn.get("loss") is False:  # OpenAI's, ms-swift's
         message["learn"] = False
@@ -261,24 +235,20 @@ def read_message(turn):
 
 
 def read_item(item):
-    """A text, or an item of a content list, as content items of a chat message."""
+    """Yield ("text", text) and (kind, source) of a text, or of an item of a content list."""
     item = {"type": "text", "text": item} if isinstance(item, str) else item
-    if not isinstance(item, dict):
-        raise TypeError("a message has no text")
+    refuse_unread(item, UNREAD_OF_MEDIA)
     kind = str(item.get("type")).removesuffix("_url")  # OpenAI's image_url
     if kind in LOADERS:
-        refuse_unread(item, UNREAD_OF_MEDIA)
-        source = find_source(item, kind)
-        return [{"type": kind, "source": source} if source else {"type": kind}]
-    if kind != "text" or not isinstance(item.get("text"), str):
-        raise ValueError(f"unknown content {item}: text, image and video are known")
-    item["text"].encode()  # fails for half an emoji, and for what was no UTF-8
-    items = []
-    for i, part in enumerate(PLACE.split(item["text"])):
-        if i % 2 == 0:  # text between two places
-            items += [{"type": "text", "text": part}] if part else []
-        elif part.startswith("img>"):
-            items.append({"type": "image", "source": part[4:-5]})
-        else:
-            items.append({"type": part})
-    return items
+        yield kind, find_source(item, kind)
+        return
+    text = item.get("text")
+    known = kind == "text" and isinstance(text, str)
+    assert known, f"unknown content {item}: text, image and video are known"
+    text.encode()  # fails for half an emoji, and for what was no UTF-8
+    for i, part in enumerate(PLACE.split(text)):
+        if i % 2 == 1:  # a place
+            name, _, source = part.partition(">")  # only Qwen 1's <img> has the path in it
+            yield name.replace("img", "image"), source
+        elif part:
+            yield "text", part

@@ -28,7 +28,6 @@ from files import Tensors, save_tensors
 
 FRAME_STRIDE = 4  # control steps between frames that are trained on; divides the action horizon
 HELD_OUT = 25  # one episode in so many of each cell is for validation
-MOST_FRAMES = 64  # that the language model sees at once
 
 
 def select_episodes(cfg, known):
@@ -38,18 +37,19 @@ def select_episodes(cfg, known):
     """
     robots = choose_many(cfg.robots, ROBOTS, "robot")
     tasks = choose_many(cfg.tasks, TASKS, "task")
-    episodes = [e for e in load_episodes(cfg.data) if e.robot in robots and e.task in tasks]
-    new = {e.robot for e in episodes} - set(known)
-    if known and new:
-        episodes = [e for e in episodes if e.robot in new]
-    if cfg.demonstrations:
-        counts = Counter()
-        first = []
-        for e in episodes:
-            counts[e.robot, e.task] += 1
-            if counts[e.robot, e.task] <= cfg.demonstrations:
-                first.append(e)
-        episodes = first
+    # sorted by cell and seed already
+    wanted = [e for e in load_episodes(cfg.data) if e.robot in robots and e.task in tasks]
+    new = {episode.robot for episode in wanted} - set(known)
+    counts = Counter()
+    episodes = []
+    for episode in wanted:
+        cell = (episode.robot, episode.task)
+        counts[cell] += 1
+        # the first robots' layers will be frozen
+        if new and episode.robot not in new:
+            continue
+        if not cfg.demonstrations or counts[cell] <= cfg.demonstrations:
+            episodes.append(episode)
     if not episodes:
         raise UserError(
             f"{cfg.data} holds no episodes of --robots {cfg.robots} and --tasks {cfg.tasks}: "
@@ -67,48 +67,47 @@ def frames_of(episode):
 
 
 def cache_path(folder, episode):
-    """A name made of all that an episode's hidden states depend on."""
-    words = f"{episode.path.name} {episode.instruction} {episode.checksum}"
+    """A name made of all that an episode's hidden states depend on, but for the model."""
+    words = f"{episode.path.name} {episode.instruction} {episode.checksum} {FRAME_STRIDE}"
     return folder / f"{hashlib.sha256(words.encode()).hexdigest()[:16]}.safetensors"
 
 
-def open_cache(folder, episode, width):
-    """Hidden states (frames, L, Dc) float16, read as they are asked for.
-
-    None if there are none, or they are damaged or of another shape: they will be made again.
-    """
-    path = cache_path(folder, episode)
-    if not path.exists():
-        return None
-    try:
-        hidden = Tensors(path).check().slice("hidden")
-    except UserError as error:
-        tqdm.write(f"{error}; it is made again")
-        return None
-    frames, *_, last = hidden.get_shape()
-    return hidden if (frames, last) == (len(frames_of(episode)), width) else None
+def open_cache(folder, episode):
+    """Hidden states (frames, L, Dc) float16, read as they are asked for. UserError if damaged."""
+    return Tensors(cache_path(folder, episode)).check().slice("hidden")
 
 
 def cache_hidden_states(blm, episodes, intent_layer, folder, rank=0, world=1, fsdp=False):
     """Compute what is missing in `folder`; rank r of `world` processes computes its share."""
-    width = blm.vlm.config.hidden_size
-    bar = tqdm(episodes, "hidden states: looking", disable=rank > 0, leave=False)
-    missing = [episode for episode in bar if open_cache(folder, episode, width) is None]
+    missing = []
+    for episode in tqdm(episodes, "hidden states: looking", disable=rank > 0, leave=False):
+        try:
+            open_cache(folder, episode)
+        except UserError as error:
+            missing.append(episode)
+            # nothing to tell of what was never there
+            if cache_path(folder, episode).exists():
+                tqdm.write(f"{error}; it is made again")
     share = missing[rank::world]
     if fsdp:  # shards work together, so every process does as many
         share += missing[: -(-len(missing) // world) - len(share)]
     for episode in tqdm(share, "hidden states", disable=rank > 0 or not share, unit="episode"):
-        frames = frames_of(episode)
-        parts = []
-        for start in range(0, len(frames), MOST_FRAMES):
-            images = [episode.images(t) for t in frames[start : start + MOST_FRAMES]]
-            texts = [episode.instruction] * len(images)  # one length, so no padding
-            hidden, _ = blm.intent_states(images, texts, intent_layer)
-            parts.append(hidden.clamp(-65504, 65504).half().cpu().numpy())
-        save_tensors(cache_path(folder, episode), {"hidden": np.concatenate(parts)}, {})
+        # all at once: an episode of 200 steps is 51 prompts of one length, without padding
+        images = [episode.images(t) for t in frames_of(episode)]
+        texts = [episode.instruction] * len(images)
+        hidden, _ = blm.intent_states(images, texts, intent_layer)
+        # float16 has no larger numbers
+        hidden = hidden.clamp(-65504, 65504).half().cpu()
+        save_tensors(cache_path(folder, episode), {"hidden": hidden}, {})
 
 
 # ---- rows
+
+
+def widen(numbers, width):
+    """(..., n) with zeros behind, (..., width)."""
+    zeros = np.zeros((*numbers.shape[:-1], width - numbers.shape[-1]), np.float32)
+    return np.concatenate([numbers, zeros], axis=-1)
 
 
 class Demonstrations:
@@ -122,36 +121,39 @@ class Demonstrations:
     def __init__(self, episodes, hidden, horizon, known=()):
         self.hidden = hidden
         self.names = [episode.path.name for episode in episodes]
+        self.cells = sorted({(episode.robot, episode.task) for episode in episodes})
         self.embodiments = dict(known)
         for episode in episodes:
             sizes = (episode.state.shape[1], episode.action.shape[1])
-            if self.embodiments.setdefault(episode.robot, sizes) != sizes:
-                expected = self.embodiments[episode.robot]
+            expected = self.embodiments.setdefault(episode.robot, sizes)
+            if sizes != expected:
                 raise UserError(f"{episode.path}: {sizes} numbers of state, action; not {expected}")
-        self.cells = sorted({(episode.robot, episode.task) for episode in episodes})
         self.ahead = horizon // FRAME_STRIDE  # frames until the future
-        counts = np.array([len(frames_of(episode)) for episode in episodes])
-        index = np.repeat(np.arange(len(episodes)), counts)
-        within = np.concatenate([np.arange(count) for count in counts])
-        self.frame = np.stack([index, within], axis=1)  # (R, 2)
-        self.has_future = within + self.ahead < counts[index]  # (R,)
-        robots = list(self.embodiments)
-        self.embodiment = np.array([robots.index(episodes[i].robot) for i in index])
         self.fill(episodes, horizon)
         self.split(episodes)
 
     def fill(self, episodes, horizon):
-        """state (R, S) and action (R, T, A), zeros where a robot has fewer numbers."""
-        state_dim, action_dim = np.max(list(self.embodiments.values()), axis=0)
-        self.state = np.zeros((len(self.frame), state_dim), np.float32)
-        self.action = np.zeros((len(self.frame), horizon, action_dim), np.float32)
-        for row, (i, j) in enumerate(self.frame):
-            t = j * FRAME_STRIDE
-            state = episodes[i].state[t]
-            action = episodes[i].action[t : t + horizon]
-            action = np.pad(action, ((0, horizon - len(action)), (0, 0)), mode="edge")
-            self.state[row, : len(state)] = state
-            self.action[row, :, : action.shape[1]] = action
+        """The arrays of rows; zeros in state (R, S), action (R, T, A) where a robot has fewer."""
+        S, A = np.max(list(self.embodiments.values()), axis=0)
+        robots = list(self.embodiments)
+        parts = []
+        for i, episode in enumerate(episodes):
+            steps = np.array(frames_of(episode))
+            frames = np.arange(len(steps))
+            # past the end the last action is held
+            ahead = steps[:, None] + np.arange(horizon)  # (n, T)
+            ahead = ahead.clip(max=len(episode) - 1)
+            parts.append(
+                (
+                    np.stack([np.full_like(frames, i), frames], axis=1),
+                    frames + self.ahead < len(frames),
+                    np.full_like(frames, robots.index(episode.robot)),
+                    widen(episode.state[steps], S),
+                    widen(episode.action[ahead], A),
+                )
+            )
+        columns = [np.concatenate(column) for column in zip(*parts)]
+        self.frame, self.has_future, self.embodiment, self.state, self.action = columns
 
     def split(self, episodes):
         """Set every HELD_OUT-th episode of a cell aside; new ones come last, so those aside stay."""
@@ -159,6 +161,7 @@ class Demonstrations:
         for cell in self.cells:
             members = [i for i, e in enumerate(episodes) if (e.robot, e.task) == cell]
             aside = members[HELD_OUT - 1 :: HELD_OUT]
+            # a small cell still has one to look at, and one to learn from
             if not aside and len(members) > 1:
                 aside = members[-1:]
             self.held_out.append(np.flatnonzero(np.isin(self.frame[:, 0], aside)))
@@ -168,6 +171,7 @@ class Demonstrations:
     def fit_statistics(self, normalizer):
         """Fit a policy's normalizer to the training rows of robots that have no statistics yet."""
         for robot in np.unique(self.embodiment[self.train]):
+            # a robot that acts already would act otherwise
             if not normalizer.fitted[robot]:
                 rows = self.train[self.embodiment[self.train] == robot]
                 state = torch.from_numpy(self.state[rows])
@@ -187,6 +191,7 @@ class Demonstrations:
         later = self.frame[rows]  # a copy: fancy indexing
         later[:, 1] += self.ahead * future
         batch = {"future_valid": torch.from_numpy(future)}
+        # instructions differ in length, so tokens are padded
         for name, frames in (("", self.frame[rows]), ("future_", later)):
             states = [torch.from_numpy(self.hidden[i][int(j)]).float() for i, j in frames]
             lengths = torch.tensor([len(state) for state in states])

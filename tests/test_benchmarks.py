@@ -25,10 +25,10 @@ def write(path, content):
     path.write_text(json.dumps(content))
 
 
-def converted(name, folder, out):
+def converted(name, folder):
     """The rows of a converted benchmark, as evaluation reads them."""
-    convert(BenchmarkConfig(name, str(folder), str(out / f"{name}.jsonl")))
-    rows = Conversations(out / f"{name}.jsonl")
+    convert(BenchmarkConfig(name, str(folder)))
+    rows = Conversations(folder / f"{name}.jsonl")
     return [rows.row(i) for i in range(len(rows))]
 
 
@@ -51,8 +51,8 @@ def cosmos(tmp_path):
 
 
 @pytest.mark.parametrize("below", ["", "robovqa"])
-def test_clips_with_options(cosmos, tmp_path, capsys, below):
-    rows = converted("robovqa", cosmos / below, tmp_path / "out")
+def test_clips_with_options(cosmos, capsys, below):
+    rows = converted("robovqa", cosmos / below)
     questions = [row.record["questions"][0] for row in rows]
     assert [question["answer"] for question in questions] == ["B", "B", "C"]
     assert "3 of 4 questions" in capsys.readouterr().out
@@ -78,7 +78,7 @@ def test_pictures_with_open_answers(tmp_path):
     write(folder / "annotations.json", [row, {**row, "image_path": "b.jpg"}])
     picture(folder / "images" / "a.jpg")
     picture(folder / "images" / "b.jpg")
-    rows = converted("egothink", tmp_path / "ego", tmp_path / "out")
+    rows = converted("egothink", tmp_path / "ego")
     question = rows[0].record["questions"][0]
     assert question["category"] == "existence" and question["form"] == "open"
     assert (question["question"], question["answer"]) == ("What is in my hand?", "A red cup.")
@@ -93,22 +93,18 @@ def test_pictures_of_an_episode(tmp_path):
     write(tmp_path / "share" / "planning" / "jsons" / "test.json", [row])
     for i in (0, 1):
         picture(tmp_path / "share" / "planning" / "images" / "f" / f"{i}.png")
-    (row,) = converted("sharerobot", tmp_path / "share", tmp_path / "out")
+    (row,) = converted("sharerobot", tmp_path / "share")
     question = row.record["questions"][0]
     assert (question["question"], question["answer"]) == ("What comes next?", "Lift it.")
     assert question["category"] == "future" and len(row.media) == 2
 
 
-def test_a_second_conversion_is_the_first(cosmos, tmp_path):
-    first = converted("robovqa", cosmos, tmp_path / "out")
-    again = converted("robovqa", cosmos, tmp_path / "out")
+def test_a_second_conversion_is_the_first(cosmos):
+    first = converted("robovqa", cosmos)
+    again = converted("robovqa", cosmos)
     assert [row.record for row in first] == [row.record for row in again]
-    beside = converted("robovqa", cosmos / "robovqa", cosmos)  # out is where the data are
-    assert [row.conversations for row in beside] == [row.conversations for row in first]
-    with pytest.raises(UserError, match="in the way.*choose another --out"):
-        (tmp_path / "new").mkdir()
-        (tmp_path / "new" / "robovqa").mkdir()
-        converted("robovqa", cosmos, tmp_path / "new")
+    below = converted("robovqa", cosmos / "robovqa")  # of its own folder alone
+    assert [row.conversations for row in below] == [row.conversations for row in first]
 
 
 @pytest.mark.parametrize("video", ["../clip", "/etc/hostname", "a/../../../clip"])
@@ -117,8 +113,8 @@ def test_media_may_not_lie_outside(tmp_path, video):
     write(tmp_path / "data" / "robovqa" / "robovqa_benchmark_qa_pairs.json", rows)
     picture(tmp_path / "clip" / "0.png")
     with pytest.raises(UserError, match="robovqa_benchmark_qa_pairs.json.*outside"):
-        converted("robovqa", tmp_path / "data", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        converted("robovqa", tmp_path / "data")
+    assert not list(tmp_path.rglob("*.jsonl"))
 
 
 NOT_ONE = {
@@ -149,12 +145,11 @@ def test_what_is_not_a_benchmark_is_told(tmp_path, case):
     name, content, word = NOT_ONE[case]
     write(tmp_path / "data" / "robofail_benchmark_qa_pairs.json", content)
     with pytest.raises(UserError, match=word):
-        converted(name, tmp_path / "data", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        converted(name, tmp_path / "data")
+    assert not list(tmp_path.rglob("*.jsonl"))
 
 
 def test_no_folder_is_told(tmp_path):
-    with pytest.raises(UserError, match="nowhere"):
-        converted("egothink", "nowhere", tmp_path)
-    with pytest.raises(UserError, match="no folder nobody/nothing"):
-        converted("egothink", "nobody/nothing", tmp_path)
+    with pytest.raises(UserError, match="nowhere has 0 questions of egothink.*download"):
+        converted("egothink", tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()

@@ -143,11 +143,6 @@ GOOD = {
         [*A, "u:I|Sure? a:Yes."],
         [RED],
     ),
-    "ours, nothing asked": (
-        {"images": ["a.png", "b.png"], "questions": []},
-        ["u:I|I"],
-        [RED, GREEN],
-    ),
     "content lists and images beside": (
         {"messages": [user([image(), text("What?")]), assistant("Red.")], "images": ["a.png"]},
         A,
@@ -171,11 +166,6 @@ GOOD = {
     ),
     "roles in capitals": (
         {"conversations": [{"from": "Human", "value": "Hi"}, {"from": "GPT", "value": "Hello"}]},
-        ["u:Hi a:Hello"],
-        [],
-    ),
-    "messages as a string": (
-        {"messages": json.dumps(messages("Hi", "Hello")["messages"])},
         ["u:Hi a:Hello"],
         [],
     ),
@@ -396,6 +386,11 @@ BAD = {
     "other keys": ({"text": "hello"}, "neither"),
     "alpaca": ({"instruction": "Hi", "input": "", "output": "Hello"}, "neither"),
     "no messages": ({"messages": []}, "neither"),
+    "messages as a string": (
+        {"messages": json.dumps(messages("Hi", "Hello")["messages"])},
+        "no JSON object",
+    ),
+    "nothing asked": ({"images": ["a.png"], "questions": []}, "neither"),
     "messages are a word": ({"messages": "hello"}, "line 2"),
     "a message is a word": ({"messages": ["hello"]}, "line 2"),
     "questions are words": ({"questions": ["hello"]}, "line 2"),
@@ -472,7 +467,7 @@ BAD = {
     ),
     "boxes of swift": (
         messages("<image>Find <ref-object>", "<bbox>", images=["a.png"], objects={"ref": ["x"]}),
-        "'assistant' holds <bbox>",
+        "more <ref-object> than it names",
     ),
     "boxes in a question": (
         messages("<image>What is in <bbox>?", "x", images=["a.png"]),
@@ -510,9 +505,9 @@ BAD = {
     "outside, file://": (sharegpt("<image>", "x", image="file:///etc/hostname"), "outside"),
     "outside, frame": (messages([{"type": "video", "video": ["/etc/hostname"]}], "x"), "outside"),
     "outside, item": (messages([image(path="/etc/hostname")], "x"), "outside"),
-    "the net": (messages([image(image="https://example.org/a.jpg")], "x"), "download it first"),
+    "the net": (messages([image(image="https://example.org/a.jpg")], "x"), "a.jpg is not there"),
     "a number for a path": (sharegpt("<image>", "x", image=7), "7 is not there"),
-    "nothing in a dict": (sharegpt("<image>", "x", image={"path": None}), "None is not there"),
+    "nothing in a dict": (sharegpt("<image>", "x", image={"path": None}), "more <image> than it names"),
     "a long name": (
         sharegpt("<image>", "x", image="a" * 5000),
         "line 2.*aaa\\.\\.\\.aaa|line 2: File name too long",
@@ -532,7 +527,7 @@ def test_bad_records_are_told_with_their_line(folder, case, capsys):
     rows = Conversations(path, on_bad="skip")
     assert [told(rows.row(i)) for i in range(len(rows))] == [["u:Hi a:Hello"], ["u:Hi a:You"]]
     assert [rows.name(i) for i in range(2)] == [f"{path}, line 1", f"{path}, line 3"]
-    assert rows.skipped == 1 and "1 of 3" in capsys.readouterr().out
+    assert "1 of 3" in capsys.readouterr().out
 
 
 UNREADABLE = {
@@ -632,10 +627,10 @@ def test_a_list_names_its_bad_record(folder):
         Conversations(folder / "m.json")
 
 
-def test_pictures_lie_beside_the_file_or_beside_what_it_links_to(folder, tmp_path):
+def test_pictures_lie_beside_the_file_or_beside_a_link_to_it(folder, tmp_path):
     path = write(folder / "m.jsonl", sharegpt("<image>What?", "Red.", image="a.png"))
+    assert shown(Conversations(path).row(0)) == [RED]
     (tmp_path / "link.jsonl").symlink_to(path)
-    assert shown(Conversations(tmp_path / "link.jsonl").row(0)) == [RED]
     Image.new("RGB", (8, 6), BLUE).save(tmp_path / "a.png")  # as in a hub's snapshot
     assert shown(Conversations(tmp_path / "link.jsonl").row(0)) == [BLUE]
 

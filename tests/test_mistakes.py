@@ -52,7 +52,7 @@ MISTAKES = [
     (sample, "--out {tmp}/file.txt --weights {nano}", "cannot write"),
     (sample, "--out /proc/nowhere --weights {nano}", "cannot write"),
     (sample, "--image {tmp}/picture.png", "--ask"),
-    (sample, "--ask What? --image {tmp}/file.txt --weights {nano} --out {tmp}/o", "cannot read the picture"),
+    (sample, "--ask What? --image {tmp}/file.txt --weights {nano} --out {tmp}/o", "cannot read .*file.txt: cannot identify"),
     (sample, "--ask What? --image {tmp}/missing.png --weights {nano} --out {tmp}/o", "missing.png"),
     (sample, "--ask What? --image {tmp}/thin.png --weights {nano} --out {tmp}/o", "too thin"),
     (sample, ["--ask", "  ", "--image", "{tmp}/picture.png", "--weights", "{nano}", "--out", "{tmp}/o"], "question"),

@@ -183,8 +183,7 @@ def load_rows(folder, cache="intents"):
     episodes = load_episodes(folder / "demos")
     place = folder / cache / "model-k2"
     demonstrations.cache_hidden_states(blm, episodes, 2, place)
-    width = blm.vlm.config.hidden_size
-    hidden = [demonstrations.open_cache(place, episode, width) for episode in episodes]
+    hidden = [demonstrations.open_cache(place, episode) for episode in episodes]
     return blm, episodes, demonstrations.Demonstrations(episodes, hidden, 4)
 
 
