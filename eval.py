@@ -113,9 +113,7 @@ def work(job):
         episodes.append({"seed": seed, **episode})
         if acts and config.failures and not episode["success"]:  # once more, the same way
             folder = Path(config.failures) / perturbation / episode["reason"].replace(" ", "_")
-            draw_episode(
-                blm, env, seed, folder, config.execute_steps, config.instruction, config.temperature
-            )
+            draw_episode(blm, env, seed, folder, *options)
     env.close()
     return cell, episodes
 

@@ -357,6 +357,7 @@ def load_policy(folder, vlm, processor):
         assert about["backbone"] == backbone, differs
     with reading(weights, f"it does not fit {path.name}; {advice}"):
         policy.load_state_dict(tensors, assign=True)  # names and shapes must match
+        assert policy.normalizer.fitted.all(), "a robot has no statistics"
     return policy
 
 

@@ -27,14 +27,14 @@ angles (rad), the last action is the finger (m).
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from cli import UserError, at_least
+from cli import UserError
 from vlm import attend
 
 TAU_BETA = 1.5  # u ~ Beta(1.5, 1), tau = (s - u) / s: GR00T's law, more weight on noise
@@ -46,7 +46,7 @@ STATE_LIMIT = 5.0  # deviations: a reading far outside the demonstrations says n
 
 @dataclass
 class PolicyConfig:
-    """The action side. Every field is a flag of train_policy.py, PRESETS names sets of them."""
+    """The action side, as it stands in policy.json. PRESETS names the sizes."""
 
     intent_layer: int = 3  # k: the LLM block whose hidden states carry the intent
     num_intent_queries: int = 16  # N
@@ -64,23 +64,15 @@ class PolicyConfig:
     use_intent: bool = True  # without: what a robot can do by its state alone, to compare with
 
     def __post_init__(self):
-        counts = [field.name for field in fields(self) if field.type is int]
-        at_least(self, 1, *counts)
-        at_least(self, 0, "future_loss_weight")
-        if self.hidden_size % (2 * self.num_heads):
-            raise UserError(
-                f"--hidden_size {self.hidden_size} must be "
-                f"an even multiple of --num_heads {self.num_heads}"
-            )
-        if self.num_intent_queries % self.num_future_tokens:
-            raise UserError(
-                f"--num_intent_queries {self.num_intent_queries} must be "
-                f"a multiple of --num_future_tokens {self.num_future_tokens}"
-            )
-        if self.future_layer > self.num_layers:
-            raise UserError(
-                f"--future_layer {self.future_layer} must be at most --num_layers {self.num_layers}"
-            )
+        for name, value in vars(self).items():
+            least = 1 if type(value) is int else 0  # a weight and a switch may be off
+            assert least <= value < math.inf, f"{name} is {value}"
+        # each head as wide as the others, and half of a width can be sines, half cosines
+        rest = self.hidden_size % (2 * self.num_heads)
+        assert not rest, "hidden_size is no even multiple of num_heads"
+        rest = self.num_intent_queries % self.num_future_tokens
+        assert not rest, "num_intent_queries is no multiple of num_future_tokens"
+        assert self.future_layer <= self.num_layers, "future_layer is behind the last block"
 
 
 PRESETS = {
@@ -116,22 +108,22 @@ class Normalizer(nn.Module):
     def __init__(self, embodiments, horizon):
         super().__init__()
         self.embodiments = embodiments
-        # on the CPU even where all else is built as shapes alone: masks are in no file
-        sizes = torch.tensor(list(embodiments.values()), device="cpu")
-        E = len(sizes)
-        S, A = sizes.amax(0).tolist()
+        with torch.device("cpu"):  # even where the rest are shapes alone: masks are in no file
+            sizes = torch.tensor(list(embodiments.values()))  # (E, 2)
+            E = len(sizes)
+            S, A = sizes.amax(0).tolist()
+            masks = {
+                "state_mask": torch.arange(S) < sizes[:, :1],  # (E, S): the robot's own
+                "action_mask": torch.arange(A) < sizes[:, 1:],  # (E, A)
+                "joint_mask": torch.arange(1, A + 1) < sizes[:, 1:],  # (E, A): no finger
+            }
+        for name, mask in masks.items():
+            self.register_buffer(name, mask, persistent=False)
         self.register_buffer("state_mean", torch.zeros(E, S))
         self.register_buffer("state_std", torch.ones(E, S))
         self.register_buffer("action_mean", torch.zeros(E, horizon, A))  # of each step, T
         self.register_buffer("action_std", torch.ones(E, horizon, A))
         self.register_buffer("fitted", torch.zeros(E, dtype=torch.bool))  # E: has statistics
-        masks = {
-            "state_mask": torch.arange(S, device="cpu") < sizes[:, :1],  # (E, S): the robot's own
-            "action_mask": torch.arange(A, device="cpu") < sizes[:, 1:],  # (E, A)
-            "joint_mask": torch.arange(1, A + 1, device="cpu") < sizes[:, 1:],  # (E, A): no finger
-        }
-        for name, mask in masks.items():
-            self.register_buffer(name, mask, persistent=False)
 
     def fit(self, embodiment, state, action):
         """Statistics of one robot (its index) from demonstrations, padded to the largest robot.
@@ -142,24 +134,11 @@ class Normalizer(nn.Module):
         S, A = list(self.embodiments.values())[embodiment]
         relative = relative[..., :A].double()  # double: sums over many rows
         state = state[:, :S].double()
-        state_std = state.std(0, correction=0)
-        action_std = relative.std(0, correction=0)
         self.state_mean[embodiment, :S] = state.mean(0)
-        self.state_std[embodiment, :S] = state_std.clamp(min=self.STATE_FLOOR)
+        self.state_std[embodiment, :S] = state.std(0, correction=0).clamp(self.STATE_FLOOR)
         self.action_mean[embodiment, :, :A] = relative.mean(0)
-        self.action_std[embodiment, :, :A] = action_std.clamp(min=self.ACTION_FLOOR)
+        self.action_std[embodiment, :, :A] = relative.std(0, correction=0).clamp(self.ACTION_FLOOR)
         self.fitted[embodiment] = True
-
-    def check(self, embodiment):
-        """UserError if a robot of embodiment (B,) has no statistics."""
-        fitted = self.fitted[embodiment]
-        if not fitted.all():
-            names = list(self.embodiments)
-            first = embodiment[~fitted][0]
-            raise UserError(
-                f"this policy has no statistics for {names[first]}: "
-                "train it on that robot's demonstrations with `python train_policy.py`"
-            )
 
     def reference(self, state, embodiment):
         """What targets are relative to: joint angles now (B, 1, A), zero for the finger."""
@@ -170,6 +149,7 @@ class Normalizer(nn.Module):
     def normalize_state(self, state, embodiment, noise=0.0):
         """(B, S) in physical units to what the encoder reads; noise is in deviations."""
         x = (state - self.state_mean[embodiment]) / self.state_std[embodiment] + noise
+        x = x.clamp(-STATE_LIMIT, STATE_LIMIT)
         return torch.where(self.state_mask[embodiment], x, 0.0)
 
     def normalize_action(self, action, state, embodiment):
@@ -189,7 +169,8 @@ class Normalizer(nn.Module):
 def sinusoids(x, width):
     """Sines and cosines of x (...) at geometric frequencies from 1 to 1/10000: (..., width)."""
     half = width // 2
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=x.device) / half)
+    steps = torch.arange(half, device=x.device)
+    frequency = torch.exp(-math.log(10000.0) * steps / half)
     angle = x[..., None] * frequency  # (..., width / 2)
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
@@ -246,7 +227,8 @@ class Perceiver(nn.Module):
         self.queries = nn.Parameter(torch.empty(config.num_intent_queries, D))
         self.query_norms = nn.ModuleList(nn.LayerNorm(D) for _ in layers)
         self.attentions = nn.ModuleList(
-            Attention(D, config.num_heads, condition_size) for _ in layers
+            Attention(D, config.num_heads, condition_size)  # the prompt is wider than the intent
+            for _ in layers
         )
         self.mlps = nn.ModuleList(mlp(D, config.mlp_ratio) for _ in layers)
         self.out_norm = nn.LayerNorm(D)
@@ -296,13 +278,13 @@ class EmbodimentMLP(nn.ModuleList):
     """Two layers for each robot: x (B, T, in) to (B, T, out)."""
 
     def __init__(self, embodiments, inner, width, outer):
-        first = EmbodimentLinear(embodiments, inner, width)
-        second = EmbodimentLinear(embodiments, width, outer)
-        super().__init__([first, second])
+        super().__init__()
+        self.append(EmbodimentLinear(embodiments, inner, width))
+        self.append(EmbodimentLinear(embodiments, width, outer))
 
     def forward(self, x, groups):
-        first, second = self
-        return second(F.silu(first(x, groups)), groups)
+        x = self[0](x, groups)
+        return self[1](F.silu(x), groups)
 
 
 class ActionEncoder(nn.Module):
@@ -353,9 +335,9 @@ class Block(nn.Module):
 # ---- flow matching
 
 
-def sample_tau(n, generator=None, device="cpu"):
+def sample_tau(n, generator=None):
     """(n,) in [0, 1): Beta(a, 1) is U^(1/a)."""
-    u = torch.rand(n, generator=generator, device=device) ** (1 / TAU_BETA)
+    u = torch.rand(n, generator=generator) ** (1 / TAU_BETA)
     return ((TAU_LIMIT - u) / TAU_LIMIT).clamp(min=0)
 
 
@@ -410,7 +392,8 @@ class Policy(nn.Module):
             nn.Linear(D, D),
             nn.SiLU(),
         )
-        self.modulation = nn.Linear(D, (config.num_layers + 1) * 2 * D)
+        norms = config.num_layers + 1
+        self.modulation = nn.Linear(D, 2 * norms * D)
 
         # attention to the intent, among the tokens, to the intent ...
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -425,11 +408,8 @@ class Policy(nn.Module):
         With the zeros AdaLN starts as a plain norm and the velocity as 0.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, EmbodimentLinear):
-                bound = math.sqrt(6 / sum(module.weight.shape[1:]))  # Xavier's, of each robot
+            if isinstance(module, (nn.Linear, EmbodimentLinear)):
+                bound = math.sqrt(6 / sum(module.weight.shape[-2:]))  # Xavier's, of each robot
                 nn.init.uniform_(module.weight, -bound, bound)
                 nn.init.zeros_(module.bias)
         for table in (self.perceiver.queries, self.future_tokens, self.action_positions):
@@ -447,8 +427,8 @@ class Policy(nn.Module):
         longest = self.config.max_condition_tokens
         if length > longest:
             raise UserError(
-                f"a prompt of {length} tokens is longer than this policy's {longest}: shorten the "
-                "instruction, or train with a larger --max_condition_tokens"
+                f"a prompt of {length} tokens is longer than this policy's {longest}: "
+                "shorten the instruction"
             )
 
     def intent(self, hidden, mask):
@@ -461,12 +441,10 @@ class Policy(nn.Module):
         """What is known before actions flow, needed once a chunk and not once an Euler step.
 
         The state's token (B, 1, D); the intent's keys and values of every even block;
-        `embodiment_groups`. UserError for a robot without statistics.
+        `embodiment_groups`.
         """
-        self.normalizer.check(embodiment)
         groups = embodiment_groups(embodiment)
-        state = self.normalizer.normalize_state(state, embodiment, state_noise)
-        state = state.clamp(-STATE_LIMIT, STATE_LIMIT)  # (B, S)
+        state = self.normalizer.normalize_state(state, embodiment, state_noise)  # (B, S)
         state_token = self.state_encoder(state[:, None], groups)
         intent = self.intent(hidden, mask)
         key_values = [block.attention.project_kv(intent) for block in self.blocks[::2]]
@@ -502,25 +480,22 @@ class Policy(nn.Module):
 
     # ---- training
 
-    def draw(self, n, generator=None, state_noise=0.0, device="cpu"):
-        """The random part of n rows: noise (n, T, A), tau (n,) and state_noise (n, S).
+    def draw(self, n, generator=None, state_noise=0.0):
+        """The random part of n rows, on the CPU: noise (n, T, A), tau (n,) and state_noise (n, S).
 
         The argument state_noise is how much of the latter, in deviations.
         """
         T = self.config.action_horizon
-        noise = torch.randn(n, T, self.action_dim, generator=generator, device=device)
-        tau = sample_tau(n, generator, device)
-        normal = torch.randn(n, self.state_dim, generator=generator, device=device)
         return {
-            "noise": noise,
-            "tau": tau,
-            "state_noise": state_noise * normal,
+            "noise": torch.randn(n, T, self.action_dim, generator=generator),
+            "tau": sample_tau(n, generator),
+            "state_noise": state_noise * torch.randn(n, self.state_dim, generator=generator),
         }
 
     def valid(self, embodiment):
         """(B, T, A): True on the robot's own dims."""
-        own = self.normalizer.action_mask[embodiment][:, None]
-        return own.expand(-1, self.config.action_horizon, -1)
+        own = self.normalizer.action_mask[embodiment]
+        return own[:, None].expand(-1, self.config.action_horizon, -1)
 
     def forward(self, batch, totals=None):
         """Losses of a batch, scalars: loss = flow + future_loss_weight x future.
@@ -544,7 +519,8 @@ class Policy(nn.Module):
         actions = self.normalizer.normalize_action(batch["action"], state, embodiment)
         valid = self.valid(embodiment)
         if totals is None:
-            totals = valid.sum(), batch["future_valid"].sum().clamp(min=1)
+            futures = batch["future_valid"].sum()
+            totals = valid.sum(), futures.clamp(min=1)
 
         noised = add_noise(actions, noise, tau, valid)
         velocity, tokens = self.velocity(noised, tau, self.modulations(tau), context)
@@ -564,7 +540,10 @@ class Policy(nn.Module):
         """
         rows = batch["future_valid"]  # the others are left out: a mask all False would give NaN
         with torch.no_grad():
-            intent = self.intent(batch["future_hidden"][rows], batch["future_mask"][rows])
+            intent = self.intent(
+                batch["future_hidden"][rows],
+                batch["future_mask"][rows],
+            )
             target = intent.unflatten(1, (self.config.num_future_tokens, -1)).mean(2)  # (b, M, D)
         predicted = self.future_head(tokens[rows])
         distance = 1 - F.cosine_similarity(predicted, target, dim=-1)  # (b, M)
@@ -576,8 +555,7 @@ class Policy(nn.Module):
     def sample(self, hidden, mask, state, embodiment, noise):
         """A chunk of absolute targets (B, T, A), rad and m, that flows from noise (B, T, A).
 
-        hidden (B, L, Dc), mask (B, L), state (B, S), embodiment (B,). UserError for a robot without
-        statistics.
+        hidden (B, L, Dc), mask (B, L), state (B, S), embodiment (B,).
         """
         K = self.config.num_inference_steps
         context = self.context(hidden, mask, state, embodiment)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cli import UserError, choose_many
+from cli import choose_many
 from data.env import CONTROL_HZ
 from data.robots import ROBOTS
 from files import atomic
@@ -20,9 +20,6 @@ from files import atomic
 EXECUTE_STEPS = 12
 GIF_SIZE = 384  # pixels
 FRAMES_EVERY = 2  # control steps between two frames
-INK = (20, 20, 20)  # RGB
-GREEN = (0, 130, 0)
-RED = (180, 0, 0)
 
 
 def robots_of(blm, names):
@@ -30,14 +27,9 @@ def robots_of(blm, names):
 
     UserError if it was not trained on one of them, or cannot act at all.
     """
-    robots = choose_many(names, ROBOTS, "robot")
     known = blm.require_policy().embodiments
-    strange = [robot for robot in robots if robot not in known]
-    if strange and names != "all":
-        raise UserError(
-            f"this model was not trained on {', '.join(strange)}, but on {', '.join(known)}"
-        )
-    return [robot for robot in robots if robot in known]
+    trained = [robot for robot in ROBOTS if robot in known]
+    return choose_many(names, trained, "robot")
 
 
 def rollout(
@@ -62,10 +54,11 @@ def rollout(
     held = []  # after each step
     frames = []
     act_seconds = []
-    done = truncated = False
-    while not (done or truncated):
+    over = False
+    while not over:
         observation = env.observe(render=True)
         start = time.perf_counter()
+        # noise, if there is any, is this moment's own and the same again when it is repeated
         chunk = blm.act(observation, env.robot.name, temperature, seed=[seed, env.steps])
         act_seconds.append(time.perf_counter() - start)
         for action in chunk[:execute_steps]:  # the rest of the chunk is thrown away
@@ -74,33 +67,33 @@ def rollout(
             *_, done, truncated, info = env.step(action)
             states.append(env.state())
             held.append(env.grasped(body))
-            truncated = truncated or env.steps == max_steps
-            if done or truncated:
+            over = done or truncated or env.steps == max_steps
+            if over:
                 break
-    result = {
+    if frame_size:
+        frames.append(env.draw("render", frame_size, pretty=True))
+    return {
         "success": bool(done),
         "steps": env.steps,
         "clipped": info["clipped"],
         "jerk": jerk(states, env.robot.dof),
         "act_s": float(np.mean(act_seconds)),
         "reason": "" if done else why(env.task, held),
+        "frames": frames,
     }
-    if frame_size:
-        result["frames"] = [*frames, env.draw("render", frame_size, pretty=True)]
-    return result
 
 
 def jerk(states, dof):
     """Mean absolute third difference of joint angles in states (L, S), rad/s^3: how rough it is."""
     if len(states) < 4:
         return 0.0
-    # (L - 3, dof)
-    differences = np.diff(np.array(states)[:, :dof], 3, axis=0)
+    differences = np.diff(np.array(states)[:, :dof], 3, axis=0)  # (L - 3, dof)
     return float(np.abs(differences).mean() * CONTROL_HZ**3)
 
 
 def why(task, held):
     """Why an episode of `task` failed, from whether its object was held after each step."""
+    # these are done without a grasp
     if task.name in ("PushCube", "PullCube"):
         return "missed the target"
     if not any(held):
@@ -117,28 +110,25 @@ def save_gif(path, frames):
         first.save(temporary, save_all=True, append_images=others, loop=0, duration=durations)
 
 
-def draw_episode(blm, env, seed, folder, execute_steps, instruction="", temperature=0.0):
-    """One closed-loop episode as a GIF, <folder>/<robot>-<task>-<seed>.gif.
+def draw_episode(blm, env, seed, folder, *options):
+    """A `rollout` with these options as a GIF, <folder>/<robot>-<task>-<seed>.gif: (path, outcome).
 
-    Returns (path, result of `rollout`, outcome in words).
+    The outcome in words, for people, such as "success after 3.2 s".
     """
-    result = rollout(
-        blm, env, seed, execute_steps, temperature, instruction or None, frame_size=GIF_SIZE
-    )
-    color = GREEN if result["success"] else RED
-    outcome = "success" if result["success"] else f"not done: {result['reason']}"
+    result = rollout(blm, env, seed, *options, frame_size=GIF_SIZE)
+    outcome = f"{result['reason'] or 'success'} after {result['steps'] / CONTROL_HZ:.1f} s"
     frames = []
-    for i, picture in enumerate(result.pop("frames")):
-        step = min(i * FRAMES_EVERY, result["steps"])  # the last frame may come early
-        last = step == result["steps"]
-        lines = [env.robot.display_name, env.instruction, f"{step / CONTROL_HZ:.1f} s"]
-        if last:
-            lines[-1] += f"   {outcome}"
-        frame = Image.new("RGB", (GIF_SIZE, GIF_SIZE + 60), (250, 250, 250))  # three lines below
+    for picture in result["frames"]:
+        # three lines below the picture, of which the last comes at the end
+        frame = Image.new("RGB", (GIF_SIZE, GIF_SIZE + 60), "white")
         frame.paste(Image.fromarray(picture))
+        lines = [env.robot.display_name, env.instruction]
+        if len(frames) == len(result["frames"]) - 1:
+            lines.append(outcome)
         draw = ImageDraw.Draw(frame)
-        draw.text((6, GIF_SIZE + 4), "\n".join(lines), fill=color if last else INK, font_size=13)
+        draw.text((6, GIF_SIZE + 4), "\n".join(lines), fill="black", font_size=13)
         frames.append(frame)
+    # by name, so that another episode does not write over this one
     path = Path(folder) / f"{env.robot.name}-{env.task.name}-{seed}.gif"
     save_gif(path, frames)
-    return path, result, outcome
+    return path, outcome

@@ -5,6 +5,7 @@
     python -m dev.figures losses       losses over the steps of a training, from its log.jsonl
     python -m dev.figures intent       where in both pictures the intent queries look
     python -m dev.figures denoising    noise becoming a chunk of joint targets in four Euler steps
+    python -m dev.figures mosaic       an episode of every robot and task at once, as a GIF
 
 Needs requirements-dev.txt.
 """
@@ -23,16 +24,20 @@ matplotlib.use("agg")  # no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 
 from cli import UserError, choose, parse, run
 from data.env import CONTROL_HZ, VIEWS, TabletopEnv
+from data.tasks import TASKS
 from files import atomic, read_json, read_text, reading
 from model import BLM
 from policy import Attention
+from rollout import robots_of, rollout, save_gif
 
 SEED = 1_000_001  # layout of the pictures
 COLORS = {"chance": "#bbbbbb", "blind": "#d08770", "base": "#e0b84c", "model": "#4c8c5c"}
 LOSSES = ("loss", "answer", "flow", "future")
+TILE = 144  # pixels of one of the mosaic's pictures
 SMOOTH = 0.02  # of a run: width of the running mean
 
 
@@ -42,7 +47,7 @@ class FigureConfig:
         ""  # result file or log; default results/<figure>.json, for losses out/*/log.jsonl
     )
     weights: str = "weights/nano"  # model folder, for intent and denoising
-    out: str = ""  # picture; default assets/<figure>.png
+    out: str = ""  # picture; default assets/<figure>.png, of the mosaic .gif
 
 
 # ---- from result files
@@ -225,7 +230,34 @@ def denoising(config):
     return figure
 
 
-FIGURES = {f.__name__: f for f in (success, digital, losses, intent, denoising)}
+def mosaic(config):
+    """One episode of every robot (rows) and task (columns), side by side: pictures for a GIF.
+
+    A bar under a finished tile: green is done, red is not.
+    """
+    blm = BLM.from_pretrained(config.weights)
+    robots = robots_of(blm, "all")
+    tiles = []
+    for robot in robots:
+        for task in TASKS:
+            env = TabletopEnv(robot, task, render=False, held_out=True)
+            result = rollout(blm, env, SEED, frame_size=TILE)
+            env.close()
+            print(f"{robot:8s}{task:16s}{result['reason'] or 'success'}")
+            *pictures, last = result["frames"]
+            last = last.copy()  # the renderer's own memory
+            last[-5:] = (0, 130, 0) if result["success"] else (180, 0, 0)
+            tiles.append([*pictures, last])
+    frames = []
+    for i in range(max(map(len, tiles))):
+        now = [pictures[min(i, len(pictures) - 1)] for pictures in tiles]  # the finished wait
+        grid = np.stack(now).reshape(len(robots), len(TASKS), TILE, TILE, 3)
+        grid = grid.swapaxes(1, 2).reshape(len(robots) * TILE, len(TASKS) * TILE, 3)
+        frames.append(Image.fromarray(grid))
+    return frames
+
+
+FIGURES = {f.__name__: f for f in (success, digital, losses, intent, denoising, mosaic)}
 
 
 def main():
@@ -235,11 +267,15 @@ def main():
         return
     draw = FIGURES[choose(name, FIGURES, "figure")]
     config = parse(FigureConfig, description=__doc__.split("\n")[0], argv=sys.argv[2:])
-    out = Path(config.out or f"assets/{name}.png")
+    suffix = ".gif" if name == "mosaic" else ".png"
+    out = Path(config.out or f"assets/{name}{suffix}")
     figure = draw(config)
-    with atomic(out) as temporary:
-        figure.savefig(temporary, dpi=100, bbox_inches="tight")
-    plt.close(figure)
+    if name == "mosaic":
+        save_gif(out, figure)
+    else:
+        with atomic(out) as temporary:
+            figure.savefig(temporary, dpi=100, bbox_inches="tight")
+        plt.close(figure)
     print(f"drawn in {out}")
 
 

@@ -77,5 +77,5 @@ def test_corrections_have_seeds_of_their_own_and_name_their_policy(lazy, monkeyp
 
 def test_corrections_are_of_the_robots_that_the_policy_knows(lazy, monkeypatch):
     assert call(monkeypatch).robots == "panda,widowx"
-    with pytest.raises(UserError, match="not trained on xarm6"):
+    with pytest.raises(UserError, match="unknown robot 'xarm6', choose from: panda, widowx"):
         call(monkeypatch, "--robots", "xarm6")

@@ -120,15 +120,13 @@ MISTAKES = [
     (train_sft, "--data {tmp}/good.jsonl --dense_weight 0 --backbone {nano} --out {tmp}/o --blind 2", "--blind 2.*at most 1"),
     (train_sft, "--data {tmp}/good.jsonl --dense_weight 0 --backbone {nano} --out {tmp}/o --dtype half", "half.*auto, float32, bfloat16"),
     (train_sft, "--data {tmp}/good.jsonl --dense_weight 0 --backbone {tmp}/nowhere --out {tmp}/o", "nowhere"),
-    (train_policy, "--frame_stride 3 --out {tmp}/o", "--frame_stride 3 must divide"),
-    (train_policy, "--ema 1.5 --out {tmp}/o", "--ema 1.5"),
     (train_policy, "--batch_size -4 --out {tmp}/o", "--batch_size -4"),
     (train_policy, "--resume --out {tmp}/o", "no training run to resume"),
     (train_policy, "--data {tmp}/broken --backbone {nano} --out {tmp}/o", "panda-PickCube-0.*delete it and record again"),
     (train_policy, "--intent_layer 99 --data {tmp}/broken --backbone {nano} --out {tmp}/o", "--intent_layer 99"),
-    (train_policy, "--num_heads 5", "--hidden_size 192 must be an even multiple"),
     (train_policy, "--backbone {tmp}/nowhere --out {tmp}/p", "nowhere"),
-    (train_policy, "--preset nan", "unknown preset 'nan'.*did you mean nano"),
+    (train_policy, "--sizes nan --out {tmp}/o", "unknown --sizes 'nan'.*did you mean nano"),
+    (train_policy, "--intent_layer -1 --out {tmp}/o", "--intent_layer -1 must be at least 0"),
 ]
 
 

@@ -243,6 +243,7 @@ WEIGHTS = [
     ("normalizer.state_std", torch.nan, "state_std holds"),
     ("normalizer.state_std", 0.0, "state_std is not positive"),
     ("normalizer.action_std", -1.0, "action_std is not positive"),
+    ("normalizer.fitted", False, "a robot has no statistics"),
     ("queries", 0.0, "does not fit policy.json.*queries"),  # unknown
     ("perceiver.queries", None, "does not fit policy.json.*perceiver.queries"),  # missing
 ]

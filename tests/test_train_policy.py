@@ -99,9 +99,13 @@ def hash_of(blm):
 
 
 def test_a_run_makes_a_model_and_the_backbone_does_not_move(folder, tmp_path):
-    before = hash_of(BLM.from_pretrained(folder / "backbone"))
+    backbone = BLM.from_pretrained(folder / "backbone")
+    before = hash_of(backbone)
     figures = train(settings(folder, tmp_path))
     blm = BLM.from_pretrained(tmp_path)
+    after = blm.vlm.state_dict()
+    for name, tensor in backbone.vlm.state_dict().items():  # what no policy reads too
+        assert torch.equal(after[name], tensor), name
     assert hash_of(blm) == before and set(blm.policy.embodiments) == set(SIZES)
     assert figures.keys() == {"val_flow", "val_future", "joint_error_rad"}
     assert all(np.isfinite(value) and value > 0 for value in figures.values())
