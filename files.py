@@ -98,7 +98,10 @@ def atomic(path):
     temporary = path.with_name(f".part-{os.getpid()}-{path.name[-60:]}")
     with made(path.parent):
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what others may read, as this machine has it
             yield temporary
+            temporary.chmod(mode)  # safetensors 0.8 makes files private
             temporary.replace(path)
         # safetensors has an error of its own for a full disk
         except (OSError, SafetensorError) as error:

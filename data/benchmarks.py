@@ -115,6 +115,7 @@ def convert(config):
             f"{folder} has {count} questions of {config.name}, and pictures of none: download "
             "the benchmark and unpack its archives there"
         )
+    # a conversations file names what lies beside and below it
     out = folder / f"{config.name}.jsonl"
     with atomic(out) as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -68,6 +68,7 @@ def frames_of(episode):
 
 def cache_path(folder, episode):
     """A name made of all that an episode's hidden states depend on, but for the model."""
+    # the checksum covers the pictures too: a mended episode is another one
     words = f"{episode.path.name} {episode.instruction} {episode.checksum} {FRAME_STRIDE}"
     return folder / f"{hashlib.sha256(words.encode()).hexdigest()[:16]}.safetensors"
 
@@ -119,7 +120,7 @@ class Demonstrations:
     """
 
     def __init__(self, episodes, hidden, horizon, known=()):
-        self.hidden = hidden
+        self.hidden = hidden  # of each episode, as `open_cache` has it
         self.names = [episode.path.name for episode in episodes]
         self.cells = sorted({(episode.robot, episode.task) for episode in episodes})
         self.embodiments = dict(known)
