@@ -205,6 +205,7 @@ class BLM:
             "views": VIEWS,
             "backbone": backbone or backbone_hash(self.vlm, self.processor, k, dtype),
         }
+        # the description last: weights without one are refused
         with atomic(Path(folder) / "policy.safetensors") as path:
             save_file(tensors, path, metadata={"format": "pt"})
         write_json(Path(folder) / "policy.json", about)

@@ -239,7 +239,12 @@ class Perceiver(nn.Module):
         context = self.norm(hidden) + self.positions[:L]
         x = self.queries.expand(B, -1, -1)  # (B, N, D)
         real = mask[:, None, None]  # (B, 1, 1, L), for all heads and queries
-        for norm, attention, feed_forward in zip(self.query_norms, self.attentions, self.mlps):
+        layers = zip(
+            self.query_norms,
+            self.attentions,
+            self.mlps,
+        )
+        for norm, attention, feed_forward in layers:
             key_value = attention.project_kv(context)
             x = x + attention(norm(x), key_value, real)
             x = x + feed_forward(x)
@@ -270,7 +275,8 @@ class EmbodimentLinear(nn.Module):
         biases = self.bias.unbind()
         outputs = []
         for robot, part in zip(robots, x.split(rows)):
-            outputs.append(F.linear(part, weights[robot].T, biases[robot]))
+            y = F.linear(part, weights[robot].T, biases[robot])
+            outputs.append(y)
         return torch.cat(outputs)
 
 
@@ -412,7 +418,12 @@ class Policy(nn.Module):
                 bound = math.sqrt(6 / sum(module.weight.shape[-2:]))  # Xavier's, of each robot
                 nn.init.uniform_(module.weight, -bound, bound)
                 nn.init.zeros_(module.bias)
-        for table in (self.perceiver.queries, self.future_tokens, self.action_positions):
+        tables = (
+            self.perceiver.queries,
+            self.future_tokens,
+            self.action_positions,
+        )
+        for table in tables:
             nn.init.normal_(table, std=0.02)
         steps = torch.arange(self.config.action_horizon)
         with torch.no_grad():
@@ -523,7 +534,8 @@ class Policy(nn.Module):
             totals = valid.sum(), futures.clamp(min=1)
 
         noised = add_noise(actions, noise, tau, valid)
-        velocity, tokens = self.velocity(noised, tau, self.modulations(tau), context)
+        modulations = self.modulations(tau)
+        velocity, tokens = self.velocity(noised, tau, modulations, context)
         flow = flow_loss(velocity, actions, noise, valid, totals[0])
         future = self.future_loss(tokens, batch, totals[1])
         loss = flow + self.config.future_loss_weight * future
@@ -544,7 +556,8 @@ class Policy(nn.Module):
                 batch["future_hidden"][rows],
                 batch["future_mask"][rows],
             )
-            target = intent.unflatten(1, (self.config.num_future_tokens, -1)).mean(2)  # (b, M, D)
+            M = self.config.num_future_tokens
+            target = intent.unflatten(1, (M, -1)).mean(2)  # (b, M, D)
         predicted = self.future_head(tokens[rows])
         distance = 1 - F.cosine_similarity(predicted, target, dim=-1)  # (b, M)
         return distance.mean(1).sum() / total
