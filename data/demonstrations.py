@@ -90,8 +90,8 @@ def cache_hidden_states(blm, episodes, intent_layer, folder, rank=0, world=1, fs
             if cache_path(folder, episode).exists():
                 tqdm.write(f"{error}; it is made again")
     share = missing[rank::world]
-    if fsdp:  # shards work together, so every process does as many
-        share += missing[: -(-len(missing) // world) - len(share)]
+    if fsdp and len(share) < len(missing[::world]):
+        share.append(missing[0])  # shards work together, so every process does as many
     for episode in tqdm(share, "hidden states", disable=rank > 0 or not share, unit="episode"):
         # all at once: an episode of 200 steps is 51 prompts of one length, without padding
         images = [episode.images(t) for t in frames_of(episode)]
@@ -107,8 +107,10 @@ def cache_hidden_states(blm, episodes, intent_layer, folder, rank=0, world=1, fs
 
 def widen(numbers, width):
     """(..., n) with zeros behind, (..., width)."""
-    zeros = np.zeros((*numbers.shape[:-1], width - numbers.shape[-1]), np.float32)
-    return np.concatenate([numbers, zeros], axis=-1)
+    shape = (*numbers.shape[:-1], width)
+    wide = np.zeros(shape, np.float32)
+    wide[..., : numbers.shape[-1]] = numbers
+    return wide
 
 
 class Demonstrations:

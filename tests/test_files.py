@@ -57,6 +57,6 @@ def test_asking_whether_a_folder_can_be_written_leaves_no_trace(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError("odd"), KeyError("x"), SyntaxError("png"), OSError()])
 def test_whatever_goes_wrong_while_reading_is_one_line(error):
-    with pytest.raises(UserError, match="cannot read a.json.*; mend it"):
-        with reading("a.json", "mend it"):
-            raise error
+    told = pytest.raises(UserError, match="cannot read a.json.*; mend it")
+    with told, reading("a.json", "mend it"):
+        raise error
