@@ -26,7 +26,7 @@ from cli import UserError
 from files import atomic, inside, read_json, reading, write_json
 
 # the defaults of transformers' config classes, which its files leave out
-TEXT_DEFAULTS = {
+TEXT_DEFAULTS = {  # those of the 72B
     "vocab_size": 152064,
     "hidden_size": 8192,
     "intermediate_size": 29568,
@@ -35,33 +35,34 @@ TEXT_DEFAULTS = {
     "num_key_value_heads": 8,
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
-    "mrope_section": (16, 24, 24),
+    "mrope_section": (16, 24, 24),  # time, row, column
     "tie_word_embeddings": False,
     "max_position_embeddings": 32768,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
+    "bos_token_id": 151643,  # <|endoftext|>
+    "eos_token_id": 151645,  # <|im_end|>
     "vision_start_token_id": 151652,
     "vision_end_token_id": 151653,
-    "image_token_id": 151655,
+    "image_token_id": 151655,  # <|image_pad|>
     "video_token_id": 151656,
 }
 VISION_DEFAULTS = {
     "depth": 32,
-    "hidden_size": 3584,
+    "hidden_size": 3584,  # no released model has it: they all name theirs
     "intermediate_size": 3420,
     "num_heads": 16,
     "out_hidden_size": 3584,
     "patch_size": 14,
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
-    "window_size": 112,
+    "window_size": 112,  # pixels
     "fullatt_block_indexes": (7, 15, 23, 31),
     "tokens_per_second": 4,
 }
-RENAMED = (
+RENAMED = (  # anything to the names on the hub
     (r"^(model\.language_model|language_model\.model)\.", "model."),
     (r"^(model|language_model)\.(visual|lm_head)\.", r"\2."),
 )
+# a file of whole numbers is quantized, whatever its tensors are called
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 QUANTIZED = "the weights are quantized: take the model in float16, bfloat16 or float32"
 
@@ -87,10 +88,12 @@ def read_config(folder):
             raise UserError(f"model_type is {content.get('model_type')!r}, not 'qwen2_5_vl'")
         if content.get("quantization_config"):
             raise UserError(QUANTIZED)
+        # the text's fields: flat, nested, or both with nulls in one of them
         text = known(content) | known(content.get("text_config") or {})
         text["tie_word_embeddings"] = content.get("tie_word_embeddings") or bool(
             text.get("tie_word_embeddings")
         )
+        # M-RoPE's name and place have changed twice
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         text |= {name: rope[name] for name in ("mrope_section", "rope_theta") if name in rope}
         if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
@@ -98,6 +101,7 @@ def read_config(folder):
         assert text.get("hidden_act", "silu") == "silu", "hidden_act is not silu"
         if text.get("use_sliding_window"):
             raise UserError("sliding windows are not supported: take a checkpoint without them")
+        # what is left out is the class's
         vision = known(content.get("vision_config") or {})
         fields = {name: text.get(name, value) for name, value in TEXT_DEFAULTS.items()}
         vision = {name: vision.get(name, value) for name, value in VISION_DEFAULTS.items()}
@@ -110,7 +114,7 @@ def read_generation_config(folder, config):
     """{"eos_token_id": [every stop], "repetition_penalty"} of a folder with this VLMConfig."""
     path = Path(folder) / "generation_config.json"
     content = known(read_json(path)) if path.exists() else {}
-    stops = []
+    stops = []  # all that anyone calls an end
     for ids in (content.get("eos_token_id"), config.eos_token_id, config.bos_token_id):
         stops += ids if isinstance(ids, list) else [ids]
     with reading(path):
@@ -138,6 +142,7 @@ def our_name(name):
 
 
 def weight_files(folder):
+    # large models come in shards, which the index names
     index = Path(folder) / "model.safetensors.index.json"
     if not index.exists():
         return [Path(folder) / "model.safetensors"]
@@ -155,7 +160,7 @@ def tensors_of(path):
         with safe_open(path, "pt") as file:
             names = file.keys()
         for name in names:
-            if our_name(name):
+            if our_name(name):  # an open file keeps what was read of it in memory
                 with safe_open(path, "pt") as file:
                     yield our_name(name), file.get_tensor(name)
 
@@ -177,6 +182,7 @@ def hub_weights(weights, config):
     views = {}
     for name, tensor in weights.items():
         rows = len(tensor)
+        # one product here, tensors of their own on the hub
         fused = re.search("qkv_proj|gate_up_proj|$", name)[0]
         parts = {fused: rows}
         if fused == "qkv_proj":
@@ -194,6 +200,7 @@ def load_weights(model, folder, device="cpu", dtype=torch.float32):
     UserError unless every name and shape matches and every number is finite, so nothing is left
     at random. Memory peaks at the weights and one tensor.
     """
+    # memory for all of them, filled by way of the hub's names
     own = {}
     for name, tensor in model.state_dict().items():
         own[name] = torch.empty(tensor.shape, dtype=dtype, device=device)
@@ -211,11 +218,11 @@ def load_weights(model, folder, device="cpu", dtype=torch.float32):
             wanted = list(views[name].shape)
             if list(tensor.shape) != wanted:
                 raise UserError(f"{where}: {name} has shape {list(tensor.shape)}, wanted {wanted}")
-            views[name].copy_(tensor)
+            views[name].copy_(tensor)  # and cast
             if not views[name].isfinite().all():
                 raise UserError(f"{path}: {name} holds numbers that are not finite in {dtype}")
             missing.discard(name)
-    if missing:
+    if missing:  # else they would stay at random
         count = f"{len(missing)} tensors missing, first {min(missing)}"
         raise UserError(f"{folder} does not fit config.json: {count}")
     model.load_state_dict(own, assign=True)
@@ -245,7 +252,8 @@ def save_model(model, folder, dtype, weights):
     tensors = {}
     for name, tensor in hub_weights(weights, model.config).items():
         tensors[name] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-    stored = str(dtype or model.model.norm.weight.dtype).removeprefix("torch.")
+    stored = str(dtype or model.model.norm.weight.dtype)
+    stored = stored.removeprefix("torch.")
     write_json(folder / "config.json", {**config_dict(model.config), "dtype": stored})
     write_json(folder / "generation_config.json", model.generation_config)
     with atomic(folder / "model.safetensors") as path:

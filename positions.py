@@ -18,9 +18,9 @@ import torch
 def vision_plan(grids, vision):
     """How the patches of pictures [(t, h, w)] are sorted so that each window's lie together.
 
-    Frames stay after one another, and windows of equal size are neighbors. Returns four tensors
-    (P,), order: the patch's index in pixel_values; raster: its place in reading order; its row and
-    column in the frame; and [(count, patches)], the groups of windows and those of frames.
+    Frames stay after one another, and windows of equal size are neighbors. Returns tensors: order
+    (P,), the patch's index in pixel_values; raster (P,), its place in reading order; and places
+    (P, 2), its row and column in the frame; then [(count, patches)] of windows and of frames.
     """
     m = vision.spatial_merge_size
     side = vision.window_size // vision.patch_size // m * m  # of a window, in patches
@@ -29,11 +29,12 @@ def vision_plan(grids, vision):
     start = 0
     for t, h, w in grids:
         # pixel_values has the m x m patches of a token after one another
-        place = np.arange(h * w).reshape(h // m, m, w // m, m).swapaxes(1, 2).ravel()
+        place = np.arange(h * w).reshape(h // m, m, w // m, m)
+        place = place.swapaxes(1, 2).ravel()  # in reading order, within the frame
         rows, columns = np.divmod(place, w)
         windows = rows // side * w + columns // side
         for _ in range(t):
-            number = np.full(h * w, len(frames))
+            number = np.full(h * w, len(frames))  # of the frame
             parts.append((start + place, rows, columns, start + windows, number))
             frames.append(h * w)
             start += h * w
@@ -43,14 +44,18 @@ def vision_plan(grids, vision):
     order = np.lexsort((window, sizes[window], frame))  # by frame, then size, then window
     first = np.flatnonzero(np.diff(window[order], prepend=-1))  # where a window begins
     lengths = np.diff(first, append=start)
-    tensors = [torch.from_numpy(part) for part in (order, raster[order], rows[order])]
-    tensors.append(torch.from_numpy(columns[order]))
+    places = np.stack((rows, columns), axis=1)
+    sorted_parts = [order, raster[order], places[order]]
+    tensors = [torch.from_numpy(part) for part in sorted_parts]
     return *tensors, adjacent(lengths.tolist()), adjacent(frames)
 
 
 def adjacent(sizes):
     """Equal neighbors counted: [4, 4, 2] to [(2, 4), (1, 2)]."""
-    return [(len(list(equal)), size) for size, equal in groupby(sizes)]
+    groups = []
+    for size, equal in groupby(sizes):
+        groups.append((len(list(equal)), size))
+    return groups
 
 
 def mrope_positions(
@@ -69,26 +74,32 @@ def mrope_positions(
     the text. As transformers 4 and vLLM have it; transformers 5 goes on behind a video at start +
     max(h, w) / m, for a long one before its end.
     """
-    ids = input_ids.cpu().numpy()
+    ids = input_ids.cpu().numpy()  # a walk over tokens, too small for a GPU
     images = iter([] if image_grid_thw is None else image_grid_thw.tolist())
     videos = iter([] if video_grid_thw is None else video_grid_thw.tolist())
     seconds = repeat(1.0) if second_per_grid_ts is None else map(float, second_per_grid_ts)
+    # by the token that holds their places
     grids = {config.image_token_id: images, config.video_token_id: videos}
 
     positions = np.zeros((3, *ids.shape), np.int64)
     if segments is None:
-        real = np.ones_like(ids) if attention_mask is None else attention_mask.cpu().numpy()
+        real = np.ones_like(ids)
+        if attention_mask is not None:
+            real = attention_mask.cpu().numpy()
         for b, row in enumerate(ids):
-            text = row[real[b] > 0]
-            positions[:, b, real[b] > 0] = text_positions(text, grids, seconds, config)
+            kept = real[b] > 0
+            text = text_positions(row[kept], grids, seconds, config)
+            positions[:, b, kept] = text
     start = 0
     for lengths in segments or ():
-        ends = start + np.cumsum(lengths)
-        text = positions[:, 0, start : ends[-1]]  # a view, filled in place
-        text[:] = text_positions(ids[0, start : ends[-1]], grids, seconds, config)
-        for before, end in pairwise(ends[:-1]):  # a branch does not count the one before it
+        ends = start + np.cumsum(lengths)  # of the stem, then of each branch
+        stop = ends[-1]
+        text = text_positions(ids[0, start:stop], grids, seconds, config)
+        # a branch does not count those before it
+        for before, end in pairwise(ends[:-1]):
             text[:, end - start :] -= end - before
-        start = ends[-1]
+        positions[:, 0, start:stop] = text
+        start = stop
     return torch.from_numpy(positions).to(input_ids.device)
 
 
@@ -103,19 +114,24 @@ def text_positions(ids, grids, seconds, config):
     m = vision.spatial_merge_size
     positions = np.tile(np.arange(len(ids)), (3, 1))
     is_vision = np.isin(ids, list(grids))
-    at = 0
+    at = 0  # the walk goes from picture to picture
     while is_vision[at:].any():
         at += is_vision[at:].argmax()
-        t, h, w = next(grids[ids[at]], (0, 0, 0))
-        tokens = t * (h // m) * (w // m)
-        if not tokens or (ids[at : at + tokens] == ids[at]).sum() < tokens:
+        grid = next(grids[ids[at]], (0, 0, 0))
+        t, h, w = grid
+        axes = np.indices((t, h // m, w // m))
+        axes = axes.reshape(3, -1)  # of each token: frame, row, column
+        tokens = axes.shape[1]
+        end = at + tokens
+        fitting = (ids[at:end] == ids[at]).sum()
+        if not tokens or fitting < tokens:
             raise ValueError(f"the text has too few places left for a picture of {tokens} tokens")
-        axes = np.indices((t, h // m, w // m)).reshape(3, tokens)
         if ids[at] == config.video_token_id:
             axes[0] = axes[0] * vision.tokens_per_second * next(seconds)  # rounded down
-        positions[:, at : at + tokens] = positions[0, at] + axes
-        positions[:, at + tokens :] += axes.max() + 1 - tokens
-        at += tokens
+        positions[:, at:end] = positions[0, at] + axes
+        # a picture is as long as its longest side, whatever its tokens
+        positions[:, end:] += axes.max() + 1 - tokens
+        at = end
     return positions
 
 
@@ -127,8 +143,9 @@ def padding_mask(real):
     if real is None or not (real[:, :-1] < real[:, 1:]).any():
         return None
     L = real.shape[1]
-    causal = torch.ones(L, L, dtype=torch.bool, device=real.device).tril()
-    itself = torch.eye(L, dtype=torch.bool, device=real.device)  # no empty rows, so no NaN
+    ones = torch.ones(L, L, dtype=torch.bool, device=real.device)
+    causal = ones.tril()
+    itself = causal & causal.T  # no empty rows, so no NaN
     return causal & real.bool()[:, None, None] | itself
 
 
@@ -139,7 +156,8 @@ def branch_mask(lengths, device):
     """
     if len(lengths) < 3:
         return None
-    branch = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    number = torch.arange(len(lengths))
+    branch = number.repeat_interleave(torch.tensor(lengths))
     branch = branch.to(device)  # (L,), 0 for the stem
     sees = (branch == 0) | (branch == branch[:, None])
     return sees.tril()

@@ -16,7 +16,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,7 @@ class ImageConfig:
         size {shortest_edge, longest_edge} there, or below "image_processor" into
         processor_config.json. Whatever is left out comes from config.json, or is the class's.
         """
+        # a whole processor goes before the older file, as in transformers
         path = Path(folder) / "processor_config.json"
         content = read_json(path).get("image_processor") if path.exists() else None
         if content is None:
@@ -65,30 +66,26 @@ class ImageConfig:
             content = read_json(path) if path.exists() else {}
         model = read_json(Path(folder) / "config.json")
         with reading(path):
+            # patches are cut as the ViT wants them
             vision = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
             vision |= model.get("vision_config") or {}
-            size = content.get("size") or {}
-            size = {
-                "min_pixels": size.get("shortest_edge"),
-                "max_pixels": size.get("longest_edge"),
-            } | size
-            fields = {
+            sizes = {
                 "patch_size": vision["patch_size"],
                 "merge_size": vision["spatial_merge_size"],
                 "temporal_patch_size": vision["temporal_patch_size"],
-                "min_pixels": 56 * 56,
-                "max_pixels": 28 * 28 * 1280,
             }
-            for source in (model, size, content):  # the last one that says it is right
-                for field in dataclasses.fields(cls):
-                    if source.get(field.name) is not None:
-                        fields[field.name] = source[field.name]
-            image = cls(**fields)
-            fits = image.patch_size == vision["patch_size"]
-            assert fits and image.merge_size == vision["spatial_merge_size"], (
-                "patch_size or merge_size differs from config.json's"
-            )
-        return image
+            limits = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}  # the class's
+            size = dict(content.get("size") or {})
+            size["min_pixels"] = size.get("shortest_edge", size.get("min_pixels"))
+            size["max_pixels"] = size.get("longest_edge", size.get("max_pixels"))
+            # what stands last is right; config.json has limits where an older nanoBLM wrote it
+            fields = {**sizes, **limits}
+            names = [field.name for field in dataclasses.fields(cls)]
+            for source in (model, size, content):
+                fields |= {name: source[name] for name in names if source.get(name) is not None}
+            fits = sizes.items() <= fields.items()
+            assert fits, "patch_size or merge_size differs from config.json's"
+            return cls(**fields)
 
     def save_pretrained(self, folder):
         """Write preprocessor_config.json, for all versions."""
@@ -107,11 +104,13 @@ def smart_resize(height, width, config):
     UserError on slivers.
     """
     factor = config.patch_size * config.merge_size
-    if min(height, width) < 2 or max(height, width) > 200 * min(height, width):
+    low, high = sorted((height, width))
+    if low < 2 or high > 200 * low:
         needed = "sides of at least 2 pixels, one at most 200 times the other"
         raise UserError(f"a picture of {width}x{height} pixels is too thin: {needed}")
     rows = round(height / factor) * factor
     columns = round(width / factor) * factor
+    # both sides by one factor, to the multiple that stays within the limit
     if rows * columns > config.max_pixels:
         shrink = math.sqrt(height * width / config.max_pixels)
         rows = max(factor, math.floor(height / shrink / factor) * factor)
@@ -130,7 +129,8 @@ def resize(image, config):
     rows, columns = smart_resize(*pixels.shape[:2], config)
     if (rows, columns) == pixels.shape[:2]:
         return pixels
-    picture = Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BICUBIC)
+    picture = Image.fromarray(pixels)
+    picture = picture.resize((columns, rows), Image.Resampling.BICUBIC)  # PIL: width first
     return np.asarray(picture)
 
 
@@ -139,26 +139,22 @@ def process_images(images, config):
 
     PIL pictures or uint8 (height, width, 3) arrays, of any sizes; as Hugging Face's processor.
     """
-    p = config.patch_size
-    frames = config.temporal_patch_size
-    mean = np.array(config.image_mean, np.float32)[:, None, None]
-    std = np.array(config.image_std, np.float32)[:, None, None]
+    p, m = config.patch_size, config.merge_size
+    mean = np.float32(config.image_mean).reshape(3, 1, 1)
+    std = np.float32(config.image_std).reshape(3, 1, 1)
     resized = [resize(image, config) for image in images]
     values, grids = [], []
-    for (height, width, _), group in groupby(resized, key=np.shape):  # training has one size
-        group = np.stack(list(group))
-        patches = rearrange(
-            group,
-            "n (h a p) (w b q) c -> (n h w a b) c p q",
-            a=config.merge_size,
-            b=config.merge_size,
-            p=p,
-            q=p,
-        )
+    # neighbors of one size in one pass: in training that is all of them
+    for (height, width, _), group in groupby(resized, key=np.shape):
+        pixels = np.stack(list(group))  # (n, height, width, 3)
+        # m x m neighbors after one another, as the merger takes them
+        order = "n (h a p) (w b q) c -> (n h w a b) c p q"
+        patches = rearrange(pixels, order, a=m, b=m, p=p, q=p)
         patches = (patches.astype(np.float32) / np.float32(255) - mean) / std
-        twice = np.broadcast_to(patches[:, :, None], (*patches.shape[:2], frames, p, p))
-        values.append(twice.reshape(len(patches), -1))
-        grids += [[1, height // p, width // p]] * len(group)
+        # a still picture is shown in every frame of its patch
+        frames = patches[:, :, None].repeat(config.temporal_patch_size, axis=2)
+        values.append(frames.reshape(len(frames), -1))  # (patches, 3*2*p*p)
+        grids += [[1, height // p, width // p]] * len(pixels)
     return torch.from_numpy(np.concatenate(values)), torch.tensor(grids)
 
 
@@ -172,12 +168,13 @@ def process_videos(videos, config):
     frames = config.temporal_patch_size
     values, grids = [], []
     for video in videos:
-        video = [*video, *[video[-1]] * (-len(video) % frames)]
-        pixels, grid = process_images(video, config)
+        odd = -len(video) % frames
+        pixels, grid = process_images([*video, *[video[-1]] * odd], config)
         if (grid != grid[0]).any():
             raise UserError("the frames of a video must have one size")
-        t = len(video) // frames
+        t = len(grid) // frames
         grids.append([t, *grid[0, 1:].tolist()])
+        # every frame came as a still picture, shown `frames` times: one of these is enough
         pixels = rearrange(pixels, "(t f n) (c g q) -> g t n c f q", t=t, f=frames, c=3, g=frames)
         values.append(rearrange(pixels[0], "t n c f q -> (t n) (c f q)"))
     return torch.cat(values), torch.tensor(grids)
@@ -192,7 +189,11 @@ def process_media(media, config):
         inputs["pixel_values"], inputs["image_grid_thw"] = process_images(images, config)
     if videos:
         inputs["pixel_values_videos"], inputs["video_grid_thw"] = process_videos(videos, config)
-    grids = {kind: iter(inputs.get(f"{kind}_grid_thw", [])) for kind in ("image", "video")}
+    # each kind has its own tensor of grids: back to one list
+    grids = {
+        "image": iter(inputs.get("image_grid_thw", ())),
+        "video": iter(inputs.get("video_grid_thw", ())),
+    }
     return inputs, [next(grids[kind]).tolist() for kind, _ in media]
 
 
@@ -203,8 +204,8 @@ QWEN_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
+    "<|endoftext|>",  # padding
+    "<|im_start|>",  # a message begins
     "<|im_end|>",
     "<|object_ref_start|>",
     "<|object_ref_end|>",
@@ -212,10 +213,10 @@ SPECIAL_TOKENS = (
     "<|box_end|>",
     "<|quad_start|>",
     "<|quad_end|>",
-    "<|vision_start|>",
+    "<|vision_start|>",  # a picture or video begins
     "<|vision_end|>",
     "<|vision_pad|>",
-    "<|image_pad|>",
+    "<|image_pad|>",  # a place for one token of a picture
     "<|video_pad|>",
 )
 # what an answer says of places: tokens there, and text wherever else somebody writes them
@@ -305,6 +306,7 @@ def train_tokenizer(texts, vocab_size=1024):
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     fast.decoder = decoders.ByteLevel()
+    # NFC, words and digits apart, bytes: as in Qwen's tokenizer.json
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # so nothing is unknown
@@ -350,6 +352,7 @@ def chat(tokenizer, messages, grids=(), merge_size=2, generate=True):
             if item["type"] == "text":
                 text += item["text"]
                 continue
+            # every token of a picture has its place, between a start and an end
             t, h, w = next(grids)
             pads = [special[f"<|{item['type']}_pad|>"]] * (t * h * w // merge_size**2)
             add(tokenizer.encode(text))
@@ -359,7 +362,7 @@ def chat(tokenizer, messages, grids=(), merge_size=2, generate=True):
             add([special[part]] if i % 2 else tokenizer.encode(part), learn)
         add([end], learn)
         add(tokenizer.encode("\n"))
-    if generate:
+    if generate:  # the answer's header, for the model to go on
         add([start, *tokenizer.encode("assistant\n")])
     assert next(grids, None) is None, "more pictures than places for them in the messages"
     return ids, labels
@@ -373,7 +376,7 @@ def share_stem(tokenizer, conversations, grids, merge_size):
     """
     texts = [chat(tokenizer, messages, grids, merge_size, False) for messages in conversations]
     ids, labels = texts[0]
-    if len(texts) == 1:
+    if len(texts) == 1:  # no branch, so no mask
         return ids, labels, [len(ids)]
     picture_end = tokenizer.special["<|vision_end|>"]
     if picture_end in ids:
@@ -381,7 +384,7 @@ def share_stem(tokenizer, conversations, grids, merge_size):
     else:  # text alone shares the system's
         stem = ids.index(tokenizer.special["<|im_end|>"]) + 1
     ids, labels, lengths = ids[:stem], labels[:stem], [stem]
-    for own_ids, own_labels in texts:
+    for own_ids, own_labels in texts:  # the first one too: a stem and its branches
         ids = ids + own_ids[stem:]
         labels = labels + own_labels[stem:]
         lengths.append(len(own_ids) - stem)
@@ -400,7 +403,8 @@ def collate(rows, pad_id, side="left"):
         "labels": torch.full((len(rows), L), -100),
     }
     for b, (ids, labels) in enumerate(rows):
-        place = slice(L - len(ids), L) if side == "left" else slice(len(ids))
+        start = L - len(ids) if side == "left" else 0
+        place = slice(start, start + len(ids))
         batch["input_ids"][b, place] = torch.tensor(ids)
         batch["attention_mask"][b, place] = 1
         batch["labels"][b, place] = torch.tensor(labels)
@@ -434,18 +438,20 @@ class Processor:
         images: a list a row, of pictures and of videos (lists of frames). Padded on one side.
         """
         media = []
-        for row in images:
-            media.append([("video" if isinstance(item, list) else "image", item) for item in row])
-        inputs, grids = process_media([item for row in media for item in row], self.image)
-        grids = iter(grids)
+        for item in chain.from_iterable(images):
+            media.append(("video" if isinstance(item, list) else "image", item))
+        inputs, grids = process_media(media, self.image)
         rows = []
-        for row, text in zip(media, texts, strict=True):
-            content = [{"type": kind} for kind, _ in row] + [{"type": "text", "text": text}]
-            own = [next(grids) for _ in row]
+        start = 0
+        for row, text in zip(images, texts, strict=True):
+            own = slice(start, start + len(row))
+            content = [{"type": kind} for kind, _ in media[own]]
+            content.append({"type": "text", "text": text})
             message = {"role": "user", "content": content}
-            rows.append(chat(self.tokenizer, [message], own, self.image.merge_size))
+            rows.append(chat(self.tokenizer, [message], grids[own], self.image.merge_size))
+            start += len(row)
         padded = collate(rows, self.tokenizer.special["<|endoftext|>"], side)
-        padded.pop("labels")
+        padded.pop("labels")  # there is nothing to learn in a question
         return {**padded, **inputs}
 
     def pack(self, rows):
@@ -454,9 +460,9 @@ class Processor:
         A row has `media` [("image" | "video", what)] and `conversations`, each about all of them.
         segments: [stem, branch, ...] or [L] of each row, as `VLM.forward` takes them.
         """
-        media = [item for row in rows for item in row.media]
-        batch, grids = process_media(media, self.image)
-        grids = iter(grids)
+        media = chain.from_iterable(row.media for row in rows)
+        batch, grids = process_media(list(media), self.image)
+        grids = iter(grids)  # row after row
         ids, labels, segments = [], [], []
         for row in rows:
             own = [next(grids) for _ in row.media]

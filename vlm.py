@@ -53,11 +53,10 @@ class VisionConfig:
 
     def __post_init__(self):
         self.fullatt_block_indexes = tuple(self.fullatt_block_indexes)
-        # a quarter of a head is the rotary pairs of rows, another one those of columns
+        token = self.patch_size * self.spatial_merge_size  # pixels
+        assert self.window_size >= token, "window_size is smaller than a token"
+        # a head turns with rows and with columns, by two halves of as many pairs
         assert self.hidden_size % (4 * self.num_heads) == 0, "hidden_size / num_heads / 4 is odd"
-        assert self.window_size >= self.patch_size * self.spatial_merge_size, (
-            "window_size too small"
-        )
 
 
 @dataclass
@@ -116,26 +115,15 @@ PRESETS = {"nano": VLMConfig()}
 
 
 def attend(q, k, v, mask=None, **options):
-    """Scaled dot-product attention of q (..., H, L, d) and k, v (..., G, S, d).
-
-    On a CPU always in float32: the gradient takes a quarter (100 tokens) to nine tenths (450) of
-    bfloat16's time there.
-    """
+    """Scaled dot-product attention of q (..., H, L, d) and k, v (..., G, S, d)."""
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
+    # on a CPU in float32: its gradient takes a quarter (100 tokens) to nine tenths (450) of
+    # bfloat16's time
     with torch.autocast("cpu", enabled=False):
-        q, k, v = q.float(), k.float(), v.float()
-        return F.scaled_dot_product_attention(q, k, v, mask, **options).bfloat16()
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        wide = [part.float() for part in (q, k, v)]
+        y = F.scaled_dot_product_attention(*wide, mask, **options)
+    return y.bfloat16()
 
 
 @lru_cache
@@ -144,18 +132,22 @@ def constant(number):
 
 
 def rms_norm(x, norm):
-    """`norm` of x (B, D) without gradient: torch's own is eight operations on a CPU."""
+    """What `norm` makes of x (B, D), without gradient."""
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return norm(x)
+    # torch's own is eight operations on a CPU, these are five
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    mean = torch.addcmul(constant(norm.eps), length, length, value=1 / x.shape[-1])
+    eps = constant(norm.eps)
+    mean = torch.addcmul(eps, length, length, value=1 / x.shape[-1])
     return x * mean.rsqrt_() * norm.weight
 
 
 def cos_sin(angles, dtype):
     """cos (..., 1, d/2) and sin (..., 2, d/2) for `apply_rotary`, of angles (..., d/2)."""
+    cos = angles.cos()[..., None, :]
     sin = angles.sin()
-    return angles.cos()[..., None, :].to(dtype), torch.stack((-sin, sin), dim=-2).to(dtype)
+    sin = torch.stack((-sin, sin), dim=-2)
+    return cos.to(dtype), sin.to(dtype)
 
 
 def apply_rotary(x, cos, sin):
@@ -201,15 +193,21 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x, cos, sin, groups):
-        qkv = self.qkv(x).view(len(x), 3, self.num_heads, -1)  # (P, 3, H, d)
-        q, k = apply_rotary(qkv[:, :2], cos, sin).unbind(1)
+        qkv = self.qkv(x)
+        qkv = qkv.view(len(x), 3, self.num_heads, -1)  # (P, 3, H, d)
+        qk, v = qkv[:, :2], qkv[:, 2]
+        q, k = apply_rotary(qk, cos, sin).unbind(1)
         outputs = []
         start = 0
         for count, length in groups:
             stop = start + count * length
-            group = [t[start:stop].unflatten(0, (count, length)) for t in (q, k, qkv[:, 2])]
-            y = attend(*(t.transpose(1, 2) for t in group))  # (count, H, length, d)
-            outputs.append(y.transpose(1, 2).flatten(2).flatten(0, 1))
+            group = []
+            for part in (q, k, v):
+                part = part[start:stop].unflatten(0, (count, length))
+                group.append(part.transpose(1, 2))
+            y = attend(*group)  # (count, H, length, d)
+            y = y.transpose(1, 2).reshape(stop - start, -1)  # (patches, D)
+            outputs.append(y)
             start = stop
         return self.proj(torch.cat(outputs))
 
@@ -217,9 +215,9 @@ class VisionAttention(nn.Module):
 class VisionBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm1 = RMSNorm(config.hidden_size, 1e-6)
+        self.norm1 = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.attn = VisionAttention(config)
-        self.norm2 = RMSNorm(config.hidden_size, 1e-6)
+        self.norm2 = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=True)
 
     def forward(self, x, *where):
@@ -239,7 +237,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, config.hidden_size, kernel, stride=kernel, bias=False)
 
     def forward(self, pixel_values):
-        weight = self.proj.weight.flatten(1)
+        weight = self.proj.weight.flatten(1)  # (D, 3*2*p*p)
         x = F.linear(pixel_values.to(weight.dtype), weight)
         return x.to(weight.dtype)  # under autocast too: what blocks add to stays in float32
 
@@ -250,7 +248,7 @@ class PatchMerger(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.width = config.hidden_size * config.spatial_merge_size**2
-        self.ln_q = RMSNorm(config.hidden_size, 1e-6)
+        self.ln_q = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.mlp = nn.Sequential(
             nn.Linear(self.width, self.width),
             nn.GELU(),
@@ -258,7 +256,8 @@ class PatchMerger(nn.Module):
         )
 
     def forward(self, x):
-        return self.mlp(self.ln_q(x).view(-1, self.width))
+        x = self.ln_q(x)
+        return self.mlp(x.view(-1, self.width))
 
 
 class VisionTransformer(nn.Module):
@@ -268,7 +267,8 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        blocks = [VisionBlock(config) for _ in range(config.depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.merger = PatchMerger(config)
 
     def forward(self, pixel_values, grid_thw):
@@ -278,19 +278,23 @@ class VisionTransformer(nn.Module):
         """
         config = self.config
         *plan, windows, frames = vision_plan(grid_thw.tolist(), config)
-        order, raster, rows, columns = (index.to(pixel_values.device) for index in plan)
+        order, raster, places = (index.to(pixel_values.device) for index in plan)
         # half of a head's pairs turn with the row, the other half with the column
         half = config.hidden_size // config.num_heads // 2
-        frequency = 10000.0 ** (-torch.arange(0, half, 2, device=rows.device) / half)
-        places = torch.stack((rows, columns), dim=1)[:, :, None]
-        angles = (places * frequency).view(-1, 1, 1, half)  # for all heads of queries and keys
+        pairs = torch.arange(0, half, 2, device=places.device)
+        frequency = 10000.0 ** (-pairs / half)
+        angles = places[:, :, None] * frequency  # (P, 2, d/4)
+        angles = angles.view(-1, 1, 1, half)  # for queries and keys, and all heads
         x = self.patch_embed(pixel_values[order])
         cos, sin = cos_sin(angles, x.dtype)
         for i, block in enumerate(self.blocks):
+            # most blocks look no further than a window
             groups = frames if i in config.fullatt_block_indexes else windows
             x = compute(block, self.checkpointing, x, cos, sin, groups)
+        # back from windows to reading order
         m2 = config.spatial_merge_size**2
-        tokens = self.merger(x)[torch.argsort(order[::m2])]
+        back = torch.argsort(order[::m2])
+        tokens = self.merger(x)[back]
         return tokens, x[torch.argsort(raster)]
 
 
@@ -305,7 +309,7 @@ class Cache:
 
     def __init__(self, size):
         self.size = size
-        self.length = 0
+        self.length = 0  # tokens in it
         self.layers = []
         self.turns = None
 
@@ -313,7 +317,7 @@ class Cache:
         """Take a layer's keys and values (B, G, L, d) of the prompt."""
         B, G, L, d = k.shape
         buffer = k.new_empty(B, 2 * G, self.size, d)
-        buffer[:, :, :L] = torch.cat((k, v), dim=1)
+        torch.cat((k, v), dim=1, out=buffer.narrow(2, 0, L))
         self.layers.append(buffer)
 
 
@@ -332,58 +336,74 @@ class Attention(nn.Module):
         # the hub's q_proj, k_proj and v_proj lie below one another in one matrix
         rows = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, rows)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        width = self.heads * self.head_dim
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x, cos, sin, segments, cache):
         B, L, _ = x.shape
-        qkv = self.qkv_proj(x).view(B, L, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 G, L, d)
-        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
-        q, k = apply_rotary(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)
+        heads, kv_heads = self.heads, self.kv_heads
+        qkv = self.qkv_proj(x)
+        qkv = qkv.view(B, L, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 G, L, d)
+        qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
+        qk = apply_rotary(qk, cos, sin)
+        q, k = qk.split((heads, kv_heads), dim=1)
         if cache is not None:
             cache.begin(k, v)
         # each text on its own: causal attention is fast without a mask, and nothing is padded
-        lengths = [length for length, _ in segments]
-        parts = zip(*(t.split(lengths, dim=2) for t in (q, k, v)))
         outputs = []
-        for part, (_, mask) in zip(parts, segments):
-            outputs.append(attend(*part, mask, is_causal=mask is None, enable_gqa=True))
-        return self.o_proj(torch.cat(outputs, dim=2).transpose(1, 2).flatten(2))
+        start = 0
+        for length, mask in segments:
+            text = [part.narrow(2, start, length) for part in (q, k, v)]
+            y = attend(*text, mask, is_causal=mask is None, enable_gqa=True)
+            outputs.append(y)  # (B, H, length, d)
+            start += length
+        y = torch.cat(outputs, dim=2).transpose(1, 2)
+        return self.o_proj(y.flatten(2))
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config, index):
         super().__init__()
         self.index = index
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=False)
 
     def forward(self, x, cos, sin, segments, cache):
         if cache is not None and cache.length:
-            return self.step(x, cos, sin, segments[0][1], cache)
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segments, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+            mask = segments[0][1]
+            return self.step(x, cos, sin, mask, cache)
+        y = self.input_layernorm(x)
+        x = x + self.self_attn(y, cos, sin, segments, cache)
+        y = self.post_attention_layernorm(x)
+        return x + self.mlp(y)
 
     def step(self, x, cos, sin, mask, cache):
         """`forward` of one token more a row, x (B, D), mask (B, 1, 1, S) or None.
 
         Without modules, whose calls take as long as the work on one token of a small model.
         """
-        attention, mlp = self.self_attn, self.mlp
-        heads, turned = attention.heads, attention.heads + attention.kv_heads
+        own = self.self_attn
         y = rms_norm(x, self.input_layernorm)
-        y = F.linear(y, attention.qkv_proj.weight, attention.qkv_proj.bias)
-        y = y.view(len(x), -1, 1, attention.head_dim)  # (B, H + 2 G, 1, d)
-        y[:, :turned] = apply_rotary(y[:, :turned], cos, sin)
+        y = F.linear(y, own.qkv_proj.weight, own.qkv_proj.bias)
+        y = y.view(len(x), -1, 1, own.head_dim)  # (B, H + 2 G, 1, d)
+        qk = y[:, : own.heads + own.kv_heads]  # turned in place
+        qk.copy_(apply_rotary(qk, cos, sin))
+        # its keys and values join those of its row
         buffer = cache.layers[self.index]
-        buffer.narrow(2, cache.length, 1).copy_(y[:, heads:])
-        k, v = buffer.narrow(2, 0, cache.length + 1).chunk(2, dim=1)
-        q = y[:, :heads].unflatten(1, (attention.kv_heads, -1)).squeeze(3)  # (B, G, H / G, d)
-        x = torch.addmm(x, attend(q, k, v, mask).flatten(1), attention.o_proj.weight.t())
-        y = F.linear(rms_norm(x, self.post_attention_layernorm), mlp.gate_up_proj.weight)
+        buffer.narrow(2, cache.length, 1).copy_(y[:, own.heads :])
+        past = buffer.narrow(2, 0, cache.length + 1)
+        k, v = past.chunk(2, dim=1)  # (B, G, S, d)
+        # queries that look at the same keys lie together
+        q = y[:, : own.heads, 0].unflatten(1, (own.kv_heads, -1))  # (B, G, H / G, d)
+        y = attend(q, k, v, mask).flatten(1)
+        x = torch.addmm(x, y, own.o_proj.weight.t())
+        y = rms_norm(x, self.post_attention_layernorm)
+        y = F.linear(y, self.mlp.gate_up_proj.weight)
         gate, up = y.chunk(2, dim=-1)
-        return torch.addmm(x, F.silu(gate) * up, mlp.down_proj.weight.t())
+        y = F.silu(gate) * up
+        return torch.addmm(x, y, self.mlp.down_proj.weight.t())
 
 
 class TextModel(nn.Module):
@@ -392,7 +412,7 @@ class TextModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = [DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 # ---- the model
@@ -428,8 +448,10 @@ class VLM(nn.Module):
         pairs = torch.arange(0, config.head_dim, 2, device=positions.device)
         frequency = config.rope_theta ** (-pairs / config.head_dim)  # (d/2,)
         per_axis = positions[..., None] * frequency  # (3, B, L, d/2)
+        # the first pairs turn with time, the next with the row, the last with the column
         parts = per_axis.split(config.mrope_section, dim=-1)
-        angles = torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)
+        own = [part[axis] for axis, part in enumerate(parts)]
+        angles = torch.cat(own, dim=-1)  # (B, L, d/2)
         return cos_sin(angles[:, None], self.model.norm.weight.dtype)
 
     def see(self, x, input_ids, pixels, grids):
@@ -445,7 +467,7 @@ class VLM(nn.Module):
         tokens, features = self.visual(pixels, grids)
         ids = (self.config.image_token_id, self.config.video_token_id)
         for token_id, part in zip(ids, tokens.split(counts)):
-            places = input_ids == token_id
+            places = input_ids == token_id  # (B, L)
             number = int(places.sum())
             if number != len(part):
                 raise ValueError(f"the text has {number} places, the pictures make {len(part)}")
@@ -481,18 +503,23 @@ class VLM(nn.Module):
         if pixel_values is not None or pixel_values_videos is not None:
             pixels = [pixel_values, pixel_values_videos]
             x, patch_features = self.see(x, input_ids, pixels, [image_grid_thw, video_grid_thw])
+        # without segments the whole row is one text
         masked = [(input_ids.shape[1], padding_mask(attention_mask))]
         if segments is not None:
-            masked = [(sum(lengths), branch_mask(lengths, x.device)) for lengths in segments]
+            masked = []
+            for lengths in segments:
+                masked.append((sum(lengths), branch_mask(lengths, x.device)))
         cos, sin = self.rotary(position_ids)
         hidden = [x]
         for layer in self.model.layers[:num_layers]:
             x = compute(layer, self.checkpointing, x, cos, sin, masked, cache)
             hidden.append(x)
         if cache is not None:
+            # text goes on behind the largest position of its row
             cache.length = input_ids.shape[1]
-            ahead = torch.arange(1, 1 + cache.size - cache.length, device=x.device)
-            positions = position_ids.amax(dim=(0, 2))[:, None] + ahead
+            largest = position_ids.amax(dim=(0, 2))  # (B,)
+            ahead = torch.arange(cache.size - cache.length, device=x.device)
+            positions = largest[:, None] + 1 + ahead
             turns = self.rotary(positions.expand(3, -1, -1))
             cache.turns = zip(*(part.split(1, dim=2) for part in turns))
         if num_layers is not None:
@@ -530,13 +557,12 @@ class VLM(nn.Module):
         stream=None,
         **vision,
     ):
-        """Continue left-padded prompts (B, L) until a stop token, which is not among the result.
+        """Continue left-padded prompts (B, L): B lists of token ids, each up to its stop token.
 
-        Returns a list of B lists of token ids. temperature 0 takes the likeliest token; else the
-        smallest set of tokens with probability top_p is drawn from, reproducibly with a seed.
-        Stops and the penalty on tokens that were there before (arXiv 1909.05858) are the
-        generation config's unless given. stream(ids), a list of B, is called at every step; rows
-        that are done repeat a stop.
+        temperature 0 takes the likeliest token; else the smallest set of tokens with probability
+        top_p is drawn from, reproducibly with a seed. Stops and the penalty on tokens that were
+        there before (arXiv 1909.05858) are the generation config's unless given. stream(ids), a
+        list of B, is called at every step; rows that are done repeat a stop.
         """
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise ValueError("generation needs padding on the left")
@@ -549,14 +575,16 @@ class VLM(nn.Module):
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         used = real.new_zeros(B, self.config.vocab_size)
         used.scatter_add_(1, input_ids, real)  # how often each token was there
-        sees = F.pad(real, (0, max_new_tokens), value=1).bool()[:, None, None]  # (B, 1, 1, S)
-        padded = not real.all()
+        sees = F.pad(real, (0, max_new_tokens), value=1).bool()
+        sees = None if real.all() else sees[:, None, None]  # (B, 1, 1, S)
 
         cache = Cache(L + max_new_tokens)
-        last = torch.arange(L, device=input_ids.device).expand(B, L) == L - 1
-        logits = self(input_ids, attention_mask, **vision, logits_at=last, cache=cache).logits
+        last = torch.zeros_like(input_ids, dtype=torch.bool)
+        last[:, -1] = True
+        out = self(input_ids, attention_mask, **vision, logits_at=last, cache=cache)
+        logits = out.logits  # (B, V)
         rows = [[] for _ in range(B)]
-        running = [True] * B
+        running = [True] * B  # rows without a stop so far
         for i in range(max_new_tokens):
             if penalty != 1.0:
                 lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
@@ -574,7 +602,8 @@ class VLM(nn.Module):
             if not any(running) or i + 1 == max_new_tokens:
                 break
             used.scatter_(1, token[:, None], 1)
-            logits = self.step(token, sees[..., : L + i + 1] if padded else None, cache)
+            mask = None if sees is None else sees[..., : L + i + 1]
+            logits = self.step(token, mask, cache)
         return rows
 
     @classmethod
@@ -606,7 +635,8 @@ def choose_token(logits, temperature, top_p, generator):
     """The next token (B,) of logits (B, V): see `VLM.generate`."""
     if temperature == 0:
         return logits.argmax(-1)
-    probability, token = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    probability = (logits.float() / temperature).softmax(-1)
+    probability, token = probability.sort(-1, descending=True)
     before = probability.cumsum(-1) - probability
     probability[before >= top_p] = 0  # the likeliest always stays
     drawn = torch.multinomial(probability, 1, generator=generator)
