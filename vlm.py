@@ -5,7 +5,9 @@
                                             └─► LLM blocks 1..k ─► H_k (B, L, D): what the policy reads
                                                 └─► blocks k+1..n ─► norm ─► logits: what a user reads
 
-The network alone: pixels and words become tensors in processor.py, files weights in checkpoint.py.
+The network alone: processor.py makes its inputs, checkpoint.py reads its weights, positions.py
+has the places of patches and tokens.
+
 Field and tensor names are those of the hub's checkpoints (Qwen/Qwen2.5-VL-3B-Instruct and its
 sisters); `nano` is the same architecture at 5 M parameters. Sources: Qwen2.5-VL (arXiv 2502.13923),
 M-RoPE of Qwen2-VL (arXiv 2409.12191), and the behavior of Hugging Face transformers, which
@@ -624,10 +626,7 @@ class VLM(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder, dtype=None, weights=None):
-        """Write the folder as transformers and vLLM read it; see checkpoint.py.
-
-        dtype float16 halves it; weights {name: tensor} stand for the model's own.
-        """
+        """Write the folder, as `dtype`; weights {name: tensor} stand for the model's own."""
         save_model(self, folder, dtype, weights or self.state_dict())
 
 
