@@ -1,4 +1,5 @@
 """A user's mistakes: one clear line, exit code 2, nothing half-written. And the shipped weights at work."""
+
 import re
 import shutil
 import sys
@@ -11,8 +12,9 @@ from dev import bench
 import cli
 import corrections
 import data.add_robot
-import nano.scenes
 import nano.instructions
+import nano.scenes
+import nano.train
 import data.record
 import eval as evaluation
 import sample
@@ -39,7 +41,11 @@ def files(folder):
 
 # (script, flags with {tmp} for a scratch folder and {nano} for the shipped weights, what the line must say)
 MISTAKES = [
-    (sample, "--robot widowz", "unknown robot 'widowz'.*panda, xarm6, xarm7, widowx.*did you mean widowx"),
+    (
+        sample,
+        "--robot widowz",
+        "unknown robot 'widowz'.*panda, xarm6, xarm7, widowx.*did you mean widowx",
+    ),
     (sample, "--task PickCub", "unknown task 'PickCub'.*did you mean PickCube"),
     (sample, "--robott panda", "--robott.*did you mean --robot"),
     (sample, "--episodes 0", "--episodes 0"),
@@ -52,10 +58,18 @@ MISTAKES = [
     (sample, "--out {tmp}/file.txt --weights {nano}", "cannot write"),
     (sample, "--out /proc/nowhere --weights {nano}", "cannot write"),
     (sample, "--image {tmp}/picture.png", "--ask"),
-    (sample, "--ask What? --image {tmp}/file.txt --weights {nano} --out {tmp}/o", "cannot read .*file.txt: cannot identify"),
+    (
+        sample,
+        "--ask What? --image {tmp}/file.txt --weights {nano} --out {tmp}/o",
+        "cannot read .*file.txt: cannot identify",
+    ),
     (sample, "--ask What? --image {tmp}/missing.png --weights {nano} --out {tmp}/o", "missing.png"),
     (sample, "--ask What? --image {tmp}/thin.png --weights {nano} --out {tmp}/o", "too thin"),
-    (sample, ["--ask", "  ", "--image", "{tmp}/picture.png", "--weights", "{nano}", "--out", "{tmp}/o"], "question"),
+    (
+        sample,
+        ["--ask", "  ", "--image", "{tmp}/picture.png", "--weights", "{nano}", "--out", "{tmp}/o"],
+        "question",
+    ),
     (evaluation, "", "unknown evaluation.*expert, physical"),
     (evaluation, "physicl", "unknown evaluation.*did you mean physical"),
     (evaluation, "physical --weights {tmp}/nowhere", "nowhere"),
@@ -76,15 +90,27 @@ MISTAKES = [
     (data.record, "--episodes 0", "at least 1"),
     (data.record, "--out /proc/nowhere", "cannot write"),
     (data.record, "--show {tmp}/empty", "no episodes"),
-    (data.record, "--show {tmp}/broken --out {tmp}/o.png", "panda-PickCube-0.*delete it and record again"),
+    (
+        data.record,
+        "--show {tmp}/broken --out {tmp}/o.png",
+        "panda-PickCube-0.*delete it and record again",
+    ),
     (nano.scenes, "--scenes many", "invalid int value"),
     (sample, "--execute_steps 0", "--execute_steps 0 must be at least 1"),
     (sample, "--seed -1", "--seed -1 must be at least 0"),
-    (sample, "--device cud --weights {nano} --out {tmp}/o", "unknown device 'cud'.*did you mean cuda"),
+    (
+        sample,
+        "--device cud --weights {nano} --out {tmp}/o",
+        "unknown device 'cud'.*did you mean cuda",
+    ),
     (evaluation, "expert --workers 0", "--workers 0 must be at least 1"),
     (evaluation, "physical --seed -5", "--seed -5"),
     (evaluation, "physical --temperature nan", "--temperature nan"),
-    (evaluation, "physical --instruction push", "--instruction 'push': name its one task with --tasks"),
+    (
+        evaluation,
+        "physical --instruction push",
+        "--instruction 'push': name its one task with --tasks",
+    ),
     (evaluation, "digital --questions -1", "--questions -1"),
     (evaluation, "digital --weights {tmp}/nowhere", "nowhere"),
     (evaluation, "digital --base {tmp}/nowhere", "nowhere"),
@@ -103,27 +129,44 @@ MISTAKES = [
     (train_sft, "--steps 0 --out {tmp}/o", "--steps 0 must be at least 1"),
     (train_sft, "--lr nan --out {tmp}/o", "--lr nan"),
     (train_sft, "--batch_size 0 --out {tmp}/o", "--batch_size 0"),
-    (train_sft, "--keep 0 --out {tmp}/o", "--keep 0"),
-    (train_sft, "--on_spike ignore --out {tmp}/o", "unknown --on_spike 'ignore'.*skip, stop"),
     (train_sft, "--on_bad ignore --out {tmp}/o", "unknown --on_bad 'ignore'"),
-    (train_sft, "--tracker wandbb --out {tmp}/o", "unknown --tracker 'wandbb'.*did you mean wandb"),
     (train_sft, "--fsdp --out {tmp}/o", "torchrun"),
     (train_sft, "--resume --out {tmp}/o", "no training run to resume"),
     (train_sft, "--out /proc/nowhere", "cannot write"),
+    (train_sft, "--out {nano}", "already holds a model"),
     (train_sft, "--micro_batch 0 --out {tmp}/o", "--micro_batch 0"),
-    (train_sft, "--data {tmp}/nowhere.jsonl --backbone {nano} --out {tmp}/o", "cannot read .*nowhere.jsonl"),
-    (train_sft, "--data {tmp}/bad.jsonl --backbone {nano} --out {tmp}/o", "bad.jsonl, line 2.*no answer.*--on_bad skip"),
-    (train_sft, "--data {tmp}/good.jsonl:0 --backbone {nano} --out {tmp}/o", "must not all be zero"),
-    (train_sft, "--data {tmp}/good.jsonl --backbone {nano} --out {tmp}/o", "no corpus.*--dense_weight 0"),
-    (train_sft, "--data {tmp}/good.jsonl --dense_weight 0 --backbone {nano} --out {tmp}/o --train eyes", "unknown part 'eyes'.*vision, merger, llm"),
-    (train_sft, "--data {tmp}/good.jsonl --dense_weight 0 --backbone {nano} --out {tmp}/o --frozen_blocks 9", "--frozen_blocks 9"),
-    (train_sft, "--data {tmp}/good.jsonl --dense_weight 0 --backbone {nano} --out {tmp}/o --blind 2", "--blind 2.*at most 1"),
-    (train_sft, "--data {tmp}/good.jsonl --dense_weight 0 --backbone {nano} --out {tmp}/o --dtype half", "half.*auto, float32, bfloat16"),
-    (train_sft, "--data {tmp}/good.jsonl --dense_weight 0 --backbone {tmp}/nowhere --out {tmp}/o", "nowhere"),
+    (train_sft, "--lora_rank -1 --out {tmp}/o", "--lora_rank -1"),
+    (train_sft, "--preset qwenn --out {tmp}/o", "unknown preset 'qwenn'.*did you mean qwen"),
+    (train_sft, "--data {tmp}/nowhere.jsonl --out {tmp}/o", "cannot read .*nowhere.jsonl"),
+    (train_sft, "--data {tmp}/bad.jsonl --out {tmp}/o", "bad.jsonl, line 2.*answer.*--on_bad skip"),
+    (train_sft, "--data {tmp}/good.jsonl:0 --out {tmp}/o", "must not all be zero"),
+    (
+        train_sft,
+        "--data {tmp}/good.jsonl --out {tmp}/o --train eyes",
+        "unknown part 'eyes'.*vision, merger, llm",
+    ),
+    (train_sft, "--data {tmp}/good.jsonl --out {tmp}/o --frozen_blocks 9", "--frozen_blocks 9"),
+    (
+        train_sft,
+        "--data {tmp}/good.jsonl --out {tmp}/o --dtype half",
+        "half.*auto, float32, bfloat16",
+    ),
+    (train_sft, "--data {tmp}/good.jsonl --out {tmp}/o --backbone {tmp}/nowhere", "nowhere"),
+    (nano.train, "--preset embodid", "unknown preset 'embodid'.*did you mean embodied"),
+    (nano.train, "--steps 0 --out {tmp}/o", "--steps 0"),
+    (nano.train, "--blind 2 --out {tmp}/o", "--blind 2"),
     (train_policy, "--batch_size -4 --out {tmp}/o", "--batch_size -4"),
     (train_policy, "--resume --out {tmp}/o", "no training run to resume"),
-    (train_policy, "--data {tmp}/broken --backbone {nano} --out {tmp}/o", "panda-PickCube-0.*delete it and record again"),
-    (train_policy, "--intent_layer 99 --data {tmp}/broken --backbone {nano} --out {tmp}/o", "--intent_layer 99"),
+    (
+        train_policy,
+        "--data {tmp}/broken --backbone {nano} --out {tmp}/o",
+        "panda-PickCube-0.*delete it and record again",
+    ),
+    (
+        train_policy,
+        "--intent_layer 99 --data {tmp}/broken --backbone {nano} --out {tmp}/o",
+        "--intent_layer 99",
+    ),
     (train_policy, "--backbone {tmp}/nowhere --out {tmp}/p", "nowhere"),
     (train_policy, "--sizes nan --out {tmp}/o", "unknown --sizes 'nan'.*did you mean nano"),
     (train_policy, "--intent_layer -1 --out {tmp}/o", "--intent_layer -1 must be at least 0"),
@@ -145,16 +188,22 @@ def scratch(tmp_path):
         shutil.copytree(NANO, tmp_path / name)
     path = tmp_path / "truncated" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
-    shutil.copy(tmp_path / "foreign" / "policy.safetensors", tmp_path / "foreign" / "model.safetensors")
+    shutil.copy(
+        tmp_path / "foreign" / "policy.safetensors", tmp_path / "foreign" / "model.safetensors"
+    )
     (tmp_path / "unjson" / "config.json").write_text("{")
     return tmp_path
 
 
-@pytest.mark.parametrize("module, flags, says", MISTAKES, ids=[f"{m.__name__} {f}" for m, f, _ in MISTAKES])
+@pytest.mark.parametrize(
+    "module, flags, says", MISTAKES, ids=[f"{m.__name__} {f}" for m, f, _ in MISTAKES]
+)
 def test_a_mistake_is_one_line(module, flags, says, scratch, monkeypatch, capsys):
     before = files(scratch)
     words = flags.split() if isinstance(flags, str) else flags
-    code, told = call(module, [word.format(tmp=scratch, nano=NANO) for word in words], monkeypatch, capsys)
+    code, told = call(
+        module, [word.format(tmp=scratch, nano=NANO) for word in words], monkeypatch, capsys
+    )
     lines = [line for line in told.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(lines) == 1 and "Traceback" not in told, told
     assert re.search(says, lines[0]), lines[0]
@@ -163,9 +212,13 @@ def test_a_mistake_is_one_line(module, flags, says, scratch, monkeypatch, capsys
 
 
 def test_sample_draws_an_episode_and_answers(tmp_path, monkeypatch, capsys):
-    code, told = call(sample, ["--robot", "widowx", "--task", "PushCube", "--out", tmp_path], monkeypatch, capsys)
+    code, told = call(
+        sample, ["--robot", "widowx", "--task", "PushCube", "--out", tmp_path], monkeypatch, capsys
+    )
     assert code == 0, told
     with Image.open(tmp_path / "widowx-PushCube-1000001.gif") as gif:
         assert gif.n_frames > 5
-    code, told = call(sample, ["--ask", "Which robot is this?", "--out", tmp_path], monkeypatch, capsys)
+    code, told = call(
+        sample, ["--ask", "Which robot is this?", "--out", tmp_path], monkeypatch, capsys
+    )
     assert code == 0, told
