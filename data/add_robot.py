@@ -41,24 +41,29 @@ class AddConfig:
 # ---- the user's file
 
 
-def find_chain(model, config):
-    """Body ids from the table to the flange, its view in MjData, and its axes z and y.
+def read_model(config):
+    """The file's MjModel, with a site `config.site` even where that is a body. UserError."""
+    with reading(config.mjcf):
+        spec = mujoco.MjSpec.from_file(config.mjcf)
+        model = spec.compile()
+    places = [place.name for place in spec.bodies[1:] + spec.sites]
+    choose(config.site, places, "--site (a site or a body)")
+    if not spec.site(config.site):
+        if not config.axes:
+            raise UserError(f"{config.site} is a body: say which way it looks, as with --axes z,y")
+        spec.body(config.site).add_site(name=config.site)
+        model = spec.compile()
+    return model
 
-    UserError if they are no chain of hinges, or it is not clear what is meant.
-    """
+
+def find_path(model, config):
+    """Body ids from the table to the flange. UserError if they are no chain of hinges."""
     data = mujoco.MjData(model)
     mujoco.mj_kinematics(model, data)
-    named = {model.body(i).name: data.body(i) for i in range(1, model.nbody)}
-    sites = {model.site(i).name: data.site(i) for i in range(model.nsite)}
-    named |= sites
-    flange = named[choose(config.site, named, "--site (a site or a body)")]
-    is_site = config.site in sites
-    body = model.site_bodyid[flange.id] if is_site else flange.id
-
-    path = []
-    while body:
-        path.insert(0, body)
-        body = model.body_parentid[body]
+    flange = data.site(config.site)
+    path = [model.site_bodyid[flange.id]]
+    while model.body_parentid[path[0]]:
+        path.insert(0, model.body_parentid[path[0]])
     turning = [body for body in path if model.body_jntnum[body]]
     for body in turning:
         refuse_what_is_lost(model, body)
@@ -67,10 +72,11 @@ def find_chain(model, config):
 
     # What is not told is checked: the way from the last joint but one to the flange leads outwards.
     away = (flange.xpos - data.xpos[turning[-2]]) @ flange.xmat.reshape(3, 3)
-    if not config.axes and (not is_site or away[2] < 0.3 * np.linalg.norm(away)):
+    if not config.axes and away[2] < 0.3 * np.linalg.norm(away):
+        axis = "xyz"[np.abs(away).argmax()]
         raise UserError(
-            f"is z of {config.site} outwards and y along the fingers' way? Say it with --axes z,y; "
-            f"by the look of the arm it is {'xyz'[np.abs(away).argmax()]} that points away"
+            f"is z of {config.site} outwards and y along the fingers' way? By the look of the arm "
+            f"it is {axis} that points away: say it with --axes, such as z,y"
         )
     fixed = path[: path.index(turning[0])]
     names = [model.body(body).name for body in fixed]
@@ -78,8 +84,9 @@ def find_chain(model, config):
     if len(fixed) > 1 and not config.base and abs(data.xpos[fixed[-1], 2]) > 0.01:
         raise UserError(f"say with --base which stands on the table: {', '.join(names)}")
     if fixed:  # what it stands on in the file is left out
-        path = path[names.index(choose(config.base or names[-1], names, "--base")) :]
-    return path, flange, is_site
+        base = choose(config.base or names[-1], names, "--base")
+        path = path[names.index(base) :]
+    return path
 
 
 def refuse_what_is_lost(model, body):
@@ -158,6 +165,15 @@ def add(parent, tag, **attributes):
     return ET.SubElement(parent, tag, attributes)
 
 
+def xy_axes(words):
+    """(2, 3): x and y of a hand that looks and closes along two axes, such as "x,-y"."""
+    axes = dict(zip(["x", "y", "z", "-x", "-y", "-z"], [*np.eye(3), *-np.eye(3)], strict=True))
+    with reading(f"--axes {words}", "name two axes, such as z,y or x,-y"):
+        z, y = (axes[word] for word in words.split(","))
+        assert z @ y == 0
+    return np.cross(y, z), y
+
+
 def add_body(parent, model, i, name, place):
     """A body with the mass of the file's body `i`, and capsules around its largest geoms."""
     body = add(parent, "body", name=name, gravcomp="1", **place)
@@ -207,19 +223,16 @@ def add_joint(body, actuators, model, joint, name, servo):
 
 def write_arm(config, root):
     """Put the arm into `root`, the parsed file of the one whose gripper it gets; its first pose."""
-    axes = dict(zip(["x", "y", "z", "-x", "-y", "-z"], [*np.eye(3), *-np.eye(3)], strict=True))
-    with reading(f"--axes {config.axes}", "name two axes, such as z,y or x,-y"):
-        z, y = (axes[word] for word in (config.axes or "z,y").split(","))
-        assert z @ y == 0
-    with reading(config.mjcf):
-        model = mujoco.MjModel.from_xml_path(config.mjcf)
-    path, flange, is_site = find_chain(model, config)
+    model = read_model(config)
+    path = find_path(model, config)
     joints = model.body_jntadr[path]
     joints = joints[joints >= 0]
 
     hand = root.find(".//body[@name='hand']")
-    if hand.find("camera") is None:
-        move_camera(get_robot(config.gripper).model, hand)
+    camera = root.find(".//camera")
+    if hand.find(".//camera") is None:  # it is fixed to the flange, where the hand is turned
+        turn = get_robot(config.gripper).model.body("hand").quat
+        add(hand, "frame", quat=turn * (-1, 1, 1, 1)).append(camera)
     world = root.find("worldbody")
     actuators = root.find("actuator")
     contact = root.find("contact")
@@ -233,7 +246,7 @@ def write_arm(config, root):
     for i in path:
         place = {"pos": model.body_pos[i], "quat": model.body_quat[i]}
         turns = model.body_jntnum[i] > 0
-        if body.get("name") == "base":  # wherever it stood in the file
+        if i == path[0]:  # wherever it stood in the file; if it turns, that is above the floor
             place = place | {"pos": place["pos"] * (0, 0, 1)} if turns else {}
         depth += turns
         name = f"link{depth}" if turns else f"part{i}"
@@ -242,12 +255,12 @@ def write_arm(config, root):
         if turns:
             add_joint(body, actuators, model, model.body_jntadr[i], f"joint{depth}", next(servos))
     actuators.append(fingers)
-    if is_site:
-        body = add(body, "frame", pos=model.site_pos[flange.id], quat=model.site_quat[flange.id])
-    body = add(body, "frame", xyaxes=[np.cross(y, z), y])
-    hand.attrib.pop("pos", None)
+    flange = model.site(config.site)
+    body = add(body, "frame", pos=flange.pos, quat=flange.quat)
+    hand.set("pos", "0 0 0")
     hand.attrib.pop("quat", None)
-    body.append(hand)
+    turned = add(body, "frame", xyaxes=xy_axes(config.axes or "z,y"))
+    turned.append(hand)
 
     # Capsules overlap at their joints: only links more than three apart are checked.
     depths |= dict.fromkeys(("hand", "left_finger", "right_finger"), depth + 1)
@@ -257,16 +270,6 @@ def write_arm(config, root):
     # a file's first key is its rest pose, as in MuJoCo Menagerie
     home = model.key_qpos[0] if model.nkey else model.qpos0
     return home[model.jnt_qposadr[joints]]
-
-
-def move_camera(model, hand):
-    """Give the hand the wrist camera of its own arm, which is fixed to the flange there."""
-    flange = model.body("hand")
-    camera = model.camera("wrist")
-    pos, quat = np.empty(3), np.empty(4)
-    mujoco.mju_negPose(pos, quat, flange.pos, flange.quat)
-    mujoco.mju_mulPose(pos, quat, pos.copy(), quat.copy(), camera.pos, camera.quat)
-    add(hand, "camera", name="wrist", fovy="90", pos=pos, quat=quat)
 
 
 # ---- where the tasks take place
