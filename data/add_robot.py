@@ -13,7 +13,6 @@ import re
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 
@@ -81,7 +80,8 @@ def find_path(model, config):
     fixed = path[: path.index(turning[0])]
     names = [model.body(body).name for body in fixed]
     # is the last of several on a pedestal, or on a column of its own?
-    if len(fixed) > 1 and not config.base and abs(data.xpos[fixed[-1], 2]) > 0.01:
+    high = fixed and abs(data.xpos[fixed[-1], 2]) > 0.01
+    if len(fixed) > 1 and high and not config.base:
         raise UserError(f"say with --base which stands on the table: {', '.join(names)}")
     if fixed:  # what it stands on in the file is left out
         base = choose(config.base or names[-1], names, "--base")
@@ -134,7 +134,9 @@ def measure_servos(model, joints):
     # Driven as far as it goes, and against a joint that is far away and fast, a servo gives all
     # that it has; a motor does so by its own limit of control.
     most = 1e8
-    torques = np.sort([torque(-most, most, most), torque(most, -most, -most)], axis=0)
+    lowest = torque(-most, most, most)
+    highest = torque(most, -most, -most)
+    torques = np.sort([lowest, highest], axis=0)  # a gear may be negative
     idle = ~torques.any(axis=0)  # nothing drives these: the joint has a limit, or 0 0 for none
     torques[:, idle] = model.jnt_actfrcrange[joints][idle].T
 
@@ -151,7 +153,8 @@ def measure_servos(model, joints):
     targets = np.where(servo, ends / kp, [[-most], [most]])
     unlimited = (np.abs(torques) > 1e6) | (torques == 0)
     default = np.where(servo, 0, [[-TORQUE], [TORQUE]])  # 0 0 is no limit in MJCF
-    return kp, kv, np.where(unlimited, default, torques).T, targets.T
+    torques = np.where(unlimited, default, torques)
+    return kp, kv, torques.T, targets.T
 
 
 # ---- the new file: the gripper's own, with another arm under its hand
@@ -167,9 +170,12 @@ def add(parent, tag, **attributes):
 
 def xy_axes(words):
     """(2, 3): x and y of a hand that looks and closes along two axes, such as "x,-y"."""
-    axes = dict(zip(["x", "y", "z", "-x", "-y", "-z"], [*np.eye(3), *-np.eye(3)], strict=True))
+    axes = []
     with reading(f"--axes {words}", "name two axes, such as z,y or x,-y"):
-        z, y = (axes[word] for word in words.split(","))
+        for word in words.split(","):
+            axis = np.eye(3)["xyz".index(word[-1])]
+            axes.append(-axis if word[0] == "-" else axis)
+        z, y = axes
         assert z @ y == 0
     return np.cross(y, z), y
 
@@ -185,7 +191,8 @@ def add_body(parent, model, i, name, place):
         mass=max(model.body_mass[i], 1e-6),
         diaginertia=model.body_inertia[i] + 1e-6,
     )
-    mine = (model.geom_bodyid == i) & (model.geom_type != mujoco.mjtGeom.mjGEOM_PLANE)
+    mine = model.geom_bodyid == i
+    mine &= model.geom_type != mujoco.mjtGeom.mjGEOM_PLANE  # without an end
     solid = mine & (model.geom_contype > 0)  # what collides, if anything does
     geoms = np.flatnonzero(solid if solid.any() else mine)
     volumes = model.geom_aabb[geoms, 3:].prod(axis=1)
@@ -195,7 +202,8 @@ def add_body(parent, model, i, name, place):
         way = np.eye(3)[half.argmax()] * max(half.max() - radius, 1e-4)
         if radius > 0.005:  # m; screws and labels are left out
             frame = add(body, "frame", pos=model.geom_pos[g], quat=model.geom_quat[g])
-            add(frame, "geom", fromto=[center - way, center + way], size=radius)
+            ends = [center - way, center + way]
+            add(frame, "geom", fromto=ends, size=radius)
     return body
 
 
@@ -218,7 +226,15 @@ def add_joint(body, actuators, model, joint, name, servo):
         damping=model.dof_damping[dof],
         frictionloss=model.dof_frictionloss[dof],
     )
-    add(actuators, "position", joint=name, kp=kp, kv=kv, ctrlrange=limits, forcerange=torques)
+    add(
+        actuators,
+        "position",
+        joint=name,
+        kp=kp,
+        kv=kv,
+        ctrlrange=limits,
+        forcerange=torques,
+    )
 
 
 def write_arm(config, root):
@@ -253,12 +269,14 @@ def write_arm(config, root):
         depths[name] = depth
         body = add_body(body, model, i, name, place)
         if turns:
-            add_joint(body, actuators, model, model.body_jntadr[i], f"joint{depth}", next(servos))
+            joint = model.body_jntadr[i]
+            add_joint(body, actuators, model, joint, f"joint{depth}", next(servos))
     actuators.append(fingers)
     flange = model.site(config.site)
     body = add(body, "frame", pos=flange.pos, quat=flange.quat)
+    # where and how the hand sat on its own arm is forgotten
     hand.set("pos", "0 0 0")
-    hand.attrib.pop("quat", None)
+    hand.set("quat", "1 0 0 0")
     turned = add(body, "frame", xyaxes=xy_axes(config.axes or "z,y"))
     turned.append(hand)
 
@@ -307,7 +325,7 @@ def find_workspace(robot):
     kinematics = Kinematics(robot)
     low, high = np.clip(robot.joint_range.T, -np.pi, np.pi)  # one turn is enough to look at
     starts = np.random.default_rng(0).uniform(low, high, (80, robot.dof))
-    kinematics.forward(robot.home)
+    kinematics.forward(robot.home)  # distances between joints are the same in any pose
     joints = kinematics.data.xpos[robot.model.jnt_bodyid[: robot.dof]]  # (dof, 3) m
     lengths = np.linalg.norm(np.diff(joints, axis=0, prepend=0), axis=1)
     span = lengths.sum()  # m, of the arm stretched out
@@ -318,8 +336,9 @@ def find_workspace(robot):
             near = farthest(kinematics, qpos, 0.5 * span, -0.01)
             far = farthest(kinematics, qpos, 0.5 * span, 0.01)
             bent = np.abs(qpos - robot.joint_range.mean(axis=1)).max()
-            best = max(best, (far - near - 0.05 * bent, near, far, list(qpos)))
-    _, near, far, *home = best
+            score = far - near - 0.05 * bent
+            best = max(best, (score, near, far, list(qpos)))
+    _, near, far, *home = best  # none where no pose was found
     if far - near < 0.2:
         raise UserError(
             "this arm's hand cannot point straight down along 0.2 m of the table; its first joint "
@@ -345,7 +364,7 @@ def convert(config, path):
     root = tree.getroot()
     home = write_arm(config, root)
     root.set("model", config.name)
-    root.find(".//text").set("data", Path(config.mjcf).stem)
+    root.find(".//text").set("data", config.name)
 
     def write(numbers):
         for name, value in numbers.items():
@@ -362,7 +381,7 @@ def convert(config, path):
 
 def main():
     config = parse(AddConfig, description="Add your own arm, from its MJCF file.")
-    if not config.mjcf or not config.name:
+    if "" in (config.mjcf, config.name):
         raise UserError("say which arm: python -m data.add_robot --mjcf arm.xml --name my_arm")
     path = ARMS / f"{config.name}.xml"
     if not re.fullmatch("[a-z][a-z0-9_]*", config.name):
@@ -371,10 +390,9 @@ def main():
         raise UserError(f"--name {config.name}: there is such a robot already; delete {path} first")
     with atomic(path) as temporary:  # a refusal leaves nothing behind
         robot = convert(config, temporary)
-    near, far = robot.reach
     print(
-        f"{config.name}: {robot.dof} joints, reaches {near:.2f} to {far:.2f} m straight down; its "
-        f"file is {path}. See it work: python eval.py expert --robots {config.name} --episodes 5"
+        f"{config.name}: {robot.dof} joints, reaches {robot.reach} m straight down; its file is "
+        f"{path}. See it work: python eval.py expert --robots {config.name} --episodes 5"
     )
 
 

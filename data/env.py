@@ -24,8 +24,8 @@ from data.simulator import Camera, mujoco
 from data.tasks import TASKS, reachable, resize
 
 CONTROL_HZ = 20
-SUBSTEPS = 20
-IMAGE_SIZE = 128
+SUBSTEPS = 20  # of the physics, 2.5 ms each
+IMAGE_SIZE = 128  # pixels: 8 x 8 patches of Stage I's ViT, merged to 4 x 4
 VIEWS = ("front", "wrist")
 INITIAL_NOISE = 0.02  # rad on every joint, as ManiSkill
 
@@ -39,14 +39,14 @@ CROWD = {
     "orange cube": (1, 0.5, 0.05, 1),
     "white cube": (0.95, 0.95, 0.95, 1),
 }
-PERTURBATIONS = {  # what an evaluation changes, each alone
-    "lighting": "half the light, from the other side",
-    "table": "a grey-blue table top",
-    "camera": "front camera 2 cm and 3 degrees off, another way in every episode",
-    "outside": "objects moved together, until one lies 2 cm outside the demonstrations' region",
-    "noise": "8 of 255 on every pixel, 0.005 rad and m on every number of the state",
-    "distractor": "a yellow cube, at least 10 cm from everything else",
-}
+PERTURBATIONS = (  # what an evaluation changes, each alone
+    "lighting",  # half the light, from the other side
+    "table",  # a grey-blue table top
+    "camera",  # front camera 2 cm and 3 degrees off, another way in every episode
+    "outside",  # objects moved together, until one lies 2 cm outside the demonstrations' region
+    "noise",  # 8 of 255 on every pixel, 0.005 rad and m on every number of the state
+    "distractor",  # a yellow cube, at least 10 cm from everything else
+)
 
 
 @cache
@@ -58,12 +58,14 @@ def compile_scene(robot_name, task_name, clutter):
     if clutter:
         paths.append(here / "objects" / "clutter.xml")
     # the sections of the files are merged as if they stood in one
-    files = {f"part{i}": path.read_bytes() for i, path in enumerate(paths)}
+    files = {}
+    for i, path in enumerate(paths):
+        files[f"part{i}"] = path.read_bytes()
     parts = "".join(f'<include file="{name}"/>' for name in files)
     spec = mujoco.MjSpec.from_string(f"<mujoco>{parts}</mujoco>", include=files)
     # the arm's file has its base at the origin; here that is where objects start
     spec.body("base").pos[0] = -robot.spawn_distance
-    for view in ("front", "render"):
+    for view in ("front", "render"):  # nearer for a small arm
         spec.camera(view).pos *= robot.scale
     resize(spec, robot)
     return spec.compile()
@@ -82,7 +84,7 @@ def restore_looks(model, original):
 def set_light(model, ambient, diffuse, light, direction):
     model.vis.headlight.ambient[:] = ambient
     model.vis.headlight.diffuse[:] = diffuse
-    model.light_diffuse[:] = light
+    model.light_diffuse[:] = light  # of the one lamp
     model.light_dir[:] = direction
 
 
@@ -91,10 +93,13 @@ def vary_looks(model, rng):
     # all are drawn before it is drawn whether they are used
     low = (0, 0.6, 0.3, 0.15, 0.15, 0.2)
     high = (2 * np.pi, 2, 0.8, 0.45, 0.45, 0.6)
+    # light: the headlight's ambient and diffuse, the lamp's
     turn, height, grey, *light = rng.uniform(low, high)
-    table = np.clip(grey + rng.normal(0, 0.06, 3), 0.2, 0.9)
+    table = grey + rng.normal(0, 0.06, 3)
+    table = np.clip(table, 0.2, 0.9)
     if rng.random() < VARIED:
-        set_light(model, *light, (np.cos(turn), np.sin(turn), -height))
+        direction = (np.cos(turn), np.sin(turn), -height)  # from anywhere above
+        set_light(model, *light, direction)
         model.geom("table").rgba[:3] = table
 
 
@@ -102,9 +107,11 @@ def turn_camera(model, rng, far=1.0):
     """Move the front camera by 2 cm and turn it by 3 degrees, some way, times `far`."""
     camera = model.camera("front")
     way, axis = rng.normal(size=(2, 3))
-    camera.pos += 0.02 * far * (way / np.linalg.norm(way))
+    way /= np.linalg.norm(way)
+    axis /= np.linalg.norm(axis)
+    camera.pos += 0.02 * far * way
     turn = np.empty(4)
-    mujoco.mju_axisAngle2Quat(turn, axis / np.linalg.norm(axis), np.radians(3) * far)
+    mujoco.mju_axisAngle2Quat(turn, axis, np.radians(3) * far)
     mujoco.mju_mulQuat(camera.quat, camera.quat.copy(), turn)
 
 
@@ -117,8 +124,11 @@ def spots(layout):
 def region(robot, task):
     """(2, 2) m: lowest and highest corner of the box in which a task's first object starts."""
     rng = np.random.default_rng(0)
-    starts = [spots(task.spawn(robot, rng))[0] for _ in range(10_000)]
-    return np.array([np.min(starts, axis=0), np.max(starts, axis=0)])
+    layouts = [task.spawn(robot, rng) for _ in range(10_000)]
+    starts = [spots(layout)[0] for layout in layouts]
+    low = np.min(starts, axis=0)
+    high = np.max(starts, axis=0)
+    return np.array([low, high])
 
 
 def outside(robot, task, layout, rng):
@@ -126,12 +136,16 @@ def outside(robot, task, layout, rng):
 
     The edge is drawn from `rng`, among those beyond which all objects stay in reach.
     """
-    edges = region(robot, task) + np.array([[-0.02], [0.02]]) - spots(layout)[0]  # (2, xy)
+    outer = region(robot, task) + np.array([[-0.02], [0.02]])  # (2, xy)
+    shifts = outer - spots(layout)[0]
+    # all move together, so that what the task asks for stays as far apart
     for edge in rng.permutation(4):
         axis, side = divmod(edge, 2)
         shift = np.zeros(3)
-        shift[axis] = edges[side, axis]
-        moved = {name: (position + shift, yaw) for name, (position, yaw) in layout.items()}
+        shift[axis] = shifts[side, axis]
+        moved = {}
+        for name, (position, yaw) in layout.items():
+            moved[name] = (position + shift, yaw)
         if reachable(robot, *spots(moved)):
             return moved
     return layout
@@ -139,10 +153,14 @@ def outside(robot, task, layout, rng):
 
 def add_spare(robot, layout, rng):
     """One more cube, 10 cm from all objects; nearer only where there is no such place."""
-    tries = rng.uniform(-1, 1, (100, 2)) * (robot.spawn_half_size + 0.05)
-    apart = np.linalg.norm(tries[:, None] - spots(layout), axis=-1)  # (100, objects)
-    clear = np.minimum(apart.min(axis=1), 0.1)  # the first that is far enough wins
-    layout["clutter0"] = ((*tries[np.argmax(clear)], 0.02), rng.uniform(0, np.pi))
+    tries = rng.uniform(-1, 1, (100, 2))
+    tries *= robot.spawn_half_size + 0.05
+    ways = tries[:, None] - spots(layout)  # (100, objects, 2)
+    nearest = np.linalg.norm(ways, axis=-1).min(axis=1)
+    # the first that is far enough wins
+    x, y = tries[np.minimum(nearest, 0.1).argmax()]
+    yaw = rng.uniform(0, np.pi)
+    layout["clutter0"] = ((x, y, 0.02), yaw)
 
 
 class TabletopEnv:
@@ -168,16 +186,20 @@ class TabletopEnv:
         self.task = TASKS[choose(task, TASKS, "task")]
         self.render = render
         self.perturbation = choose(perturbation, ["", *PERTURBATIONS], "perturbation")
-        self.varied = varied
+        self.varied = varied  # "", "looks" or "all"
         trained = self.task.instructions + self.task.paraphrases
         self.wordings = self.task.held_out if held_out else trained
+        # spare cubes only where they are used: without them the physics is a little faster
         crowded = clutter or perturbation == "distractor" or varied == "all"
+        # what reset restores; the copy is changed
         self.original = compile_scene(robot, task, crowded)
         self.model = copy.copy(self.original)
         self.data = mujoco.MjData(self.model)
+        # the task's frame has its origin where objects start
         self.base = np.array([-self.robot.spawn_distance, 0.0, 0.0])
         self.tcp = self.model.site("tcp").id
-        self.pads = [self.model.geom(name).id for name in ("left_pad", "right_pad")]
+        pads = ("left_pad", "right_pad")  # the faces of the fingers
+        self.pads = [self.model.geom(name).id for name in pads]
         self.cameras = {}  # {size: Camera}, opened with the first picture
 
     # ---- gymnasium's two verbs
@@ -190,16 +212,19 @@ class TabletopEnv:
         rng = seeds.rng(seed, self.task.name)  # where things lie, how the arm rests, which words
         mujoco.mj_resetData(self.model, self.data)
         restore_looks(self.model, self.original)
-        layout = self.perturb(seed, self.task.spawn(self.robot, rng))
+        layout = self.task.spawn(self.robot, rng)
+        layout = self.perturb(seed, layout)
         for name, (position, yaw) in layout.items():
             self.place(name, position, yaw)
-        qpos = self.robot.home + rng.normal(0, INITIAL_NOISE, self.robot.dof)
-        self.set_arm(np.clip(qpos, *self.robot.joint_range.T), self.robot.travel)
+        noise = rng.normal(0, INITIAL_NOISE, self.robot.dof)
+        low, high = self.robot.joint_range.T
+        qpos = np.clip(self.robot.home + noise, low, high)
+        self.set_arm(qpos, self.robot.travel)
         wording = self.wordings[rng.integers(len(self.wordings))]
         self.instruction = instruction or wording
-        self.steps = 0
+        self.steps = 0  # control steps of this episode
         self.clipped = {"limits": 0, "speed": 0}
-        self.sensor = seeds.rng(seed, "sensor")
+        self.sensor = seeds.rng(seed, "sensor")  # its noise goes on from step to step
         mujoco.mj_forward(self.model, self.data)
         return self.observe(), {"layout": layout}
 
@@ -208,7 +233,7 @@ class TabletopEnv:
 
         Each is drawn from a stream of its own, so that the rest is alike.
         """
-        model = self.model
+        model = self.model  # as compiled: reset has restored it
         rng = seeds.rng(seed, "perturbation")
         match self.perturbation:
             case "lighting":
@@ -216,7 +241,7 @@ class TabletopEnv:
             case "table":
                 model.geom("table").rgba[:3] = (0.45, 0.5, 0.58)
             case "camera":
-                turn_camera(model, rng)
+                turn_camera(model, rng)  # all the way
             case "distractor":
                 add_spare(self.robot, layout, rng)
             case "outside":
@@ -225,10 +250,13 @@ class TabletopEnv:
             vary_looks(model, seeds.rng(seed, "appearance"))
         if self.varied == "all":
             rng = seeds.rng(seed, "camera")
-            turn_camera(model, rng, rng.uniform(0, 1.25) * (rng.random() < MOVED))
+            far = rng.uniform(0, 1.25)
+            far *= rng.random() < MOVED
+            turn_camera(model, rng, far)
             if rng.random() < CROWDED:
                 add_spare(self.robot, layout, rng)
-                model.geom("clutter0").rgba[:] = rng.choice(list(CROWD.values()))
+                colors = list(CROWD.values())
+                model.geom("clutter0").rgba[:] = rng.choice(colors)
         return layout
 
     def step(self, action):
@@ -240,18 +268,22 @@ class TabletopEnv:
         robot = self.robot
         dof = robot.dof
         action = np.asarray(action, float)
-        if action.shape != (dof + 1,) or not np.isfinite(action).all():
+        fits = action.shape == (dof + 1,)
+        if not fits or not np.isfinite(action).all():
             raise ValueError(f"{robot.name} takes {dof + 1} finite numbers, not {action}")
         before = self.data.ctrl[:dof].copy()
         *inside, finger = robot.clip(action)
         reach = robot.velocity_limit / CONTROL_HZ  # rad
         target = np.clip(inside, before - reach, before + reach)
         # fingers are sent to their end stops on purpose, and not counted
-        self.clipped["limits"] += not np.allclose(inside, action[:dof], rtol=0, atol=1e-6)
-        self.clipped["speed"] += not np.allclose(target, inside, rtol=0, atol=1e-6)
+        kept = np.allclose(inside, action[:dof], 0, 1e-6)
+        slow = np.allclose(target, inside, 0, 1e-6)
+        self.clipped["limits"] += not kept
+        self.clipped["speed"] += not slow
         self.data.ctrl[dof] = finger  # at once: their servo's force is limited
         for i in range(1, SUBSTEPS + 1):  # targets slide there, so that servos see no jumps
-            self.data.ctrl[:dof] = before + (target - before) * i / SUBSTEPS
+            way = (target - before) * i
+            self.data.ctrl[:dof] = before + way / SUBSTEPS
             mujoco.mj_step(self.model, self.data)
         self.steps += 1
         conditions = self.task.success(self)
@@ -267,20 +299,24 @@ class TabletopEnv:
         rotation = self.data.site_xmat[self.tcp].reshape(3, 3)
         position = self.data.site_xpos[self.tcp] - self.base
         joints = self.data.qpos[: self.robot.dof + 1]  # the arm's and one finger's
-        return np.concatenate([joints, position, *rotation.T[:2]], dtype=np.float32)
+        parts = [joints, position, *rotation.T[:2]]
+        return np.concatenate(parts, dtype=np.float32)
 
     def observe(self, render=None):
         """The observation now. `render` overrides the env's own choice: a policy that looks only
         every few steps needs no pictures between.
         """
         render = self.render if render is None else render
-        images = {view: self.draw(view) for view in VIEWS} if render else {}
+        images = {}
+        if render:
+            images = {view: self.draw(view) for view in VIEWS}
         state = self.state()
         if self.perturbation == "noise":
             for view, image in images.items():
                 noisy = image + self.sensor.normal(0, 8, image.shape)
                 images[view] = np.clip(noisy, 0, 255).astype(np.uint8)
-            state += self.sensor.normal(0, 0.005, state.shape).astype(np.float32)
+            noise = self.sensor.normal(0, 0.005, state.shape)
+            state += noise.astype(np.float32)
         return {"images": images, "state": state, "instruction": self.instruction}
 
     def draw(self, view, size=IMAGE_SIZE, **how):
@@ -310,7 +346,7 @@ class TabletopEnv:
 
     def set_arm(self, qpos, finger):
         """Joints (dof,) rad and both fingers (m) there at once, servos holding."""
-        dof = self.robot.dof
+        dof = self.robot.dof  # the fingers' joints follow the arm's, one servo drives both
         self.data.qpos[: dof + 2] = [*qpos, finger, finger]
         self.data.qvel[: dof + 2] = 0
         self.data.ctrl[: dof + 1] = [*qpos, finger]
@@ -327,16 +363,20 @@ class TabletopEnv:
         ManiSkill's grasp test; how hard they must press is in the arm's file.
         """
         body = self.model.body(name).id
-        closing = self.data.site_xmat[self.tcp].reshape(3, 3)[:, 1]
+        tool = self.data.site_xmat[self.tcp].reshape(3, 3)
+        closing = tool[:, 1]
         wrench = np.zeros(6)  # in the contact's frame, whose rows are its axes
         for pad in self.pads:
             force = np.zeros(3)  # N, in the world's frame
             for i, contact in enumerate(self.data.contact):
-                if pad in contact.geom and body in self.model.geom_bodyid[contact.geom]:
+                bodies = self.model.geom_bodyid[contact.geom]
+                if pad in contact.geom and body in bodies:
                     mujoco.mj_contactForce(self.model, self.data, i, wrench)
-                    force += contact.frame.reshape(3, 3).T @ wrench[:3]
+                    axes = contact.frame.reshape(3, 3)
+                    force += axes.T @ wrench[:3]
             size = np.linalg.norm(force)
-            askew = abs(force @ closing) < size * np.cos(np.radians(85))
+            steepest = np.cos(np.radians(85))
+            askew = abs(force @ closing) < size * steepest
             if askew or size < self.robot.grasp_force:
                 return False
         return True

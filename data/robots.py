@@ -25,8 +25,19 @@ FILES = [path.stem for path in whole_files(ARMS, "*.xml")]
 ROBOTS = tuple(dict.fromkeys([*SHIPPED, *FILES]))
 
 # In each arm's file, which explains them: rad, rad/s, m, kg, N.
-NUMBERS = ["home", "velocity_limit", "reach", "spawn_distance", "spawn_half_size"]
-NUMBERS += ["max_goal_height", "scale", "cube_half", "cube_mass", "goal_radius", "grasp_force"]
+NUMBERS = (
+    "home",
+    "velocity_limit",
+    "reach",
+    "spawn_distance",
+    "spawn_half_size",
+    "max_goal_height",
+    "scale",
+    "cube_half",
+    "cube_mass",
+    "goal_radius",
+    "grasp_force",
+)
 
 # The finger target that means "closed", m: 10 mm beyond contact, as in ManiSkill, so that a held
 # cube is pressed with 30 N.
@@ -49,7 +60,9 @@ class Robot:
             self.display_name = spec.text("display_name").data
             for field in NUMBERS:
                 numbers = self.model.numeric(field).data
-                setattr(self, field, numbers if len(numbers) > 1 else numbers.item())
+                if len(numbers) == 1:
+                    numbers = numbers.item()
+                setattr(self, field, numbers)
             # the rest follows
             self.dof = len(self.home)
             self.state_dim = self.dof + 10
@@ -105,7 +118,8 @@ class Kinematics:
             error[:3] = position - at
             mujoco.mju_mat2Quat(quat, (rotation @ turned.T).ravel())
             mujoco.mju_quat2Vel(error[3:], quat, 1.0)
-            if (np.abs(error) < [2e-4] * 3 + [1e-3] * 3).all():
+            near = np.abs(error[:3]).max() < 2e-4
+            if near and np.abs(error[3:]).max() < 1e-3:
                 return q
             mujoco.mj_comPos(self.model, self.data)
             mujoco.mj_jacSite(self.model, self.data, jac[:3], jac[3:], self.site)
@@ -114,7 +128,8 @@ class Kinematics:
             inverse = J.T @ np.linalg.inv(J @ J.T + 1e-4 * np.eye(6))
             step = inverse @ error
             if dof > 6:  # what does not move the tool
-                step += (np.eye(dof) - inverse @ J) @ (0.1 * (start - q))
+                still = np.eye(dof) - inverse @ J
+                step += still @ (0.1 * (start - q))
             longest = np.abs(step).max() + 1e-9  # rad; steps are at most 0.4 long
             q = np.clip(q + step * min(1.0, 0.4 / longest), low, high)
         return None

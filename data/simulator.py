@@ -16,7 +16,7 @@ from cli import UserError, run
 
 def load():
     """Import mujoco without any GL. UserError if it is not there, or two versions lie over it."""
-    asked = os.environ.get("MUJOCO_GL")
+    asked = os.environ.get("MUJOCO_GL")  # of the user, for open_renderer
     os.environ["MUJOCO_GL"] = "disable"
     try:
         import mujoco  # noqa: F401
@@ -40,7 +40,7 @@ def open_renderer(model, size):
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # no display is needed
     try:
-        rendering = sys.modules[mujoco.Renderer.__module__]
+        rendering = sys.modules[mujoco.Renderer.__module__]  # its place depends on the version
         if not hasattr(rendering.gl_context, "GLContext"):
             importlib.reload(rendering.gl_context)  # with the GL this time
             importlib.reload(rendering)
@@ -71,6 +71,7 @@ class Camera:
         flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = pretty
         if not segmentation:
             return self.renderer.render().copy()
+        # the ids, and the kinds of what has them: sites and the like have ids of their own
         self.renderer.enable_segmentation_rendering()
         ids = self.renderer.render()
         self.renderer.disable_segmentation_rendering()

@@ -51,7 +51,7 @@ class Task:
 
 def resize(spec, robot):
     """Fit PickCube's and the pushing tasks' objects to the arm, in an uncompiled scene."""
-    goal = spec.body("goal")  # the other tasks have none
+    goal = spec.body("goal")  # StackCube, PlaceSphere and LiftPegUpright have none
     if spec.geom("goal"):  # PickCube's
         cube = spec.geom("cube")
         cube.size = [robot.cube_half] * 3
@@ -85,18 +85,24 @@ def pick_spawn(robot, rng):
     while True:
         goal = square(robot, rng)
         cube = square(robot, rng)
-        yaw = rng.uniform(0, 2 * np.pi)
+        yaw = rng.uniform(0, 2 * np.pi)  # a cube is turned, and the goal above the table
         height = rng.uniform(0, robot.max_goal_height)
         distance = np.linalg.norm([*(cube - goal), height])
         if distance > 2 * robot.goal_radius:  # else it is done before it begins
-            return {"cube": ((*cube, half), yaw), "goal": ((*goal, half + height), 0.0)}
+            return {
+                "cube": ((*cube, half), yaw),
+                "goal": ((*goal, half + height), 0.0),
+            }
 
 
 def region_spawn(robot, rng, way):
     x, y = square(robot, rng)
     # straight ahead of the cube (way 1), or straight behind; 0.5 mm up, so that the rings are seen
     goal = (x + way * 0.2 * robot.scale, y, 0.0005)
-    return {"cube": ((x, y, 0.02), 0.0), "goal": (goal, 0.0)}
+    return {
+        "cube": ((x, y, 0.02), 0.0),
+        "goal": (goal, 0.0),
+    }
 
 
 def stack_spawn(robot, rng):
@@ -108,7 +114,10 @@ def stack_spawn(robot, rng):
         # so far apart they do not touch, however they are turned
         if np.hypot(*(a - b)) > 0.0586 and reachable(robot, a, b):
             yaw_a, yaw_b = rng.uniform(0, 2 * np.pi, 2)
-            return {"cubeA": ((*a, 0.02), yaw_a), "cubeB": ((*b, 0.02), yaw_b)}
+            return {
+                "cubeA": ((*a, 0.02), yaw_a),
+                "cubeB": ((*b, 0.02), yaw_b),
+            }
 
 
 def sphere_spawn(robot, rng):
@@ -117,10 +126,14 @@ def sphere_spawn(robot, rng):
         ball = rng.uniform((-0.1, -0.1), (-0.05, 0.1)) * robot.scale
         bin_ = rng.uniform((0, -0.1), (0.1, 0.1)) * robot.scale
         if np.hypot(*(ball - bin_)) > 0.07:  # room for the open fingers
-            return {"sphere": ((*ball, 0.02), 0.0), "bin": ((*bin_, 0.0025), 0.0)}
+            return {
+                "sphere": ((*ball, 0.02), 0.0),
+                "bin": ((*bin_, 0.0025), 0.0),
+            }
 
 
 def peg_spawn(robot, rng):
+    # it lies along x, towards the robot or away from it
     return {"peg": ((*square(robot, rng), PEG_RADIUS), 0.0)}
 
 
@@ -148,10 +161,12 @@ def put_success(name, place, within, height, env):
     offset = env.position(name) - env.position(place)
     joint = env.model.body(name).jntadr[0]
     linear, angular = np.split(env.data.joint(joint).qvel, 2)  # m/s, rad/s
+    # ManiSkill's is_static
+    slow = np.linalg.norm(linear) <= 0.01
     return {
         "above": np.hypot(*offset[:2]) <= within,
         "height": abs(offset[2] - height) <= 0.005,
-        "at_rest": np.linalg.norm(linear) <= 0.01 and np.linalg.norm(angular) <= 0.5,
+        "at_rest": slow and np.linalg.norm(angular) <= 0.5,
         "released": not env.grasped(name),
     }
 
@@ -160,7 +175,10 @@ def peg_success(env):
     up = abs(env.rotation("peg")[2, 0])  # of its axis; either end will do
     tilt = np.arccos(min(up, 1))
     height = env.position("peg")[2]
-    return {"upright": tilt <= 0.08, "height": abs(height - PEG_LENGTH) < 0.005}
+    return {
+        "upright": tilt <= 0.08,
+        "height": abs(height - PEG_LENGTH) < 0.005,
+    }
 
 
 # ---- all of them
@@ -169,8 +187,14 @@ RULES = {
     "PickCube": (pick_spawn, pick_success),
     "PushCube": (partial(region_spawn, way=1), push_success),
     "PullCube": (partial(region_spawn, way=-1), pull_success),
-    "StackCube": (stack_spawn, partial(put_success, "cubeA", "cubeB", 0.0283 + 0.005, 0.04)),
-    "PlaceSphere": (sphere_spawn, partial(put_success, "sphere", "bin", 0.005, 0.0225)),
+    "StackCube": (
+        stack_spawn,
+        partial(put_success, "cubeA", "cubeB", 0.0333, 0.04),
+    ),
+    "PlaceSphere": (
+        sphere_spawn,
+        partial(put_success, "sphere", "bin", 0.005, 0.0225),
+    ),
     "LiftPegUpright": (peg_spawn, peg_success),
 }
 WORDINGS = json.loads((Path(__file__).parent / "wordings.json").read_text())
