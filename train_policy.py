@@ -132,6 +132,7 @@ def load_models(cfg, config, device):
     blocks = blm.vlm.config.num_hidden_layers
     if config.intent_layer > blocks:
         raise UserError(f"--intent_layer {config.intent_layer}: {folder} has {blocks} blocks")
+    # frozen: what a policy reads today it must read tomorrow
     blm.vlm.requires_grad_(False)
     blm.device = device  # where shards will be
     blm.training.pop("policy", None)
@@ -192,6 +193,7 @@ def continue_policy(policy, old):
 def make_batch(demos, policy, cfg, step):
     """(this process's rows of a step, with noise; what the losses of all are divided by)."""
     rank, world = trainer.this_process()
+    # noise depends on the step alone: no random state to keep, and no process has its own
     generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
     draws = policy.draw(cfg.batch_size, generator, STATE_NOISE)  # for all rows, then shared out
     rows = demos.rows_of_step(cfg.seed, step, cfg.batch_size)
@@ -212,6 +214,7 @@ def update_average(average, policy, step):
 
 def save(cfg, blm, modules, optimizers, about):
     """A checkpoint to resume from, and the model folder; every process must call this."""
+    # the checkpoint first: a model folder can be made from it, not the other way round
     trainer.save_checkpoint(cfg, modules, optimizers, about)
     weights = trainer.full_state_dict(blm.policy)
     if trainer.this_process()[0] == 0:
@@ -239,6 +242,7 @@ def train(cfg):
     width = blm.vlm.config.hidden_size
     weights = blm.vlm = None  # all that they say is kept: their memory is the policy's now
 
+    # on the CPU, so that a GPU begins with the same weights
     torch.manual_seed(cfg.seed)
     policy = Policy(config, width, demos.embodiments)
     if start:
@@ -264,7 +268,6 @@ def fit(cfg, blm, policy, demos, facts, device):
     before = trainer.resume(cfg, FREE, modules, optimizers)
     if before["step"] and before["robots"] != facts["robots"]:
         raise UserError(f"{cfg.out} was trained on {before['robots']}, not {facts['robots']}")
-    facts["before"] = trainer.earlier_runs(before)
     figures = before["figures"]
     skipped = 0
     began = time.time() - before["seconds"]
@@ -276,7 +279,7 @@ def fit(cfg, blm, policy, demos, facts, device):
             lr = trainer.learning_rate(step, cfg, WARMUP)
             batch, totals = next(batches)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with trainer.autocast(cfg, device):
                 losses = policy(batch, totals)
             losses["loss"].backward()
             trainer.sum_gradients(parameters)
@@ -291,7 +294,7 @@ def fit(cfg, blm, policy, demos, facts, device):
                 skipped += 1
                 rows = demos.rows_of_step(cfg.seed, step, cfg.batch_size)
                 trainer.report_skipped(losses, norm, skipped, demos.describe(rows))
-            trainer.zero_gradients(parameters)
+            trainer.zero_gradients(optimizers)
 
             line = {"step": step + 1, "lr": lr, **losses, "grad_norm": norm}
             line["seconds"] = time.time() - began

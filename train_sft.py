@@ -16,11 +16,10 @@ Letters: B rows, L tokens of all rows, n tokens of answers, V size of the vocabu
 """
 
 import math
-import re
 import shutil
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -33,14 +32,13 @@ from tqdm import tqdm
 import trainer
 from checkpoint import stored_dtype
 from cli import UserError, at_least, choose, choose_many, parse, run
-from data.conversations import Conversations, Row
+from data.conversations import Row
+from data.mixture import Mixture, open_sources
 from files import atomic, claim, find_folder, read_json, save_tensors, write_json
 from processor import Processor
 from trainer import RunConfig
 from vlm import VLM
 
-BLOCK = 100  # rows that hold the mixture exactly
-HELD_OUT = 50  # one row in so many of a file is not trained on, unless it has a val.jsonl beside
 EVAL_ROWS = 128  # validation rows of each source
 WARMUP = 100  # steps
 WEIGHT_DECAY = 0.05  # on matrices
@@ -60,9 +58,7 @@ class SFTConfig(RunConfig):
     train: str = "vision,merger,llm"  # parts that are trained
     lora_rank: int = 0  # train low-rank additions to the LLM's matrices, merged when saved; 0: off
     frozen_blocks: int = 0  # LLM blocks, with the ViT: a policy that reads them stays valid
-    micro_batch: int = (
-        32  # rows in memory at once; fewer need less memory, the gradient is the same
-    )
+    micro_batch: int = 32  # rows in memory at once: fewer need less, the gradient is the same
     checkpointing: bool = False  # compute blocks twice: a third more time, much less memory
     lr: float = 5e-4  # peak learning rate; about 1e-5 for downloaded weights, 1e-4 with LoRA
     eval_every: int = 250  # steps between evaluations, each with a checkpoint
@@ -77,91 +73,6 @@ FREE = {"on_bad", "micro_batch", "checkpointing"}  # may change when resuming, b
 
 
 # ---- rows
-
-
-@dataclass
-class Source:
-    """Rows of one kind. `rows` and `validation` have the methods of Conversations."""
-
-    name: str
-    rows: Conversations
-    weight: float = 1.0
-    validation: Conversations = None
-    train_index: list = field(init=False)
-    val_index: list = field(init=False)
-
-    def __post_init__(self):
-        count = len(self.rows)
-        self.train_index = list(range(count))
-        self.val_index = []
-        if self.validation is not None:
-            self.val_index = list(range(len(self.validation)))
-        elif count >= HELD_OUT:
-            self.validation = self.rows
-            self.val_index = self.train_index[::HELD_OUT]
-            self.train_index = [i for i in self.train_index if i % HELD_OUT]
-
-
-def open_sources(data, on_bad):
-    """--data as a list of Source."""
-    sources = []
-    for part in data.split(","):
-        path, weight = re.fullmatch(r"(.*?)(?::(\d+\.?\d*|\.\d+))?", part.strip()).groups()
-        rows = Conversations(path, on_bad)
-        validation = None
-        beside = Path(path).with_name("val.jsonl")
-        if Path(path).name == "train.jsonl" and beside.exists():
-            validation = Conversations(beside, on_bad)
-        name = Path(path).parent.name if Path(path).stem == "train" else Path(path).stem
-        sources.append(Source(name, rows, float(weight or 1), validation))
-    return sources
-
-
-class Mixture:
-    """Rows of several sources, mixed by weight. Every row of a step depends on (seed, step) alone."""
-
-    def __init__(self, sources, seed):
-        self.sources = sources
-        self.seed = seed
-        weights = np.array([source.weight for source in sources])
-        if not weights.sum() > 0:
-            raise UserError("--data: the weights must not all be zero")
-        exact = BLOCK * weights / weights.sum()
-        self.counts = np.floor(exact).astype(int)  # rows of each source in a block
-        rest = np.argsort(self.counts - exact, kind="stable")[: BLOCK - self.counts.sum()]
-        self.counts[rest] += 1
-        for source, count in zip(sources, self.counts):
-            if source.weight and not count:
-                raise UserError(
-                    f"--data: {source.name} has no row in {BLOCK}: give it a larger weight, or 0"
-                )
-
-    @lru_cache(maxsize=8)
-    def block(self, number):
-        """(BLOCK,) the source of each row of a block, shuffled."""
-        rng = np.random.default_rng([self.seed, 7, number])
-        return rng.permutation(np.repeat(np.arange(len(self.counts)), self.counts))
-
-    @lru_cache(maxsize=16)
-    def shuffle(self, source, epoch):
-        rng = np.random.default_rng([self.seed, source, epoch])
-        return rng.permutation(self.sources[source].train_index)
-
-    def rows_of_step(self, step, batch_size):
-        """[(number, source, index)] of a step's rows. An epoch of a source is one shuffle of it."""
-        rows = []
-        for number in range(step * batch_size, (step + 1) * batch_size):
-            block, place = divmod(number, BLOCK)
-            order = self.block(block)
-            source = int(order[place])
-            before = block * self.counts[source] + (order[:place] == source).sum()
-            epoch, i = divmod(int(before), len(self.sources[source].train_index))
-            rows.append((number, source, int(self.shuffle(source, epoch)[i])))
-        return rows
-
-    def describe(self, rows):
-        """Rows in words, for whoever looks for a bad one."""
-        return ", ".join(self.sources[source].rows.name(index) for _, source, index in rows)
 
 
 def grey_row():
@@ -201,6 +112,7 @@ def batches_of_step(mixture, processor, auxiliary, cfg, step):
     rank, world = trainer.this_process()
     rows = mixture.rows_of_step(step, cfg.batch_size)
     size = cfg.micro_batch * world
+    # whatever the number of processes, a step has the same rows
     batches = []
     for start in range(0, len(rows), size):
         # sorted, so that every process gets as much of each source
@@ -236,6 +148,7 @@ def answer_weights(learned):
 
 def count(batches, auxiliary):
     """[divisor of each loss] over all micro-batches and processes, at least 1."""
+    # means are over the step, not over a micro-batch: its split changes no gradient
     shares = []
     for batch in batches:
         answers = float(answer_weights(batch["labels"][:, 1:] >= 0).sum())
@@ -248,6 +161,7 @@ def count(batches, auxiliary):
 def forward(model, auxiliary, batch):
     """(VLMOutput, labels (n,)): logits (n, V) where an answer's next token is predicted, alone."""
     learned = batch["labels"][:, 1:] >= 0  # token i predicts token i + 1
+    # logits of all tokens would be most of the memory: V is large
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     inputs |= {"segments": batch["segments"], "logits_at": F.pad(learned, (0, 1))}
     if auxiliary is not None and auxiliary.num_layers:
@@ -258,6 +172,7 @@ def forward(model, auxiliary, batch):
 def compute_losses(model, auxiliary, batch, totals):
     """{"loss", "answer", those of `auxiliary`}: this batch's shares of the step's; shares add up."""
     out, labels = forward(model, auxiliary, batch)
+    # every process names the same losses, or their sums would be mixed up
     losses = {}
     if out.logits is not None:
         weights = answer_weights(batch["labels"][:, 1:] >= 0)
@@ -275,6 +190,7 @@ def evaluate(model, mixture, processor, auxiliary, cfg, device):
     sums = Counter()
     counts = Counter()
     for source in mixture.sources:
+        # the same rows every time, spread over all that there are
         places = np.linspace(0, len(source.val_index) - 1, min(EVAL_ROWS, len(source.val_index)))
         index = [source.val_index[int(place)] for place in places]
         for start in range(0, len(index), cfg.micro_batch):
@@ -333,6 +249,7 @@ def add_lora(model, rank):
 
 def merge_lora(weights):
     """{name: tensor} of a model with LoRA as those of one without: the same function."""
+    # the folder then loads everywhere, and costs nothing when it runs
     merged = {}
     for name, tensor in weights.items():
         stem, _, kind = name.rpartition(".")
@@ -354,6 +271,7 @@ def select_parts(model, cfg):
     blocks = len(model.model.layers)
     if not cfg.frozen_blocks < blocks:
         raise UserError(f"--frozen_blocks {cfg.frozen_blocks} must leave some of {blocks} blocks")
+    # where LoRA trains, the matrices that it adds to stay as they are
     whole_llm = "llm" in parts and not cfg.lora_rank
     model.requires_grad_(whole_llm)
     model.visual.requires_grad_("vision" in parts)
@@ -361,6 +279,7 @@ def select_parts(model, cfg):
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank)
     if cfg.frozen_blocks:
+        # all that block k reads: pictures, words, and the blocks up to it
         layers = model.model.layers[: cfg.frozen_blocks]
         for module in (model.visual, model.model.embed_tokens, layers):
             module.requires_grad_(False)
@@ -368,6 +287,7 @@ def select_parts(model, cfg):
 
 def save(cfg, model, processor, auxiliary, dtype, about):
     """The model folder; every process must call this. A policy whose blocks were frozen comes along."""
+    # gathered by all, written by the first
     weights = merge_lora(trainer.full_state_dict(model))
     if trainer.this_process()[0]:
         return
@@ -376,11 +296,11 @@ def save(cfg, model, processor, auxiliary, dtype, about):
     if auxiliary is not None:
         save_tensors(Path(cfg.out) / "heads.safetensors", trainer.full_state_dict(auxiliary), {})
     policy = find_folder(cfg.backbone) / "policy.json"
-    if cfg.frozen_blocks and policy.exists():
-        if read_json(policy)["config"]["intent_layer"] <= cfg.frozen_blocks:
-            for file in (policy.with_name("policy.safetensors"), policy):
-                with atomic(Path(cfg.out) / file.name) as temporary:
-                    shutil.copy(file, temporary)
+    reads = read_json(policy)["config"]["intent_layer"] if policy.exists() else math.inf
+    if reads <= cfg.frozen_blocks:
+        for file in (policy.with_name("policy.safetensors"), policy):
+            with atomic(Path(cfg.out) / file.name) as temporary:
+                shutil.copy(file, temporary)
     write_json(Path(cfg.out) / "training.json", {"sft": about})
 
 
@@ -417,8 +337,8 @@ def fit(cfg, modules, processor, mixture, optimizers, before, device):
     """The loop of Stage I. Returns the last figures."""
     model = modules["model"]
     auxiliary = modules.get("heads")
+    # a downloaded model keeps the type of its file
     stored = stored_dtype(find_folder(cfg.backbone)) if cfg.backbone else torch.float16
-    dtype = trainer.compute_dtype(cfg, device)
     parameters = trainer.trained_parameters(optimizers)
     figures = before["figures"]
     skipped = 0
@@ -433,8 +353,8 @@ def fit(cfg, modules, processor, mixture, optimizers, before, device):
             batches = [to_device(batch, device) for batch in next(upcoming)]
             totals = count(batches, auxiliary)
             sums = Counter()
-            for batch in batches:
-                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            for batch in batches:  # gradients add up
+                with trainer.autocast(cfg, device):
                     losses = compute_losses(model, auxiliary, batch, totals)
                 losses["loss"].backward()
                 sums.update({name: loss.detach() for name, loss in losses.items()})
@@ -449,7 +369,7 @@ def fit(cfg, modules, processor, mixture, optimizers, before, device):
                 skipped += 1
                 rows = mixture.rows_of_step(step, cfg.batch_size)
                 trainer.report_skipped(losses, norm, skipped, mixture.describe(rows))
-            trainer.zero_gradients(parameters)
+            trainer.zero_gradients(optimizers)
 
             line = {"step": step + 1, "lr": lr, **losses, "grad_norm": norm}
             line["seconds"] = time.time() - began
@@ -461,7 +381,6 @@ def fit(cfg, modules, processor, mixture, optimizers, before, device):
             log.write(line)
             if last or (step + 1) % cfg.eval_every == 0:
                 about = trainer.run_record(cfg, "sft", line, figures)
-                about["before"] = trainer.earlier_runs(before)
                 trainer.save_checkpoint(cfg, modules, optimizers, about)
                 save(cfg, model, processor, auxiliary, stored, about)
             if stop:

@@ -90,20 +90,17 @@ def this_process():
 
 
 def start_processes(cfg):
-    """Join the other processes of torchrun, if any: NCCL with CUDA, else gloo. Returns the device."""
+    """Join the other processes of torchrun, if any. Returns this one's device."""
+    device = pick_device(cfg.device)
     if this_process()[1] == 1:
-        return pick_device(cfg.device)
-    choose(cfg.device, ("auto", "cpu", "cuda"), "device of several processes")
-    cuda = torch.cuda.is_available() and cfg.device != "cpu"
-    if cfg.device == "cuda" and not cuda:
-        raise UserError("--device cuda: no usable cuda here; leave it out")
+        return device
     if not dist.is_initialized():  # one stage may follow another
-        # the first process makes data and evaluates while the others wait
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))
-    if not cuda:
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # the first process makes data and writes files while the others wait
+        dist.init_process_group(backend, timeout=timedelta(hours=3))
+    if device.type == "cuda":  # one GPU a process
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     return device
 
 
@@ -128,8 +125,14 @@ def sum_over_processes(numbers, device):
     return sums.tolist()
 
 
+def autocast(cfg, device):
+    """The context of a forward pass: matrix products in bfloat16, or as the weights are."""
+    enabled = compute_dtype(cfg, device) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
 def compute_dtype(cfg, device):
-    """What matrix products are computed in."""
+    """What matrix products are computed in. Weights and moments stay in float32."""
     if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda"):
         return torch.bfloat16
     return torch.float32
@@ -146,6 +149,7 @@ def shard(module, blocks, device, methods=()):
         register_fsdp_forward_method,
     )
 
+    # gradients are summed in float32: many small ones would be lost in bfloat16
     precision = MixedPrecisionPolicy()
     if device.type == "cuda":
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
@@ -176,6 +180,7 @@ def prefetch(make_batch, steps):
     with ThreadPoolExecutor(1) as loader:
         upcoming = None
         for step in steps:
+            # a batch depends on its step alone, so that it may be made ahead
             batch = make_batch(step) if upcoming is None else upcoming.result()
             upcoming = loader.submit(make_batch, step + 1) if step + 1 in steps else None
             yield batch
@@ -192,6 +197,7 @@ def sum_gradients(parameters):
     gradients = [p.grad for p in parameters if not isinstance(p, DTensor)]
     if not dist.is_initialized() or not gradients:
         return
+    # one long message costs less than many short ones
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
@@ -200,6 +206,7 @@ def sum_gradients(parameters):
 
 def clip_gradients(parameters):
     """Scale gradients down to a norm of GRAD_CLIP. Returns the norm before, a float."""
+    # the norm of shards and of whole tensors cannot be taken together
     squares = 0.0
     for sharded in (False, True):
         gradients = [p.grad for p in parameters if isinstance(p.grad, DTensor) == sharded]
@@ -229,6 +236,7 @@ def report_skipped(losses, norm, count, rows):
 
     `rows` are the step's, in words.
     """
+    # one spike is bad luck; many in a row are a wrong rate or wrong data
     text = f"loss {losses['loss']}, gradient norm {norm}; its rows: {rows}"
     if count == MOST_SKIPPED:
         raise UserError(f"{count} steps in a row gave no number: {text}; try a smaller --lr")
@@ -263,6 +271,7 @@ class Muon(torch.optim.Optimizer):
                     self.update(matrices[start : start + count], group["lr"], group["weight_decay"])
 
     def update(self, matrices, lr, weight_decay):
+        # Nesterov: the step looks ahead by the gradient of now
         momenta = []
         for p in matrices:
             state = self.state[p]
@@ -271,6 +280,7 @@ class Muon(torch.optim.Optimizer):
             mean = state["momentum_buffer"].lerp_(p.grad, 1 - MOMENTUM)
             momenta.append(p.grad.lerp(mean, MOMENTUM).to(self.dtype))
         steps = orthogonalize(torch.stack(momenta)).to(matrices[0].dtype)
+        # 0.2 sqrt(longer side): the root mean square of AdamW's steps
         for p, step in zip(matrices, steps):
             p.mul_(1 - lr * weight_decay)
             p.add_(step, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
@@ -283,6 +293,7 @@ def orthogonalize(x, iterations=5):
     """
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT, iterations).mT
+    # singular values below one, or the iteration runs away
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(iterations):
         gram = x @ x.mT  # (N, m, m)
@@ -298,6 +309,7 @@ def make_optimizers(modules, lr, weight_decay, dtype=torch.float32):
         named += [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     matrices, decayed, plain = [], [], []
     for name, p in named:
+        # embeddings, heads and robots' own layers are no blocks: their rows are told apart
         if p.ndim == 2 and re.search(r"\b(layers|blocks|attentions|mlps)\.\d", name):
             matrices.append(p)
         elif p.ndim > 1 and not name.endswith("bias"):
@@ -325,9 +337,9 @@ def step_optimizers(optimizers, lr):
         optimizer.step()
 
 
-def zero_gradients(parameters):
-    for p in parameters:
-        p.grad = None
+def zero_gradients(optimizers):
+    for optimizer in optimizers:
+        optimizer.zero_grad()
 
 
 def trained_parameters(optimizers):
@@ -371,6 +383,7 @@ def save_checkpoint(cfg, modules, optimizers, record):
     tensors = state_tensors(modules, optimizers)
     tensors = {name: full_tensor(tensor) for name, tensor in tensors.items()}
     if this_process()[0] == 0:
+        # two are kept: the newest may be the one that a full disk or a bad step spoilt
         save_tensors(Path(cfg.out) / "state" / f"{record['step']:08d}.safetensors", tensors, record)
         for path in checkpoints(cfg.out)[:-2]:
             path.unlink()
@@ -442,14 +455,6 @@ def run_record(cfg, stage, line, figures):
     }
 
 
-def earlier_runs(record):
-    """[command and step of each run before], from the record that `resume` returned."""
-    if not record["step"]:
-        return []
-    run = {name: record[name] for name in ("command", "step")}
-    return [*record.get("before", []), run]
-
-
 # ---- log and signals
 
 
@@ -471,18 +476,10 @@ class Log:
     def __init__(self, out, step):
         self.path = Path(out) / "log.jsonl"
         self.silent = this_process()[0] > 0
-        if self.silent:
-            return
-        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
-        kept = []
-        for line in lines:
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):  # broken off when the process was killed
-                continue
-        with atomic(self.path) as temporary:
-            temporary.write_text("".join(kept))
+        if not self.silent:
+            text = self.path.read_text() if step and self.path.exists() else ""
+            with atomic(self.path) as temporary:
+                temporary.write_text("".join(text.splitlines(keepends=True)[:step]))
 
     def write(self, line):
         """Append a dict. A full disk is told, once: training itself need not end for it."""
@@ -490,6 +487,7 @@ class Log:
             return
         line = {k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}
         try:
+            # opened anew for every line: a killed process loses none
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
@@ -508,6 +506,7 @@ def catch_signals():
 
     def remember(number, frame):
         caught.append(number)
+        # whoever asks twice does not want to wait for the step
         default = signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
         signal.signal(number, default)
 
@@ -515,7 +514,7 @@ def catch_signals():
         before[number] = signal.signal(number, remember)
     try:
         yield caught
-    finally:
+    finally:  # another stage may follow, or a test
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -24,13 +24,14 @@ from safetensors.torch import load_file
 import trainer
 from cli import UserError, at_least, parse, run
 from data.conversations import Conversations
+from data.mixture import Source
 from files import claim, read_json, reading
 from nano import instructions, scenes
 from nano.grounding import Grounding
 from nano.instructions import InstructionsConfig
 from nano.scenes import Scenes, ScenesConfig
 from processor import SYSTEM_PROMPT, Processor, Tokenizer, train_tokenizer
-from train_sft import Source, train
+from train_sft import train
 from trainer import RunConfig
 from vlm import PRESETS, VLM
 

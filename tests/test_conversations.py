@@ -507,7 +507,10 @@ BAD = {
     "outside, item": (messages([image(path="/etc/hostname")], "x"), "outside"),
     "the net": (messages([image(image="https://example.org/a.jpg")], "x"), "a.jpg is not there"),
     "a number for a path": (sharegpt("<image>", "x", image=7), "7 is not there"),
-    "nothing in a dict": (sharegpt("<image>", "x", image={"path": None}), "more <image> than it names"),
+    "nothing in a dict": (
+        sharegpt("<image>", "x", image={"path": None}),
+        "more <image> than it names",
+    ),
     "a long name": (
         sharegpt("<image>", "x", image="a" * 5000),
         "line 2.*aaa\\.\\.\\.aaa|line 2: File name too long",

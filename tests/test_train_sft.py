@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import killed_again_and_again, last_state, log_of, spawn_two
 from PIL import Image
 from safetensors.torch import load_file
 
 import train_sft
 import trainer
 from cli import UserError
-from conftest import killed_again_and_again, last_state, log_of, spawn_two
+from data.conversations import Conversations
+from data.mixture import Mixture, Source, open_sources
 from model import BLM
 from policy import Policy, PolicyConfig
 from processor import ImageConfig, Processor, collate, train_tokenizer
-from train_sft import LoRA, Mixture, SFTConfig, Source, add_lora, merge_lora, open_sources
+from train_sft import LoRA, SFTConfig, add_lora, merge_lora
 from vlm import VLM, VisionConfig, VLMConfig
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
@@ -79,7 +81,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stage1")
     write_rows(folder)
     write_texts(folder / "texts.jsonl", 20)
-    texts = list(train_sft.Conversations(folder / "rows.jsonl").texts())
+    texts = list(Conversations(folder / "rows.jsonl").texts())
     tokenizer = train_tokenizer(
         [*texts, *["system\nYou are a helpful assistant.\nuser\n"] * 50], 300
     )
@@ -104,7 +106,7 @@ def train(cfg):
 
 def test_labels_cover_answers_and_their_end_only(folder):
     processor = Processor.from_pretrained(folder / "base")
-    rows = train_sft.Conversations(folder / "rows.jsonl")
+    rows = Conversations(folder / "rows.jsonl")
     batch = processor.pack([rows.row(0), rows.row(1)])
     lengths = [sum(segments) for segments in batch["segments"]]
     decode = processor.tokenizer.fast.decode
@@ -244,7 +246,7 @@ def test_overfits_a_few_pictures_and_the_folder_answers(folder, tmp_path):
     record = json.loads((tmp_path / "training.json").read_text())["sft"]
     assert record["figures"] == figures and record["step"] == 260 and record["seed"] == 0
     blm = BLM.from_pretrained(tmp_path)
-    rows = train_sft.Conversations(folder / "rows.jsonl")
+    rows = Conversations(folder / "rows.jsonl")
     right = 0
     for i in range(12):
         row = rows.row(i)
@@ -376,6 +378,7 @@ def test_a_policy_comes_along_while_what_it_reads_is_frozen(folder, tmp_path):
     blm = BLM.from_pretrained(folder / "base")
     config = PolicyConfig(intent_layer=2, hidden_size=48, num_heads=2)
     blm.policy = Policy(config, TINY.hidden_size, {"widowx": (16, 7)})
+    blm.policy.normalizer.fitted[:] = True
     blm.save_pretrained(tmp_path / "base", torch.float32)
     for blocks in (2, 1):
         cfg = settings(folder, tmp_path / str(blocks), backbone=str(tmp_path / "base"), steps=2)
@@ -462,5 +465,5 @@ def test_gradient_checkpointing_changes_no_gradient(folder):
 
 
 def test_a_source_of_few_rows_is_not_validated(folder):
-    source = Source("few", train_sft.Conversations(folder / "texts.jsonl"))
+    source = Source("few", Conversations(folder / "texts.jsonl"))
     assert source.val_index == [] and len(source.train_index) == 20

@@ -1,0 +1,108 @@
+"""The rows of Stage I: several conversations files, mixed by weight.
+
+Every row of a step depends on (seed, step) alone, whatever the number of processes; an epoch of a file
+is one shuffle of it, so that a resumed run skips and repeats nothing.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from cli import UserError
+from data.conversations import Conversations
+
+BLOCK = 100  # rows that hold the mixture exactly
+HELD_OUT = 50  # one row in so many of a file is not trained on, unless it has a val.jsonl beside
+
+
+@dataclass
+class Source:
+    """Rows of one kind. `rows` and `validation` have the methods of Conversations."""
+
+    name: str
+    rows: Conversations
+    weight: float = 1.0
+    validation: Conversations = None
+    train_index: list = field(init=False)
+    val_index: list = field(init=False)
+
+    def __post_init__(self):
+        # few rows are all for training: two of them would tell nothing
+        count = len(self.rows)
+        self.train_index = list(range(count))
+        self.val_index = []
+        if self.validation is not None:
+            self.val_index = list(range(len(self.validation)))
+        elif count >= HELD_OUT:
+            self.validation = self.rows
+            self.val_index = self.train_index[::HELD_OUT]
+            self.train_index = [i for i in self.train_index if i % HELD_OUT]
+
+
+def open_sources(data, on_bad):
+    """--data as a list of Source."""
+    sources = []
+    for part in data.split(","):
+        # a path may hold a colon; a weight is a number behind the last one
+        path, weight = re.fullmatch(r"(.*?)(?::(\d+\.?\d*|\.\d+))?", part.strip()).groups()
+        rows = Conversations(path, on_bad)
+        validation = None
+        beside = Path(path).with_name("val.jsonl")
+        if Path(path).name == "train.jsonl" and beside.exists():
+            validation = Conversations(beside, on_bad)
+        name = Path(path).parent.name if Path(path).stem == "train" else Path(path).stem
+        sources.append(Source(name, rows, float(weight or 1), validation))
+    return sources
+
+
+class Mixture:
+    """Rows of several sources, mixed by weight. Every row of a step depends on (seed, step) alone."""
+
+    def __init__(self, sources, seed):
+        self.sources = sources
+        self.seed = seed
+        self.epochs = {}  # {source: (epoch, its order)}
+        weights = np.array([source.weight for source in sources])
+        if not weights.sum() > 0:
+            raise UserError("--data: the weights must not all be zero")
+        # as near to the weights as whole numbers of rows allow
+        exact = BLOCK * weights / weights.sum()
+        self.counts = np.floor(exact).astype(int)  # rows of each source in a block
+        rest = np.argsort(self.counts - exact, kind="stable")[: BLOCK - self.counts.sum()]
+        self.counts[rest] += 1
+        for source, count in zip(sources, self.counts):
+            if source.weight and not count:
+                raise UserError(
+                    f"--data: {source.name} has no row in {BLOCK}: give it a larger weight, or 0"
+                )
+
+    def block(self, number):
+        """(BLOCK,) the source of each row of a block, shuffled."""
+        rng = np.random.default_rng([self.seed, 7, number])
+        return rng.permutation(np.repeat(np.arange(len(self.counts)), self.counts))
+
+    def shuffle(self, source, epoch):
+        """The rows of a source in the order of an epoch."""
+        if self.epochs.get(source, (None,))[0] != epoch:  # the last one is kept
+            rng = np.random.default_rng([self.seed, source, epoch])
+            self.epochs[source] = (epoch, rng.permutation(self.sources[source].train_index))
+        return self.epochs[source][1]
+
+    def rows_of_step(self, step, batch_size):
+        """[(number, source, index)] of a step's rows. An epoch of a source is one shuffle of it."""
+        rows = []
+        for number in range(step * batch_size, (step + 1) * batch_size):
+            block, place = divmod(number, BLOCK)
+            order = self.block(block)
+            # how many rows of this source stand before: its place in the source's epochs
+            source = int(order[place])
+            before = block * self.counts[source] + (order[:place] == source).sum()
+            epoch, i = divmod(int(before), len(self.sources[source].train_index))
+            rows.append((number, source, int(self.shuffle(source, epoch)[i])))
+        return rows
+
+    def describe(self, rows):
+        """Rows in words, for whoever looks for a bad one."""
+        return ", ".join(self.sources[source].rows.name(index) for _, source, index in rows)
