@@ -21,7 +21,9 @@ class UserError(Exception):
 
 def one_line(text, longest=1000):
     """`text` as one readable line: no line breaks, the middle of very long words and texts cut."""
+    # a data: URI is one word of kilobytes
     text = re.sub(r"(\S{80})\S{160,}(\S{20})", r"\1...\2", str(text))
+    # lone surrogates cannot be printed
     text = " ".join(text.encode(errors="replace").decode().split())
     return text if len(text) <= longest else text[: longest - 60] + " ... " + text[-50:]
 
@@ -60,6 +62,7 @@ def at_least(config, low, *names):
     """UserError if one of these numbers of a configuration is below `low`, or not a number."""
     for name in names:
         value = getattr(config, name)
+        # written so that NaN fails too
         if not low <= value < float("inf"):
             raise UserError(f"--{name} {value} must be at least {low}, and finite")
 
@@ -68,6 +71,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are UserErrors that name the nearest flag."""
 
     def error(self, message):
+        # argparse knows the flags but names no near one
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         hint = ""
         if unknown:
@@ -80,8 +84,9 @@ class Parser(argparse.ArgumentParser):
 def field_comments(config_class):
     """{field: the comment behind it in the source}: the flag's help."""
     comments = {}
+    # the base class first, so that a subclass may say it better
     for part in reversed(config_class.__mro__[:-1]):
-        pairs = re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(part), re.M)
+        pairs = re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(part), re.MULTILINE)
         comments.update(pairs)
     return comments
 
@@ -96,10 +101,12 @@ def parse(config_class, presets=None, description=None, argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+    # a shortened flag would change its meaning when another flag comes
     defaults = config_class()
     if presets:
         first = next(iter(presets))
         parser.add_argument("--preset", default=first, help=f"defaults: {', '.join(presets)}")
+        # the preset is read before the other flags, since it sets their defaults
         chosen = Parser(add_help=False, allow_abbrev=False)
         chosen.add_argument("--preset", default=first)
         name = chosen.parse_known_args(argv)[0].preset
@@ -124,6 +131,7 @@ def pick_device(name="auto"):
     """
     import torch  # slow to load, and not needed for --help
 
+    # the fastest first
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     best = next((kind for kind, there in usable.items() if there), "cpu")
     device = best if name == "auto" else name

@@ -25,7 +25,7 @@ def one_thread():
 
 def last_state(folder):
     """{name: tensor} of a run's last checkpoint."""
-    return load_file(sorted(Path(folder, "state").glob("*.safetensors"))[-1])
+    return load_file(max(Path(folder, "state").glob("*.safetensors")))
 
 
 def log_of(folder):

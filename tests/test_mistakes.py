@@ -6,21 +6,21 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
-from dev import bench
 import cli
 import corrections
 import data.add_robot
+import data.record
+import eval as evaluation
 import nano.instructions
 import nano.scenes
 import nano.train
-import data.record
-import eval as evaluation
 import sample
 import train_policy
 import train_sft
-from conftest import ROOT
+from dev import bench
 
 NANO = str(ROOT / "weights" / "nano")
 

@@ -10,17 +10,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import killed_again_and_again, last_state, log_of, spawn_two
+from test_model import small_blm
 
 import policy
 import train_policy
 import trainer
 from cli import UserError
-from conftest import killed_again_and_again, last_state, log_of, spawn_two
 from data import demonstrations
 from data.record import load_episodes, write_episode
 from model import BLM, backbone_hash
 from policy import PolicyConfig
-from test_model import small_blm
 from train_policy import TrainConfig, train
 
 SIZES = {"panda": (17, 8), "widowx": (16, 7)}
