@@ -117,7 +117,8 @@ def turn_camera(model, rng, far=1.0):
 
 def spots(layout):
     """(objects, 2) m: where on the table the objects of a layout lie."""
-    return np.array([position[:2] for position, _ in layout.values()])
+    positions = [position for position, _ in layout.values()]
+    return np.array(positions)[:, :2]
 
 
 @cache
@@ -296,11 +297,15 @@ class TabletopEnv:
 
     def state(self):
         """(S,) float32 in physical units and the order of data/robots.py."""
-        rotation = self.data.site_xmat[self.tcp].reshape(3, 3)
+        x_axis, y_axis, _ = self.tool().T
         position = self.data.site_xpos[self.tcp] - self.base
         joints = self.data.qpos[: self.robot.dof + 1]  # the arm's and one finger's
-        parts = [joints, position, *rotation.T[:2]]
+        parts = [joints, position, x_axis, y_axis]
         return np.concatenate(parts, dtype=np.float32)
+
+    def tool(self):
+        """(3, 3) rotation of the tool, live."""
+        return self.data.site_xmat[self.tcp].reshape(3, 3)
 
     def observe(self, render=None):
         """The observation now. `render` overrides the env's own choice: a policy that looks only
@@ -313,8 +318,9 @@ class TabletopEnv:
         state = self.state()
         if self.perturbation == "noise":
             for view, image in images.items():
-                noisy = image + self.sensor.normal(0, 8, image.shape)
-                images[view] = np.clip(noisy, 0, 255).astype(np.uint8)
+                noise = self.sensor.normal(0, 8, image.shape)
+                noisy = np.clip(image + noise, 0, 255)
+                images[view] = noisy.astype(np.uint8)
             noise = self.sensor.normal(0, 0.005, state.shape)
             state += noise.astype(np.float32)
         return {"images": images, "state": state, "instruction": self.instruction}
@@ -334,7 +340,8 @@ class TabletopEnv:
 
     def place(self, name, position, yaw=0.0):
         """Put a body somewhere, at rest, turned by `yaw` (rad) about the vertical."""
-        quat = [np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
+        half = yaw / 2
+        quat = [np.cos(half), 0, 0, np.sin(half)]
         body = self.model.body(name)
         if body.mocapid[0] >= 0:  # goals, bins and spare cubes stay where they are put
             self.data.mocap_pos[body.mocapid] = position
@@ -347,9 +354,10 @@ class TabletopEnv:
     def set_arm(self, qpos, finger):
         """Joints (dof,) rad and both fingers (m) there at once, servos holding."""
         dof = self.robot.dof  # the fingers' joints follow the arm's, one servo drives both
-        self.data.qpos[: dof + 2] = [*qpos, finger, finger]
+        targets = [*qpos, finger]
+        self.data.qpos[: dof + 2] = [*targets, finger]
         self.data.qvel[: dof + 2] = 0
-        self.data.ctrl[: dof + 1] = [*qpos, finger]
+        self.data.ctrl[: dof + 1] = targets
 
     def position(self, name):
         return self.data.body(name).xpos.copy()
@@ -363,8 +371,7 @@ class TabletopEnv:
         ManiSkill's grasp test; how hard they must press is in the arm's file.
         """
         body = self.model.body(name).id
-        tool = self.data.site_xmat[self.tcp].reshape(3, 3)
-        closing = tool[:, 1]
+        _, closing, _ = self.tool().T
         wrench = np.zeros(6)  # in the contact's frame, whose rows are its axes
         for pad in self.pads:
             force = np.zeros(3)  # N, in the world's frame

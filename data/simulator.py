@@ -16,7 +16,7 @@ from cli import UserError, run
 
 def load():
     """Import mujoco without any GL. UserError if it is not there, or two versions lie over it."""
-    asked = os.environ.get("MUJOCO_GL")  # of the user, for open_renderer
+    asked = os.environ.get("MUJOCO_GL")  # by the user, for Camera
     os.environ["MUJOCO_GL"] = "disable"
     try:
         import mujoco  # noqa: F401
@@ -35,30 +35,28 @@ run(load)  # scripts import this file before their own `run`
 import mujoco
 
 
-def open_renderer(model, size):
-    """mujoco.Renderer of size x size pixels. UserError if there is no GL, with what to install."""
-    if sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")  # no display is needed
-    try:
-        rendering = sys.modules[mujoco.Renderer.__module__]  # its place depends on the version
-        if not hasattr(rendering.gl_context, "GLContext"):
-            importlib.reload(rendering.gl_context)  # with the GL this time
-            importlib.reload(rendering)
-        return rendering.Renderer(model, size, size)
-    except Exception as error:  # noqa: BLE001, EGL, OSMesa and GLFW each raise their own
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"cannot draw with MUJOCO_GL={os.environ.get('MUJOCO_GL', 'unset')} ({reason}); on "
-            "Debian or Ubuntu set MUJOCO_GL=egl after `apt-get install libegl1 libgl1-mesa-dri`, "
-            "or MUJOCO_GL=osmesa after `apt-get install libosmesa6`"
-        ) from None
-
-
 class Camera:
-    """Draws the views of one model, in 3 ms each. The GL is opened here."""
+    """Draws the views of one model, size x size pixels, in 3 ms each. The GL is opened here.
+
+    UserError if there is none, with what to install.
+    """
 
     def __init__(self, model, size):
-        self.renderer = open_renderer(model, size)
+        if sys.platform == "linux":
+            os.environ.setdefault("MUJOCO_GL", "egl")  # no display is needed
+        try:
+            rendering = sys.modules[mujoco.Renderer.__module__]  # its place depends on the version
+            if not hasattr(rendering.gl_context, "GLContext"):
+                importlib.reload(rendering.gl_context)  # with the GL this time
+                importlib.reload(rendering)
+            self.renderer = rendering.Renderer(model, size, size)
+        except Exception as error:  # noqa: BLE001, EGL, OSMesa and GLFW each raise their own
+            backend = os.environ.get("MUJOCO_GL", "unset")
+            raise UserError(
+                f"cannot draw with MUJOCO_GL={backend} ({type(error).__name__}: {error}); on Debian "
+                "or Ubuntu set MUJOCO_GL=egl after `apt-get install libegl1 libgl1-mesa-dri`, or "
+                "MUJOCO_GL=osmesa after `apt-get install libosmesa6`"
+            ) from None
 
     def draw(self, data, view, pretty=False, segmentation=False):
         """(size, size, 3) uint8, or with `segmentation` (size, size) geom ids, -1 for the sky.
