@@ -238,9 +238,11 @@ class TabletopEnv:
         rng = seeds.rng(seed, "perturbation")
         match self.perturbation:
             case "lighting":
-                set_light(model, 0.17, 0.17, 0.3, (0.6, 0.5, -0.6))
+                direction = (0.6, 0.5, -0.6)
+                set_light(model, 0.17, 0.17, 0.3, direction)
             case "table":
-                model.geom("table").rgba[:3] = (0.45, 0.5, 0.58)
+                grey_blue = (0.45, 0.5, 0.58)
+                model.geom("table").rgba[:3] = grey_blue
             case "camera":
                 turn_camera(model, rng)  # all the way
             case "distractor":
