@@ -128,20 +128,30 @@ def attend(q, k, v, mask=None, **options):
     return y.bfloat16()
 
 
-@lru_cache
-def constant(number):
-    return torch.tensor(number)
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms_norm(x, self)
 
 
 def rms_norm(x, norm):
-    """What `norm` makes of x (B, D), without gradient."""
+    """x (..., D) over its root mean square, times the weight (D,) of `norm`."""
     if x.device.type != "cpu" or x.dtype != torch.float32:
-        return norm(x)
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
     # torch's own is eight operations on a CPU, these are five
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    eps = constant(norm.eps)
-    mean = torch.addcmul(eps, length, length, value=1 / x.shape[-1])
+    mean = torch.addcmul(constant(norm.eps), length, length, value=1 / x.shape[-1])
     return x * mean.rsqrt_() * norm.weight
+
+
+@lru_cache
+def constant(number):
+    with torch.inference_mode(False):  # kept for training too
+        return torch.tensor(number)
 
 
 def cos_sin(angles, dtype):
@@ -197,29 +207,24 @@ class VisionAttention(nn.Module):
     def forward(self, x, cos, sin, groups):
         qkv = self.qkv(x)
         qkv = qkv.view(len(x), 3, self.num_heads, -1)  # (P, 3, H, d)
-        qk, v = qkv[:, :2], qkv[:, 2]
+        qk, v = qkv.split((2, 1), dim=1)
         q, k = apply_rotary(qk, cos, sin).unbind(1)
+        sizes = [count * length for count, length in groups]
+        parts = zip(q.split(sizes), k.split(sizes), v[:, 0].split(sizes))
         outputs = []
-        start = 0
-        for count, length in groups:
-            stop = start + count * length
-            group = []
-            for part in (q, k, v):
-                part = part[start:stop].unflatten(0, (count, length))
-                group.append(part.transpose(1, 2))
-            y = attend(*group)  # (count, H, length, d)
-            y = y.transpose(1, 2).reshape(stop - start, -1)  # (patches, D)
-            outputs.append(y)
-            start = stop
+        for part, shape in zip(parts, groups):
+            # (count, H, length, d) each
+            y = attend(*(t.unflatten(0, shape).transpose(1, 2) for t in part))
+            outputs.append(y.transpose(1, 2).flatten(2).flatten(0, 1))  # (patches, D)
         return self.proj(torch.cat(outputs))
 
 
 class VisionBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.norm1 = RMSNorm(config.hidden_size, 1e-6)
         self.attn = VisionAttention(config)
-        self.norm2 = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.norm2 = RMSNorm(config.hidden_size, 1e-6)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=True)
 
     def forward(self, x, *where):
@@ -228,10 +233,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A Conv3d whose stride is its kernel is a linear layer on flattened patches.
-
-    The Conv3d only gives the weight its shape on the hub, (D, 3, 2, p, p).
-    """
+    """A linear layer on flattened patches; the Conv3d gives its weight the hub's shape."""
 
     def __init__(self, config):
         super().__init__()
@@ -250,7 +252,7 @@ class PatchMerger(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.width = config.hidden_size * config.spatial_merge_size**2
-        self.ln_q = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.ln_q = RMSNorm(config.hidden_size, 1e-6)
         self.mlp = nn.Sequential(
             nn.Linear(self.width, self.width),
             nn.GELU(),
@@ -352,13 +354,12 @@ class Attention(nn.Module):
         if cache is not None:
             cache.begin(k, v)
         # each text on its own: causal attention is fast without a mask, and nothing is padded
+        lengths = [length for length, _ in segments]
+        parts = zip(*(part.split(lengths, dim=2) for part in (q, k, v)))
         outputs = []
-        start = 0
-        for length, mask in segments:
-            text = [part.narrow(2, start, length) for part in (q, k, v)]
+        for text, (_, mask) in zip(parts, segments):
             y = attend(*text, mask, is_causal=mask is None, enable_gqa=True)
             outputs.append(y)  # (B, H, length, d)
-            start += length
         y = torch.cat(outputs, dim=2).transpose(1, 2)
         return self.o_proj(y.flatten(2))
 
@@ -367,9 +368,9 @@ class DecoderLayer(nn.Module):
     def __init__(self, config, index):
         super().__init__()
         self.index = index
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=False)
 
     def forward(self, x, cos, sin, segments, cache):
@@ -414,7 +415,7 @@ class TextModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = [DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(layers)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 # ---- the model
@@ -457,10 +458,9 @@ class VLM(nn.Module):
         return cos_sin(angles[:, None], self.model.norm.weight.dtype)
 
     def see(self, x, input_ids, pixels, grids):
-        """Put what the ViT makes of images and videos into their places in x (B, L, D).
+        """x (B, L, D) with what the ViT makes of pictures in their places, and patch features.
 
-        pixels and grids: [of images, of videos], None where there are none. Returns x and the
-        patch features (P, D of the ViT).
+        pixels and grids: [of images, of videos], None where there are none.
         """
         m2 = self.config.vision_config.spatial_merge_size**2
         counts = [0 if part is None else len(part) // m2 for part in pixels]
