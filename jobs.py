@@ -49,8 +49,8 @@ def run_jobs(function, jobs, workers):
                 running |= {pool.submit(function, job) for job in islice(jobs, len(done))}
         except BrokenProcessPool:
             raise UserError(
-                "a worker was killed, perhaps for want of memory: try fewer --workers; "
-                "what is done is kept, so start the same command again"
+                "a worker was killed, perhaps for want of memory: "
+                "start the same command again, with fewer --workers"
             ) from None
         finally:
             if running:  # nobody waits for the rest

@@ -105,7 +105,6 @@ MISTAKES = [
     ),
     (evaluation, "expert --workers 0", "--workers 0 must be at least 1"),
     (evaluation, "physical --seed -5", "--seed -5"),
-    (evaluation, "physical --temperature nan", "--temperature nan"),
     (
         evaluation,
         "physical --instruction push",

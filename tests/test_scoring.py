@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data.scoring import FORMS, distance, is_right, letter, overlap, soft, wilson
+from data.scoring import FORMS, distance, is_right, letter, overlap, wilson
 
 POINT = '{"point_2d": [40, 50], "label": "red cube"}'
 BOX = '{"bbox_2d": [10, 10, 30, 30], "label": "red cube"}'
@@ -84,13 +84,6 @@ def test_overlap_of_boxes():
 def test_only_letters_of_options_count():
     assert letter("I would say C", 2) is None
     assert letter("I would say C", 3) == "C"
-
-
-def test_soft_is_the_f1_of_words():
-    assert soft("a blue cup", "A red cup.") == pytest.approx(0.5)
-    assert soft("the red cup!", "A red cup.") == 1
-    assert soft("nothing", "A red cup.") == 0
-    assert soft("the", "a") == 1
 
 
 def test_wilson_interval():
