@@ -72,10 +72,9 @@ class Demonstration:
 # ---- poses of the hand
 
 
-def tcp_pose(env):
-    """Position (3,) m in the task's frame and rotation (3, 3) of the tool, live."""
-    tcp = env.data.site("tcp")
-    return tcp.xpos, tcp.xmat.reshape(3, 3)
+def tcp_of(env):
+    """(3,) m: the tool's place in the task's frame, live."""
+    return env.data.site_xpos[env.tcp]
 
 
 def closing_sign(robot):
@@ -91,25 +90,25 @@ def tool_rotation(robot, direction, tilt):
     """
     x = np.cos(direction)
     y = np.sin(direction)
-    approach = np.array([np.sin(tilt) * x, np.sin(tilt) * y, -np.cos(tilt)])
+    ahead = np.sin(tilt)
+    approach = np.array([ahead * x, ahead * y, -np.cos(tilt)])
     closing = closing_sign(robot) * np.array([y, -x, 0.0])
     return np.column_stack([np.cross(closing, approach), closing, approach])
 
 
 def hand_pose(env):
     """(direction, tilt) of the hand as it is: the nearest arguments of tool_rotation."""
-    _, rotation = tcp_pose(env)
-    x, y, _ = closing_sign(env.robot) * rotation[:, 1]
+    _, closing, approach = env.tool().T
+    x, y, _ = closing_sign(env.robot) * closing
     direction = np.arctan2(x, -y)
     ahead = (np.cos(direction), np.sin(direction))
-    forward = rotation[:2, 2] @ ahead
-    return direction, np.arctan2(forward, -rotation[2, 2])
+    forward = approach[:2] @ ahead
+    return direction, np.arctan2(forward, -approach[2])
 
 
 def hand_offset(env, point):
     """(3,) m: a point as the hand sees it, in the tool's frame."""
-    position, rotation = tcp_pose(env)
-    return rotation.T @ (point - position)
+    return env.tool().T @ (point - tcp_of(env))
 
 
 def azimuth_of(env, position):
@@ -124,7 +123,8 @@ def quarter_turn(env, name, point):
     axis = np.hypot(x, y).argmax()  # the most horizontal one: the cube may lie on any face
     quarter = np.pi / 2
     yaw = np.arctan2(y[axis], x[axis])
-    return (yaw - azimuth_of(env, point) + quarter / 2) % quarter - quarter / 2
+    turn = yaw - azimuth_of(env, point)
+    return (turn + quarter / 2) % quarter - quarter / 2
 
 
 # ---- tasks as primitives: what of each is still to do, seen from where things are now.
@@ -133,7 +133,7 @@ def quarter_turn(env, name, point):
 
 def retreat(env, finger):
     """Fingers there first, then up from the table, if the hand is low."""
-    tcp, _ = tcp_pose(env)
+    tcp = tcp_of(env)
     steps = []
     travel = env.data.qpos[env.robot.dof] - max(finger, 0.0)
     if abs(travel) > 0.1 * env.robot.travel:
@@ -167,8 +167,9 @@ def grasp(env, name, point, turn, close=SQUEEZE, tilts=TILTS):
 
 def held_at(env, name, point):
     """Where the TCP must be for a held body to be at `point`: it may sit askew in the hand."""
-    tcp, _ = tcp_pose(env)
-    return point + tcp - env.position(name) if env.grasped(name) else point
+    if env.grasped(name):
+        return point + tcp_of(env) - env.position(name)
+    return point
 
 
 def fetch(env, name, height, low):
@@ -202,8 +203,8 @@ def slide(env, name, side):
     end = start.copy()
     end[0] = env.position("goal")[0] - side * short
     drive = Primitive(name, 0.0, end, turn, slow=0.7, hold=2)
-    tcp, _ = tcp_pose(env)
-    behind, beside, over = (tcp - cube) * (-side, 1, 1)
+    away = tcp_of(env) - cube
+    behind, beside, over = away * (-side, 1, 1)
     if 0.02 < behind < 0.07 and max(abs(beside), abs(over)) < 0.01:
         return [drive]
     return [
@@ -263,18 +264,17 @@ def lift_peg(env):
 
 def stand_peg(env, peg, axis, grip):
     """From where the peg hangs: turn the hand by what is missing, and set it down."""
-    tcp, rotation = tcp_pose(env)
-    x, y, _ = rotation[:, 1]
+    tcp = tcp_of(env)
+    _, (x, y, _), approach = env.tool().T
     forward = np.array([-y, x, 0.0])
     forward *= np.sign(forward @ (tcp - env.base)) / np.linalg.norm(forward)
-    tilt = np.arctan2(rotation[:, 2] @ forward, -rotation[2, 2])
+    tilt = np.arctan2(approach @ forward, -approach[2])
     tilt += np.arctan2(axis @ forward, axis[2])
     # set down with its lower end 6 mm below the table top, so that it surely stands
-    lift = PEG_LENGTH + (tcp - peg) @ axis - tcp[2] - 0.006
-    down = tcp + lift * UP
+    down = PEG_LENGTH + (tcp - peg) @ axis - tcp[2] - 0.006
     return [
         Primitive("turn", grip, tcp, 0.0, (tilt,), straight=False),
-        Primitive("place", grip, down, slow=0.4, hold=4),
+        Primitive("place", grip, tcp + down * UP, slow=0.4, hold=4),
         Primitive("release", env.robot.travel),
     ]
 
@@ -326,19 +326,19 @@ def collides(env, path, finger):
 def straight_path(arm, q, goal, rotation):
     """Waypoints [q] that lead the TCP along a line to a pose, turning evenly. Raises Infeasible."""
     at, turned = arm.forward(q)
-    quats = np.empty((2, 4))
+    start, end = np.empty((2, 4))  # quaternions
     turn = np.empty(3)
     between = np.empty(9)
-    mujoco.mju_mat2Quat(quats[0], turned.ravel())
-    mujoco.mju_mat2Quat(quats[1], rotation.ravel())
-    mujoco.mju_subQuat(turn, quats[1], quats[0])
+    mujoco.mju_mat2Quat(start, turned.ravel())
+    mujoco.mju_mat2Quat(end, rotation.ravel())
+    mujoco.mju_subQuat(turn, end, start)
     by_way = np.linalg.norm(goal - at) / 0.02  # a waypoint every 2 cm
     by_turn = np.linalg.norm(turn) / 0.15  # or 0.15 rad
-    n = max(2, int(by_way), int(by_turn))
+    n = int(max(by_way, by_turn, 2))
     path = [q]
     for fraction in np.linspace(0, 1, n + 1)[1:]:
         position = at + fraction * (goal - at)
-        quat = quats[0].copy()
+        quat = start.copy()
         mujoco.mju_quatIntegrate(quat, turn, fraction)
         mujoco.mju_quat2Mat(between, quat)
         q = arm.solve_ik(position, between.reshape(3, 3), path[-1])
@@ -374,13 +374,12 @@ def timed(robot, path, slow, hold):
     """
     arm = get_kinematics(robot.name)
     limit = np.minimum(JOINT_SPEED, 0.6 * robot.velocity_limit) * slow
-    knots = [0.0]  # s, when each waypoint is passed at full speed
-    for q, q_next in pairwise(path):
-        before, _ = arm.forward(q)
-        after, _ = arm.forward(q_next)
-        way = math.sqrt(sum((after - before) ** 2))
-        slowest = max(way / (TCP_SPEED * slow), *np.abs(q_next - q) / limit)
-        knots.append(knots[-1] + (slowest + 1e-6))
+    places = [arm.forward(q)[0] for q in path]  # of the TCP
+    ways = np.linalg.norm(np.diff(places, axis=0), axis=1)
+    turns = np.abs(np.diff(path, axis=0)) / limit
+    seconds = np.maximum(ways / (TCP_SPEED * slow), turns.max(axis=1))
+    # when each waypoint is passed at full speed
+    knots = np.cumsum([0.0, *seconds + 1e-6])
     # minimum jerk peaks at 15/8 of its mean speed
     n = max(3, math.ceil(1.875 * knots[-1] * CONTROL_HZ))
     u = np.minimum(np.arange(1, n + hold + 1) / n, 1.0)
@@ -468,12 +467,6 @@ def demonstrate(env, seed, noise=0.0, reset=True):
         if success or late:
             break
     states, actions, phases, images = zip(*rows)
+    states = np.array(states)
     actions = np.array(actions, np.float32)
-    return Demonstration(
-        np.array(states),
-        actions,
-        phases,
-        images,
-        success,
-        env.instruction,
-    )
+    return Demonstration(states, actions, phases, images, success, env.instruction)
