@@ -11,8 +11,6 @@ those of demonstrations.
 import functools
 from dataclasses import dataclass
 
-import torch
-
 from cli import parse, run
 from data import seeds
 from data.expert import demonstrate
@@ -30,7 +28,6 @@ class CorrectionConfig(RecordConfig):
 @functools.cache
 def load_policy(folder):
     """The BLM of a process: on the CPU, since pictures are drawn and joints moved between looks."""
-    torch.set_num_threads(1)
     return BLM.from_pretrained(folder)
 
 
@@ -56,8 +53,7 @@ def main():
     weights = {name: tensor.numpy() for name, tensor in blm.policy.state_dict().items()}
     maker = f"expert after a policy with checksum {checksum(weights)}"
     begin = functools.partial(correct, config.policy)  # each worker loads its own
-    failures = record(config, begin, maker, first_seed=seeds.FIRST_CORRECTION)
-    print(f"corrections in {config.out}; failed layouts: {sum(map(len, failures.values()))}")
+    record(config, begin, maker, first_seed=seeds.FIRST_CORRECTION)
 
 
 if __name__ == "__main__":

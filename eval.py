@@ -133,9 +133,9 @@ def summary(episodes):
     return {
         "success": len(steps) / n,
         "episodes": n,
-        "interval": np.round(wilson(len(steps), n), 4).tolist(),
-        "seconds_to_success": round(np.mean(steps) / CONTROL_HZ, 2) if steps else None,
-        "jerk": round(np.mean([e["jerk"] for e in episodes]), 1),
+        "interval": wilson(len(steps), n),
+        "seconds_to_success": np.mean(steps) / CONTROL_HZ if steps else None,
+        "jerk": np.mean([e["jerk"] for e in episodes]),
     }
 
 
@@ -246,8 +246,8 @@ def accuracy(categories):
     """{"means", "categories", ...} of {category: rows of `ask`}, its table printed, in %."""
     rates = {}
     for category, rows in sorted(categories.items(), key=str):
-        interval = np.round(wilson(sum(row["model"] for row in rows), len(rows)), 3)
-        rates[category] = {"asked": len(rows), **averages(rows), "interval": interval.tolist()}
+        interval = wilson(sum(row["model"] for row in rows), len(rows))
+        rates[category] = {"asked": len(rows), **averages(rows), "interval": interval}
     means = averages(rates.values())  # a category counts as much as another
     result = {"means": means, "categories": rates}
     lines = []

@@ -172,6 +172,7 @@ def record(config, demonstrate=data.expert.demonstrate, maker="expert", first_se
         for cell, failed in tqdm(done, total=len(jobs)):
             failures[cell] += failed
         write_json(Path(config.out) / "failures.json", failures)
+    print(f"episodes in {config.out}; failed layouts: {sum(map(len, failures.values()))}")
     return failures
 
 
@@ -271,10 +272,9 @@ def show(folder, out):
 def main():
     config = parse(Flags, description="Record the expert's demonstrations, or look at them.")
     if config.show:
-        show(config.show, f"{Path(config.show)}.png")
-        return
-    failures = record(config)
-    print(f"episodes in {config.out}; failed layouts: {sum(map(len, failures.values()))}")
+        show(config.show, f"{Path(config.show)}.png")  # beside the folder
+    else:
+        record(config)
 
 
 if __name__ == "__main__":
