@@ -69,12 +69,12 @@ FREE = {"cache", "backbone"}  # may change when resuming, beside trainer.FREE
 def policy_config(cfg):
     """The PolicyConfig that the flags describe."""
     config = PRESETS[choose(cfg.sizes, PRESETS, "--sizes")]
-    changes = {"use_intent": cfg.use_intent}
-    if cfg.intent_layer:
-        changes["intent_layer"] = cfg.intent_layer
-    if not cfg.future_loss:
-        changes["future_loss_weight"] = 0.0
-    return dataclasses.replace(config, **changes)
+    return dataclasses.replace(
+        config,
+        use_intent=cfg.use_intent,
+        intent_layer=cfg.intent_layer or config.intent_layer,
+        future_loss_weight=config.future_loss_weight * cfg.future_loss,
+    )
 
 
 # ---- validation
@@ -90,6 +90,13 @@ def validation_rows(demos):
     return np.concatenate(parts)
 
 
+def divisors(demos, policy, rows):
+    """How many action numbers and futures these rows have: what their losses are divided by."""
+    action_dims = np.array([action_dim for _, action_dim in demos.embodiments.values()])
+    numbers = policy.config.action_horizon * int(action_dims[demos.embodiment[rows]].sum())
+    return numbers, max(1, int(demos.has_future[rows].sum()))
+
+
 @torch.no_grad()
 def evaluate(policy, demos, cfg, device):
     """Figures on held-out episodes, with fixed noise: val_flow, val_future, joint_error_rad.
@@ -99,27 +106,25 @@ def evaluate(policy, demos, cfg, device):
     """
     policy.eval()
     generator = torch.Generator().manual_seed(0)
-    sums = Counter()
-    counts = Counter()
     rows = validation_rows(demos)
+    totals = divisors(demos, policy, rows)
+    sums = Counter()
     for start in range(0, len(rows), cfg.batch_size):
         batch = demos.batch(rows[start : start + cfg.batch_size])
         batch |= policy.draw(len(batch["state"]), generator)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        losses = policy(batch)
-        robot = batch["embodiment"]
-        inputs = (batch["hidden"], batch["mask"], batch["state"], robot)
+        losses = policy(batch, totals)  # shares: they add up
+        inputs = [batch[name] for name in ("hidden", "mask", "state", "embodiment")]
         chunk = policy.sample(*inputs, noise=torch.zeros_like(batch["noise"]))
         error = (chunk - batch["action"])[:, :EXECUTE_STEPS].abs()
-        joints = policy.normalizer.joint_mask[robot][:, None].expand_as(error)
-        counts["val_flow"] += int(policy.valid(robot).sum())
-        counts["val_future"] += int(batch["future_valid"].sum())
-        counts["joint_error_rad"] += int(joints.sum())
-        sums["val_flow"] += float(losses["flow"] * policy.valid(robot).sum())
-        sums["val_future"] += float(losses["future"] * batch["future_valid"].sum())
+        joints = policy.normalizer.joint_mask[batch["embodiment"]][:, None].expand_as(error)
+        sums["val_flow"] += float(losses["flow"])
+        sums["val_future"] += float(losses["future"])
         sums["joint_error_rad"] += float(error[joints].sum())
+        sums["joints"] += int(joints.sum())
     policy.train()
-    return {name: round(total / max(1, counts[name]), 5) for name, total in sums.items()}
+    sums["joint_error_rad"] /= max(1, sums.pop("joints"))
+    return {name: round(value, 5) for name, value in sums.items()}
 
 
 # ---- what is trained
@@ -197,12 +202,9 @@ def make_batch(demos, policy, cfg, step):
     generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
     draws = policy.draw(cfg.batch_size, generator, STATE_NOISE)  # for all rows, then shared out
     rows = demos.rows_of_step(cfg.seed, step, cfg.batch_size)
-    action_dims = np.array([action_dim for _, action_dim in demos.embodiments.values()])
-    numbers = policy.config.action_horizon * int(action_dims[demos.embodiment[rows]].sum())
-    futures = max(1, int(demos.has_future[rows].sum()))
     batch = demos.batch(rows[rank::world])
     batch |= {name: tensor[rank::world] for name, tensor in draws.items()}
-    return batch, (numbers, futures)
+    return batch, divisors(demos, policy, rows)
 
 
 @torch.no_grad()

@@ -316,17 +316,13 @@ def make_optimizers(modules, lr, weight_decay, dtype=torch.float32):
             decayed.append(p)
         else:
             plain.append(p)
-    optimizers = []
-    if matrices:
-        optimizers.append(Muon(matrices, lr, weight_decay, dtype))
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
-    if groups:
-        optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True))
-    return optimizers
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    muon = [Muon(matrices, lr, weight_decay, dtype)] if matrices else []  # LoRA may leave none
+    return [*muon, adamw]
 
 
 def step_optimizers(optimizers, lr):
