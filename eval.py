@@ -27,7 +27,7 @@ from data.conversations import Conversations
 from data.env import CONTROL_HZ, PERTURBATIONS, TabletopEnv
 from data.expert import demonstrate
 from data.robots import ROBOTS
-from data.scoring import distance, is_right, wilson
+from data.scoring import is_right, wilson
 from data.seeds import FIRST_EVALUATION
 from data.tasks import TASKS
 from files import read_json, reading, writable, write_json
@@ -227,8 +227,6 @@ def ask(models, source, config):
                 row[name] = is_right(question, reply)
                 # what is not a model's own is the last one's, which is "model"
                 row["held_out" if question["held_out"] else "seen"] = row[name]
-                if question["form"] == "point":
-                    row["px"] = distance(reply, question["answer"])
     return categories
 
 
@@ -243,24 +241,19 @@ def averages(rows):
 
 
 def accuracy(categories):
-    """{"means", "categories", ...} of {category: rows of `ask`}, its table printed, in %."""
+    """{"means", "categories"} of {category: rows of `ask`}, its table printed, in %."""
     rates = {}
     for category, rows in sorted(categories.items(), key=str):
         interval = wilson(sum(row["model"] for row in rows), len(rows))
         rates[category] = {"asked": len(rows), **averages(rows), "interval": interval}
     means = averages(rates.values())  # a category counts as much as another
-    result = {"means": means, "categories": rates}
     lines = []
     for name, row in [*rates.items(), ("mean", means)]:
         texts = [f"{100 * row[column]:.1f}" if column in row else "" for column in means]
         ends = [f"{100 * end:.0f}" for end in row.get("interval", ())]
         lines.append([name, row.get("asked", ""), *texts, " to ".join(ends)])
     print_table(["category", "asked", *means, "95% interval of model"], lines)
-    pixels = [row["px"] for row in itertools.chain(*categories.values()) if "px" in row]
-    if pixels:
-        result["point_error_px_median"] = float(np.median(pixels))
-        print(f"pointing error, median: {result['point_error_px_median']:.1f} px")
-    return result
+    return {"means": means, "categories": rates}
 
 
 def digital(what, config):

@@ -102,4 +102,6 @@ def wilson(successes, n, z=1.96):
     # nothing tried is as unsure as can be: 0 to 1
     spread = successes * (n - successes) / max(n, 1)
     half = z * math.sqrt(spread + more / 4)
-    return (center - half) / (n + more), (center + half) / (n + more)
+    low = center - half
+    high = center + half
+    return low / (n + more), high / (n + more)
