@@ -68,10 +68,9 @@ class PolicyConfig:
             least = 1 if type(value) is int else 0  # a weight and a switch may be off
             assert least <= value < math.inf, f"{name} is {value}"
         # each head as wide as the others, and half of a width can be sines, half cosines
-        rest = self.hidden_size % (2 * self.num_heads)
-        assert not rest, "hidden_size is no even multiple of num_heads"
-        rest = self.num_intent_queries % self.num_future_tokens
-        assert not rest, "num_intent_queries is no multiple of num_future_tokens"
+        assert self.hidden_size % (2 * self.num_heads) == 0, "hidden_size: 2 num_heads do not fit"
+        queries = self.num_intent_queries
+        assert queries % self.num_future_tokens == 0, f"num_future_tokens do not divide {queries}"
         assert self.future_layer <= self.num_layers, "future_layer is behind the last block"
 
 
@@ -112,18 +111,18 @@ class Normalizer(nn.Module):
             sizes = torch.tensor(list(embodiments.values()))  # (E, 2)
             E = len(sizes)
             S, A = sizes.amax(0).tolist()
-            masks = {
+            buffers = {
                 "state_mask": torch.arange(S) < sizes[:, :1],  # (E, S): the robot's own
                 "action_mask": torch.arange(A) < sizes[:, 1:],  # (E, A)
                 "joint_mask": torch.arange(1, A + 1) < sizes[:, 1:],  # (E, A): no finger
+                "state_mean": torch.zeros(E, S),
+                "state_std": torch.ones(E, S),
+                "action_mean": torch.zeros(E, horizon, A),  # of each step, T
+                "action_std": torch.ones(E, horizon, A),
+                "fitted": torch.zeros(E, dtype=torch.bool),  # has statistics
             }
-        for name, mask in masks.items():
-            self.register_buffer(name, mask, persistent=False)
-        self.register_buffer("state_mean", torch.zeros(E, S))
-        self.register_buffer("state_std", torch.ones(E, S))
-        self.register_buffer("action_mean", torch.zeros(E, horizon, A))  # of each step, T
-        self.register_buffer("action_std", torch.ones(E, horizon, A))
-        self.register_buffer("fitted", torch.zeros(E, dtype=torch.bool))  # E: has statistics
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent="mask" not in name)
 
     def fit(self, embodiment, state, action):
         """Statistics of one robot (its index) from demonstrations, padded to the largest robot.
@@ -142,9 +141,8 @@ class Normalizer(nn.Module):
 
     def reference(self, state, embodiment):
         """What targets are relative to: joint angles now (B, 1, A), zero for the finger."""
-        joint_mask = self.joint_mask[embodiment]
-        A = joint_mask.shape[-1]
-        return torch.where(joint_mask, state[..., :A], 0.0)[:, None]
+        A = self.joint_mask.shape[1]
+        return torch.where(self.joint_mask[embodiment], state[..., :A], 0.0)[:, None]
 
     def normalize_state(self, state, embodiment, noise=0.0):
         """(B, S) in physical units to what the encoder reads; noise is in deviations."""
@@ -168,9 +166,8 @@ class Normalizer(nn.Module):
 
 def sinusoids(x, width):
     """Sines and cosines of x (...) at geometric frequencies from 1 to 1/10000: (..., width)."""
-    half = width // 2
-    steps = torch.arange(half, device=x.device)
-    frequency = torch.exp(-math.log(10000.0) * steps / half)
+    steps = torch.arange(width // 2, device=x.device)
+    frequency = torch.exp(-math.log(10000.0) * steps / len(steps))
     angle = x[..., None] * frequency  # (..., width / 2)
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
@@ -204,8 +201,7 @@ class Attention(nn.Module):
 
     def forward(self, x, key_value, mask=None):
         q = rearrange(self.query(x), "B Q (H d) -> B H Q d", H=self.heads)
-        k, v = key_value
-        y = attend(q, k, v, mask)
+        y = attend(q, *key_value, mask)
         return self.out(rearrange(y, "B H Q d -> B Q (H d)"))
 
 
@@ -226,10 +222,9 @@ class Perceiver(nn.Module):
         self.positions = nn.Parameter(sinusoids(places, condition_size))  # (max L, Dc)
         self.queries = nn.Parameter(torch.empty(config.num_intent_queries, D))
         self.query_norms = nn.ModuleList(nn.LayerNorm(D) for _ in layers)
-        self.attentions = nn.ModuleList(
-            Attention(D, config.num_heads, condition_size)  # the prompt is wider than the intent
-            for _ in layers
-        )
+        # the prompt is wider than the intent
+        heads = config.num_heads
+        self.attentions = nn.ModuleList(Attention(D, heads, condition_size) for _ in layers)
         self.mlps = nn.ModuleList(mlp(D, config.mlp_ratio) for _ in layers)
         self.out_norm = nn.LayerNorm(D)
 
@@ -273,11 +268,11 @@ class EmbodimentLinear(nn.Module):
         robots, rows = groups
         weights = self.weight.unbind()
         biases = self.bias.unbind()
-        outputs = []
-        for robot, part in zip(robots, x.split(rows)):
-            y = F.linear(part, weights[robot].T, biases[robot])
-            outputs.append(y)
-        return torch.cat(outputs)
+        parts = [
+            F.linear(part, weights[robot].T, biases[robot])
+            for robot, part in zip(robots, x.split(rows))
+        ]
+        return torch.cat(parts)
 
 
 class EmbodimentMLP(nn.ModuleList):
@@ -289,8 +284,8 @@ class EmbodimentMLP(nn.ModuleList):
         self.append(EmbodimentLinear(embodiments, width, outer))
 
     def forward(self, x, groups):
-        x = self[0](x, groups)
-        return self[1](F.silu(x), groups)
+        first, second = self
+        return second(F.silu(first(x, groups)), groups)
 
 
 class ActionEncoder(nn.Module):
@@ -305,8 +300,7 @@ class ActionEncoder(nn.Module):
     def forward(self, noised, tau, groups):
         x = self.first(noised, groups)
         time = sinusoids(1000 * tau, x.shape[-1])  # (B, D); tau in [0, 1) to DiT's range of steps
-        time = time[:, None].expand_as(x)
-        x = torch.cat([x, time], dim=-1)  # (B, T, 2 D)
+        x = torch.cat([x, time[:, None].expand_as(x)], dim=-1)  # (B, T, 2 D)
         x = self.second(x, groups)
         return self.third(F.silu(x), groups)
 
@@ -361,8 +355,7 @@ def flow_loss(velocity, actions, noise, valid, total):
 
     total: how many are valid, here or, if this is a part of a batch, in all parts.
     """
-    target = actions - noise
-    error = (velocity - target).square()
+    error = (velocity - (actions - noise)).square()
     return torch.where(valid, error, 0.0).sum() / total
 
 
@@ -398,8 +391,7 @@ class Policy(nn.Module):
             nn.Linear(D, D),
             nn.SiLU(),
         )
-        norms = config.num_layers + 1
-        self.modulation = nn.Linear(D, 2 * norms * D)
+        self.modulation = nn.Linear(D, 2 * (config.num_layers + 1) * D)
 
         # attention to the intent, among the tokens, to the intent ...
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -456,16 +448,15 @@ class Policy(nn.Module):
         """
         groups = embodiment_groups(embodiment)
         state = self.normalizer.normalize_state(state, embodiment, state_noise)  # (B, S)
-        state_token = self.state_encoder(state[:, None], groups)
         intent = self.intent(hidden, mask)
         key_values = [block.attention.project_kv(intent) for block in self.blocks[::2]]
+        state_token = self.state_encoder(state[:, None], groups)
         return state_token, key_values, groups
 
     def modulations(self, tau):
         """tau (B,) to shift and scale of every block and the last norm: (blocks + 1, 2, B, 1, D)."""
         D = self.config.hidden_size
-        x = self.tau_mlp(sinusoids(1000 * tau, D))
-        x = self.modulation(x)
+        x = self.modulation(self.tau_mlp(sinusoids(1000 * tau, D)))
         return rearrange(x, "B (n two D) -> n two B 1 D", two=2, D=D)
 
     def velocity(self, noised, tau, modulations, context):
@@ -505,8 +496,8 @@ class Policy(nn.Module):
 
     def valid(self, embodiment):
         """(B, T, A): True on the robot's own dims."""
-        own = self.normalizer.action_mask[embodiment]
-        return own[:, None].expand(-1, self.config.action_horizon, -1)
+        own = self.normalizer.action_mask[embodiment, None]  # (B, 1, A)
+        return own.expand(-1, self.config.action_horizon, -1)
 
     def forward(self, batch, totals=None):
         """Losses of a batch, scalars: loss = flow + future_loss_weight x future.
@@ -530,12 +521,10 @@ class Policy(nn.Module):
         actions = self.normalizer.normalize_action(batch["action"], state, embodiment)
         valid = self.valid(embodiment)
         if totals is None:
-            futures = batch["future_valid"].sum()
-            totals = valid.sum(), futures.clamp(min=1)
+            totals = valid.sum(), batch["future_valid"].sum().clamp(min=1)
 
         noised = add_noise(actions, noise, tau, valid)
-        modulations = self.modulations(tau)
-        velocity, tokens = self.velocity(noised, tau, modulations, context)
+        velocity, tokens = self.velocity(noised, tau, self.modulations(tau), context)
         flow = flow_loss(velocity, actions, noise, valid, totals[0])
         future = self.future_loss(tokens, batch, totals[1])
         loss = flow + self.config.future_loss_weight * future
@@ -556,11 +545,9 @@ class Policy(nn.Module):
                 batch["future_hidden"][rows],
                 batch["future_mask"][rows],
             )
-            M = self.config.num_future_tokens
-            target = intent.unflatten(1, (M, -1)).mean(2)  # (b, M, D)
-        predicted = self.future_head(tokens[rows])
-        distance = 1 - F.cosine_similarity(predicted, target, dim=-1)  # (b, M)
-        return distance.mean(1).sum() / total
+        target = intent.unflatten(1, (tokens.shape[1], -1)).mean(2)  # (b, M, D)
+        similarity = F.cosine_similarity(self.future_head(tokens[rows]), target, dim=-1)  # (b, M)
+        return (1 - similarity).mean(1).sum() / total
 
     # ---- acting
 
@@ -578,7 +565,7 @@ class Policy(nn.Module):
 
         x = torch.where(valid, noise, 0.0)
         for step, tau in enumerate(taus.split(1)):
-            now = modulations[:, :, step]  # broadcasts over B
-            velocity, _ = self.velocity(x, tau, now, context)
+            # one step's, broadcast over B
+            velocity, _ = self.velocity(x, tau, modulations[:, :, step], context)
             x = torch.where(valid, x + velocity / K, 0.0)
         return self.normalizer.unnormalize(x, state, embodiment)

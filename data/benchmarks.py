@@ -2,7 +2,7 @@
 
     hf download nvidia/Cosmos-Reason1-Benchmark --repo-type dataset --local-dir out/cosmos
     python -m data.benchmarks --name robovqa --data out/cosmos
-    python eval.py digital --data out/cosmos/robovqa.jsonl
+    python eval.py digital --data out/cosmos/robovqa.json
 
     robovqa, agibot, holoassist, robofail    nvidia/Cosmos-Reason1-Benchmark (arXiv 2503.15558)
         NAME/NAME_benchmark_qa_pairs.json    [{"video": "clips/1.mp4", "qa_pairs": {"question",
@@ -15,56 +15,31 @@
 
 The first four ask for a letter, as Cosmos-Reason1's own evaluation does; the others are open and
 want a language model as judge, which is not here: data/scoring.py is stricter. Archives must have
-been unpacked; a clip may also be a folder of pictures of its name without ".mp4".
+been unpacked.
 """
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from cli import UserError, choose, parse, run
-from files import atomic, inside, read_text, reading
+from files import inside, read_text, reading, write_json
 
 
 @dataclass
 class BenchmarkConfig:
     name: str = "robovqa"  # robovqa, agibot, holoassist, robofail, egothink or sharerobot
-    data: str = "out/cosmos"  # the benchmark's folder; NAME.jsonl is written into it
+    data: str = "out/cosmos"  # the benchmark's folder; NAME.json is written into it
 
 
-# Each reader yields (names of pictures or clips, question) for every question of a row.
-
-
-def read_cosmos(row):
-    for pair in listed(row["qa_pairs"]):
-        # listed by letter, as the question's text and "options" must agree
-        options = dict(sorted(pair["index2ans"].items()))
-        # the published files have both names, and letters in both cases
-        answer = (pair.get("answer") or pair["correct_answer"]).strip().upper()
-        assert answer in options, f"the answer {answer} is none of the options"
-        lines = [f"({letter}) {text}" for letter, text in options.items()]
-        lines = [pair["question"], *lines, "Answer with the letter of the right option alone."]
-        question = {
-            "question": "\n".join(lines),
-            "answer": answer,
-            "form": "letter",
-            "options": list(options.values()),
-            "chance": 1 / len(options),
-        }
-        yield [row["video"]], question
-
-
-def read_egothink(row):
-    question = {"question": row["question"], "answer": row["answer"]}
-    yield listed(row["image_path"]), question
-
-
-def read_sharerobot(row):
-    asked, answered = (turn["value"] for turn in row["conversations"][:2])
-    # pictures come first here as they do there
-    asked = re.sub(r"<image>\s*", "", asked)
-    yield row["image"], {"question": asked, "answer": answered, "category": row["task"]}
+# How the authors name things: the file, its field with pictures or clips, and that with questions,
+# where a row is not itself one.
+PUBLISHED = {
+    "egothink": ("annotations.json", "image_path", None),
+    "sharerobot": ("planning/**/*.json", "image", "conversations"),
+}
+for name in ("robovqa", "agibot", "holoassist", "robofail"):
+    PUBLISHED[name] = (f"{name}_benchmark_qa_pairs.json", "video", "qa_pairs")
 
 
 def listed(entry):
@@ -72,53 +47,65 @@ def listed(entry):
     return entry if isinstance(entry, list) else [entry]
 
 
-READERS = {
-    "egothink": (read_egothink, "images", "annotations.json"),
-    "sharerobot": (read_sharerobot, "images", "planning/**/*.json"),
-}
-for name in ("robovqa", "agibot", "holoassist", "robofail"):
-    READERS[name] = (read_cosmos, "videos", f"{name}_benchmark_qa_pairs.json")
+def read_question(pair):
+    """A question as data/scoring.py wants it."""
+    # the published files have both names
+    answer = pair.get("answer") or pair["correct_answer"]
+    if "index2ans" not in pair:
+        return {"question": pair["question"], "answer": answer, "form": "open"}
+    # listed by letter, as the question's text and "options" must agree
+    options = dict(sorted(pair["index2ans"].items()))
+    answer = answer.strip().upper()  # letters come in both cases
+    assert answer in options, f"the answer {answer} is none of the options"
+    lines = [f"({letter}) {text}" for letter, text in options.items()]
+    lines = [pair["question"], *lines, "Answer with the letter of the right option alone."]
+    return {
+        "question": "\n".join(lines),
+        "answer": answer,
+        "form": "letter",
+        "options": list(options.values()),
+        "chance": 1 / len(options),
+    }
 
 
 def find_media(name, file, folder):
-    """The path in `folder` of a picture, a clip or its frames, or None if it is not there."""
+    """Where in `folder` a picture or a clip lies, or None if it is not there."""
     # names start at different folders from benchmark to benchmark
-    for place in file.parents:
-        for start in (place, place / "images"):
-            path = inside(folder, start / name)
-            path = path if path.exists() else path.with_suffix("")  # frames of clips/1.mp4
-            if path.exists():
-                return str(path.relative_to(folder))
-        if place == folder:
-            return None
+    for place in file.relative_to(folder).parents:
+        for path in (place / name, place / "images" / name):
+            if inside(folder, path).exists():
+                return str(path)
 
 
 def convert(config):
     """Write the conversations file into the benchmark's folder."""
-    reader, kind, pattern = READERS[choose(config.name, READERS, "benchmark")]
+    pattern, shown, asked = PUBLISHED[choose(config.name, PUBLISHED, "benchmark")]
     folder = Path(config.data).absolute()
     records = []
     count = 0
     for file in sorted(folder.rglob(pattern)):  # the folder may hold other benchmarks too
         with reading(file, f"this is not how {config.name} is published"):
             for row in json.loads(read_text(file)):
-                for names, question in reader(row):
+                pairs = listed(row[asked] if asked else row)
+                if asked == "conversations":
+                    # pictures come first here as they do there
+                    question = pairs[0]["value"].replace("<image>", "").lstrip()
+                    pairs = [{"question": question, "answer": pairs[1]["value"]}]
+                paths = [find_media(name, file, folder) for name in listed(row[shown])]
+                for pair in pairs:
                     count += 1
-                    # what a reader says goes before
-                    question = {"category": file.parent.name, "form": "open", **question}
-                    paths = [find_media(name, file, folder) for name in names]
-                    # some archives may still be packed
-                    if None not in paths:
-                        records.append({kind: paths, "questions": [question]})
+                    question = read_question(pair)
+                    question["category"] = row.get("task", file.parent.name)
+                    if None not in paths:  # some archives may still be packed
+                        records.append({shown[:5]: paths, "questions": [question]})
     if not records:
         raise UserError(
             f"{folder} has {count} questions of {config.name}, and pictures of none: download "
             "the benchmark and unpack its archives there"
         )
     # a conversations file names what lies beside and below it
-    out = folder / f"{config.name}.jsonl"
-    with atomic(out) as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    out = folder / f"{config.name}.json"
+    write_json(out, records)
     print(f"{out}: {len(records)} of {count} questions, those whose pictures are there")
 
 

@@ -28,7 +28,7 @@ def write(path, content):
 def converted(name, folder):
     """The rows of a converted benchmark, as evaluation reads them."""
     convert(BenchmarkConfig(name, str(folder)))
-    rows = Conversations(folder / f"{name}.jsonl")
+    rows = Conversations(folder / f"{name}.json")
     return [rows.row(i) for i in range(len(rows))]
 
 
@@ -39,8 +39,8 @@ def cosmos(tmp_path):
     options = {"A": "lift", "C": "stop", "B": "turn"}  # listed by their letters
     other = {"question": "What next?", "index2ans": options, "correct_answer": "c"}
     rows = [
-        {"video": "clips/one.mp4", "qa_pairs": PAIR},
-        {"video": "clips/two.mp4", "qa_pairs": [PAIR, other]},
+        {"video": "clips/one", "qa_pairs": PAIR},
+        {"video": "clips/two", "qa_pairs": [PAIR, other]},
         {"video": "clips/gone.mp4", "qa_pairs": PAIR},
     ]
     write(root / "robovqa_benchmark_qa_pairs.json", rows)
@@ -114,13 +114,13 @@ def test_media_may_not_lie_outside(tmp_path, video):
     picture(tmp_path / "clip" / "0.png")
     with pytest.raises(UserError, match="robovqa_benchmark_qa_pairs.json.*outside"):
         converted("robovqa", tmp_path / "data")
-    assert not list(tmp_path.rglob("*.jsonl"))
+    assert not list(tmp_path.rglob("robovqa.json"))
 
 
 NOT_ONE = {
     "a field is missing": (
         "robofail",
-        [{"video": "clips/one.mp4"}],
+        [{"video": "clips/one"}],
         "published.*qa_pairs|qa_pairs.*published",
     ),
     "an answer that is no option": (
@@ -146,7 +146,7 @@ def test_what_is_not_a_benchmark_is_told(tmp_path, case):
     write(tmp_path / "data" / "robofail_benchmark_qa_pairs.json", content)
     with pytest.raises(UserError, match=word):
         converted(name, tmp_path / "data")
-    assert not list(tmp_path.rglob("*.jsonl"))
+    assert not list(tmp_path.rglob("robofail.json"))
 
 
 def test_no_folder_is_told(tmp_path):
