@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import UserError, choose, parse, run
+from data.conversations import as_list
 from files import inside, read_text, reading, write_json
 
 
@@ -40,11 +41,6 @@ PUBLISHED = {
 }
 for name in ("robovqa", "agibot", "holoassist", "robofail"):
     PUBLISHED[name] = (f"{name}_benchmark_qa_pairs.json", "video", "qa_pairs")
-
-
-def listed(entry):
-    """The published files have a list, or its one entry alone."""
-    return entry if isinstance(entry, list) else [entry]
 
 
 def read_question(pair):
@@ -86,12 +82,12 @@ def convert(config):
     for file in sorted(folder.rglob(pattern)):  # the folder may hold other benchmarks too
         with reading(file, f"this is not how {config.name} is published"):
             for row in json.loads(read_text(file)):
-                pairs = listed(row[asked] if asked else row)
+                pairs = as_list(row[asked] if asked else row)
                 if asked == "conversations":
                     # pictures come first here as they do there
                     question = pairs[0]["value"].replace("<image>", "").lstrip()
                     pairs = [{"question": question, "answer": pairs[1]["value"]}]
-                paths = [find_media(name, file, folder) for name in listed(row[shown])]
+                paths = [find_media(name, file, folder) for name in as_list(row[shown])]
                 for pair in pairs:
                     count += 1
                     question = read_question(pair)

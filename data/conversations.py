@@ -31,8 +31,13 @@ from data.media import load_image, load_video, locate
 from files import read_text, reading
 
 # of both shapes: people mix their words
-ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-ROLES |= {"human": "user", "gpt": "assistant"}
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
 LOADERS = {"image": load_image, "video": load_video}  # of the kinds of media
 # A place in a text: LLaVA's tag, Qwen's three tokens, Qwen 1's path. ms-swift's tags for boxes are
 # known here to be refused: nothing would be put in.
@@ -116,9 +121,9 @@ class Conversations:
         record = self.records[i][1]
         with reading(self.name(i)):
             conversations, sources = read_record(record)
-            media = []
-            for kind, source in sources:
-                media.append((kind, LOADERS[kind](locate(source, self.path.parent))))
+            media = [
+                (kind, LOADERS[kind](locate(source, self.path.parent))) for kind, source in sources
+            ]
         return Row(conversations, media, record)
 
 
@@ -161,8 +166,7 @@ def read_record(record):
         questions = [message["content"] for message in messages if message["role"] == "user"]
         # LLaMA-Factory refuses what LLaVA lets pass
         if questions and not media and not record.get("messages"):
-            media = [(kind, source) for kind in left for source in left[kind]]
-            left = {}
+            media = [(kind, left[kind].pop(0)) for kind in LOADERS for _ in list(left[kind])]
             questions[0][:0] = [{"type": kind} for kind, _ in media]
         assert not any(left.values()), "it names more pictures or videos than it has places for"
         conversations.append(messages)
@@ -189,9 +193,13 @@ def refuse_unread(item, names):
 
 def listed(record, kind):
     """The sources beside a record's texts; rows of text alone may have "" or null there."""
-    entries = record.get(kind) or record.get(f"{kind}s")
-    entries = entries if isinstance(entries, list) else [entries]
+    entries = as_list(record.get(kind) or record.get(f"{kind}s"))
     return list(filter(None, [find_source(entry, kind) for entry in entries]))
+
+
+def as_list(entry):
+    """Files have a list, or its one entry alone."""
+    return entry if isinstance(entry, list) else [entry]
 
 
 def find_source(item, kind):
@@ -212,26 +220,27 @@ def read_message(turn, left, media):
     """A chat message. Its media are added to `media`, from `left` where only a place is named."""
     refuse_unread(turn, UNREAD)
     name = str(turn.get("role") or turn.get("from")).lower()
-    assert name in ROLES, f"unknown role {name!r}, choose from: {', '.join(ROLES)}"
+    assert name in ROLES, f"unknown role {name!r}, none of {[*ROLES]}"
     role = ROLES[name]
     content = turn.get("value") if turn.get("content") is None else turn["content"]
-    content = content if isinstance(content, list) else [content]
     items = []
-    for kind, what in [part for item in content for part in read_item(item)]:
+    for kind, what in [part for item in as_list(content) for part in read_item(item)]:
+        items.append({"type": kind})
         if kind == "text":
-            items.append({"type": kind, "text": what})
+            items[-1][kind] = what
             continue
         # the model writes answers, and it writes no pictures
         assert role == "user", f"a message of {name!r} holds <{kind}>: only questions may"
         assert what or left.get(kind), f"it has more <{kind}> than it names"
         media.append((kind, what or left[kind].pop(0)))
-        items.append({"type": kind})
     if role == "user":
         return {"role": role, "content": items}
-    message = {"role": role, "content": "".join(item["text"] for item in items)}
-    if turn.get("weight") == 0 or turn.get("loss") is False:  # OpenAI's, ms-swift's
-        message["learn"] = False
-    return message
+    return {
+        "role": role,
+        "content": "".join(item["text"] for item in items),
+        # OpenAI's, ms-swift's
+        "learn": turn.get("weight") != 0 and turn.get("loss") is not False,
+    }
 
 
 def read_item(item):
@@ -242,9 +251,8 @@ def read_item(item):
     if kind in LOADERS:
         yield kind, find_source(item, kind)
         return
-    text = item.get("text")
-    known = kind == "text" and isinstance(text, str)
-    assert known, f"unknown content {item}: text, image and video are known"
+    text = kind == "text" and item.get("text")
+    assert isinstance(text, str), f"unknown content {item}: text, image and video are known"
     text.encode()  # fails for half an emoji, and for what was no UTF-8
     for i, part in enumerate(PLACE.split(text)):
         if i % 2 == 1:  # a place

@@ -44,9 +44,8 @@ def to_rgb(image):
             grey = grey // 256
         image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -59,11 +58,10 @@ def open_image(path):
     name = "a picture's bytes" if isinstance(path, BytesIO) else path
     with reading(name), Image.open(path) as image:
         size = f"{image.width}x{image.height} pixels"
-        if image.width * image.height > MAX_PIXELS:
-            raise UserError(f"{size} are more than {MAX_PIXELS:,}: shrink it first")
         low, high = sorted(image.size)
-        if low < 2 or high > 200 * low:  # Qwen's own limit
-            raise UserError(f"{size} are too thin a picture")
+        assert low * high <= MAX_PIXELS, f"{size} are more than {MAX_PIXELS:,}: shrink it first"
+        # Qwen's own limit
+        assert 1 < low and high <= 200 * low, f"{size} are too thin a picture"
         yield image
 
 
@@ -83,7 +81,6 @@ def load_video(path):
     # own header may not say how long it is
     if isinstance(path, list):
         frames = map(load_image, path)
-        path = f"a list of {len(path)} pictures"
     elif path.is_dir():
         files = [file for file in path.iterdir() if file.suffix.lower() in PICTURES]
         # 2.png comes before 10.png
@@ -94,15 +91,14 @@ def load_video(path):
     else:
         frames = play_film(path)
     kept = []
-    for frame in frames:
-        kept.append(frame)
-        if frame.size != kept[0].size:
-            raise UserError(f"{path}: the frames of a video must have one size")
-        if len(kept) > min(MAX_FRAMES, MAX_FILM_PIXELS / (frame.width * frame.height)):
+    with reading("the video"):
+        for frame in frames:
+            kept.append(frame)
+            assert frame.size == kept[0].size, "its frames must have one size"
+            many = len(kept) > min(MAX_FRAMES, MAX_FILM_PIXELS / (frame.width * frame.height))
             most = f"{MAX_FRAMES} frames or {MAX_FILM_PIXELS:,} pixels"
-            raise UserError(f"{path} is longer than {most}: cut or shrink it first")
-    if not kept:
-        raise UserError(f"no pictures in {path}")
+            assert not many, f"it is longer than {most}: cut or shrink it first"
+        assert kept, f"no pictures in {path}"
     return kept
 
 
@@ -113,11 +109,8 @@ def play_animation(path):
 
 
 def play_film(path):
-    try:
+    with reading(path, "films need PyAV: `pip install -r requirements-video.txt`"):
         import av  # an extra: few people train on films
-    except ImportError:
-        advice = "`pip install -r requirements-video.txt`, or cut it into a folder of pictures"
-        raise UserError(f"playing {path} needs PyAV: {advice}") from None
     shown = None
     with reading(path), av.open(str(path)) as film:
         for frame in film.decode(video=0):
@@ -139,7 +132,7 @@ def locate(source, root):
         return BytesIO(base64.b64decode(source.partition(",")[2]))
     name = source
     if source.startswith("file://"):
-        name = unquote(source.removeprefix("file://").removeprefix("localhost"))
+        name = unquote(source.removeprefix("file://"))
     path = inside(root, name.replace("\\", "/"))  # as Windows writes it
     if not path.exists():
         raise UserError(f"{source} is not there")
