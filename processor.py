@@ -14,9 +14,10 @@ m patches a token merges along a side, t h w a picture's grid in frames and patc
 import dataclasses
 import math
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,9 @@ from einops import rearrange
 from PIL import Image
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
+from torch.nn.utils.rnn import pad_sequence
 
+from checkpoint import VISION_DEFAULTS, known
 from cli import UserError
 from data.media import to_rgb
 from files import atomic, find_folder, read_json, read_text, reading, write_json
@@ -67,22 +70,23 @@ class ImageConfig:
         model = read_json(Path(folder) / "config.json")
         with reading(path):
             # patches are cut as the ViT wants them
-            vision = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
-            vision |= model.get("vision_config") or {}
+            vision = VISION_DEFAULTS | (model.get("vision_config") or {})
             sizes = {
                 "patch_size": vision["patch_size"],
                 "merge_size": vision["spatial_merge_size"],
                 "temporal_patch_size": vision["temporal_patch_size"],
             }
-            limits = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}  # the class's
-            size = dict(content.get("size") or {})
-            size["min_pixels"] = size.get("shortest_edge", size.get("min_pixels"))
-            size["max_pixels"] = size.get("longest_edge", size.get("max_pixels"))
-            # what stands last is right; config.json has limits where an older nanoBLM wrote it
+            size = content.get("size") or {}
+            # nothing is said of pixels in files older than both
+            limits = {
+                "min_pixels": size.get("shortest_edge", 56 * 56),  # else the class's
+                "max_pixels": size.get("longest_edge", 28 * 28 * 1280),
+            }
+            # what stands last is right
             fields = {**sizes, **limits}
-            names = [field.name for field in dataclasses.fields(cls)]
-            for source in (model, size, content):
-                fields |= {name: source[name] for name in names if source.get(name) is not None}
+            for source in (size, content):
+                named = {name: source.get(name) for name in cls.__dataclass_fields__}
+                fields |= known(named)
             fits = sizes.items() <= fields.items()
             assert fits, "patch_size or merge_size differs from config.json's"
             return cls(**fields)
@@ -108,27 +112,24 @@ def smart_resize(height, width, config):
     if low < 2 or high > 200 * low:
         needed = "sides of at least 2 pixels, one at most 200 times the other"
         raise UserError(f"a picture of {width}x{height} pixels is too thin: {needed}")
-    rows = round(height / factor) * factor
-    columns = round(width / factor) * factor
+    sides = np.array([height, width])
+    tokens = np.round(sides / factor)  # the nearest multiples, each side by itself
+    pixels = tokens.prod() * factor**2
     # both sides by one factor, to the multiple that stays within the limit
-    if rows * columns > config.max_pixels:
+    if pixels > config.max_pixels:
         shrink = math.sqrt(height * width / config.max_pixels)
-        rows = max(factor, math.floor(height / shrink / factor) * factor)
-        columns = max(factor, math.floor(width / shrink / factor) * factor)
-    elif rows * columns < config.min_pixels:
+        tokens = np.floor(sides / shrink / factor).clip(1)
+    elif pixels < config.min_pixels:
         grow = math.sqrt(config.min_pixels / (height * width))
-        rows = math.ceil(height * grow / factor) * factor
-        columns = math.ceil(width * grow / factor) * factor
-    return rows, columns
+        tokens = np.ceil(sides * grow / factor)
+    rows, columns = tokens * factor
+    return int(rows), int(columns)
 
 
 def resize(image, config):
     """A picture as `to_rgb` takes it to uint8 (height, width, 3) of `smart_resize`'s size."""
-    image = to_rgb(image)
-    pixels = np.asarray(image)
+    pixels = np.asarray(to_rgb(image))
     rows, columns = smart_resize(*pixels.shape[:2], config)
-    if (rows, columns) == pixels.shape[:2]:
-        return pixels
     picture = Image.fromarray(pixels)
     picture = picture.resize((columns, rows), Image.Resampling.BICUBIC)  # PIL: width first
     return np.asarray(picture)
@@ -139,23 +140,8 @@ def process_images(images, config):
 
     PIL pictures or uint8 (height, width, 3) arrays, of any sizes; as Hugging Face's processor.
     """
-    p, m = config.patch_size, config.merge_size
-    mean = np.float32(config.image_mean).reshape(3, 1, 1)
-    std = np.float32(config.image_std).reshape(3, 1, 1)
-    resized = [resize(image, config) for image in images]
-    values, grids = [], []
-    # neighbors of one size in one pass: in training that is all of them
-    for (height, width, _), group in groupby(resized, key=np.shape):
-        pixels = np.stack(list(group))  # (n, height, width, 3)
-        # m x m neighbors after one another, as the merger takes them
-        order = "n (h a p) (w b q) c -> (n h w a b) c p q"
-        patches = rearrange(pixels, order, a=m, b=m, p=p, q=p)
-        patches = (patches.astype(np.float32) / np.float32(255) - mean) / std
-        # a still picture is shown in every frame of its patch
-        frames = patches[:, :, None].repeat(config.temporal_patch_size, axis=2)
-        values.append(frames.reshape(len(frames), -1))  # (patches, 3*2*p*p)
-        grids += [[1, height // p, width // p]] * len(pixels)
-    return torch.from_numpy(np.concatenate(values)), torch.tensor(grids)
+    # a still picture is shown in every frame of its patches, as a video's odd frame is
+    return process_videos([[image] for image in images], config)
 
 
 def process_videos(videos, config):
@@ -165,36 +151,47 @@ def process_videos(videos, config):
     picks frames and limits the pixels of a whole video: here the caller picks (two a second is
     what Qwen saw), and every frame has a picture's limits. UserError if frames differ in size.
     """
+    p = config.patch_size
+    m = config.merge_size
     frames = config.temporal_patch_size
-    values, grids = [], []
+    mean = np.float32(config.image_mean)[:, None]
+    std = np.float32(config.image_std)[:, None]
+    values = []
+    grids = []
     for video in videos:
-        odd = -len(video) % frames
-        pixels, grid = process_images([*video, *[video[-1]] * odd], config)
-        if (grid != grid[0]).any():
+        # pixels come before patches: every frame has its own size until here
+        resized = [resize(frame, config) for frame in video]
+        if len(set(map(np.shape, resized))) > 1:
             raise UserError("the frames of a video must have one size")
-        t = len(grid) // frames
-        grids.append([t, *grid[0, 1:].tolist()])
-        # every frame came as a still picture, shown `frames` times: one of these is enough
-        pixels = rearrange(pixels, "(t f n) (c g q) -> g t n c f q", t=t, f=frames, c=3, g=frames)
-        values.append(rearrange(pixels[0], "t n c f q -> (t n) (c f q)"))
-    return torch.cat(values), torch.tensor(grids)
+        odd = -len(video) % frames  # frames that its last patches lack
+        pixels = np.stack([*resized, *resized[-1:] * odd])  # (frames, height, width, 3)
+        # m x m neighbors after one another, as the merger takes them
+        order = "(t f) (h a p) (w b q) c -> (t h w a b) c (f p q)"
+        patches = rearrange(pixels, order, f=frames, a=m, b=m, p=p, q=p)
+        patches = (patches / np.float32(255) - mean) / std
+        values.append(patches.reshape(len(patches), -1))  # (patches, 3*2*p*p)
+        grids.append([len(pixels) // frames, pixels.shape[1] // p, pixels.shape[2] // p])
+    return torch.from_numpy(np.concatenate(values)), torch.tensor(grids)
+
+
+# what Qwen2.5-VL calls its inputs, in transformers as in vlm.py
+VISION_INPUTS = {
+    "image": ("pixel_values", "image_grid_thw"),
+    "video": ("pixel_values_videos", "video_grid_thw"),
+}
 
 
 def process_media(media, config):
     """[("image" | "video", what)] to vision inputs and the grids (t, h, w), in this order."""
-    images = [what for kind, what in media if kind == "image"]
-    videos = [what for kind, what in media if kind == "video"]
-    inputs = {}
-    if images:
-        inputs["pixel_values"], inputs["image_grid_thw"] = process_images(images, config)
-    if videos:
-        inputs["pixel_values_videos"], inputs["video_grid_thw"] = process_videos(videos, config)
-    # each kind has its own tensor of grids: back to one list
-    grids = {
-        "image": iter(inputs.get("image_grid_thw", ())),
-        "video": iter(inputs.get("video_grid_thw", ())),
-    }
-    return inputs, [next(grids[kind]).tolist() for kind, _ in media]
+    parts = defaultdict(list)
+    order = []
+    for kind, what in media:
+        # one by one: each kind has its own tensors, but the text has one order
+        tensors = process_videos([what if kind == "video" else [what]], config)
+        for name, tensor in zip(VISION_INPUTS[kind], tensors):
+            parts[name].append(tensor)
+        order += tensors[1].tolist()
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}, order
 
 
 # ---- words
@@ -250,10 +247,9 @@ class Tokenizer:
         self.fast = fast
         self.fast.encode_special_tokens = True  # the library's name for "as plain text"
         self.special = {token: fast.token_to_id(token) for token in SPECIAL_TOKENS}
+        # text without them would train a model that nothing stops
+        assert None not in self.special.values(), "the tokenizer lacks Qwen's special tokens"
         self.encode = lru_cache(maxsize=1 << 16)(self.encode)  # training repeats its phrases
-        missing = [token for token, i in self.special.items() if i is None]
-        if missing:
-            raise UserError(f"the tokenizer lacks Qwen's special tokens, first {missing[0]}")
 
     def __len__(self):
         return self.fast.get_vocab_size()
@@ -270,13 +266,7 @@ class Tokenizer:
     def from_pretrained(cls, path_or_repo_id):
         path = find_folder(path_or_repo_id) / "tokenizer.json"
         with reading(path):
-            text = read_text(path)
-            try:
-                return cls(FastTokenizer.from_str(text))
-            except UserError:
-                raise
-            except Exception as error:  # noqa: BLE001 (the library raises no other)
-                raise UserError(f"cannot read the tokenizer {path}: {error}") from None
+            return cls(FastTokenizer.from_str(read_text(path)))
 
     def save_pretrained(self, folder):
         """Write tokenizer.json, and tokenizer_config.json for transformers and vLLM."""
@@ -301,12 +291,12 @@ def train_tokenizer(texts, vocab_size=1024):
     vocab_size byte-level pieces, Qwen's special tokens behind them.
     """
     fast = FastTokenizer(models.BPE())
+    # NFC, words and digits apart, bytes: as in Qwen's tokenizer.json
     fast.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     fast.decoder = decoders.ByteLevel()
-    # NFC, words and digits apart, bytes: as in Qwen's tokenizer.json
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # so nothing is unknown
@@ -327,13 +317,16 @@ def chat(tokenizer, messages, grids=(), merge_size=2, generate=True):
     False. generate=True ends with the assistant's header, ready to generate.
     """
     special = tokenizer.special
-    start, end = special["<|im_start|>"], special["<|im_end|>"]
+    start = [special["<|im_start|>"]]
     grids = iter(grids)
     if not messages or messages[0]["role"] != "system":
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
-    ids, labels = [], []
+    ids = []
+    labels = []
 
-    def add(tokens, learn=False):
+    def add(piece, learn=False):
+        """A text, or the ids of special tokens."""
+        tokens = tokenizer.encode(piece) if isinstance(piece, str) else piece
         ids.extend(tokens)
         labels.extend(tokens if learn else [-100] * len(tokens))
 
@@ -341,9 +334,9 @@ def chat(tokenizer, messages, grids=(), merge_size=2, generate=True):
         answer = message["role"] == "assistant"
         learn = answer and message.get("learn", True)
         text = message["role"] + "\n"  # waits for what follows: BPE may merge across
-        add([start])
+        add(start)
         if answer:  # but not into an answer: generation starts behind the header
-            add(tokenizer.encode(text))
+            add(text)
             text = ""
         content = message["content"]
         if isinstance(content, str):
@@ -353,62 +346,32 @@ def chat(tokenizer, messages, grids=(), merge_size=2, generate=True):
                 text += item["text"]
                 continue
             # every token of a picture has its place, between a start and an end
-            t, h, w = next(grids)
-            pads = [special[f"<|{item['type']}_pad|>"]] * (t * h * w // merge_size**2)
-            add(tokenizer.encode(text))
+            pads = [special[f"<|{item['type']}_pad|>"]] * (math.prod(next(grids)) // merge_size**2)
+            add(text)
             add([special["<|vision_start|>"], *pads, special["<|vision_end|>"]])
             text = ""
         for i, part in enumerate(GROUNDING.split(text) if answer else [text]):
-            add([special[part]] if i % 2 else tokenizer.encode(part), learn)
-        add([end], learn)
-        add(tokenizer.encode("\n"))
+            add([special[part]] if i % 2 else part, learn)
+        add([special["<|im_end|>"]], learn)
+        add("\n")
     if generate:  # the answer's header, for the model to go on
-        add([start, *tokenizer.encode("assistant\n")])
-    assert next(grids, None) is None, "more pictures than places for them in the messages"
+        add(start)
+        add("assistant\n")
     return ids, labels
 
 
-def share_stem(tokenizer, conversations, grids, merge_size):
-    """Conversations about the same pictures as one text: (ids, labels, lengths).
-
-    All up to the last picture is there once, the stem; each goes on from it as a branch, and none
-    sees another. lengths [stem, branch, branch, ...], or [L] of a conversation that is alone.
-    """
-    texts = [chat(tokenizer, messages, grids, merge_size, False) for messages in conversations]
-    ids, labels = texts[0]
-    if len(texts) == 1:  # no branch, so no mask
-        return ids, labels, [len(ids)]
-    picture_end = tokenizer.special["<|vision_end|>"]
-    if picture_end in ids:
-        stem = len(ids) - ids[::-1].index(picture_end)
-    else:  # text alone shares the system's
-        stem = ids.index(tokenizer.special["<|im_end|>"]) + 1
-    ids, labels, lengths = ids[:stem], labels[:stem], [stem]
-    for own_ids, own_labels in texts:  # the first one too: a stem and its branches
-        ids = ids + own_ids[stem:]
-        labels = labels + own_labels[stem:]
-        lengths.append(len(own_ids) - stem)
-    return ids, labels, lengths
-
-
 def collate(rows, pad_id, side="left"):
-    """[(input_ids, labels)] to input_ids, attention_mask and labels (B, L), padded on one side.
+    """Rows of ids to input_ids and attention_mask (B, L), padded on one side.
 
     Left for generation; right for all else, where causal attention then needs no mask.
     """
-    L = max(len(ids) for ids, _ in rows)
-    batch = {
-        "input_ids": torch.full((len(rows), L), pad_id),
-        "attention_mask": torch.zeros(len(rows), L, dtype=torch.long),
-        "labels": torch.full((len(rows), L), -100),
+    # the mask is padded like the ids, so both end in the same places
+    rows = [torch.tensor(row) for row in rows]
+    real = [torch.ones_like(row) for row in rows]
+    return {
+        "input_ids": pad_sequence(rows, True, pad_id, side),
+        "attention_mask": pad_sequence(real, True, 0, side),
     }
-    for b, (ids, labels) in enumerate(rows):
-        start = L - len(ids) if side == "left" else 0
-        place = slice(start, start + len(ids))
-        batch["input_ids"][b, place] = torch.tensor(ids)
-        batch["attention_mask"][b, place] = 1
-        batch["labels"][b, place] = torch.tensor(labels)
-    return batch
 
 
 # ---- both
@@ -437,38 +400,53 @@ class Processor:
 
         images: a list a row, of pictures and of videos (lists of frames). Padded on one side.
         """
-        media = []
-        for item in chain.from_iterable(images):
-            media.append(("video" if isinstance(item, list) else "image", item))
+        kinds = []
+        for row in images:  # whoever calls tells a video by its being a list
+            kinds.append([("video" if isinstance(item, list) else "image") for item in row])
+        media = zip(chain(*kinds), chain(*images))
         inputs, grids = process_media(media, self.image)
+        grids = iter(grids)  # row after row
         rows = []
-        start = 0
-        for row, text in zip(images, texts, strict=True):
-            own = slice(start, start + len(row))
-            content = [{"type": kind} for kind, _ in media[own]]
-            content.append({"type": "text", "text": text})
-            message = {"role": "user", "content": content}
-            rows.append(chat(self.tokenizer, [message], grids[own], self.image.merge_size))
-            start += len(row)
+        for row, text in zip(kinds, texts, strict=True):
+            content = [{"type": kind} for kind in row] + [{"type": "text", "text": text}]
+            messages = [{"role": "user", "content": content}]
+            rows.append(chat(self.tokenizer, messages, grids, self.image.merge_size)[0])
         padded = collate(rows, self.tokenizer.special["<|endoftext|>"], side)
-        padded.pop("labels")  # there is nothing to learn in a question
         return {**padded, **inputs}
 
     def pack(self, rows):
         """Rows end to end: input_ids and labels (1, L), vision inputs, and `segments`.
 
         A row has `media` [("image" | "video", what)] and `conversations`, each about all of them.
-        segments: [stem, branch, ...] or [L] of each row, as `VLM.forward` takes them.
+        What its conversations begin with, up to the last picture, is there once, the stem; each
+        goes on from it as a branch, and none sees another. segments: [stem, branch, ...] of each
+        row, as `VLM.forward` takes them.
         """
         media = chain.from_iterable(row.media for row in rows)
-        batch, grids = process_media(list(media), self.image)
+        batch, grids = process_media(media, self.image)
         grids = iter(grids)  # row after row
-        ids, labels, segments = [], [], []
+        special = self.tokenizer.special
+        ids = []
+        labels = []
+        segments = []
         for row in rows:
             own = [next(grids) for _ in row.media]
-            text = share_stem(self.tokenizer, row.conversations, own, self.image.merge_size)
-            ids += text[0]
-            labels += text[1]
-            segments.append(text[2])
+            # each written out as if it were alone, then cut behind the stem
+            texts = []
+            for messages in row.conversations:
+                texts.append(chat(self.tokenizer, messages, own, self.image.merge_size, False))
+            first, first_labels = texts[0]
+            ends = [i for i, token in enumerate(first) if token == special["<|vision_end|>"]]
+            # text alone shares the system's
+            stem = (ends or [first.index(special["<|im_end|>"])])[-1] + 1
+            ids += first[:stem]
+            labels += first_labels[:stem]
+            lengths = [stem]
+            # the first one too: a stem and its branches
+            for text, learned in texts:
+                ids += text[stem:]
+                labels += learned[stem:]
+                lengths.append(len(text) - stem)
+            segments.append(lengths)
         tensors = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
         return {**batch, **tensors, "segments": segments}

@@ -91,9 +91,8 @@ def prompts(tokenizer, config, side="left"):
             + [{"type": "video"} for _ in videos]
             + [{"type": "text", "text": "Where is the red cube?" * (i + 1)}]
         )
-        rows.append(chat(tokenizer, [{"role": "user", "content": content}], now))
+        rows.append(chat(tokenizer, [{"role": "user", "content": content}], now)[0])
     batch = collate(rows, config.bos_token_id, side)
-    batch.pop("labels")
     return {
         **batch,
         "pixel_values": torch.cat(pixels),

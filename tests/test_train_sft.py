@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import killed_again_and_again, last_state, log_of, spawn_two
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 
 import train_sft
 import trainer
@@ -173,13 +174,15 @@ def test_packing_changes_nothing(folder):
     for _, source, index in mixture.rows_of_step(0, 6):
         rows.append(mixture.sources[source].rows.row(index))
     packed = processor.pack(rows)
-    assert {len(lengths) for lengths in packed["segments"]} == {1, 4}  # a stem, three questions
+    assert {len(lengths) for lengths in packed["segments"]} == {2, 4}  # a stem, three questions
     alone = []
     for row in rows:
         for messages in row.conversations:
             alone.append(processor.pack([train_sft.Row([messages], row.media, {})]))
-    lines = [(batch["input_ids"][0].tolist(), batch["labels"][0].tolist()) for batch in alone]
+    lines = [batch["input_ids"][0].tolist() for batch in alone]
     padded = collate(lines, model.config.bos_token_id, side="right") | {"segments": None}
+    labels = [batch["labels"][0] for batch in alone]
+    padded["labels"] = pad_sequence(labels, batch_first=True, padding_value=-100)
     for name in ("pixel_values", "image_grid_thw"):
         padded[name] = torch.cat([batch[name] for batch in alone if name in batch])
     one, other = gradients(model, packed), gradients(model, padded)
