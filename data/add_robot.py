@@ -2,9 +2,9 @@
 
     python -m data.add_robot --mjcf universal_robots_ur5e/ur5e.xml --name ur5e
 
-Chain, limits, inertias and servos are the file's; links become capsules around its geoms; the
-gripper is that of an arm that is here already. Where the tasks take place follows from how far the
-arm reaches. What cannot be kept (springs, coupled joints, ...) is refused, with the reason.
+Chain, limits, inertias and servos are the file's; its geoms become capsules; the gripper, with its
+fingers and wrist camera, is the xArm-6's. Where the tasks take place follows from how far the arm
+reaches. What cannot be kept (springs, coupled joints, ...) is refused, with the reason.
 
 The chain stays as MuJoCo compiled it, body by body: all poses are in the frame of the body before.
 """
@@ -21,9 +21,10 @@ from data.robots import ARMS, Kinematics, Robot, get_robot
 from data.simulator import mujoco
 from files import atomic, reading
 
-MOST_CAPSULES = 4  # of one body, the largest
-GAINS = (1000.0, 100.0)  # N m/rad, N m s/rad: for joints whose file has no position servo
-TORQUE = 87.0  # N m, for those if it has no limit either
+GRIPPER = "xarm6"  # the arm whose file is the template: its hand sits at the origin of its flange
+KP = 1000.0  # N m/rad, of joints whose file has no position servo
+KV = 100.0  # N m s/rad, of those
+TORQUE = 87.0  # N m, of those if it has no limit either
 SPEED = 2.0  # rad/s, velocity limit of the joints: MJCF has none
 
 
@@ -33,8 +34,14 @@ class AddConfig:
     name: str = ""  # what to call it: lower case, no spaces
     site: str = "attachment_site"  # site or body at the flange
     axes: str = ""  # its axes outwards and along the fingers' way, such as x,-y; empty: z,y
-    base: str = ""  # body that stands on the table; empty: the one that holds the first joint
-    gripper: str = "xarm6"  # robot whose gripper, fingers and wrist camera it gets
+    base: str = ""  # body that stands on the table; empty: the chain's first
+
+
+def refuse(reasons):
+    """UserError with the first of {reason: bool} that holds."""
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(reason)
 
 
 # ---- the user's file
@@ -48,15 +55,13 @@ def read_model(config):
     places = [place.name for place in spec.bodies[1:] + spec.sites]
     choose(config.site, places, "--site (a site or a body)")
     if not spec.site(config.site):
-        if not config.axes:
-            raise UserError(f"{config.site} is a body: say which way it looks, as with --axes z,y")
         spec.body(config.site).add_site(name=config.site)
         model = spec.compile()
     return model
 
 
 def find_path(model, config):
-    """Body ids from the table to the flange. UserError if they are no chain of hinges."""
+    """Body ids from the base to the flange. UserError if they are no chain of hinges."""
     data = mujoco.MjData(model)
     mujoco.mj_kinematics(model, data)
     flange = data.site(config.site)
@@ -66,61 +71,52 @@ def find_path(model, config):
     turning = [body for body in path if model.body_jntnum[body]]
     for body in turning:
         refuse_what_is_lost(model, body)
-    if len(turning) < 5:
-        raise UserError(f"{len(turning)} joints before {config.site}: the tasks need five")
+    few = f"{len(turning)} joints before {config.site}: the tasks need five"
+    refuse({few: len(turning) < 5})
 
-    # What is not told is checked: the way from the last joint but one to the flange leads outwards.
+    if path[0] == turning[0]:
+        path.insert(0, 0)  # it stands on the world itself
+    names = [model.body(body).name for body in path[: path.index(turning[0])]]
+    # What is not told is checked: what lies before the first joint is no pedestal, and the way
+    # from the last joint but one to the flange leads outwards.
+    column = data.body(names[-1]).xpos - data.body(names[0]).xpos
+    pedestal = np.any(np.abs(column) > 0.01)
     away = (flange.xpos - data.xpos[turning[-2]]) @ flange.xmat.reshape(3, 3)
-    if not config.axes and away[2] < 0.3 * np.linalg.norm(away):
-        axis = "xyz"[np.abs(away).argmax()]
-        raise UserError(
-            f"is z of {config.site} outwards and y along the fingers' way? By the look of the arm "
-            f"it is {axis} that points away: say it with --axes, such as z,y"
-        )
-    fixed = path[: path.index(turning[0])]
-    names = [model.body(body).name for body in fixed]
-    # is the last of several on a pedestal, or on a column of its own?
-    high = fixed and abs(data.xpos[fixed[-1], 2]) > 0.01
-    if len(fixed) > 1 and high and not config.base:
-        raise UserError(f"say with --base which stands on the table: {', '.join(names)}")
-    if fixed:  # what it stands on in the file is left out
-        base = choose(config.base or names[-1], names, "--base")
-        path = path[names.index(base) :]
-    return path
+    sideways = away[2] < 0.3 * np.linalg.norm(away)
+    which = f"say with --base which stands on the table: {', '.join(names)}"
+    turned = f"z of {config.site} is not outwards: say with --axes which is, such as x,y"
+    refuse({which: pedestal and not config.base, turned: sideways and not config.axes})
+    base = choose(config.base or names[0], names, "--base")
+    return path[names.index(base) :]  # what it stands on in the file is left out
 
 
 def refuse_what_is_lost(model, body):
     """UserError for a body whose joint is more than a hinge with a servo."""
     joint = model.body_jntadr[body]
+    several = model.body_jntnum[body] > 1
     hinge = model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_HINGE  # no slide, ball or free base
+    driven = model.actuator_trnid[model.actuator_trntype < 2, 0]
     coupled = model.eq_type == mujoco.mjtEq.mjEQ_JOINT
     partners = np.append(model.eq_obj1id[coupled], model.eq_obj2id[coupled])
     wrapped = model.wrap_type == mujoco.mjtWrap.mjWRAP_JOINT
     reasons = {
-        "must be the one hinge of its body": not hinge or model.body_jntnum[body] > 1,
+        "must be the one hinge of its body": several or not hinge,
         "has a spring": np.any(model.jnt_stiffness[joint]),
+        "has two actuators": np.sum(driven == joint) > 1,
         "is coupled to another": joint in partners,
         "is pulled by a tendon": joint in model.wrap_objid[wrapped],
     }
-    for reason, holds in reasons.items():
-        if holds:
-            name = model.body(body).name
-            raise UserError(f"the joint of body {name} {reason}: such arms cannot be kept")
+    whose = f"cannot be kept: the joint of body {model.body(body).name}"
+    refuse({f"{whose} {reason}": holds for reason, holds in reasons.items()})
 
 
 def measure_servos(model, joints):
-    """kp (n,) N m/rad, kv (n,), torques (n, 2) N m and targets (n, 2) rad of n joints' servos.
+    """(n, 5) of n joints' servos: kp N m/rad, kv, torque N m, lowest and highest target rad.
 
     MuJoCo is asked what arrives at the joints, whatever gears, gains and limits lie between; the
-    model is changed. Without a position servo: GAINS, and TORQUE unless the file has a limit.
+    model is changed. Zeros where the file has no position servo, or no limit of torque.
     """
-    of_joint = model.actuator_trntype <= int(mujoco.mjtTrn.mjTRN_JOINTINPARENT)
-    position = of_joint & (model.actuator_biasprm[:, 1] < 0)
-    driven = model.actuator_trnid[:, 0]
-    beside = ~position & np.isin(driven, driven[position])
-    model.actuator_gainprm[beside] = 0  # a velocity servo's target would follow the motion
-    model.actuator_biasprm[beside] = 0
-    model.body_gravcomp[:] = 0  # it can be counted among the actuators' torques
+    model.opt.gravity[:] = 0  # its compensation can be counted among the actuators' torques
     data = mujoco.MjData(model)
 
     def torque(ctrl=0.0, angle=0.0, speed=0.0):
@@ -132,40 +128,34 @@ def measure_servos(model, joints):
         return data.qfrc_actuator[model.jnt_dofadr[joints]]  # a copy
 
     # Driven as far as it goes, and against a joint that is far away and fast, a servo gives all
-    # that it has; a motor does so by its own limit of control.
+    # that it has; a motor does so by its own limit of control. The weaker way counts.
     most = 1e8
-    lowest = torque(-most, most, most)
-    highest = torque(most, -most, -most)
-    torques = np.sort([lowest, highest], axis=0)  # a gear may be negative
-    idle = ~torques.any(axis=0)  # nothing drives these: the joint has a limit, or 0 0 for none
-    torques[:, idle] = model.jnt_actfrcrange[joints][idle].T
+    ways = [torque(-most, most, most), torque(most, -most, -most)]
+    torques = np.abs(ways).min(axis=0)
+    torques[torques == 0] = model.jnt_actfrcrange[joints, 1][torques == 0]  # nothing drives it
+    torques[torques > 1e6] = 0  # without a limit
 
     # Without limits of force a servo is linear: differences are its gains, zeros its targets.
     model.actuator_forcelimited[:] = 0
     model.jnt_actfrclimited[:] = 0
-    rest = torque()
-    kp = rest - torque(angle=1.0)
-    kv = rest - torque(speed=1.0)
-    ends = np.sort([torque(-most), torque(most)], axis=0)
-    servo = kp > 0
-    kp = np.where(servo, kp, GAINS[0])
-    kv = np.where(servo, kv, GAINS[1])
-    targets = np.where(servo, ends / kp, [[-most], [most]])
-    unlimited = (np.abs(torques) > 1e6) | (torques == 0)
-    default = np.where(servo, 0, [[-TORQUE], [TORQUE]])  # 0 0 is no limit in MJCF
-    torques = np.where(unlimited, default, torques)
-    return kp, kv, torques.T, targets.T
+    kp = torque() - torque(angle=1.0)
+    kv = torque() - torque(speed=1.0)
+    ends = [torque(-most), torque(most)]
+    targets = np.sort(ends, axis=0) / np.maximum(kp, 1e-9)  # a gear may be negative
+    return np.transpose([kp, kv, torques, *targets])
 
 
 # ---- the new file: the gripper's own, with another arm under its hand
 
 
 def add(parent, tag, **attributes):
-    """A new element, with numbers as MJCF writes them."""
+    """A new element, whose attributes are text or numbers."""
+    element = ET.SubElement(parent, tag)
     for name, value in attributes.items():
         if not isinstance(value, str):
-            attributes[name] = " ".join(f"{number:.9g}" for number in np.ravel(value))
-    return ET.SubElement(parent, tag, attributes)
+            value = " ".join(f"{number:.9g}" for number in np.ravel(value))
+        element.set(name, value)
+    return element
 
 
 def xy_axes(words):
@@ -180,40 +170,36 @@ def xy_axes(words):
     return np.cross(y, z), y
 
 
-def add_body(parent, model, i, name, place):
-    """A body with the mass of the file's body `i`, and capsules around its largest geoms."""
-    body = add(parent, "body", name=name, gravcomp="1", **place)
+def fill_body(body, model, i):
+    """Give `body` the mass of the file's body `i`, and an ellipsoid for each of its geoms."""
     add(
         body,
         "inertial",
         pos=model.body_ipos[i],
         quat=model.body_iquat[i],
-        mass=max(model.body_mass[i], 1e-6),
-        diaginertia=model.body_inertia[i] + 1e-6,
+        mass=model.body_mass[i],
+        diaginertia=model.body_inertia[i] + 1e-6,  # rounded, a flat one would be refused
     )
-    mine = model.geom_bodyid == i
-    mine &= model.geom_type != mujoco.mjtGeom.mjGEOM_PLANE  # without an end
-    solid = mine & (model.geom_contype > 0)  # what collides, if anything does
-    geoms = np.flatnonzero(solid if solid.any() else mine)
-    volumes = model.geom_aabb[geoms, 3:].prod(axis=1)
-    for g in geoms[np.argsort(-volumes)][:MOST_CAPSULES]:
+    for g in np.flatnonzero(model.geom_bodyid == i):
         center, half = np.split(model.geom_aabb[g], 2)
-        radius = np.sort(half)[:2].mean()  # the longest side is the capsule's axis
-        way = np.eye(3)[half.argmax()] * max(half.max() - radius, 1e-4)
-        if radius > 0.005:  # m; screws and labels are left out
+        if half.min() > 0.005 and half.max() < 1:  # m; screws, labels and planes are left out
             frame = add(body, "frame", pos=model.geom_pos[g], quat=model.geom_quat[g])
-            ends = [center - way, center + way]
-            add(frame, "geom", fromto=ends, size=radius)
-    return body
+            add(frame, "geom", type="ellipsoid", pos=center, size=half)
 
 
-def add_joint(body, actuators, model, joint, name, servo):
-    """A hinge and its servo, inside the joint's limits and the servo's."""
-    kp, kv, torques, limits = servo
+def add_joint(body, actuators, model, joint, servo):
+    """A hinge and its servo, a row of measure_servos, inside the limits of both."""
+    kp, kv, torque, *limits = servo
+    if kp <= 0:  # the file has none that holds a position
+        kp = KP
+        kv = KV
+        torque = torque or TORQUE
+        limits = (-np.inf, np.inf)
+    limits = np.clip(limits, -2 * np.pi, 2 * np.pi)
     if model.jnt_limited[joint]:
         limits = np.clip(limits, *model.jnt_range[joint])
-    limits = np.clip(limits, -2 * np.pi, 2 * np.pi)
     dof = model.jnt_dofadr[joint]
+    name = f"joint{joint}"
     add(
         body,
         "joint",
@@ -226,68 +212,45 @@ def add_joint(body, actuators, model, joint, name, servo):
         damping=model.dof_damping[dof],
         frictionloss=model.dof_frictionloss[dof],
     )
-    add(
-        actuators,
-        "position",
-        joint=name,
-        kp=kp,
-        kv=kv,
-        ctrlrange=limits,
-        forcerange=torques,
-    )
+    ranges = {"ctrlrange": limits, "forcerange": (-torque, torque)}  # 0 0 is no limit in MJCF
+    add(actuators, "position", joint=name, kp=kp, kv=kv, **ranges)
 
 
 def write_arm(config, root):
-    """Put the arm into `root`, the parsed file of the one whose gripper it gets; its first pose."""
+    """Put the arm into `root`, the gripper's parsed file; how many joints it has."""
     model = read_model(config)
     path = find_path(model, config)
-    joints = model.body_jntadr[path]
-    joints = joints[joints >= 0]
-
+    flange = model.site(config.site)
     hand = root.find(".//body[@name='hand']")
-    camera = root.find(".//camera")
-    if hand.find(".//camera") is None:  # it is fixed to the flange, where the hand is turned
-        turn = get_robot(config.gripper).model.body("hand").quat
-        add(hand, "frame", quat=turn * (-1, 1, 1, 1)).append(camera)
+    hand.append(root.find(".//camera"))
     world = root.find("worldbody")
     actuators = root.find("actuator")
     contact = root.find("contact")
     fingers = actuators[-1]
-    for element in (world, actuators, contact):
-        element.clear()
-    servos = zip(*measure_servos(model, joints), strict=True)
+    for section in (world, actuators, contact):
+        section.clear()
+
+    joints = model.body_jntadr[path]
+    joints = joints[joints >= 0]
+    servos = dict(zip(joints, measure_servos(model, joints), strict=True))
+    # where the base stood in the file does not matter
     body = add(world, "body", name="base", childclass="link")
-    depths = {"base": 0}  # {body: joints before it}
-    depth = 0
-    for i in path:
+    fill_body(body, model, path[0])
+    for i in path[1:]:
         place = {"pos": model.body_pos[i], "quat": model.body_quat[i]}
-        turns = model.body_jntnum[i] > 0
-        if i == path[0]:  # wherever it stood in the file; if it turns, that is above the floor
-            place = place | {"pos": place["pos"] * (0, 0, 1)} if turns else {}
-        depth += turns
-        name = f"link{depth}" if turns else f"part{i}"
-        depths[name] = depth
-        body = add_body(body, model, i, name, place)
-        if turns:
-            joint = model.body_jntadr[i]
-            add_joint(body, actuators, model, joint, f"joint{depth}", next(servos))
+        body = add(body, "body", name=f"part{i}", gravcomp="1", **place)
+        fill_body(body, model, i)
+        joint = model.body_jntadr[i]
+        if joint in servos:
+            add_joint(body, actuators, model, joint, servos[joint])
     actuators.append(fingers)
-    flange = model.site(config.site)
     body = add(body, "frame", pos=flange.pos, quat=flange.quat)
-    # where and how the hand sat on its own arm is forgotten
-    hand.set("pos", "0 0 0")
-    hand.set("quat", "1 0 0 0")
     turned = add(body, "frame", xyaxes=xy_axes(config.axes or "z,y"))
     turned.append(hand)
-
-    # Capsules overlap at their joints: only links more than three apart are checked.
-    depths |= dict.fromkeys(("hand", "left_finger", "right_finger"), depth + 1)
-    for body1, body2 in combinations(depths, 2):
-        if depths[body2] - depths[body1] <= 3:
-            add(contact, "exclude", body1=body1, body2=body2)
-    # a file's first key is its rest pose, as in MuJoCo Menagerie
-    home = model.key_qpos[0] if model.nkey else model.qpos0
-    return home[model.jnt_qposadr[joints]]
+    # bodies overlap at their joints: an arm does not collide with itself
+    for body1, body2 in combinations(world.iter("body"), 2):
+        add(contact, "exclude", body1=body1.get("name"), body2=body2.get("name"))
+    return len(joints)
 
 
 # ---- where the tasks take place
@@ -299,9 +262,8 @@ def point_down(kinematics, start, distance, height):
     The closing axis points to the left or to the right, as it does at `start`.
     """
     _, rotation = kinematics.forward(start)
-    z = np.array([0, 0, -1.0])
-    y = np.array([0, np.sign(rotation[1, 1]), 0.0])
-    down = np.column_stack([np.cross(y, z), y, z])
+    side = np.sign(rotation[1, 1])
+    down = np.diag([-side, side, -1])
     qpos = kinematics.solve_ik(np.array([distance, 0, height]), down, start)
     links = kinematics.model.jnt_bodyid[1 : len(start)]
     low = kinematics.data.xpos[links, 2].min() < 0.03
@@ -325,29 +287,23 @@ def find_workspace(robot):
     kinematics = Kinematics(robot)
     low, high = np.clip(robot.joint_range.T, -np.pi, np.pi)  # one turn is enough to look at
     starts = np.random.default_rng(0).uniform(low, high, (80, robot.dof))
-    kinematics.forward(robot.home)  # distances between joints are the same in any pose
-    joints = kinematics.data.xpos[robot.model.jnt_bodyid[: robot.dof]]  # (dof, 3) m
-    lengths = np.linalg.norm(np.diff(joints, axis=0, prepend=0), axis=1)
-    span = lengths.sum()  # m, of the arm stretched out
-    best = (-np.inf, 0.0, 0.0)
-    for start in [robot.home, (low + high) / 2, *starts]:
-        qpos = point_down(kinematics, start, 0.5 * span, 0.12 * span)
+    # where to begin: not quite half of the arm stretched out
+    middle = 0.4 * np.linalg.norm(robot.model.body_pos, axis=1).sum()  # m
+    best = (0.0, 0.0, 0.0)
+    for start in [(low + high) / 2, *starts]:
+        qpos = point_down(kinematics, start, middle, 0.3 * middle)
         if qpos is not None:
-            near = farthest(kinematics, qpos, 0.5 * span, -0.01)
-            far = farthest(kinematics, qpos, 0.5 * span, 0.01)
+            near = farthest(kinematics, qpos, middle, -0.01)
+            far = farthest(kinematics, qpos, middle, 0.01)
             bent = np.abs(qpos - robot.joint_range.mean(axis=1)).max()
-            score = far - near - 0.05 * bent
-            best = max(best, (score, near, far, list(qpos)))
+            best = max(best, (1 + far - near - 0.05 * bent, near, far, *qpos))
     _, near, far, *home = best  # none where no pose was found
-    if far - near < 0.2:
-        raise UserError(
-            "this arm's hand cannot point straight down along 0.2 m of the table; its first joint "
-            f"is {joints[0, 2]:.2f} m above it: are --base, --site and --axes right?"
-        )
+    short = "this arm's hand cannot point straight down along 0.2 m of the table"
+    refuse({f"{short}: are --base, --site and --axes right?": far - near < 0.2})
     scale = min(1.0, round((far - near) / 0.53, 2))  # 1 for arms with 0.53 m, as the xArms
     center = far - 0.21 * scale
     # 20 cm above the near half of the region, at scale 1
-    rest = point_down(kinematics, home[0], center - 0.05 * scale, 0.2 * scale)
+    rest = point_down(kinematics, home, center - 0.05 * scale, 0.2 * scale)
     return {
         "home": home if rest is None else rest,
         "reach": (near, far),
@@ -360,34 +316,39 @@ def find_workspace(robot):
 
 def convert(config, path):
     """Write the arm that config.mjcf describes to `path`; its Robot. UserError: it cannot be kept."""
-    tree = ET.parse(get_robot(config.gripper).path)
+    tree = ET.parse(get_robot(GRIPPER).path)
     root = tree.getroot()
-    home = write_arm(config, root)
+    dof = write_arm(config, root)
     root.set("model", config.name)
     root.find(".//text").set("data", config.name)
 
-    def write(numbers):
-        for name, value in numbers.items():
-            text = " ".join(f"{number:.4g}" for number in np.ravel(value))
-            root.find(f".//numeric[@name='{name}']").set("data", text)
+    def write(values):
+        custom = root.find("custom")
+        for name, value in values.items():
+            custom.remove(custom.find(f"numeric[@name='{name}']"))
+            add(custom, "numeric", name=name, data=value)
         ET.indent(tree)
         tree.write(path)
         return Robot(config.name, path)
 
     # the workspace is found with the arm as it stands in the file
-    robot = write({"home": home, "velocity_limit": [SPEED] * len(home)})
+    robot = write({"home": np.zeros(dof), "velocity_limit": np.full(dof, SPEED)})
     return write(find_workspace(robot))
 
 
 def main():
     config = parse(AddConfig, description="Add your own arm, from its MJCF file.")
-    if "" in (config.mjcf, config.name):
-        raise UserError("say which arm: python -m data.add_robot --mjcf arm.xml --name my_arm")
     path = ARMS / f"{config.name}.xml"
-    if not re.fullmatch("[a-z][a-z0-9_]*", config.name):
-        raise UserError(f"--name {config.name}: lower-case letters, digits and underscores only")
-    if path.exists():
-        raise UserError(f"--name {config.name}: there is such a robot already; delete {path} first")
+    named = f"--name {config.name}:"
+    plain = re.fullmatch("[a-z][a-z0-9_]*", config.name)
+    missing = "" in (config.mjcf, config.name)
+    refuse(
+        {
+            "say which arm: python -m data.add_robot --mjcf arm.xml --name my_arm": missing,
+            f"{named} lower-case letters, digits and underscores only": not plain,
+            f"{named} there is such a robot already; delete {path} first": path.exists(),
+        }
+    )
     with atomic(path) as temporary:  # a refusal leaves nothing behind
         robot = convert(config, temporary)
     print(
