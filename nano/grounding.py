@@ -100,14 +100,14 @@ class Scene:
         return self.centers[0, CLASSES.index(place if place in CLASSES else "nothing"), :2]
 
 
-def option_tokens(ids, options, tokenizer, begin=0):
-    """Where in ids, from `begin` on, the first token of each option is that tells it from others."""
+def option_tokens(ids, options, tokenizer):
+    """Where in ids the first token of each option is that tells it from the others."""
     spans = []
     for letter, option in zip(LETTERS, options):
         head = tokenizer.encode(f" {letter})")
         # a space, a letter and a bracket begin pieces of BPE: in the question the tokens are the same
         text = list(tokenizer.encode(f" {letter}) {option}"))
-        start = begin
+        start = 0
         while ids[start : start + len(text)] != text:
             start += 1
             assert start < len(ids), f"the question lacks {letter}) {option}"
@@ -120,15 +120,15 @@ def option_tokens(ids, options, tokenizer, begin=0):
     return tokens
 
 
-def question_targets(question, scene, ids, labels, span, tokenizer):
-    """(tokens, numbers (N, NUMBERS), weights) of a question that has this span of ids and labels.
+def question_targets(question, scene, ids, labels, tokenizer):
+    """(tokens, numbers (N, NUMBERS), weights) of a question with these ids and labels.
 
     Tokens that the answer is predicted from, then one of each option of a choice.
     """
-    tokens = [i - 1 for i in range(*span) if labels[i] >= 0]  # token i predicts i + 1
+    tokens = [i - 1 for i, label in enumerate(labels) if label >= 0]  # token i predicts i + 1
     n = len(tokens)
     options = question["options"] if question["form"] == "choice" else []
-    tokens += option_tokens(ids, options, tokenizer, span[0])
+    tokens += option_tokens(ids, options, tokenizer)
     numbers = np.full((len(tokens), NUMBERS), np.nan)
     numbers[:, MOMENTS:] = scene.moments(question.get("labels", []))
     numbers[:n, :RIGHT] = scene.find(question.get("place"))
@@ -177,7 +177,8 @@ class Grounding(nn.Module):
         ids = batch["input_ids"][0].tolist()
         labels = batch["labels"][0].tolist()
         scenes = [Scene(row.record.get("grounding"), len(row.media)) for row in rows]
-        columns = [], [], []
+        tokens, weights = [], []
+        numbers = [np.zeros((0, NUMBERS))]
         stop = 0  # where a row ends among the packed tokens
         for row, scene, lengths in zip(rows, scenes, batch["segments"]):
             stops = stop + np.cumsum(lengths)
@@ -186,19 +187,19 @@ class Grounding(nn.Module):
             spans = zip(stops - lengths, stops)
             # the last ones are its questions, behind the stem if that stands apart
             spans = list(spans)[-len(questions) :]
-            for question, span in zip(questions, spans):
-                parts = question_targets(question, scene, ids, labels, span, self.tokenizer)
-                for column, part in zip(columns, parts):
-                    column.extend(part)
-        tokens, numbers, weights = columns
-        numbers = np.array(numbers).reshape(-1, NUMBERS)  # even of no token
+            for question, (start, end) in zip(questions, spans):
+                text = ids[start:end], labels[start:end], self.tokenizer
+                places, known, counts = question_targets(question, scene, *text)
+                tokens += [start + place for place in places]
+                numbers.append(known)
+                weights += counts
         classes = np.vstack([scene.classes for scene in scenes])  # (V, 64)
         places = np.vstack([scene.places() for scene in scenes])  # (V, 64, 5)
         return {
             "patch_class": torch.tensor(classes).flatten(),
             "patch_place": torch.tensor(places).flatten(0, 1).float(),
             "answer_token": torch.tensor(tokens, dtype=torch.long),
-            "answer_number": torch.tensor(numbers).float(),
+            "answer_number": torch.tensor(np.vstack(numbers)).float(),
             "answer_weight": torch.tensor(weights),
         }
 
