@@ -18,6 +18,8 @@ is what nothing is known of, and nobody learns.
 Letters: P patches of all pictures, C classes, N tokens of answers and options.
 """
 
+import itertools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -43,11 +45,10 @@ NUMBERS = sum(PARTS)
 RIGHT = 2  # where among them
 LETTER = 3  # from -2 for A on
 MOMENTS = 4  # this and all behind it
-# Of each number, beside the words' own loss: 0.3 a part; at 1 they drown the words.
-ANSWER_WEIGHT = torch.cat([torch.full([n], 0.3 / n) for n in PARTS])
+ANSWER_WEIGHT = 0.3  # of each part, beside the words' own loss; at 1 they drown them
 L1 = {"beta": 0.1}  # a tenth of a patch, or a centimeter, is near enough for squares
-ROWS, COLUMNS = np.indices((GRID, GRID)).reshape(2, -1)
-LATTICE = np.stack([COLUMNS, ROWS], 1) + 0.5 - GRID / 2  # (64, 2), patches' places
+CELLS = itertools.product(range(GRID), repeat=2)
+LATTICE = np.array([(x + 0.5, y + 0.5) for y, x in CELLS]) - GRID / 2  # (64, 2), patches' places
 
 
 # ---- targets
@@ -75,9 +76,7 @@ class Scene:
         gripper = self.centers[:, 1]
         way = np.linalg.norm(gripper[AFTER] - gripper[BEFORE], axis=1)
         # The root, so that small moves count as well. Two cameras do not see one move.
-        self.ways = way**0.5
-        if V <= len(VIEWS):
-            self.ways[:] = np.nan
+        self.ways = way**0.5 if V > len(VIEWS) else np.full_like(way, np.nan)
 
     def places(self):
         """(V, 64, 5): of each patch the center of what it shows from its own, and its place."""
@@ -107,10 +106,7 @@ def option_tokens(ids, options, tokenizer):
         head = tokenizer.encode(f" {letter})")
         # a space, a letter and a bracket begin pieces of BPE: in the question the tokens are the same
         text = list(tokenizer.encode(f" {letter}) {option}"))
-        start = 0
-        while ids[start : start + len(text)] != text:
-            start += 1
-            assert start < len(ids), f"the question lacks {letter}) {option}"
+        start = next(i for i in range(len(ids)) if ids[i : i + len(text)] == text)
         spans.append(range(start + len(head), start + len(text)))
     tokens = []
     for span in spans:
@@ -186,32 +182,31 @@ class Grounding(nn.Module):
             questions = row.record.get("questions", [])
             spans = zip(stops - lengths, stops)
             # the last ones are its questions, behind the stem if that stands apart
-            spans = list(spans)[-len(questions) :]
-            for question, (start, end) in zip(questions, spans):
+            for question, (start, end) in zip(questions, list(spans)[-len(questions) :]):
                 text = ids[start:end], labels[start:end], self.tokenizer
                 places, known, counts = question_targets(question, scene, *text)
                 tokens += [start + place for place in places]
                 numbers.append(known)
                 weights += counts
-        classes = np.vstack([scene.classes for scene in scenes])  # (V, 64)
-        places = np.vstack([scene.places() for scene in scenes])  # (V, 64, 5)
+        classes = np.concatenate([scene.classes for scene in scenes])
+        places = np.concatenate([scene.places() for scene in scenes])
         return {
-            "patch_class": torch.tensor(classes).flatten(),
-            "patch_place": torch.tensor(places).flatten(0, 1).float(),
+            "patch_class": torch.tensor(classes).flatten(),  # (V, 64) to (P,)
+            "patch_place": torch.tensor(places).flatten(0, 1).float(),  # (V, 64, 5) to (P, 5)
             "answer_token": torch.tensor(tokens, dtype=torch.long),
-            "answer_number": torch.tensor(np.vstack(numbers)).float(),
+            "answer_number": torch.tensor(np.concatenate(numbers)).float(),
             "answer_weight": torch.tensor(weights),
         }
 
     def count(self, batch):
         """What losses are divided by: patches by weight, those near the center of what they show,
-        and of each of NUMBERS the tokens that learn it, by weight."""
+        and of each of PARTS the tokens that learn it, by weight."""
         classes = batch["patch_class"]
-        patches = (classes > 0).sum() + NOTHING_WEIGHT * (classes == 0).sum()
-        near = batch["patch_place"][:, 0].isfinite().sum()
-        known = batch["answer_number"].isfinite()  # (N, NUMBERS)
-        tokens = batch["answer_weight"] @ known.float()
-        return [float(patches), float(near), *tokens.tolist()]
+        shares = [(classes > 0).sum() + NOTHING_WEIGHT * (classes == 0).sum()]
+        shares.append(batch["patch_place"][:, 0].isfinite().sum())
+        for part in batch["answer_number"].split(PARTS, 1):
+            shares.append(batch["answer_weight"][part.isfinite().any(1)].sum())
+        return [float(share) for share in shares]
 
     def read_patches(self, out, batch):
         """{"vit", "llm"}: classes (P, C) and places (P, 3 or 5) of all patches in reading order."""
@@ -220,22 +215,17 @@ class Grounding(nn.Module):
         images = batch["input_ids"] == self.image_token
         tokens = self.llm(out.hidden_states[self.intent_layer][images])  # (P / m², m² (C + 5))
         m = self.merge
-        side = GRID // m
-        # (P, C + 5)
-        llm = rearrange(tokens, "(n h w) (a b c) -> (n h a w b) c", a=m, b=m, h=side, w=side)
-        vit = self.vit(out.patch_features)
-        return {"vit": vit.tensor_split([C], 1), "llm": llm.tensor_split([C], 1)}
+        sizes = {"a": m, "b": m, "h": GRID // m, "w": GRID // m}
+        llm = rearrange(tokens, "(n h w) (a b c) -> (n h a w b) c", **sizes)  # (P, C + 5)
+        read = {"vit": self.vit(out.patch_features), "llm": llm}
+        return {name: part.tensor_split([C], 1) for name, part in read.items()}
 
     def read_answers(self, out, batch):
         """[(N, NUMBERS)] from two blocks below the top and from there."""
         if out.logits is None or not len(batch["answer_token"]):
             return []
-        below, top = self.answer
-        tokens = batch["answer_token"]
-        return [
-            below(out.hidden_states[self.below][0, tokens]),
-            top(out.hidden_states[-1][0, tokens]),
-        ]
+        hidden = out.hidden_states[self.below], out.hidden_states[-1]
+        return [head(h[0, batch["answer_token"]]) for head, h in zip(self.answer, hidden)]
 
     def losses(self, out, batch, totals):
         """A batch's share of a step's losses, by name: cross-entropy of classes and smooth L1 of
@@ -255,11 +245,13 @@ class Grounding(nn.Module):
         for read in self.read_answers(out, batch):
             error = F.smooth_l1_loss(read, truth, **L1, reduction="none")  # (N, NUMBERS)
             # logistic: half a hint is worth something, which L1 denies
-            agreed = read[:, RIGHT] * truth[:, RIGHT]
-            error[:, RIGHT] = F.softplus(-agreed)
-            weighted = error * known * batch["answer_weight"][:, None]
-            share = (ANSWER_WEIGHT / torch.tensor(totals[2:])).to(weighted.device)  # (NUMBERS,)
-            losses["answers"] = losses["answers"] + (weighted.sum(0) * share).sum()
+            error[:, RIGHT] = F.softplus(-read[:, RIGHT] * truth[:, RIGHT])
+            error = error * known
+            parts = zip(error.split(PARTS, 1), known.split(PARTS, 1), totals[2:])
+            for part, there, total in parts:
+                mean = part.sum(1) / there.sum(1).clamp(min=1)  # (N,)
+                share = (mean * batch["answer_weight"]).sum() / total
+                losses["answers"] = losses["answers"] + ANSWER_WEIGHT * share
         return losses
 
     def figures(self, out, batch):
@@ -267,8 +259,7 @@ class Grounding(nn.Module):
         figures = {}
         shows = batch["patch_class"] > 0
         for name, (classes, places) in self.read_patches(out, batch).items():
-            offset = places[:, :2] - batch["patch_place"][:, :2]
-            error = offset.norm(dim=1) * PATCH
+            error = (places[:, :2] - batch["patch_place"][:, :2]).norm(dim=1) * PATCH
             hit = classes.argmax(1) == batch["patch_class"]
             figures[f"center_error_px_{name}"] = error[error.isfinite()]
             figures[f"object_accuracy_{name}"] = hit[shows].float()

@@ -84,7 +84,7 @@ def row(name, rng, pictures, held_out):
         # an answer that ends in a letter also trains the heads on options
         "form": "choice" if options and answer[-1] in LETTERS else "words",
         "chance": 1 / len(options) if options else 0.0,
-        "held_out": held_out,  # the wording
+        "held_out": held_out,
         "options": options,
     }
     images = [rng.choice(pictures)] if name == "refusal" else []
@@ -96,7 +96,6 @@ def draw_pictures(config):
     names = []
     for i, cell in zip(range(config.pictures), itertools.cycle(itertools.product(ROBOTS, TASKS))):
         names.append(f"pictures/{i:03d}.png")
-        # a compiled scene is shared, so that an env costs little
         env = TabletopEnv(*cell)
         observation, _ = env.reset(FIRST_SEED + i)
         with atomic(Path(config.out, names[i])) as path:

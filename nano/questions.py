@@ -108,13 +108,10 @@ class Asker:
         # whoever cannot see shall gain nothing from knowing what is usual
         if options and "usual" not in kind:
             given = self.given[name, *about, *options]
-            rarest = min(given[option] for option in options)
-            if given[answer] > rarest + kind.get("ahead", 0):
+            if given[answer] > min(given[option] for option in options) + kind.get("ahead", 0):
                 return
             given[answer] += 1
-        wordings = WORDINGS[name]["held_out" if self.held_out else "seen"]
-        text = self.pick(wordings)
-        # the one thing whose name begins with a vowel
+        text = self.pick(WORDINGS[name]["held_out" if self.held_out else "seen"])
         text = text.format(*words).replace(" a orange", " an orange")
         form = self.pick(kind["forms"])
         question = {
@@ -126,7 +123,6 @@ class Asker:
             "held_out": self.held_out,
             "labels": sorted(labels, key=text.index),  # some wordings turn them round
         }
-        # only what there is: a record is read by people too
         if place:
             question["place"] = place
         if form == "yes/no":
@@ -138,8 +134,7 @@ class Asker:
     def list_options(self, question, options):
         """Add the answer and at most three other options to a question, in any order."""
         answer = question["answer"]
-        others = [option for option in options if option != answer]
-        others = self.rng.permutation(others)[:3]
+        others = self.rng.permutation([option for option in options if option != answer])[:3]
         listed = self.rng.permutation([answer, *others]).tolist()
         for letter, option in zip(LETTERS, listed):
             question["question"] += f" {letter}) {option}"
@@ -171,9 +166,8 @@ class Asker:
                 self.yes_no("existence", label in visible, [label])
         # at most three spare ones, and none hidden of its own
         counts = [str(own + more) for more in range(4)]
-        cubes = [label for label in visible if "cube" in label]
-        number = str(len(cubes))
-        if number in counts:  # else a thing hides, or the count would tell the task
+        number = str(sum("cube" in label for label in visible))
+        if number in counts:
             self.ask("counting", number, options=counts)
         colors = [COLORS[label] for label in visible]
         for label, color in zip(visible, colors):
@@ -208,8 +202,6 @@ class Asker:
         for a, b in permutations(visible, 2):
             *_, step, _ = np.subtract(front[b], front[a])  # pixels between their centers
             if abs(step) > ASIDE:
-                side = "right" if step < 0 else "left"
-                self.ask("spatial side", side, [a, b])
-            way = where[b][0] - where[a][0]  # m, away from the robot
-            if abs(way) > NEAR:
-                self.yes_no("spatial nearer", way > 0, [a, b])
+                self.ask("spatial side", "right" if step < 0 else "left", [a, b])
+            if abs(where[a][0] - where[b][0]) > NEAR:
+                self.yes_no("spatial nearer", where[a][0] < where[b][0], [a, b])

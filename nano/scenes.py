@@ -21,7 +21,6 @@ like any other conversations file:
 Validation scenes come from seeds that training never sees; their questions are asked twice, in
 wordings that it sees and in those that it does not. made.json has what they were made from and,
 once all is there, checksums. The same flags give the same files, whatever the number of workers.
-The shipped weights saw another draw of all this, with a few questions more: docs/WEIGHTS.md.
 """
 
 import itertools
@@ -76,8 +75,7 @@ def project(env, view, point):
     x, y, z = camera.xmat.reshape(3, 3).T @ (point - camera.xpos)
     depth = max(-z, 1e-3)  # cameras look along -z; what is behind one projects far away
     half = IMAGE_SIZE / 2
-    angle = np.radians(env.model.camera(view).fovy[0])
-    focal = half / np.tan(angle / 2)
+    focal = half / np.tan(np.radians(env.model.camera(view).fovy[0]) / 2)
     seen = half + focal * x / depth, half - focal * y / depth, depth
     return np.round(seen, 4).tolist()
 
@@ -117,13 +115,8 @@ def scene(env, shots, questions, rng):
     images, grounding, _ = zip(*shots)
     # one of each category, whichever the draw says
     asked = {question["category"]: question for question in rng.permutation(questions)}
-    return {
-        "images": images,
-        "questions": list(asked.values()),
-        "grounding": grounding,
-        "robot": env.robot.name,
-        "task": env.task.name,
-    }
+    record = {"images": images, "questions": list(asked.values()), "grounding": grounding}
+    return {**record, "robot": env.robot.name, "task": env.task.name}
 
 
 # ---- pictures
@@ -143,8 +136,7 @@ def picture(env, seed, rng, asker):
     asker.task = None
     asker.ask("embodiment robot", env.robot.display_name)
     asker.ask("embodiment joints", str(env.robot.dof))
-    where = {label: env.position(body) for body, label in bodies.items()}
-    asker.things(seen, where, own)
+    asker.things(seen, {label: env.position(body) for body, label in bodies.items()}, own)
     for body in graspable:
         if bodies[body] in seen["front"]:
             asker.yes_no("affordance now", ready(env, body), [bodies[body]])
@@ -156,10 +148,9 @@ def picture(env, seed, rng, asker):
 def add_cubes(env, bodies, rng):
     """Put spare cubes on the table, where nothing lies, and into bodies {body: label}."""
     spare = [label for label in DATA["spare"] if label not in bodies.values()]
-    number = rng.integers(CLUTTER + 1)
-    for i, label in enumerate(rng.permutation(spare)[:number].tolist()):
+    for i, label in enumerate(rng.permutation(spare)[: rng.integers(CLUTTER + 1)].tolist()):
         # on the table before the arm, whose reach the scale follows (m)
-        xy = rng.uniform(*DATA["table"]) * env.robot.scale
+        xy = rng.uniform((-0.2, -0.22), (0.15, 0.22)) * env.robot.scale
         taken = [env.position(body)[:2] for body in bodies]
         if np.linalg.norm(xy - taken, axis=1).min() > 0.07:
             body = f"clutter{i}"
@@ -172,7 +163,7 @@ def add_cubes(env, bodies, rng):
 def pose_arm(env, graspable, rng):
     """The arm anywhere; in four of ten scenes open around a thing, or some centimeters away."""
     # anywhere in a box over the spawn region (m)
-    position = rng.uniform(*DATA["air"]) * env.robot.scale
+    position = rng.uniform((-0.13, -0.13, 0.03), (0.13, 0.13, 0.3)) * env.robot.scale
     finger = rng.uniform(0, env.robot.travel)
     turn = rng.normal(0, 0.4)
     if graspable and rng.random() < 0.4:  # else hardly one scene would be ready to grasp
@@ -195,8 +186,7 @@ def pose_arm(env, graspable, rng):
 
 def aside(rng):
     """(3,) m: three to five centimeters along x, and along y, to either side."""
-    x, y = rng.choice([-1, 1], 2) * rng.uniform(0.03, 0.05, 2)
-    return np.array([x, y, 0])
+    return np.append(rng.choice([-1, 1], 2) * rng.uniform(0.03, 0.05, 2), 0)
 
 
 def ready(env, body):
@@ -204,7 +194,7 @@ def ready(env, body):
     offset = expert.hand_offset(env, env.position(body))
     near = np.abs(offset) < (0.012, 0.015, 0.02)
     opened = env.data.qpos[env.robot.dof] > 0.028  # m, a finger's: half a cube takes 0.02
-    return near.all() and opened
+    return near.all() and opened and not env.grasped(body)
 
 
 # ---- clips
@@ -217,7 +207,7 @@ def faulty(env, rng, cause):
     for primitive in primitives:
         if primitive.name in cause.get("astray", ()) and primitive.position is not None:
             primitive.position = primitive.position + shift
-    segments = expert.plan(env, primitives)  # one alone: a second would mend the fault
+    segments = expert.plan(env, primitives)
     if "stops" in cause:
         segments = segments[: rng.integers(2, len(segments))]
     if "opens" in cause:  # in the middle of that step, and nothing is left to do
@@ -242,7 +232,7 @@ def attempt(env, seed, rng, fault):
         qpos.append(env.data.qpos.copy())
         names.append(name)
         *_, success, truncated, _ = env.step(action)
-        if success or truncated:  # its time is up
+        if success or truncated:
             break
     return np.array(qpos), names, success
 
@@ -255,7 +245,7 @@ def clips(env, seed, rng, asker):
         qpos, names, success = attempt(env, seed, rng, fault)
     except expert.Infeasible:
         return []
-    if len(qpos) < 30 or success != (not fault):
+    if len(qpos) < 30 or success != (fault is None):
         return []
     asker.task = env.task
     labels = list(env.task.labels.values())
@@ -289,10 +279,8 @@ def moments(qpos, names, label, texts, fault, rng, asker):
         asker.yes_no("success", not fault)
         if fault:
             asker.ask("failure", texts[fault], options=texts.values())
-        times = np.linspace(0, last, 4)
         # ends stay ends, the two between them move
-        times[1:3] += rng.uniform(-0.1, 0.1, 2) * last
-        yield times
+        yield np.linspace(0, last, 4) + [0, *rng.uniform(-0.1, 0.1, 2) * last, 0]
     # the ends of steps, but for the last one
     ends = [t for t in range(last) if names[t] != names[t + 1]]
     steps = [DATA["steps"][names[t]].format(label) for t in (*ends, last)]
@@ -335,9 +323,7 @@ def make_cell(job):
     # render: what `reset` and `step` would draw is not looked at
     env = TabletopEnv(robot, task, render=False, clutter=CLUTTER, varied="looks")
     draw = seeds.rng(first, "wording")
-    askers = [Asker(draw)]
-    if name.startswith("val"):
-        askers.append(Asker(draw, held_out=True))
+    askers = [Asker(draw, kind) for kind in (False, True)[: 1 + name.startswith("val")]]
     scenes = []
     seed = first
     while len(scenes) < count:
@@ -392,9 +378,7 @@ def make(config):
     write_json(path, settings)
     jobs = jobs_of(config)
     missing = [job for job in jobs if not path.parent.joinpath(f"{job[0]}.jsonl").exists()]
-    cells = run_jobs(make_cell, missing, config.workers)
-    for _ in tqdm(cells, total=len(missing), unit="cell"):
-        pass
+    list(tqdm(run_jobs(make_cell, missing, config.workers), total=len(missing), unit="cell"))
     checksums = {}
     for split in SPLITS:
         name = f"{split}.jsonl"
@@ -419,8 +403,7 @@ class Scenes(Conversations):
         names = choose_many(categories, CATEGORIES, "category")
         path = Path(folder) / f"{split}.jsonl"
         with reading(path, f"make it with `python -m nano.scenes --out {folder}`"):
-            made = read_json(path.with_name("made.json"))
-            if checksum(path) != made["checksums"][path.name]:
+            if checksum(path) != read_json(path.with_name("made.json"))["checksums"][path.name]:
                 raise UserError("it was damaged or changed since it was made; delete the folder")
         super().__init__(path)
         self.often = Counter()  # questions of each category
