@@ -9,12 +9,9 @@ Probes use words and numbers of which training sees other combinations, and half
 that it never sees. Training has most of copying and choice: looking up in the text what is to be
 said next comes late in a small model, suddenly, and the letter of an answer rests on it.
 
-instructions.json has, for each sort of a kind, wordings and the answer, with places for what
-`fill` draws, and how often it comes. A line is {"images", "questions": [one]}, of the fields that
-questions.py describes.
+A line is {"images", "questions": [one]}, of the fields that questions.py describes.
 """
 
-import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +23,15 @@ from cli import at_least, parse, run
 from data.env import TabletopEnv
 from data.robots import ROBOTS
 from data.tasks import TASKS
-from files import atomic
+from files import atomic, writable
 from nano.questions import LETTERS
-from nano.scenes import write_lines
 
 DATA = json.loads((Path(__file__).parent / "instructions.json").read_text())
 WORDS = DATA["words"].split()
 ABSENT = DATA["absent"].split()  # what no picture shows
-WORDINGS = DATA["wordings"]  # {sort: {"answer", "often", "seen": [...], "held_out": one}}
-KINDS = tuple(dict.fromkeys(name.split()[0] for name in WORDINGS))  # a sort begins with its kind
+WORDINGS = DATA["wordings"]  # {name: {"seen": [...], "held_out": one}}; a name begins with its kind
+KINDS = tuple(dict.fromkeys(name.split()[0] for name in WORDINGS))
+OFTEN = {"copying": 6, "choice letter": 4, "choice words": 4, "choice both": 6}  # times the others
 FIRST_SEED = 3_000_000  # of the pictures' layouts: no other scene has them
 
 
@@ -47,84 +44,118 @@ class InstructionsConfig:
     out: str = "out/general"  # folder
 
 
-def fill(name, rng):
-    """What goes into wordings and answer of a sort, by the name of its place."""
-    words = rng.permutation(WORDS).tolist()
+def instruction(name, rng):
+    """(what goes into the wording, answer, options or none) of one instruction."""
+
+    def draw(number):
+        return rng.choice(WORDS, number, replace=False).tolist()
+
+    if name.startswith("format"):
+        [word] = draw(1)
+        answers = [word.upper(), f"{word} {word}", json.dumps({"word": word})]
+        how = ("format capitals", "format twice", "format json").index(name)
+        return [word], answers[how], None
+    if name == "copying":  # two to twelve words
+        text = " ".join(draw(rng.integers(2, 13)))
+        return [text], text, None
     if name.startswith("ordering"):
-        things = words if name == "ordering words" else rng.permutation(99).tolist()
-        things = things[: rng.integers(3, 5)]
-        listed, ordered = [", ".join(map(str, order)) for order in (things, sorted(things))]
-        return {"listed": listed, "ordered": ordered}
-    if name.startswith("choice"):  # two to five options of one to three words each
-        stops = rng.integers(1, 4, rng.integers(2, 6)).cumsum()
-        options = [" ".join(part) for part in np.split(words, stops)[:-1]]
-        # as questions about scenes list theirs
-        listed = " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options))
-        right = rng.integers(len(options))
-        filled = {"option": options[right], "letter": LETTERS[right]}
-        return {**filled, "listed": listed, "options": options}
-    b, a = sorted(rng.integers(1, 10, 2).tolist())  # nothing below zero
-    text = " ".join(words[: rng.integers(2, 13)])
-    filled = {"a": a, "b": b, "sum": a + b, "difference": a - b}
-    filled |= {"word": words[0], "capitals": words[0].upper(), "text": text}
-    return {**filled, "absent": rng.choice(ABSENT)}
+        number = rng.integers(3, 5)
+        things = draw(number) if name == "ordering words" else rng.choice(99, number, replace=False)
+        listed = [", ".join(map(str, order)) for order in (things, sorted(things))]
+        return listed[:1], listed[1], None
+    if name.startswith("choice"):
+        return choice(name, draw, rng)
+    if name == "refusal":  # words for things that no scene has
+        thing = str(rng.choice(ABSENT))
+        return [thing], f"There is no {thing} in the picture.", None
+    a, b = rng.choice(range(1, 10), 2).tolist()
+    if name == "arithmetic plus":
+        return [a, b], str(a + b), None
+    return [max(a, b), min(a, b)], str(abs(a - b)), None  # nothing below zero
+
+
+def choice(name, draw, rng):
+    """`instruction` about two to five options of one to three words each."""
+    lengths = rng.integers(1, 4, rng.integers(2, 6))
+    parts = np.split(draw(lengths.sum()), lengths.cumsum()[:-1])
+    options = [" ".join(part) for part in parts]
+    right = rng.integers(len(options))
+    # as questions about scenes list theirs
+    listed = " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options))
+    option, letter = options[right], LETTERS[right]
+    if name == "choice words":
+        return [letter, listed], option, options
+    return [option, listed], letter if name == "choice letter" else f"{option}: {letter}", options
 
 
 def row(name, rng, pictures, held_out):
     """A line of the file with an instruction of WORDINGS[name]."""
-    sort = WORDINGS[name]
-    wording = sort["held_out"] if held_out else rng.choice(sort["seen"])
-    filled = fill(name, rng)
-    options = filled.get("options", [])
-    answer = sort["answer"].format(**filled)
+    words, answer, options = instruction(name, rng)
+    seen = WORDINGS[name]["seen"]
+    wording = WORDINGS[name]["held_out"] if held_out else seen[rng.integers(len(seen))]
     question = {
-        "question": wording.format(**filled),
+        "question": wording.format(*words),
         "answer": answer,
         "category": name.split()[0],
         # an answer that ends in a letter also trains the heads on options
-        "form": "choice" if options and answer[-1] in LETTERS else "words",
+        "form": "choice" if answer[-1] in LETTERS and options else "words",
         "chance": 1 / len(options) if options else 0.0,
         "held_out": held_out,
-        "options": options,
     }
-    images = [rng.choice(pictures)] if name == "refusal" else []
+    if options:
+        question["options"] = options
+    images = [str(rng.choice(pictures))] if name == "refusal" else []
     return {"images": images, "questions": [question]}
 
 
 def draw_pictures(config):
-    """Draw the pictures; their paths, from the folder."""
-    names = []
-    for i, cell in zip(range(config.pictures), itertools.cycle(itertools.product(ROBOTS, TASKS))):
-        names.append(f"pictures/{i:03d}.png")
-        env = TabletopEnv(*cell)
-        observation, _ = env.reset(FIRST_SEED + i)
-        with atomic(Path(config.out, names[i])) as path:
-            Image.fromarray(observation["images"]["front"]).save(path)
-        env.close()
+    """Draw what is missing of the pictures; their paths, from the folder."""
+    cells = [(robot, task) for task in TASKS for robot in ROBOTS]
+    names = [f"pictures/{i:03d}.png" for i in range(config.pictures)]
+    for i, name in enumerate(names):
+        path = Path(config.out) / name
+        # they do not depend on the configuration
+        if not path.exists():
+            env = TabletopEnv(*cells[i % len(cells)])
+            observation, _ = env.reset(FIRST_SEED + i)
+            with atomic(path) as temporary:
+                Image.fromarray(observation["images"]["front"]).save(temporary)
+            env.close()
     return names
 
 
+def text_of(line):
+    return str(line["images"]) + line["questions"][0]["question"]
+
+
 def make(config):
-    """Write both files and the pictures. No probe's question is also one of training."""
-    at_least(config, 1, "rows", "probes", "pictures")
+    """Write both files and the pictures. No probe is also a training row."""
+    at_least(config, 1, "rows", "probes")
+    at_least(config, 2, "pictures")
     at_least(config, 0, "seed")
+    writable(config.out)
     rng = np.random.default_rng(config.seed)
     pictures = draw_pictures(config)
     names = list(WORDINGS)
     probes = []
-    for i in range(config.probes):  # kinds in turn, in seen and in held-out wordings
+    for i in range(config.probes):
+        # kinds in turn, then the sorts of each, then seen and held-out wordings
         turn, kind = divmod(i, len(KINDS))
-        sorts = [name for name in names if name.startswith(KINDS[kind])]
-        probes.append(row(rng.choice(sorts), rng, pictures, turn % 2 == 1))
-    taken = [probe["questions"][0]["question"] for probe in probes]
-    odds = np.array([sort["often"] for sort in WORDINGS.values()])
+        same = [name for name in names if name.split()[0] == KINDS[kind]]
+        turn, which = divmod(turn, len(same))
+        probes.append(row(same[which], rng, pictures[::8], turn % 2 == 1))
+    taken = {text_of(probe) for probe in probes}
+    odds = np.array([OFTEN.get(name, 1) for name in names])
+    # one picture in eight is for probes alone
+    shown = [picture for i, picture in enumerate(pictures) if i % 8]
     train = []
     while len(train) < config.rows:
-        line = row(rng.choice(names, p=odds / odds.sum()), rng, pictures, False)
-        if line["questions"][0]["question"] not in taken:
+        line = row(str(rng.choice(names, p=odds / odds.sum())), rng, shown, False)
+        if text_of(line) not in taken:
             train.append(line)
-    write_lines(Path(config.out) / "train.jsonl", train)
-    write_lines(Path(config.out) / "probes.jsonl", probes)
+    for name, lines in (("train", train), ("probes", probes)):
+        with atomic(Path(config.out) / f"{name}.jsonl") as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def main():

@@ -1,5 +1,6 @@
 """General instructions have right answers, and no probe is a training row."""
 
+import json
 import re
 from collections import Counter
 
@@ -18,7 +19,9 @@ def test_instructions_are_right_and_probes_are_new(tmp_path):
         rows = Conversations(tmp_path / f"{name}.jsonl")
         assert len(rows) == count
         questions = [record["questions"][0] for _, record in rows.records]
-        asked.append({record["questions"][0]["question"] for _, record in rows.records})
+        asked.append(
+            {json.dumps([r["images"], r["questions"][0]["question"]]) for _, r in rows.records}
+        )
         for question in questions:
             check(question)
         row = rows.row(next(i for i, q in enumerate(questions) if q["category"] == "refusal"))
@@ -60,6 +63,6 @@ def test_held_out_wordings_are_never_trained_on():
     assert all(wordings["held_out"] not in wordings["seen"] for wordings in WORDINGS.values())
 
 
-def test_no_picture_is_too_few(tmp_path):
-    with pytest.raises(UserError, match="--pictures 0 must be at least 1"):
-        make(InstructionsConfig(pictures=0, out=str(tmp_path)))
+def test_one_picture_is_too_few(tmp_path):
+    with pytest.raises(UserError, match="--pictures 1 must be at least 2"):
+        make(InstructionsConfig(pictures=1, out=str(tmp_path)))
