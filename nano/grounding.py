@@ -34,13 +34,13 @@ from nano.scenes import CLASSES, GRID, PATCH
 C = len(CLASSES)
 NOTHING_WEIGHT = 0.25  # most patches show nothing
 UNKNOWN = -100  # a class that nobody learns
-FARTHEST = 6.0  # patches from the middle: centers beside or behind the camera project to hundreds
+LARGEST_OFFSET = 4.0  # patches: centers beside or behind the camera project to hundreds
 PICTURES = 4  # of a scene at most
-BEFORE, AFTER = np.triu_indices(PICTURES, 1)  # pairs of pictures in order
+PAIRS = list(itertools.combinations(range(PICTURES), 2))
 # Numbers that a token learns: x, y of what its answer or option points at; of an option, right (1)
 # or wrong (-1), and letter; places of the gripper and of two things in each picture; how far the
 # gripper is open there; the root of its way from each picture to each later one.
-PARTS = [2, 2, PICTURES * 3 * 3, PICTURES, len(BEFORE)]
+PARTS = [2, 2, PICTURES * 3 * 3, PICTURES, len(PAIRS)]
 NUMBERS = sum(PARTS)
 RIGHT = 2  # where among them
 LETTER = 3  # from -2 for A on
@@ -54,49 +54,64 @@ LATTICE = np.array([(x + 0.5, y + 0.5) for y, x in CELLS]) - GRID / 2  # (64, 2)
 # ---- targets
 
 
-class Scene:
-    """The grounding of a record of V pictures, as arrays; all NaN of one without.
+def to_place(numbers):
+    """x, y in pixels, and depth in m if there, as a place."""
+    x, y, *depth = numbers
+    place = [x / PATCH - GRID / 2, y / PATCH - GRID / 2]
+    return place + [10 * meters - 6 for meters in depth]  # 0.6 m is the middle of the scene
 
-    classes (V, 64), what patches show; centers (PICTURES, C, 3), places of what shows near its
-    center; opening (PICTURES,) of the gripper; ways (pairs,), the roots of how far it moves.
+
+class Scene:
+    """The grounding of a record, as arrays; all NaN of one without.
+
+    classes (V, 64), what patches show; offsets (V, 64, 5), of each patch the center of that from
+    its own, and its place; gripper (PICTURES, 3) and opening (PICTURES,), seen or not; centers
+    (PICTURES, C, 3), places of what shows near its center.
     """
 
     def __init__(self, grounding, V):
-        self.classes = np.full((V, GRID**2), UNKNOWN)
-        self.centers = np.full((PICTURES, C, 3), np.nan)
+        self.clip = V > len(VIEWS)  # four moments of one camera, not one moment of two
+        self.classes = np.full((PICTURES, GRID**2), UNKNOWN)
         self.opening = np.full(PICTURES, np.nan)
+        centers = np.full((PICTURES, C, 3), np.nan)
         for v, picture in enumerate(grounding or []):
-            self.classes[v] = [LETTERS.index(letter) for letter in picture["patches"]]
+            self.classes[v] = [ord(letter) - ord("A") for letter in picture["patches"]]
             self.opening[v] = picture["opening"]
-            for label, (*pixels, depth) in picture["objects"].items():
-                place = np.array(pixels) / PATCH - GRID / 2
-                if np.abs(place).max() <= FARTHEST:
-                    # 0.6 m is the middle of the scene
-                    self.centers[v, CLASSES.index(label)] = (*place, 10 * depth - 6)
-        gripper = self.centers[:, 1]
-        way = np.linalg.norm(gripper[AFTER] - gripper[BEFORE], axis=1)
-        # The root, so that small moves count as well. Two cameras do not see one move.
-        self.ways = way**0.5 if V > len(VIEWS) else np.full_like(way, np.nan)
-
-    def places(self):
-        """(V, 64, 5): of each patch the center of what it shows from its own, and its place."""
-        V = len(self.classes)
-        shown = self.classes[..., None].clip(0)  # nothing is nowhere: NaN
-        center = np.take_along_axis(self.centers[:V], shown, axis=1)  # (V, 64, 3)
-        xy = center[..., :2]
-        return np.concatenate([xy - LATTICE, center[..., 2:], xy], -1)
+            for label, numbers in picture["objects"].items():
+                centers[v, CLASSES.index(label)] = to_place(numbers)
+        known = self.classes.clip(0)  # an index too where nothing is known
+        center = np.take_along_axis(centers, known[..., None], axis=1)  # (PICTURES, 64, 3)
+        offset = center[..., :2] - LATTICE
+        # NaN is not near either
+        near = np.abs(offset).max(-1) <= LARGEST_OFFSET
+        center[~near] = np.nan
+        offset[~near] = np.nan
+        depth = center[..., 2:]
+        self.offsets = np.concatenate([offset, depth, center[..., :2]], -1)[:V]
+        self.gripper = centers[:, 1].clip(-GRID, GRID)  # it may be beside the camera
+        # of the objects only those that some patch shows
+        self.centers = np.full_like(centers, np.nan)
+        for v in range(PICTURES):
+            self.centers[v, known[v, near[v]]] = center[v, near[v]]
+        self.classes = self.classes[:V]
 
     def moments(self, labels):
         """The last three of PARTS, for an answer about `labels`."""
-        things = ["gripper", *labels, "nothing", "nothing"][:3]
-        places = self.centers[:, [CLASSES.index(thing) for thing in things]]
-        return np.concatenate([places.ravel(), self.opening, self.ways])
+        places = np.full((PICTURES, 3, 3), np.nan)  # of gripper, first and second thing
+        places[:, 0] = self.gripper
+        for i, label in enumerate(labels[:2], start=1):
+            places[:, i] = self.centers[:, CLASSES.index(label)]
+        ways = np.full(len(PAIRS), np.nan)
+        if self.clip:  # two cameras do not see one move
+            steps = [self.gripper[b] - self.gripper[a] for a, b in PAIRS]
+            ways = np.linalg.norm(steps, axis=1) ** 0.5  # the root: small moves count as well
+        return np.concatenate([places.ravel(), self.opening, ways])
 
     def find(self, place):
-        """x and y of a label in the first picture, or of [x, y] in pixels; else NaN."""
+        """x and y of a label in the first picture, or of [x, y] in pixels."""
         if isinstance(place, list):
-            return np.array(place) / PATCH - GRID / 2
-        return self.centers[0, CLASSES.index(place if place in CLASSES else "nothing"), :2]
+            return to_place(place)
+        return self.centers[0, CLASSES.index(place or "nothing"), :2]  # nothing is nowhere: NaN
 
 
 def option_tokens(ids, options, tokenizer):
@@ -106,7 +121,10 @@ def option_tokens(ids, options, tokenizer):
         head = tokenizer.encode(f" {letter})")
         # a space, a letter and a bracket begin pieces of BPE: in the question the tokens are the same
         text = list(tokenizer.encode(f" {letter}) {option}"))
-        start = next(i for i in range(len(ids)) if ids[i : i + len(text)] == text)
+        start = 0
+        while ids[start : start + len(text)] != text:
+            start += 1
+            assert start < len(ids), f"the question lacks {letter}) {option}"
         spans.append(range(start + len(head), start + len(text)))
     tokens = []
     for span in spans:
@@ -121,19 +139,26 @@ def question_targets(question, scene, ids, labels, tokenizer):
 
     Tokens that the answer is predicted from, then one of each option of a choice.
     """
-    tokens = [i - 1 for i, label in enumerate(labels) if label >= 0]  # token i predicts i + 1
-    n = len(tokens)
-    options = question["options"] if question["form"] == "choice" else []
-    tokens += option_tokens(ids, options, tokenizer)
-    numbers = np.full((len(tokens), NUMBERS), np.nan)
-    numbers[:, MOMENTS:] = scene.moments(question.get("labels", []))
-    numbers[:n, :RIGHT] = scene.find(question.get("place"))
-    for i, (option, known) in enumerate(zip(options, numbers[n:])):
-        known[:RIGHT] = scene.find(option)
-        known[RIGHT] = 1 if question["answer"].endswith(LETTERS[i]) else -1
-        known[LETTER] = i - 2
+    answer = [i - 1 for i, label in enumerate(labels) if label >= 0]  # token i predicts i + 1
     # one over the root of the answer's length, as the words: a box would drown a color
-    return tokens, numbers, [n**-0.5] * n + [1.0] * len(options)
+    weights = [len(answer) ** -0.5] * len(answer)
+    tokens = list(answer)
+    numbers = np.full((len(answer), NUMBERS), np.nan)
+    numbers[:, :RIGHT] = scene.find(question.get("place"))
+    if question["form"] == "choice":
+        options = question["options"]
+        weights += [1.0] * len(options)
+        tokens += option_tokens(ids, options, tokenizer)
+        known = np.full((len(options), NUMBERS), np.nan)
+        for i, option in enumerate(options):
+            if option in CLASSES:
+                known[i, :RIGHT] = scene.find(option)
+            right = question["answer"].endswith(LETTERS[i])
+            known[i, RIGHT] = 1 if right else -1
+            known[i, LETTER] = i - 2
+        numbers = np.concatenate([numbers, known])
+    numbers[:, MOMENTS:] = scene.moments(question.get("labels", []))
+    return tokens, numbers, weights
 
 
 # ---- heads and losses
@@ -173,26 +198,28 @@ class Grounding(nn.Module):
         ids = batch["input_ids"][0].tolist()
         labels = batch["labels"][0].tolist()
         scenes = [Scene(row.record.get("grounding"), len(row.media)) for row in rows]
-        tokens, weights = [], []
+        tokens = []
         numbers = [np.zeros((0, NUMBERS))]
+        weights = []
         stop = 0  # where a row ends among the packed tokens
         for row, scene, lengths in zip(rows, scenes, batch["segments"]):
-            stops = stop + np.cumsum(lengths)
-            stop = stops[-1]
             questions = row.record.get("questions", [])
-            spans = zip(stops - lengths, stops)
-            # the last ones are its questions, behind the stem if that stands apart
-            for question, (start, end) in zip(questions, list(spans)[-len(questions) :]):
-                text = ids[start:end], labels[start:end], self.tokenizer
+            stop += sum(lengths)
+            lengths = lengths[len(lengths) - len(questions) :]  # without the stem
+            start = stop - sum(lengths)
+            for question, length in zip(questions, lengths):
+                own = slice(start, start + length)
+                text = (ids[own], labels[own], self.tokenizer)
                 places, known, counts = question_targets(question, scene, *text)
                 tokens += [start + place for place in places]
                 numbers.append(known)
                 weights += counts
+                start += length
         classes = np.concatenate([scene.classes for scene in scenes])
-        places = np.concatenate([scene.places() for scene in scenes])
+        offsets = np.concatenate([scene.offsets for scene in scenes])
         return {
             "patch_class": torch.tensor(classes).flatten(),  # (V, 64) to (P,)
-            "patch_place": torch.tensor(places).flatten(0, 1).float(),  # (V, 64, 5) to (P, 5)
+            "patch_place": torch.tensor(offsets).flatten(0, 1).float(),  # (V, 64, 5) to (P, 5)
             "answer_token": torch.tensor(tokens, dtype=torch.long),
             "answer_number": torch.tensor(np.concatenate(numbers)).float(),
             "answer_weight": torch.tensor(weights),
