@@ -8,10 +8,10 @@ A scene is one of two things:
     a clip      four front views in order: an attempt at the task, by the expert or with one of
                 four faults, as a whole, its end, up to the end of a step, or two pictures with two
                 that may follow
-It has one question of a category (questions.py), is one line of train.jsonl or val.jsonl, and is read
+It has at most ten questions (questions.py), is one line of train.jsonl or val.jsonl, and is read
 like any other conversations file:
 
-    {"images": ["train/panda-PickCube/12-0.png", ...], "questions": [...], "robot", "task",
+    {"images": ["train/panda-PickCube-000/12-0.png", ...], "questions": [...], "robot", "task",
      "grounding": [{"patches": 64 letters, row by row, what each patch of this picture shows:
                                A nothing, B gripper, C the first of questions.COLORS, ...
                     "objects": {label: [x, y, depth] of its center}, in pixels and m,
@@ -20,15 +20,18 @@ like any other conversations file:
 
 Validation scenes come from seeds that training never sees; their questions are asked twice, in
 wordings that it sees and in those that it does not. made.json has what they were made from and,
-once all is there, checksums. The same flags give the same files, whatever the number of workers.
+once all is there, checksums.
 """
 
+import dataclasses
 import itertools
 import json
 import math
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -37,25 +40,36 @@ from PIL import Image
 from tqdm import tqdm
 
 from cli import UserError, at_least, choose_many, parse, run
-from data import expert, seeds
+from data import seeds
 from data.conversations import Conversations
-from data.env import IMAGE_SIZE, VIEWS, TabletopEnv
-from data.robots import ROBOTS, get_kinematics
+from data.env import CROWD, IMAGE_SIZE, VIEWS, TabletopEnv
+from data.expert import (
+    PEG_LEVER,
+    PRIMITIVES,
+    Infeasible,
+    hand_offset,
+    plan,
+    quarter_turn,
+    tool_rotation,
+)
+from data.robots import ROBOTS, get_kinematics, get_robot
 from data.simulator import mujoco
-from data.tasks import TASKS
-from files import atomic, read_json, reading, whole_files, write_json
+from data.tasks import BLUE, GREEN, RED, TASKS
+from files import atomic, read_json, reading, write_json
 from jobs import run_jobs
-from nano.questions import CATEGORIES, COLORS, DATA, LETTERS, Asker, equalise, numbered
+from nano.questions import CATEGORIES, CAUSES, COLORS, STEPS, Asker, equalise
 
 GRID = 8  # patches a side of nano's ViT
 PATCH = IMAGE_SIZE // GRID
 PICTURE = (IMAGE_SIZE, IMAGE_SIZE, 3)
 CLASSES = ["nothing", "gripper", *COLORS]
-FINGERS = {"left_finger": "gripper", "right_finger": "gripper"}
-CAUSES = DATA["causes"]  # {what can go wrong: its text, tasks, what the robot does}
+SPARE = {"yellow cube": (0.95, 0.85, 0.1, 1), **CROWD}
+SPARE |= {"red cube": RED, "green cube": GREEN, "blue cube": BLUE}  # where the task has none itself
+GRASPABLE = [label for label in COLORS if "cube" in label or label in ("blue ball", "peg")]
 CLUTTER = 3  # spare cubes at most
-LEAST_PIXELS = 8  # of a thing that counts as seen
-SPLITS = ("train", "val")
+MOST_QUESTIONS = 10
+SHARD = 250  # scenes of one job
+LIFTED = ("lift", "LiftPegUpright")  # a step that holds something, as carrying does
 
 
 @dataclass
@@ -70,52 +84,58 @@ class ScenesConfig:
 
 
 def project(env, view, point):
-    """[x, y (pixels), depth (m)] of a point in the task's frame, seen by the camera `view`."""
+    """x, y (pixels) and depth (m) of a point in the task's frame, seen by the camera `view`."""
     camera = env.data.camera(view)
     x, y, z = camera.xmat.reshape(3, 3).T @ (point - camera.xpos)
     depth = max(-z, 1e-3)  # cameras look along -z; what is behind one projects far away
     half = IMAGE_SIZE / 2
     focal = half / np.tan(np.radians(env.model.camera(view).fovy[0]) / 2)
-    seen = half + focal * x / depth, half - focal * y / depth, depth
-    return np.round(seen, 4).tolist()
+    return half + focal * x / depth, half - focal * y / depth, depth
 
 
 def look(env, view, bodies):
-    """(picture, its grounding for the record, how things show for the Asker) of {body: label}."""
+    """(picture, its grounding for the record, how things show for the Asker).
+
+    bodies {label: name of its body}; the last {label: (x1, y1, x2, y2, how many pixels, x, y)}.
+    """
     # the class of each body, of each geom, of each pixel
-    of_body = np.zeros(env.model.nbody, int)
-    for body, label in (bodies | FINGERS).items():
-        of_body[env.model.body(body).id] = CLASSES.index(label)
-    of_geom = np.append(of_body[env.model.geom_bodyid], 0)  # geom -1 is the sky
-    classes = of_geom[env.draw(view, segmentation=True)]
+    numbers = {env.model.body(body).id: CLASSES.index(label) for label, body in bodies.items()}
+    for side in ("left", "right"):
+        numbers[env.model.body(f"{side}_finger").id] = 1  # gripper
+    of_geom = [numbers.get(body, 0) for body in env.model.geom_bodyid]
+    classes = np.array([*of_geom, 0])[env.draw(view, segmentation=True)]  # geom -1 is the sky
     # (128, 128) to a row of pixels for each patch, in reading order
-    tiles = rearrange(classes, "(y a) (x b) -> (y x) (a b) 1", a=PATCH, b=PATCH)
-    counts = (tiles == np.arange(len(CLASSES))).sum(1)  # (64, C)
-    counts[:, 0] = 4  # a few pixels of an object are enough to name a patch
+    tiles = rearrange(classes, "(y a) (x b) -> (y x) (a b)", a=PATCH, b=PATCH)
+    counts = (tiles[..., None] == np.arange(len(CLASSES))).sum(1)  # (64, C)
+    counts[:, 0] = 4  # four pixels of an object are enough to name a patch
     counts[:, 2:] *= 4  # and objects matter more than fingers in front of them
     centers = {"gripper": project(env, view, env.data.site_xpos[env.tcp])}
     seen = {}
-    for body, label in bodies.items():
+    for label in sorted(bodies):  # in the order of CLASSES
         ys, xs = np.nonzero(classes == CLASSES.index(label))
-        if len(xs) >= LEAST_PIXELS:
-            centers[label] = project(env, view, env.position(body))
+        if len(xs):
+            centers[label] = project(env, view, env.position(bodies[label]))
             # a box ends behind its last pixel
             corners = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
-            seen[label] = (*corners, *centers[label][:2])
+            seen[label] = (*map(int, corners), len(xs), *centers[label][:2])
     grounding = {
-        "patches": "".join(LETTERS[number] for number in counts.argmax(1)),
-        "objects": centers,
-        "opening": env.data.qpos[env.robot.dof] / env.robot.travel,
+        "patches": "".join(chr(ord("A") + number) for number in counts.argmax(1)),
+        "objects": {label: np.round(center, 4).tolist() for label, center in centers.items()},
+        "opening": round(env.data.qpos[env.robot.dof] / env.robot.travel, 4),
     }
     return env.draw(view), grounding, seen
 
 
 def scene(env, shots, questions, rng):
     """The record of a scene of what `look` returned; its images are still arrays."""
+    mixed = [questions[i] for i in rng.permutation(len(questions))]
+    turns = []  # one of each category comes first, then a second of each
+    for question in mixed:
+        question["turn"] = turns.count(question["category"])
+        turns.append(question["category"])
+    mixed.sort(key=lambda question: question.pop("turn"))
     images, grounding, _ = zip(*shots)
-    # one of each category, whichever the draw says
-    asked = {question["category"]: question for question in rng.permutation(questions)}
-    record = {"images": images, "questions": list(asked.values()), "grounding": grounding}
+    record = {"images": images, "questions": mixed[:MOST_QUESTIONS], "grounding": grounding}
     return {**record, "robot": env.robot.name, "task": env.task.name}
 
 
@@ -125,299 +145,386 @@ def scene(env, shots, questions, rng):
 def picture(env, seed, rng, asker):
     """[the scene] of a layout with spare cubes, the arm anywhere or its fingers around something."""
     env.reset(seed)
-    bodies = dict(env.task.labels)
-    own = sum("cube" in label for label in bodies.values())
+    bodies = {label: body for body, label in env.task.labels.items()}
+    own = sum("cube" in label for label in bodies)
     add_cubes(env, bodies, rng)
-    graspable = [body for body, label in bodies.items() if label in DATA["graspable"]]
-    pose_arm(env, graspable, rng)
+    # positions of bodies follow from qpos only now
+    mujoco.mj_forward(env.model, env.data)
+    pose_arm(env, bodies, rng)
     views = VIEWS if rng.random() < 0.7 else VIEWS[:1]  # the front alone is what clips show
     shots = [look(env, view, bodies) for view in views]
-    seen = {view: shown for view, (*_, shown) in zip(views, shots)}
-    asker.task = None
-    asker.ask("embodiment robot", env.robot.display_name)
-    asker.ask("embodiment joints", str(env.robot.dof))
-    asker.things(seen, {label: env.position(body) for body, label in bodies.items()}, own)
-    for body in graspable:
-        if bodies[body] in seen["front"]:
-            asker.yes_no("affordance now", ready(env, body), [bodies[body]])
-            *place, _ = project(env, "front", env.position(body))
-            asker.locate("affordance where", place, bodies[body])
+    seen = {view: shown for view, (_, _, shown) in zip(views, shots)}
+    asker.arm(env.robot, [get_robot(name).display_name for name in ROBOTS])
+    where = {label: env.position(body) for label, body in bodies.items()}
+    for label in asker.things(seen, where, own):
+        if label in GRASPABLE:
+            *place, _ = project(env, "front", grasp_point(env, label, bodies[label]))
+            asker.grasp(label, ready(env, label, bodies[label]), place)
     return [scene(env, shots, asker.take(), rng)]
 
 
+def grasp_point(env, label, body):
+    """Where to grasp a body: its center, or a place on the outer half of the peg."""
+    center = env.position(body)
+    if label != "peg":
+        return center
+    axis = env.rotation(body)[:, 0]
+    return center + PEG_LEVER * axis * np.sign(axis @ (center - env.base))
+
+
 def add_cubes(env, bodies, rng):
-    """Put spare cubes on the table, where nothing lies, and into bodies {body: label}."""
-    spare = [label for label in DATA["spare"] if label not in bodies.values()]
-    for i, label in enumerate(rng.permutation(spare)[: rng.integers(CLUTTER + 1)].tolist()):
+    """Put spare cubes on the table, where nothing lies, and into bodies {label: body}."""
+    others = [label for label in SPARE if label not in bodies]
+    taken = [env.position(body)[:2] for body in bodies.values()]
+    for i, label in enumerate(rng.permutation(others)[: rng.integers(CLUTTER + 1)].tolist()):
         # on the table before the arm, whose reach the scale follows (m)
         xy = rng.uniform((-0.2, -0.22), (0.15, 0.22)) * env.robot.scale
-        taken = [env.position(body)[:2] for body in bodies]
         if np.linalg.norm(xy - taken, axis=1).min() > 0.07:
             body = f"clutter{i}"
             env.place(body, (*xy, 0.02), rng.uniform(0, np.pi))
-            env.model.geom(body).rgba[:] = DATA["spare"][label]
-            bodies[body] = label
-            mujoco.mj_forward(env.model, env.data)  # now it has a position
+            env.model.geom(body).rgba[:] = SPARE[label]
+            bodies[label] = body
+            taken.append(xy)
 
 
-def pose_arm(env, graspable, rng):
+def pose_arm(env, bodies, rng):
     """The arm anywhere; in four of ten scenes open around a thing, or some centimeters away."""
-    # anywhere in a box over the spawn region (m)
-    position = rng.uniform((-0.13, -0.13, 0.03), (0.13, 0.13, 0.3)) * env.robot.scale
+    scale = env.robot.scale
     finger = rng.uniform(0, env.robot.travel)
-    turn = rng.normal(0, 0.4)
-    if graspable and rng.random() < 0.4:  # else hardly one scene would be ready to grasp
-        body = rng.choice(graspable)
-        position = env.position(body)
-        finger = env.robot.travel
-        turn = expert.quarter_turn(env, body, position)
-        # where a grasp would fail by centimeters or, as often, succeed
-        position += aside(rng) * rng.choice([0.05, 1])
-    direction = expert.azimuth_of(env, position) + turn
-    for tilt in expert.TILTS:  # not every arm points straight down everywhere
-        rotation = expert.tool_rotation(env.robot, direction, tilt)
-        arm = get_kinematics(env.robot.name)
-        qpos = arm.solve_ik(position - env.base, rotation, env.robot.home)
+    labels = sorted(set(bodies) & set(GRASPABLE))
+    for _ in range(5):  # tries: not every pose can be reached
+        # anywhere in a box over the spawn region, in the base's frame (m)
+        position = rng.uniform((-0.13, -0.13, 0.03), (0.13, 0.13, 0.3))
+        position = position * (scale, scale, 0.7 if scale < 1 else 1) - env.base
+        turn = rng.normal(0, 0.4)
+        tilt = rng.choice([0.0, 0.3])
+        if labels and rng.random() < 0.4:  # else hardly one scene would be ready to grasp
+            label = rng.choice(labels)
+            point = grasp_point(env, label, bodies[label])
+            turn = quarter_turn(env, bodies[label], point)
+            tilt = 0.0
+            finger = env.robot.travel
+            position = point - env.base + beside(rng)
+        azimuth = np.arctan2(position[1], position[0])
+        rotation = tool_rotation(env.robot, azimuth + turn, tilt)
+        qpos = get_kinematics(env.robot.name).solve_ik(position, rotation, env.robot.home)
         if qpos is not None:
             env.set_arm(qpos, finger)
             break
     mujoco.mj_forward(env.model, env.data)
 
 
-def aside(rng):
-    """(3,) m: three to five centimeters along x, and along y, to either side."""
-    return np.append(rng.choice([-1, 1], 2) * rng.uniform(0.03, 0.05, 2), 0)
+def beside(rng):
+    """(3,) m: from where a grasp would succeed, by centimeters or, as often, by millimeters."""
+    if rng.random() < 0.5:
+        distance = rng.uniform(0.035, 0.06)
+        angle = rng.uniform(0, 2 * np.pi)
+        return distance * np.array([np.cos(angle), np.sin(angle), 0.3])
+    return rng.normal(0, 0.003, 3)
 
 
-def ready(env, body):
-    """Would closing the gripper now grasp the body? It stands open around its center."""
-    offset = expert.hand_offset(env, env.position(body))
-    near = np.abs(offset) < (0.012, 0.015, 0.02)
+def ready(env, label, body):
+    """Would closing the gripper now grasp the body? It stands open around the right place."""
+    offset = np.abs(hand_offset(env, grasp_point(env, label, body)))
     opened = env.data.qpos[env.robot.dof] > 0.028  # m, a finger's: half a cube takes 0.02
-    return near.all() and opened and not env.grasped(body)
+    return bool((offset < (0.012, 0.015, 0.02)).all() and opened and not env.grasped(body))
 
 
 # ---- clips
 
 
-def faulty(env, rng, cause):
-    """[(name of the step, action)] of one plan of the expert, in which something goes wrong."""
-    primitives = expert.PRIMITIVES[env.task.name](env)
-    shift = aside(rng)
-    for primitive in primitives:
-        if primitive.name in cause.get("astray", ()) and primitive.position is not None:
-            primitive.position = primitive.position + shift
-    segments = expert.plan(env, primitives)
-    if "stops" in cause:
-        segments = segments[: rng.integers(2, len(segments))]
-    if "opens" in cause:  # in the middle of that step, and nothing is left to do
-        while segments[-1][0] not in cause["opens"]:
-            segments.pop()
-        targets = segments[-1][1]
-        targets[len(targets) // 2 :, -1] = env.robot.travel
-    steps = [(name, target) for name, targets in segments for target in targets]
-    return steps + steps[-1:] * 8  # what was let go comes to rest
+def commands(env, rng, fault):
+    """(name of the step, action) of the expert, with a `fault` once, else as often as it takes."""
+    shift = np.append(rng.choice([-1, 1], 2) * rng.uniform(0.035, 0.05, 2), 0)
+    late = rng.uniform(0.3, 0.8)  # where in its step a dropped thing is let go
+    astray = CAUSES[fault]["astray"] if fault else []
+    for _ in range(1 if fault else 4):  # a second plan would mend the fault
+        try:
+            primitives = PRIMITIVES[env.task.name](env)
+            for primitive in primitives:
+                if primitive.position is not None and primitive.name in astray:
+                    primitive.position = primitive.position + shift
+            segments = plan(env, primitives)
+        except Infeasible:
+            break
+        if fault == "stopped":  # somewhere in the second half
+            half = len(segments) // 2
+            segments = segments[: rng.integers(max(1, half), max(2, len(segments)))]
+        for name, targets in segments:
+            held = name == "carry" or (name, env.task.name) == LIFTED
+            for i, target in enumerate(targets):
+                if fault == "dropped" and held and i > late * len(targets):
+                    target = np.append(target[:-1], env.robot.travel)
+                yield name, target
+            if fault == "dropped" and name == "carry":
+                break  # there is nothing left to set down
+    for _ in range(8):  # what was let go comes to rest
+        yield None, env.data.ctrl[: env.robot.dof + 1].copy()
 
 
 def attempt(env, seed, rng, fault):
     """The expert, once with a `fault` or, with None, as often as it takes.
 
     Returns qpos (T, n) and the step's name of every control step, and whether it succeeded.
-    Raises Infeasible.
     """
     env.reset(seed)
-    steps = faulty(env, rng, CAUSES[fault]) if fault else expert.control_steps(env)
     qpos, names = [], []
-    for name, action, *_ in steps:
-        qpos.append(env.data.qpos.copy())
-        names.append(name)
-        *_, success, truncated, _ = env.step(action)
-        if success or truncated:
+    for name, action in commands(env, rng, fault):
+        if name:
+            qpos.append(env.data.qpos.copy())
+            names.append(name)
+        *_, done, truncated, _ = env.step(action)
+        if name and (done or truncated):
             break
-    return np.array(qpos), names, success
+    # the moment after the last step belongs to that step
+    return np.array([*qpos, env.data.qpos]), [*names, *names[-1:]], done
 
 
 def clips(env, seed, rng, asker):
     """The scenes of one attempt, none if a fault did no harm or the expert failed."""
     causes = [name for name, cause in CAUSES.items() if env.task.name in cause["tasks"]]
-    fault = rng.choice(causes) if rng.random() < 0.5 else None
-    try:
-        qpos, names, success = attempt(env, seed, rng, fault)
-    except expert.Infeasible:
+    fault = causes[seed // 4 % len(causes)] if rng.random() < 0.5 else None
+    qpos, names, success = attempt(env, seed, rng, fault)
+    if len(qpos) < 12 or success != (fault is None):
         return []
-    if len(qpos) < 30 or success != (fault is None):
-        return []
-    asker.task = env.task
-    labels = list(env.task.labels.values())
-    texts = {name: CAUSES[name]["text"].format(*labels) for name in causes}
+    bodies = {label: body for body, label in env.task.labels.items()}
     scenes = []
-    for times in moments(qpos, names, labels[0], texts, fault, rng, asker):
+
+    def add(times):
+        """A scene of four moments, if anything has been asked."""
         questions = asker.take()
         for question in questions:  # all depend on all that the task is about
-            question["labels"] = labels
+            question["labels"] = list(bodies)
         if questions:
-            shots = [replay(env, qpos[int(t)]) for t in times]
+            shots = [replay(env, qpos[int(t)], bodies) for t in times]
             scenes.append(scene(env, shots, questions, rng))
+
+    label = next(iter(bodies))
+    ask_as_a_whole(env, qpos, rng, asker, add, label, fault, causes)
+    last = len(qpos) - 1
+    begin = max(0, last - rng.integers(9, 40))  # the end of the attempt, half a second to two
+    asker.success(env.task.instructions[0], wording(env, rng), success)
+    add(np.linspace(begin, last, 4))
+    order = [name for name, _ in groupby(names)]
+    if fault is None and "approach" in order and len(set(order)) == len(order):  # no second try
+        for t in range(8, last):  # control steps, 20 a second
+            if names[t] != names[t + 1] and names[t] in STEPS:  # the end of a step
+                task = env.task.instructions[0]
+                asker.within(task, wording(env, rng), label, order, names[t])
+                add(np.linspace(max(0, t - 24), t, 4))
+    ask_what_follows(qpos, rng, asker, add)
     return scenes
 
 
-def replay(env, qpos):
+def wording(env, rng):
+    return env.task.instructions[rng.integers(len(env.task.instructions))]
+
+
+def replay(env, qpos, bodies):
     """What `look` sees from the front at a moment of an attempt."""
     env.data.qpos[:] = qpos
+    env.data.qvel[:] = 0
     mujoco.mj_forward(env.model, env.data)
-    return look(env, "front", env.task.labels)
+    return look(env, "front", bodies)
 
 
-def moments(qpos, names, label, texts, fault, rng, asker):
-    """Ask about an attempt; yield the four control steps whose pictures the questions are about.
-
-    label: of what is moved; texts {fault: in words}.
-    """
+def ask_as_a_whole(env, qpos, rng, asker, add, label, fault, causes):
+    """Scenes from the beginning to the end of an attempt: four if it failed, as that is rarer."""
     last = len(qpos) - 1
-    for _ in range(4 if fault else 2):  # failures are rarer
-        asker.ask("task", asker.task.instructions[0])
-        asker.yes_no("success", not fault)
-        if fault:
-            asker.ask("failure", texts[fault], options=texts.values())
+    tasks = [task.instructions[0] for task in TASKS.values()]
+    for _ in range(4 if fault else 2):
+        times = np.linspace(0, last, 4)
         # ends stay ends, the two between them move
-        yield np.linspace(0, last, 4) + [0, *rng.uniform(-0.1, 0.1, 2) * last, 0]
-    # the ends of steps, but for the last one
-    ends = [t for t in range(last) if names[t] != names[t + 1]]
-    steps = [DATA["steps"][names[t]].format(label) for t in (*ends, last)]
-    left = [numbered(steps[i:]) for i in range(1, len(steps))]
-    if not fault and len(set(steps)) == len(steps):  # no second try
-        for i, t in enumerate(ends):
-            asker.ask("past", steps[i], options=steps[:-1])
-            asker.ask("next", steps[i + 1], options=steps[1:])
-            asker.ask("remaining", left[i], options=left)
-            yield np.linspace(max(0, t - 24), t, 4)
-    # two moments and two that may follow: 0.4 s later, and of before or of long after
-    for t in rng.integers(16, last - 8, 3):
-        after = t + 8
-        other = min(last, t + rng.choice([-16, 40]))
-        way, other_way = np.abs(qpos[[after, other]] - qpos[t]).max(1)
+        times[1:3] += rng.uniform(-0.1, 0.1, 2) * last
+        still = rng.random() < 0.25
+        times = np.full(4, rng.integers(last)) if still else times.astype(int)
+        asker.whole(env.task.instructions[0], tasks, wording(env, rng), label, fault, causes)
+        if still:  # the same picture four times over: it tells nothing but that nothing moves
+            asker.take()
+        way = np.abs(qpos[times[-1]] - qpos[times[0]])
+        asker.yes_no("embodiment moving", way[: env.robot.dof].max() > 0.05)
+        add(times)
+
+
+def ask_what_follows(qpos, rng, asker, add):
+    """Scenes of two moments and two that may follow, 0.4 s later and far away."""
+    last = len(qpos) - 1
+    for t in rng.integers(8, max(9, last - 8), 3):
+        third = rng.random() < 0.5
+        after = min(t + 8, last)
+        # the wrong picture is of before, or of long after
+        back = t >= 16 and rng.random() < 0.7
+        other = t - 16 if back else min(t + 40, last)
+        way = np.abs(qpos[after] - qpos[t]).max()
+        other_way = np.abs(qpos[other] - qpos[t]).max()
         # what stays where it was might be next as well
-        if way > 0.05 and other_way > 1.5 * way:
-            third, fourth = rng.permutation([after, other])
-            asker.ask("future", "3" if third == after else "4")
-            yield t - 8, t, third, fourth
+        if last >= 24 and way > 0.05 and other_way > 1.5 * way:
+            asker.ask("future", "3" if third else "4", options=("3", "4"))
+            pair = (after, other) if third else (other, after)
+            add([t - 8, t, *pair])
 
 
 # ---- files
+
+
+def make_shard(job):
+    """Write the pictures of a shard, then its lines; returns how many they are."""
+    part, robot, task, first, count = job
+    if part.exists():  # whole, of a rendering that was stopped
+        return count
+    # render: what `reset` and `step` would draw is not looked at
+    env = TabletopEnv(robot, task, render=False, clutter=CLUTTER, varied="looks")
+    draw = seeds.rng(first, "wording")
+    held_out = (False, True) if part.parent.name == "val" else (False,)
+    askers = [Asker(draw, kind) for kind in held_out]
+    scenes = []
+    for seed in itertools.count(first):
+        kind = picture if seed % 4 else clips  # a clip's seed gives up to nine scenes
+        for asker in askers:
+            scenes += kind(env, seed, seeds.rng(seed, "scene"), asker)
+        if len(scenes) >= count:
+            break
+    env.close()
+    # a part that is there has all its pictures
+    folder = part.parent.parent
+    with atomic(part) as lines, open(lines, "w") as file:
+        for number, record in enumerate(scenes[:count]):
+            names = [f"{number}-{i}.png" for i in range(len(record["images"]))]
+            paths = [part.with_suffix("") / name for name in names]
+            for path, image in zip(paths, record["images"]):
+                with atomic(path) as temporary:
+                    Image.fromarray(image).save(temporary, compress_level=1)
+            record["images"] = [str(path.relative_to(folder)) for path in paths]
+            file.write(json.dumps(record) + "\n")
+    return count
+
+
+def jobs_of(config):
+    """{split: [(part, robot, task, first seed, scenes)]}: SHARD scenes of a cell, or what is left.
+
+    Each robot and task has as many; of all scenes, a fifteenth more for validation.
+    """
+    jobs = {"train": [], "val": []}
+    cells = list(itertools.product(TASKS, ROBOTS))
+    # rounded up, so that a small corpus has each cell
+    each = math.ceil(config.scenes / len(cells))
+    few = max(20, config.scenes // 15 // len(cells))
+    for number, (task, robot) in enumerate(cells):
+        seed = config.seed + 10_000 * number  # no two cells share a seed
+        for i in range(math.ceil(each / SHARD)):
+            part = Path(config.out, "train", f"{robot}-{task}-{i:03d}.jsonl")
+            count = min(SHARD, each - SHARD * i)
+            # 300 seeds give more than SHARD scenes: shards share none
+            jobs["train"].append((part, robot, task, seed + 300 * i, count))
+        part = Path(config.out, "val", f"{robot}-{task}-000.jsonl")
+        jobs["val"].append((part, robot, task, seeds.FIRST_VALIDATION + seed, few))
+    return {split: sorted(shards) for split, shards in jobs.items()}
+
+
+def join(parts, path):
+    """Files' lines as one file, without the "yes" or "no" too many; returns its checksum."""
+    lines = []
+    for part in parts:
+        lines += part.read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    equalise([record["questions"] for record in records])  # over all robots and tasks
+    with atomic(path) as temporary, open(temporary, "w") as file:
+        for record in records:
+            if record["questions"]:
+                file.write(json.dumps(record) + "\n")
+    return checksum(path)
 
 
 def checksum(path):
     return zlib.crc32(path.read_bytes())
 
 
-def write_lines(path, records):
-    """JSON lines, all or none; returns their checksum."""
-    with atomic(path) as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return checksum(path)
-
-
-def make_cell(job):
-    """Write the pictures of a cell, then, as a sign that all are there, its lines."""
-    name, out, robot, task, first, count = job
-    # render: what `reset` and `step` would draw is not looked at
-    env = TabletopEnv(robot, task, render=False, clutter=CLUTTER, varied="looks")
-    draw = seeds.rng(first, "wording")
-    askers = [Asker(draw, kind) for kind in (False, True)[: 1 + name.startswith("val")]]
-    scenes = []
-    seed = first
-    while len(scenes) < count:
-        kind = picture if seed % 4 else clips  # a clip's seed gives up to nine scenes
-        for asker in askers:
-            scenes += kind(env, seed, seeds.rng(seed, "scene"), asker)
-        seed += 1
-    env.close()
-    Path(out, name).mkdir(parents=True, exist_ok=True)
-    for number, record in enumerate(scenes[:count]):
-        files = [f"{name}/{number}-{i}.png" for i in range(len(record["images"]))]
-        for file, image in zip(files, record["images"]):
-            Image.fromarray(image).save(Path(out, file), compress_level=1)
-        record["images"] = files
-    write_lines(Path(out, f"{name}.jsonl"), scenes[:count])
-
-
-def jobs_of(config):
-    """[(name, out, robot, task, first seed, scenes)]: each robot and task has as many."""
-    cells = list(itertools.product(TASKS, ROBOTS))
-    each = math.ceil(config.scenes / len(cells))  # so that a small corpus has each cell
-    jobs = []
-    for number, (task, robot) in enumerate(cells):
-        cell = f"{robot}-{task}"
-        first = config.seed + 10_000 * number  # no two cells share a seed
-        jobs.append((f"train/{cell}", config.out, robot, task, first, each))
-        first += seeds.FIRST_VALIDATION
-        jobs.append((f"val/{cell}", config.out, robot, task, first, max(20, each // 15)))
-    return jobs
-
-
-def join(parts, path):
-    """Files' lines as one file, without the "yes" or "no" too many; returns its checksum."""
-    records = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
-    equalise([record["questions"] for record in records])  # over all robots and tasks
-    return write_lines(path, [record for record in records if record["questions"]])
-
-
 def make(config):
-    """Render what is missing of a corpus, a cell at a time."""
+    """Render what is missing of a corpus; the result does not depend on the number of workers."""
     at_least(config, 1, "scenes", "workers")
     at_least(config, 0, "seed")
     path = Path(config.out) / "made.json"
     settings = {"scenes": config.scenes, "seed": config.seed}
-    before = read_json(path, "delete it") if path.exists() else settings
-    if before | settings != before:
-        there = f"--scenes {before.get('scenes')} --seed {before.get('seed')}"
-        raise UserError(f"{path.parent} is of {there}: choose another --out, or delete it")
-    if "checksums" in before:  # all is there
-        return
+    if path.exists():
+        before = read_json(path, "delete it")
+        if before | settings != before:
+            there = f"--scenes {before.get('scenes')} --seed {before.get('seed')}"
+            raise UserError(f"{path.parent} is of {there}: choose another --out, or delete it")
+        if "checksums" in before:  # all is there
+            return
     # now, so that nobody goes on with other settings; checksums last, when all is there
     write_json(path, settings)
     jobs = jobs_of(config)
-    missing = [job for job in jobs if not path.parent.joinpath(f"{job[0]}.jsonl").exists()]
-    list(tqdm(run_jobs(make_cell, missing, config.workers), total=len(missing), unit="cell"))
+    shards = jobs["train"] + jobs["val"]
+    with tqdm(total=sum(count for *_, count in shards), unit="scene") as bar:
+        for count in run_jobs(make_shard, shards, config.workers):
+            bar.update(count)
     checksums = {}
-    for split in SPLITS:
+    for split in jobs:
+        parts = [part for part, *_ in jobs[split]]
         name = f"{split}.jsonl"
-        parts = whole_files(path.with_name(split), "*.jsonl")
         checksums[name] = join(parts, path.with_name(name))
     write_json(path, {**settings, "checksums": checksums})
-    for part in path.parent.glob("*/*.jsonl"):
+    for part, *_ in shards:
         part.unlink()
 
 
-class Scenes(Conversations):
+@lru_cache(maxsize=4)
+def read_rows(path, time):
+    """Conversations of a file as it was at that time: several stages read the same."""
+    return Conversations(path)
+
+
+@dataclass
+class Scenes:
     """The scenes of a split ("train" or "val") as rows: a source of train_sft.py.
 
     A row asks at most `questions` of the chosen categories, drawn anew each time, the rarer its
-    category the likelier; with none it has pictures alone. A share `blind` of rows that ask has
-    noise for pictures: the model learns to guess where it sees nothing, instead of babbling.
+    category the likelier. A share `blind` of rows has noise for pictures: the model learns to
+    guess where it sees nothing, instead of babbling. pictures_only: nothing is asked.
     """
 
-    def __init__(self, folder, split="train", categories="all", questions=4, blind=0.0):
-        self.questions = questions
-        self.blind = blind
-        names = choose_many(categories, CATEGORIES, "category")
-        path = Path(folder) / f"{split}.jsonl"
-        with reading(path, f"make it with `python -m nano.scenes --out {folder}`"):
+    folder: str
+    split: str = "train"
+    categories: str = "all"
+    questions: int = 4
+    blind: float = 0.0
+    pictures_only: bool = False
+
+    def __post_init__(self):
+        names = choose_many(self.categories, CATEGORIES, "category")
+        path = Path(self.folder) / f"{self.split}.jsonl"
+        advice = f"make it with `python -m nano.scenes --out {self.folder}`"
+        with reading(path, advice):
             if checksum(path) != read_json(path.with_name("made.json"))["checksums"][path.name]:
                 raise UserError("it was damaged or changed since it was made; delete the folder")
-        super().__init__(path)
+        self.file = read_rows(path, path.stat().st_mtime_ns)
+        self.index = []  # (row of the file, which of its questions)
         self.often = Counter()  # questions of each category
-        for _, record in self.records:
-            chosen = [entry for entry in record["questions"] if entry["category"] in names]
-            record["questions"] = chosen
-            self.often.update(entry["category"] for entry in chosen)
-        self.records = [entry for entry in self.records if entry[1]["questions"]]
-        if not self.records:
-            raise UserError(f"{path} asks nothing of --categories {categories}: take others")
+        for i, (_, record) in enumerate(self.file.records):
+            categories = [question["category"] for question in record["questions"]]
+            kept = [n for n, category in enumerate(categories) if category in names]
+            self.often.update(categories[n] for n in kept)
+            if kept:
+                self.index.append((i, kept))
+        if not self.index:
+            raise UserError(f"{path} asks nothing of --categories {self.categories}: take others")
+
+    def validation(self):
+        return dataclasses.replace(self, split="val")
+
+    def __len__(self):
+        return len(self.index)
+
+    def name(self, i):
+        return self.file.name(self.index[i][0])
 
     def texts(self):
-        """Every text, and often, for a tokenizer, every instruction."""
-        yield from super().texts()
+        """Every question and answer, and often, for a tokenizer, every instruction."""
+        for i, kept in self.index:
+            questions = self.file.records[i][1]["questions"]
+            for n in kept:
+                yield from (questions[n]["question"], questions[n]["answer"])
         for task in TASKS.values():
             yield from task.instructions * 100  # policies read them at every step
 
@@ -426,25 +533,29 @@ class Scenes(Conversations):
 
         Without one it asks all questions as they stand.
         """
-        row = super().row(i)
-        row.record = dict(row.record)  # the file's stays as it is
-        entries = row.record["questions"]
-        order = range(len(entries))
-        if not self.questions:
-            order = []
+        i, kept = self.index[i]
+        row = self.file.row(i)
+        questions = row.record["questions"]
+        if self.pictures_only:
+            kept = []
         elif seed is not None:
-            rng = np.random.default_rng(seed)
+            run, number = seed
+            draw = np.random.default_rng([run, 2, number])
+            if draw.random() < self.blind:
+                row.media = [("image", noise(draw)) for _ in row.media]
+                row.record = {**row.record, "grounding": None}
             # waiting times: who comes first comes with odds of one over how often there are others
-            often = [self.often[entry["category"]] for entry in entries]
-            order = rng.exponential(often).argsort()[: self.questions]
-            if rng.random() < self.blind:
-                noise = rng.integers(0, 256, (len(row.media), *PICTURE), dtype=np.uint8)
-                row.media = [("image", picture) for picture in noise]
-                row.record["grounding"] = None
+            often = [self.often[questions[n]["category"]] for n in kept]
+            wait = np.random.default_rng([run, 1, number]).exponential(often)
+            kept = [kept[n] for n in wait.argsort()[: self.questions]]
         pictures = [{"role": "user", "content": [{"type": "image"} for _ in row.media]}]
-        row.conversations = [row.conversations[n] for n in order] or [pictures]
-        row.record["questions"] = [entries[n] for n in order]
+        row.conversations = [row.conversations[n] for n in kept] or [pictures]
+        row.record = {**row.record, "questions": [questions[n] for n in kept]}
         return row
+
+
+def noise(rng):
+    return Image.fromarray(rng.integers(0, 256, PICTURE, dtype=np.uint8))
 
 
 def main():

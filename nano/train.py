@@ -9,13 +9,13 @@
     scenes     Stage I: all of the model, on all questions
     embodied   Stage I goes on above block k, in half the time a step: what policies read is there
 
-Numbers of the stages: stages.json. Rows, losses and loop are those of train_sft.py, with scenes.py's pictures, instructions.py's
+Rows, losses and loop are those of train_sft.py, with scenes.py's pictures, instructions.py's
 replay and grounding.py's heads; all are made if they are not there.
 """
 
-import json
+import dataclasses
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +28,8 @@ from data.mixture import Source
 from files import claim, read_json, reading
 from nano import instructions, scenes
 from nano.grounding import Grounding
-from nano.scenes import Scenes
+from nano.instructions import InstructionsConfig
+from nano.scenes import Scenes, ScenesConfig
 from processor import SYSTEM_PROMPT, Processor, Tokenizer, train_tokenizer
 from train_sft import train
 from trainer import RunConfig
@@ -38,48 +39,60 @@ VOCAB_SIZE = 1024  # byte-level pieces of the tokenizer
 MOST_TEXTS = 50_000  # that it learns from
 
 
-INTENT_LAYER = 3  # k: the LLM block that the second head, and later the policy, reads
-
-
 @dataclass
 class StageConfig(RunConfig):
     """The flags of one stage."""
 
     scenes: str = "out/corpus"  # folder of scenes
     instructions: str = "out/general"  # folder of instructions
-    backbone: str = ""  # start from this folder; empty: from nothing
+    out: str = "out/sft"  # folder for the model
+    backbone: str = "out/scenes"  # start from this folder; empty: from nothing
+    steps: int = 9000  # optimizer steps
+    lr: float = 2e-3  # peak learning rate
+    eval_every: int = 1000  # steps between evaluations, each with a checkpoint
     categories: str = "all"  # of questions about scenes, comma-separated, or all
-    questions: int = 4  # of a scene in a step, at most, drawn anew; 0: pictures alone, k blocks
-    blind: float = 0.05  # share of scenes with noise for pictures
+    questions: int = 5  # at most so many questions of a scene in a step, drawn anew each time
+    blind: float = 0.15  # share of scenes with noise for pictures
     share: float = 1.0  # rows of scenes for each of instructions
-    frozen_blocks: int = 0  # LLM blocks, with the ViT: a policy that reads them stays valid
+    pictures_only: bool = False  # ask nothing, and run k blocks alone
+    intent_layer: int = 3  # k: the LLM block that the second head, and later the policy, reads
+    frozen_blocks: int = 3  # LLM blocks, with the ViT: a policy that reads them stays valid
+    micro_batch: int = 32  # rows in memory at once
 
     # what train_sft.py lets people choose, and this recipe does not
     train = "vision,merger,llm"
     on_bad = "refuse"
     lora_rank = 0
-    micro_batch = 32
     checkpointing = False
 
 
-NUMBERS = json.loads((Path(__file__).parent / "stages.json").read_text())
-STAGES = {name: StageConfig(**numbers) for name, numbers in NUMBERS.items()}
+SIMPLE = "attribute,existence,point,box"
+YOUNG = StageConfig(categories=SIMPLE, questions=8, blind=0.05, lr=4e-3, frozen_blocks=0)
+YOUNG.eval_every = 300
+STAGES = {
+    "embodied": StageConfig(),
+    "scenes": StageConfig(
+        out="out/scenes", backbone="out/base", steps=2200, questions=4, blind=0.05, share=3.0,
+        frozen_blocks=0, eval_every=300,
+    ),
+    "base": dataclasses.replace(YOUNG, out="out/base", backbone="out/look", steps=1500),
+    "look": dataclasses.replace(YOUNG, out="out/look", backbone="", steps=900, pictures_only=True),
+}  # fmt: skip
 
 
 def make_data(cfg):
     """Make the default scenes and instructions where they are not there."""
     if not (Path(cfg.scenes) / "val.jsonl").exists():
-        scenes.make(scenes.ScenesConfig(out=cfg.scenes, workers=os.cpu_count() or 1))
+        scenes.make(ScenesConfig(out=cfg.scenes, workers=os.cpu_count() or 1))
     if not (Path(cfg.instructions) / "probes.jsonl").exists():
-        instructions.make(instructions.InstructionsConfig(out=cfg.instructions))
+        instructions.make(InstructionsConfig(out=cfg.instructions))
 
 
 def open_sources(cfg):
     """The rows of a stage. UserError on what they lack."""
-    settings = (cfg.categories, cfg.questions, cfg.blind)
-    rows, validation = [Scenes(cfg.scenes, split, *settings) for split in ("train", "val")]
-    sources = [Source("scenes", rows, cfg.share, validation)]
-    if cfg.questions:
+    rows = Scenes(cfg.scenes, "train", cfg.categories, cfg.questions, cfg.blind, cfg.pictures_only)
+    sources = [Source("scenes", rows, cfg.share, rows.validation())]
+    if not cfg.pictures_only:
         replay = Conversations(Path(cfg.instructions) / "train.jsonl")
         sources.append(Source("instructions", replay))
     return sources
@@ -87,7 +100,7 @@ def open_sources(cfg):
 
 def learn_tokenizer(cfg):
     """A Tokenizer of all texts that the stages from nothing show."""
-    sources = open_sources(replace(cfg, questions=1))
+    sources = open_sources(dataclasses.replace(cfg, pictures_only=False))
     texts = [text for source in sources for text in source.rows.texts()]
     frame = f"system\n{SYSTEM_PROMPT}\nuser\nassistant\n"  # in every row, so worth whole tokens
     return train_tokenizer([*texts[:: 1 + len(texts) // MOST_TEXTS], *[frame] * 1000], VOCAB_SIZE)
@@ -96,21 +109,24 @@ def learn_tokenizer(cfg):
 def train_stage(cfg):
     """Train one stage; returns its last figures."""
     torch.manual_seed(cfg.seed)
-    # resumed, its own: the backbone or the data may be others by now
-    folder = cfg.out if cfg.resume else cfg.backbone
-    tokenizer = Tokenizer.from_pretrained(folder) if folder else learn_tokenizer(cfg)
+    if cfg.resume:  # its own: the backbone or the data may be others by now
+        processor = Processor(Tokenizer.from_pretrained(cfg.out))
+    elif cfg.backbone:
+        processor = Processor.from_pretrained(cfg.backbone)
+    else:
+        processor = Processor(learn_tokenizer(cfg))
     if cfg.backbone:
         model = VLM.from_pretrained(cfg.backbone)
     else:
-        model = VLM(PRESETS["nano"].for_tokenizer(tokenizer))
-    heads = Grounding(model.config, tokenizer, INTENT_LAYER, not cfg.questions)
+        model = VLM(PRESETS["nano"].for_tokenizer(processor.tokenizer))
+    heads = Grounding(model.config, processor.tokenizer, cfg.intent_layer, cfg.pictures_only)
     learned = Path(cfg.backbone) / "heads.safetensors"
     if cfg.backbone and learned.exists():  # new ones would undo in a hundred steps what is learned
         with reading(learned):
             heads.load_state_dict(load_file(learned))
     with claim(cfg.out):
-        tokenizer.save_pretrained(cfg.out)  # before a first checkpoint needs it
-        return train(cfg, model, Processor(tokenizer), open_sources(cfg), heads)
+        processor.tokenizer.save_pretrained(cfg.out)  # before a first checkpoint needs it
+        return train(cfg, model, processor, open_sources(cfg), heads)
 
 
 def finished(folder):
@@ -125,9 +141,9 @@ def finished(folder):
 
 def missing_stages(cfg):
     """The stages to train, cfg last: those before it whose folders hold no finished model."""
-    names = ("batch_size", "seed", "device", "dtype", "fsdp", "scenes", "instructions")
-    same = {name: getattr(cfg, name) for name in names}
-    stages = {stage.out: replace(stage, **same) for stage in STAGES.values()}
+    same = {"batch_size", "seed", "device", "dtype", "fsdp", "micro_batch", "scenes"}
+    same = {name: getattr(cfg, name) for name in same | {"instructions", "intent_layer"}}
+    stages = {stage.out: dataclasses.replace(stage, **same) for stage in STAGES.values()}
     missing = [cfg]
     while missing[0].backbone in stages and not finished(missing[0].backbone):
         missing.insert(0, stages[missing[0].backbone])
@@ -143,12 +159,13 @@ def missing_stages(cfg):
 def check(cfg):
     """UserError for what is wrong with a StageConfig: told before any work."""
     trainer.check(cfg)
-    at_least(cfg, 0, "questions", "blind", "share", "frozen_blocks")
+    blocks = PRESETS["nano"].num_hidden_layers
+    at_least(cfg, 1, "questions", "micro_batch", "intent_layer")
+    at_least(cfg, 0, "blind", "share", "frozen_blocks")
     if cfg.blind > 1:
         raise UserError(f"--blind {cfg.blind} is a share of rows: at most 1")
-    blocks = PRESETS["nano"].num_hidden_layers
-    if cfg.frozen_blocks >= blocks:
-        raise UserError(f"--frozen_blocks {cfg.frozen_blocks}: this model has {blocks} blocks")
+    if cfg.intent_layer > blocks or cfg.frozen_blocks >= blocks:
+        raise UserError(f"--intent_layer and --frozen_blocks: this model has {blocks} blocks")
 
 
 def main():
@@ -160,7 +177,8 @@ def main():
     if trainer.this_process()[0] == 0:
         make_data(cfg)
     trainer.barrier()
-    open_sources(cfg)  # mistakes are told now, not after other stages' training
+    for stage in missing:  # mistakes are told now, not after other stages' training
+        open_sources(stage)
     trainer.say("stages to train: " + ", ".join(stage.out for stage in missing))
     for stage in missing:
         train_stage(stage)

@@ -32,11 +32,10 @@ def data(tmp_path_factory):
 def tiny(monkeypatch):
     monkeypatch.setitem(recipe.PRESETS, "nano", TINY)
     monkeypatch.setattr(recipe, "VOCAB_SIZE", 300)
-    monkeypatch.setattr(recipe, "INTENT_LAYER", 2)
 
 
 def config(out, data, **changes):
-    small = {"steps": 4, "batch_size": 4, "frozen_blocks": 0, "device": "cpu", "lr": 2e-3}
+    small = {"steps": 4, "batch_size": 4, "intent_layer": 2, "frozen_blocks": 0, "device": "cpu"}
     small |= {"eval_every": 2, "backbone": "", "out": str(out), "categories": "all", **data}
     return StageConfig(**{**small, **changes})
 
@@ -46,7 +45,7 @@ def log_of(out):
 
 
 def test_looking_stops_at_block_k(tmp_path, data):
-    cfg = config(tmp_path, data, questions=0, steps=2)
+    cfg = config(tmp_path, data, pictures_only=True, steps=2)
     train_stage(cfg)
     torch.manual_seed(0)
     tokenizer = recipe.learn_tokenizer(cfg)
@@ -63,7 +62,7 @@ def test_looking_stops_at_block_k(tmp_path, data):
 
 
 def test_it_overfits_a_few_scenes(tmp_path, data):
-    look = config(tmp_path / "look", data, questions=0, steps=50, lr=5e-3)
+    look = config(tmp_path / "look", data, pictures_only=True, steps=50, lr=5e-3)
     look.eval_every = 1000
     train_stage(look)
     changes = {"backbone": look.out, "steps": 320, "batch_size": 6, "lr": 5e-3, "blind": 0.0}
@@ -78,7 +77,7 @@ def test_stages_that_are_missing_are_trained_and_stopped_ones_go_on(tmp_path, da
     stages = {
         "scenes": config(out["scenes"], data, backbone=out["base"], steps=2),
         "base": config(out["base"], data, backbone=out["look"], steps=2),
-        "look": config(out["look"], data, questions=0, steps=2),
+        "look": config(out["look"], data, pictures_only=True, steps=2),
     }
     monkeypatch.setattr(recipe, "STAGES", stages)
 
@@ -144,6 +143,7 @@ def test_mistakes_are_told_before_any_work(tmp_path, data, monkeypatch):
         told(backbone=str(tmp_path / "o"))
     for changes, words in (
         ({"blind": 2.0}, "--blind 2.0 is a share"),
+        ({"intent_layer": 9}, "--intent_layer.*3 blocks"),
         ({"frozen_blocks": 3}, "--frozen_blocks.*3 blocks"),
         ({"categories": "points"}, "did you mean point"),
         ({"categories": "future"}, "asks nothing of --categories future"),
@@ -159,4 +159,4 @@ def test_each_stage_starts_where_another_ends():
     stages = {stage.out: stage for stage in STAGES.values()}
     before = [stage.backbone for stage in STAGES.values()]
     assert set(before) == {"", *stages} - {STAGES["embodied"].out}
-    assert len(dataclasses.fields(StageConfig)) < 19
+    assert len(dataclasses.fields(StageConfig)) < 22

@@ -13,17 +13,19 @@ from data import seeds
 from data.env import TabletopEnv
 from data.tasks import TASKS
 from nano import scenes
+from nano.questions import CAUSES
 from nano.scenes import (
-    CAUSES,
     CLASSES,
     CLUTTER,
+    MOST_QUESTIONS,
+    SHARD,
     Scenes,
     ScenesConfig,
     attempt,
     jobs_of,
     look,
     make,
-    make_cell,
+    make_shard,
     project,
 )
 
@@ -42,7 +44,13 @@ def small(folder, monkeypatch, count=8, **changes):
     """Render one cell of a small corpus in this process."""
 
     def jobs(config):
-        return [(*job[:5], count) for job in jobs_of(config) if "widowx-PickCube" in job[0]]
+        shards = jobs_of(config)
+        return {
+            split: [
+                job[:4] + (count,) for job in shards[split] if job[0].stem == "widowx-PickCube-000"
+            ]
+            for split in shards
+        }
 
     monkeypatch.setattr(scenes, "jobs_of", jobs)
     monkeypatch.setattr(scenes, "run_jobs", lambda function, jobs, workers: map(function, jobs))
@@ -56,9 +64,7 @@ def test_a_corpus_tells_the_truth(tmp_path, monkeypatch):
     assert len(rows) > 20 and {len(row.media) for row in rows} == {1, 2, 4}
     asked = Counter()
     for row in rows:
-        assert 1 <= len(row.conversations) == len(row.record["questions"])
-        categories = Counter(question["category"] for question in row.record["questions"])
-        assert max(categories.values()) == 1
+        assert 1 <= len(row.conversations) == len(row.record["questions"]) <= MOST_QUESTIONS
         assert len(row.record["grounding"]) == len(row.media)
         for question, conversation in zip(row.record["questions"], row.conversations):
             asked[question["category"]] += 1
@@ -68,7 +74,7 @@ def test_a_corpus_tells_the_truth(tmp_path, monkeypatch):
                 check_place(question, row.record["grounding"])
     assert {"point", "box", "existence", "embodiment", "affordance"} < asked.keys()
     assert asked.keys() & {"task", "success", "past", "future"}
-    validation = Scenes(str(tmp_path), "val")
+    validation = corpus.validation()
     questions = [q for i in range(len(validation)) for q in validation.row(i).record["questions"]]
     assert {question["held_out"] for question in questions} == {False, True}
     yes_no = [q for row in rows for q in row.record["questions"] if q["form"] == "yes/no"]
@@ -92,12 +98,13 @@ def check_place(question, grounding):
 def test_patches_and_centers_are_where_the_pixels_are():
     env = TabletopEnv("widowx", "PickCube", render=False, clutter=CLUTTER)
     env.reset(4)
-    picture, grounding, seen = look(env, "front", env.task.labels)
+    bodies = {label: body for body, label in env.task.labels.items()}
+    picture, grounding, seen = look(env, "front", bodies)
     x, y, depth = project(env, "front", env.position("cube"))
     red = np.argwhere((picture[..., 0] > 150) & (picture[..., 1] < 60))
     assert np.abs(red.mean(0)[::-1] - (x, y)).max() < 4
     assert np.allclose(grounding["objects"]["red cube"], (x, y, depth), atol=1e-4)
-    assert seen["red cube"][4:] == (x, y)
+    assert seen["red cube"][5:] == (x, y)
     shown = [
         i
         for i, letter in enumerate(grounding["patches"])
@@ -118,11 +125,11 @@ def test_a_stopped_rendering_goes_on_and_other_settings_are_told(tmp_path, monke
     def stop(job):
         if shards:
             raise KeyboardInterrupt
-        shards.append(make_cell(job))
+        shards.append(make_shard(job))
         return shards[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(scenes, "make_cell", stop)
+        patch.setattr(scenes, "make_shard", stop)
         with pytest.raises(KeyboardInterrupt):
             small(tmp_path / "parts", monkeypatch)
     with pytest.raises(UserError, match="python -m nano.scenes"):  # it is not whole
@@ -145,14 +152,12 @@ def test_a_stopped_rendering_goes_on_and_other_settings_are_told(tmp_path, monke
 def test_a_corpus_has_as_many_scenes_as_asked():
     for count in (1, 240, 24 * 600):
         jobs = jobs_of(ScenesConfig(scenes=count))
-        train, validation = (
-            [job for job in jobs if job[0].startswith(s)] for s in ("train", "val")
+        assert sum(job[-1] for job in jobs["train"]) == max(count, 24)
+        assert all(0 < job[-1] <= SHARD for job in jobs["train"]) and len(jobs["val"]) == 24
+        assert len({job[0] for split in jobs.values() for job in split}) == sum(
+            map(len, jobs.values())
         )
-        assert sum(job[-1] for job in train) == max(count, 24)
-        assert len(train) == len(validation) == 24 and len({job[0] for job in jobs}) == 48
-        assert (
-            min(job[4] for job in validation) >= seeds.FIRST_VALIDATION > max(j[4] for j in train)
-        )
+        assert min(job[3] for job in jobs["val"]) >= seeds.FIRST_VALIDATION
 
 
 def test_damage_and_edits_are_one_line(tmp_path):
@@ -193,7 +198,6 @@ def test_rows_depend_on_seed_and_number_alone(tmp_path):
     assert {q["category"] for i in range(12) for q in only.row(i).record["questions"]} == {"point"}
     assert only.name(3).endswith("train.jsonl, line 4")
     assert "Is it red?" in list(corpus.texts()) and "Is it red?" not in list(only.texts())
-    assert "What do you see?" in list(corpus.texts()) and "yes" in list(corpus.texts())
 
 
 def test_rare_categories_are_asked_more(tmp_path):
@@ -226,8 +230,8 @@ def test_blind_rows_show_noise_and_tell_nothing_of_it(tmp_path):
 
 
 def test_pictures_can_go_alone(tmp_path):
-    corpus = Scenes(str(write_squares(tmp_path)), blind=1.0, questions=0)
+    corpus = Scenes(str(write_squares(tmp_path)), blind=1.0, pictures_only=True)
     row = corpus.row(1, (0, 0))
     assert row.conversations == [[{"role": "user", "content": [{"type": "image"}] * 2}]]
     assert row.record["questions"] == [] and row.record["grounding"]
-    assert corpus.row(1).conversations == row.conversations
+    assert corpus.validation().pictures_only
