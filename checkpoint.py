@@ -84,23 +84,25 @@ def read_config(folder):
         raise UserError(f"{folder} holds an adapter: merge it first (peft's merge_and_unload)")
     with reading(path):
         content = read_json(path)
-        if content.get("model_type") != "qwen2_5_vl":
-            raise UserError(f"model_type is {content.get('model_type')!r}, not 'qwen2_5_vl'")
-        if content.get("quantization_config"):
-            raise UserError(QUANTIZED)
+        kind = content.get("model_type")
+        assert kind == "qwen2_5_vl", f"model_type is {kind!r}, not 'qwen2_5_vl'"
+        assert not content.get("quantization_config"), QUANTIZED
         # the text's fields: flat, nested, or both with nulls in one of them
-        text = known(content) | known(content.get("text_config") or {})
-        text["tie_word_embeddings"] = content.get("tie_word_embeddings") or bool(
-            text.get("tie_word_embeddings")
+        nested = content.get("text_config") or {}
+        text = known(content) | known(nested)
+        # tied if either says so
+        text["tie_word_embeddings"] = content.get("tie_word_embeddings") or nested.get(
+            "tie_word_embeddings", False
         )
         # M-RoPE's name and place have changed twice
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        text |= {name: rope[name] for name in ("mrope_section", "rope_theta") if name in rope}
-        if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
-            raise UserError("rope scaling is not supported: take a checkpoint without it")
+        text |= rope
+        plain = rope.get("rope_type", rope.get("type", "default")) in ("default", "mrope")
+        assert plain, "rope scaling is not supported: take a checkpoint without it"
         assert text.get("hidden_act", "silu") == "silu", "hidden_act is not silu"
-        if text.get("use_sliding_window"):
-            raise UserError("sliding windows are not supported: take a checkpoint without them")
+        assert not text.get("use_sliding_window"), (
+            "sliding windows are not supported: take a checkpoint without them"
+        )
         # what is left out is the class's
         vision = known(content.get("vision_config") or {})
         fields = {name: text.get(name, value) for name, value in TEXT_DEFAULTS.items()}
@@ -114,14 +116,13 @@ def read_generation_config(folder, config):
     """{"eos_token_id": [every stop], "repetition_penalty"} of a folder with this VLMConfig."""
     path = Path(folder) / "generation_config.json"
     content = known(read_json(path)) if path.exists() else {}
-    stops = []  # all that anyone calls an end
-    for ids in (content.get("eos_token_id"), config.eos_token_id, config.bos_token_id):
-        stops += ids if isinstance(ids, list) else [ids]
     with reading(path):
         penalty = content.get("repetition_penalty", 1.0)
         assert isinstance(penalty, (int, float)) and penalty > 0, "repetition_penalty is no number"
-        stops = [int(token) for token in dict.fromkeys(stops) if token is not None]
-    return {"eos_token_id": stops, "repetition_penalty": penalty}
+        stops = []  # all that anyone calls an end
+        for ids in (content.get("eos_token_id", []), config.eos_token_id, config.bos_token_id):
+            stops += ids if isinstance(ids, list) else [ids]
+        return {"eos_token_id": sorted(set(map(int, stops))), "repetition_penalty": penalty}
 
 
 def stored_dtype(folder):
@@ -151,29 +152,27 @@ def weight_files(folder):
         return [inside(folder, name) for name in names]
 
 
-def tensors_of(path):
-    """(name, tensor) after another, each from a mapping of its own.
+def tensors_of(folder, only=""):
+    """(file, name, tensor) after another of the names on the hub that match the pattern `only`.
 
-    What was read of the file is let go of at once, so memory peaks at one tensor.
+    Each from a mapping of its own: what was read of the file is let go of at once, so memory
+    peaks at one tensor.
     """
-    with reading(path, "is the file complete?"):
-        with safe_open(path, "pt") as file:
-            names = file.keys()
-        for name in names:
-            if our_name(name):  # an open file keeps what was read of it in memory
-                with safe_open(path, "pt") as file:
-                    yield our_name(name), file.get_tensor(name)
+    for path in weight_files(folder):
+        with reading(path, "is the file complete?"):
+            with safe_open(path, "pt") as file:
+                names = file.keys()
+            for stored in names:
+                name = our_name(stored)
+                if name and re.match(only, name):  # an open file keeps what was read of it
+                    with safe_open(path, "pt") as file:
+                        yield path, name, file.get_tensor(stored)
 
 
 def has_own_head(folder):
     """Is there an lm_head in the files that is not the embedding once more?"""
-    found = {}
-    for path in weight_files(folder):
-        with reading(path, "is the file complete?"), safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
-                if our_name(name) in ("lm_head.weight", "model.embed_tokens.weight"):
-                    found[our_name(name)] = file.get_tensor(name)
-    return len(found) == 2 and not torch.equal(*found.values())
+    tables = [tensor for *_, tensor in tensors_of(folder, r"lm_head|model\.embed_tokens")]
+    return len(tables) == 2 and not torch.equal(*tables)
 
 
 def hub_weights(weights, config):
@@ -182,80 +181,62 @@ def hub_weights(weights, config):
     views = {}
     for name, tensor in weights.items():
         rows = len(tensor)
+        layer = name.split(".")[-2]
         # one product here, tensors of their own on the hub
-        fused = re.search("qkv_proj|gate_up_proj|$", name)[0]
-        parts = {fused: rows}
-        if fused == "qkv_proj":
-            parts = {"q_proj": rows - 2 * kv, "k_proj": kv, "v_proj": kv}
-        elif fused == "gate_up_proj":
-            parts = {"gate_proj": rows // 2, "up_proj": rows // 2}
+        fused = {
+            "qkv_proj": {"q_proj": rows - 2 * kv, "k_proj": kv, "v_proj": kv},
+            "gate_up_proj": {"gate_proj": rows // 2, "up_proj": rows // 2},
+        }
+        parts = fused.get(layer, {layer: rows})
         for part, view in zip(parts, tensor.split(list(parts.values()))):
-            views[name.replace(fused, part) if fused else name] = view
+            views[name.replace(layer, part)] = view
     return views
 
 
 def load_weights(model, folder, device="cpu", dtype=torch.float32):
-    """Put a folder's tensors into `model`, which may be on the meta device.
+    """Put a folder's tensors into `model`, which is on the meta device.
 
     UserError unless every name and shape matches and every number is finite, so nothing is left
     at random. Memory peaks at the weights and one tensor.
     """
     # memory for all of them, filled by way of the hub's names
-    own = {}
-    for name, tensor in model.state_dict().items():
-        own[name] = torch.empty(tensor.shape, dtype=dtype, device=device)
-    views = hub_weights(own, model.config)
-    missing = set(views)
-    for path in weight_files(folder):
-        for name, tensor in tensors_of(path):
-            where = f"{path} does not fit config.json"
-            if tensor.dtype not in FLOATS:
-                raise UserError(f"{path}: {QUANTIZED}")
-            if name == "lm_head.weight" and model.lm_head is None:
-                continue  # tied, and stored twice
-            if name not in views:
-                raise UserError(f"{where}: unexpected tensor {name}")
-            wanted = list(views[name].shape)
-            if list(tensor.shape) != wanted:
-                raise UserError(f"{where}: {name} has shape {list(tensor.shape)}, wanted {wanted}")
-            views[name].copy_(tensor)  # and cast
-            if not views[name].isfinite().all():
-                raise UserError(f"{path}: {name} holds numbers that are not finite in {dtype}")
-            missing.discard(name)
-    if missing:  # else they would stay at random
-        count = f"{len(missing)} tensors missing, first {min(missing)}"
-        raise UserError(f"{folder} does not fit config.json: {count}")
-    model.load_state_dict(own, assign=True)
+    model.to(dtype).to_empty(device=device)
+    views = hub_weights(model.state_dict(), model.config)
+    for path, name, tensor in tensors_of(folder):
+        if name == "lm_head.weight" and model.lm_head is None:
+            continue  # tied, and stored twice
+        with reading(path, "does it fit config.json?"):
+            assert tensor.dtype in FLOATS, QUANTIZED
+            assert name in views, f"unexpected tensor {name}"
+            view = views.pop(name)
+            shapes = f"{name} has shape {list(tensor.shape)}, wanted {list(view.shape)}"
+            assert tensor.shape == view.shape, shapes
+            view.copy_(tensor)  # and cast
+            assert view.isfinite().all(), f"{name} holds numbers that are not finite in {dtype}"
+    if views:  # else they would stay at random
+        missing = f"{len(views)} tensors missing, first {min(views)}"
+        raise UserError(f"{folder} does not fit config.json: {missing}")
 
 
 # ---- writing
 
 
-def config_dict(config):
-    """A VLMConfig as config.json: the hub's flat layout, which all versions read."""
-    fields = dataclasses.asdict(config)
-    sections = list(fields.pop("mrope_section"))
-    more = {"in_chans": 3, "hidden_act": "silu", "model_type": "qwen2_5_vl"}
-    return {
-        "model_type": "qwen2_5_vl",
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "hidden_act": "silu",
-        **fields,
-        "rope_scaling": {"type": "mrope", "mrope_section": sections},
-        "vision_config": fields["vision_config"] | more,
-    }
-
-
 def save_model(model, folder, dtype, weights):
     """Write a VLM's files, each whole or not at all, with these weights {name: tensor}."""
     folder = Path(folder)
+    dtype = dtype or next(iter(weights.values())).dtype
+    # the hub's flat layout, which all versions read
+    kind = {"model_type": "qwen2_5_vl", "hidden_act": "silu"}
+    config = {**kind, **dataclasses.asdict(model.config)}
+    config["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]
+    config["rope_scaling"] = {"type": "mrope", "mrope_section": config.pop("mrope_section")}
+    config["vision_config"] |= {**kind, "in_chans": 3}
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", model.generation_config)
     tensors = {}
     for name, tensor in hub_weights(weights, model.config).items():
-        tensors[name] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-    stored = str(dtype or model.model.norm.weight.dtype)
-    stored = stored.removeprefix("torch.")
-    write_json(folder / "config.json", {**config_dict(model.config), "dtype": stored})
-    write_json(folder / "generation_config.json", model.generation_config)
+        tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
     with atomic(folder / "model.safetensors") as path:
         save_file(tensors, path, metadata={"format": "pt"})
     # vLLM reads every safetensors file that no index leaves out, policy.safetensors too

@@ -73,7 +73,7 @@ class BLM:
     def answers(self, images, questions, **options):
         """Replies to a question about a list of images for each row, all at a time: [str].
 
-        options of `VLM.generate`: max_new_tokens; temperature (0: the likeliest words), top_p, seed.
+        options of `VLM.generate`: max_new_tokens; temperature (0: the likeliest words), seed.
         """
         for question in questions:
             check_text("question", question)

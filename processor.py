@@ -168,7 +168,9 @@ def process_videos(videos, config):
         # m x m neighbors after one another, as the merger takes them
         order = "(t f) (h a p) (w b q) c -> (t h w a b) c (f p q)"
         patches = rearrange(pixels, order, f=frames, a=m, b=m, p=p, q=p)
-        patches = (patches / np.float32(255) - mean) / std
+        patches = patches / np.float32(255)
+        patches -= mean  # in place: there are many pictures a step
+        patches /= std
         values.append(patches.reshape(len(patches), -1))  # (patches, 3*2*p*p)
         grids.append([len(pixels) // frames, pixels.shape[1] // p, pixels.shape[2] // p])
     return torch.from_numpy(np.concatenate(values)), torch.tensor(grids)

@@ -23,7 +23,6 @@ m x m neighbors after one another, so that the merger is a reshape.
 
 import dataclasses
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -133,25 +132,16 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
+        self.floor = torch.tensor(eps, device="cpu")  # for addcmul, which takes no number
 
     def forward(self, x):
-        return rms_norm(x, self)
-
-
-def rms_norm(x, norm):
-    """x (..., D) over its root mean square, times the weight (D,) of `norm`."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
-    # torch's own is eight operations on a CPU, these are five
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    mean = torch.addcmul(constant(norm.eps), length, length, value=1 / x.shape[-1])
-    return x * mean.rsqrt_() * norm.weight
-
-
-@lru_cache
-def constant(number):
-    with torch.inference_mode(False):  # kept for training too
-        return torch.tensor(number)
+        """x (..., D) over its root mean square, times the weight (D,)."""
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # torch's own is eight operations on a CPU, these are five
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        mean = torch.addcmul(self.floor, length, length, value=1 / x.shape[-1])
+        return x * mean.rsqrt_() * self.weight
 
 
 def cos_sin(angles, dtype):
@@ -332,8 +322,9 @@ class Attention(nn.Module):
     (B or 1, 1, length, length), True where a query may look, or None for causal.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, index):
         super().__init__()
+        self.index = index  # of its layer
         self.head_dim = config.head_dim
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
@@ -344,6 +335,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x, cos, sin, segments, cache):
+        if cache is not None and cache.length:
+            mask = segments[0][1]
+            return self.step(x, cos, sin, mask, cache)
         B, L, _ = x.shape
         heads, kv_heads = self.heads, self.kv_heads
         qkv = self.qkv_proj(x)
@@ -363,50 +357,36 @@ class Attention(nn.Module):
         y = torch.cat(outputs, dim=2).transpose(1, 2)
         return self.o_proj(y.flatten(2))
 
+    def step(self, x, cos, sin, mask, cache):
+        """`forward` of one token more a row, x (B, D), mask (B, 1, 1, S) or None."""
+        qkv = self.qkv_proj(x)
+        qkv = qkv.view(len(x), -1, 1, self.head_dim)  # (B, H + 2 G, 1, d)
+        qk = qkv[:, : self.heads + self.kv_heads]  # turned in place
+        qk.copy_(apply_rotary(qk, cos, sin))
+        # its keys and values join those of its row
+        buffer = cache.layers[self.index]
+        buffer.narrow(2, cache.length, 1).copy_(qkv[:, self.heads :])
+        past = buffer.narrow(2, 0, cache.length + 1)
+        k, v = past.chunk(2, dim=1)  # (B, G, S, d)
+        # queries that look at the same keys lie together, so nothing is repeated
+        q = qkv[:, : self.heads, 0].unflatten(1, (self.kv_heads, -1))  # (B, G, H / G, d)
+        y = attend(q, k, v, mask)
+        return self.o_proj(y.flatten(1))
+
 
 class DecoderLayer(nn.Module):
     def __init__(self, config, index):
         super().__init__()
-        self.index = index
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, index)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(self, x, cos, sin, segments, cache):
-        if cache is not None and cache.length:
-            mask = segments[0][1]
-            return self.step(x, cos, sin, mask, cache)
+    def forward(self, x, *where):
         y = self.input_layernorm(x)
-        x = x + self.self_attn(y, cos, sin, segments, cache)
+        x = x + self.self_attn(y, *where)
         y = self.post_attention_layernorm(x)
         return x + self.mlp(y)
-
-    def step(self, x, cos, sin, mask, cache):
-        """`forward` of one token more a row, x (B, D), mask (B, 1, 1, S) or None.
-
-        Without modules, whose calls take as long as the work on one token of a small model.
-        """
-        own = self.self_attn
-        y = rms_norm(x, self.input_layernorm)
-        y = F.linear(y, own.qkv_proj.weight, own.qkv_proj.bias)
-        y = y.view(len(x), -1, 1, own.head_dim)  # (B, H + 2 G, 1, d)
-        qk = y[:, : own.heads + own.kv_heads]  # turned in place
-        qk.copy_(apply_rotary(qk, cos, sin))
-        # its keys and values join those of its row
-        buffer = cache.layers[self.index]
-        buffer.narrow(2, cache.length, 1).copy_(y[:, own.heads :])
-        past = buffer.narrow(2, 0, cache.length + 1)
-        k, v = past.chunk(2, dim=1)  # (B, G, S, d)
-        # queries that look at the same keys lie together
-        q = y[:, : own.heads, 0].unflatten(1, (own.kv_heads, -1))  # (B, G, H / G, d)
-        y = attend(q, k, v, mask).flatten(1)
-        x = torch.addmm(x, y, own.o_proj.weight.t())
-        y = rms_norm(x, self.post_attention_layernorm)
-        y = F.linear(y, self.mlp.gate_up_proj.weight)
-        gate, up = y.chunk(2, dim=-1)
-        y = F.silu(gate) * up
-        return torch.addmm(x, y, self.mlp.down_proj.weight.t())
 
 
 class TextModel(nn.Module):
@@ -457,24 +437,23 @@ class VLM(nn.Module):
         angles = torch.cat(own, dim=-1)  # (B, L, d/2)
         return cos_sin(angles[:, None], self.model.norm.weight.dtype)
 
-    def see(self, x, input_ids, pixels, grids):
+    def see(self, x, input_ids, media):
         """x (B, L, D) with what the ViT makes of pictures in their places, and patch features.
 
-        pixels and grids: [of images, of videos], None where there are none.
+        media: [(token of their places, pixels, grids)] of images and of videos, or None for both.
         """
-        m2 = self.config.vision_config.spatial_merge_size**2
-        counts = [0 if part is None else len(part) // m2 for part in pixels]
-        pixels = torch.cat([part for part in pixels if part is not None])
-        grids = torch.cat([part for part in grids if part is not None])
-        tokens, features = self.visual(pixels, grids)
-        ids = (self.config.image_token_id, self.config.video_token_id)
-        for token_id, part in zip(ids, tokens.split(counts)):
+        features = []
+        for token_id, pixels, grids in media:
+            if pixels is None:
+                continue
+            tokens, seen = self.visual(pixels, grids)
             places = input_ids == token_id  # (B, L)
             number = int(places.sum())
-            if number != len(part):
-                raise ValueError(f"the text has {number} places, the pictures make {len(part)}")
-            x = x.masked_scatter(places[..., None], part.to(x.dtype))
-        return x, features
+            if number != len(tokens):
+                raise ValueError(f"the text has {number} places, the pictures make {len(tokens)}")
+            x = x.masked_scatter(places[..., None], tokens.to(x.dtype))
+            features.append(seen)
+        return x, torch.cat(features) if features else None
 
     def forward(
         self,
@@ -492,19 +471,19 @@ class VLM(nn.Module):
     ):
         """input_ids (B, L), attention_mask (B, L) 1 on real tokens, vision inputs; a VLMOutput.
 
-        num_layers=k runs the first k blocks only (no logits). logits_at (B, L) bool: logits of
-        these places only. segments: the lengths of texts packed into one row (B = 1), each [L] or
+        num_layers=k runs the first k blocks only (no logits). logits_at: an index into (B, L), logits
+        of these places only. segments: the lengths of texts packed into one row (B = 1), each [L] or
         [stem, branch, branch, ...], each branch going on where the stem ends, as if it were alone.
         An empty cache is filled for `step`. ValueError if pictures do not fill their places in
         the text.
         """
+        config = self.config
         grids = (image_grid_thw, video_grid_thw, second_per_grid_ts)
-        position_ids = mrope_positions(input_ids, attention_mask, self.config, *grids, segments)
+        position_ids = mrope_positions(input_ids, attention_mask, config, *grids, segments)
+        images = (config.image_token_id, pixel_values, image_grid_thw)
+        videos = (config.video_token_id, pixel_values_videos, video_grid_thw)
         x = self.model.embed_tokens(input_ids)
-        patch_features = None
-        if pixel_values is not None or pixel_values_videos is not None:
-            pixels = [pixel_values, pixel_values_videos]
-            x, patch_features = self.see(x, input_ids, pixels, [image_grid_thw, video_grid_thw])
+        x, patch_features = self.see(x, input_ids, [images, videos])
         # without segments the whole row is one text
         masked = [(input_ids.shape[1], padding_mask(attention_mask))]
         if segments is not None:
@@ -552,59 +531,54 @@ class VLM(nn.Module):
         attention_mask=None,
         max_new_tokens=128,
         temperature=0.0,
-        top_p=1.0,
         seed=None,
         stop_token_ids=None,
         repetition_penalty=None,
-        stream=None,
         **vision,
     ):
         """Continue left-padded prompts (B, L): B lists of token ids, each up to its stop token.
 
-        temperature 0 takes the likeliest token; else the smallest set of tokens with probability
-        top_p is drawn from, reproducibly with a seed. Stops and the penalty on tokens that were
-        there before (arXiv 1909.05858) are the generation config's unless given. stream(ids), a
-        list of B, is called at every step; rows that are done repeat a stop.
+        temperature 0 takes the likeliest token; else one is drawn, reproducibly with a seed. Stops
+        and the penalty on tokens that were there before (arXiv 1909.05858) are the generation
+        config's unless given.
         """
-        if attention_mask is not None and not attention_mask[:, -1].all():
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        if not real[:, -1].all():
             raise ValueError("generation needs padding on the left")
         stops = stop_token_ids or self.generation_config["eos_token_id"]
         penalty = repetition_penalty or self.generation_config["repetition_penalty"]
-        B, L = input_ids.shape
         generator = None
         if seed is not None:
             generator = torch.Generator(input_ids.device).manual_seed(seed)
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        B, L = input_ids.shape
         used = real.new_zeros(B, self.config.vocab_size)
         used.scatter_add_(1, input_ids, real)  # how often each token was there
+        padded = not real.all()  # else nothing is masked, which is faster
         sees = F.pad(real, (0, max_new_tokens), value=1).bool()
-        sees = None if real.all() else sees[:, None, None]  # (B, 1, 1, S)
+        sees = sees[:, None, None]  # (B, 1, 1, S)
 
         cache = Cache(L + max_new_tokens)
-        last = torch.zeros_like(input_ids, dtype=torch.bool)
-        last[:, -1] = True
+        last = (slice(None), -1)
         out = self(input_ids, attention_mask, **vision, logits_at=last, cache=cache)
         logits = out.logits  # (B, V)
         rows = [[] for _ in range(B)]
-        running = [True] * B  # rows without a stop so far
+        running = range(B)  # rows without a stop so far
         for i in range(max_new_tokens):
             if penalty != 1.0:
                 lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
                 logits = torch.where(used > 0, lowered, logits)
-            token = choose_token(logits, temperature, top_p, generator)  # (B,)
+            token = logits.argmax(-1)  # (B,)
+            if temperature > 0:
+                probability = (logits.float() / temperature).softmax(-1)
+                token = torch.multinomial(probability, 1, generator=generator)[:, 0]
             ids = token.tolist()
-            for b in range(B):
-                running[b] = running[b] and ids[b] not in stops
-                if running[b]:
-                    rows[b].append(ids[b])
-                else:
-                    ids[b] = stops[0]
-            if stream is not None:
-                stream(ids)
-            if not any(running) or i + 1 == max_new_tokens:
+            running = [b for b in running if ids[b] not in stops]
+            for b in running:
+                rows[b].append(ids[b])
+            if not running or i + 1 == max_new_tokens:
                 break
             used.scatter_(1, token[:, None], 1)
-            mask = None if sees is None else sees[..., : L + i + 1]
+            mask = sees[..., : L + i + 1] if padded else None
             logits = self.step(token, mask, cache)
         return rows
 
@@ -628,18 +602,6 @@ class VLM(nn.Module):
     def save_pretrained(self, folder, dtype=None, weights=None):
         """Write the folder, as `dtype`; weights {name: tensor} stand for the model's own."""
         save_model(self, folder, dtype, weights or self.state_dict())
-
-
-def choose_token(logits, temperature, top_p, generator):
-    """The next token (B,) of logits (B, V): see `VLM.generate`."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probability = (logits.float() / temperature).softmax(-1)
-    probability, token = probability.sort(-1, descending=True)
-    before = probability.cumsum(-1) - probability
-    probability[before >= top_p] = 0  # the likeliest always stays
-    drawn = torch.multinomial(probability, 1, generator=generator)
-    return token.gather(-1, drawn)[:, 0]
 
 
 def initialize(module):

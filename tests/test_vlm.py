@@ -288,13 +288,11 @@ def test_every_parameter_gets_gradient(tokenizer):
     ]
 
 
-def test_generation_stops_streams_and_needs_left_padding(tokenizer):
+def test_generation_stops_and_needs_left_padding(tokenizer):
     model = random_model(small_config(tokenizer))
-    batch, steps = prompts(tokenizer, model.config), []
-    found = model.generate(**batch, max_new_tokens=8, stop_token_ids=[-1], stream=steps.append)
-    assert [len(row) for row in found] == [8, 8, 8] and torch.equal(
-        torch.tensor(steps).T, torch.tensor(found)
-    )
+    batch = prompts(tokenizer, model.config)
+    found = model.generate(**batch, max_new_tokens=8, stop_token_ids=[-1])
+    assert [len(row) for row in found] == [8, 8, 8]
     stop = found[0][3]
     assert (
         model.generate(**batch, max_new_tokens=8, stop_token_ids=[stop, 299])[0]
@@ -321,13 +319,12 @@ def test_sampling_with_a_seed_repeats(tokenizer):
     model = random_model(small_config(tokenizer))
     batch = prompts(tokenizer, model.config)
     runs = [
-        model.generate(**batch, max_new_tokens=8, temperature=1.5, top_p=0.9, seed=seed)
-        for seed in (1, 1, 2)
+        model.generate(**batch, max_new_tokens=8, temperature=1.5, seed=seed) for seed in (1, 1, 2)
     ]
     assert runs[0] == runs[1] != runs[2]
-    assert model.generate(
-        **batch, max_new_tokens=8, temperature=1.0, top_p=1e-9, seed=3
-    ) == model.generate(**batch, max_new_tokens=8)
+    assert model.generate(**batch, max_new_tokens=8, temperature=1e-4, seed=3) == model.generate(
+        **batch, max_new_tokens=8
+    )
 
 
 def test_new_model_is_initialised_as_documented():
