@@ -34,11 +34,11 @@ INITIAL_NOISE = 0.02  # rad on every joint, as ManiSkill
 VARIED = 0.6
 MOVED = 0.5
 CROWDED = 0.3
-CROWD = {
-    "purple cube": (0.55, 0.15, 0.65, 1),
-    "orange cube": (1, 0.5, 0.05, 1),
-    "white cube": (0.95, 0.95, 0.95, 1),
-}
+CROWD = (
+    (0.55, 0.15, 0.65, 1),  # purple
+    (1, 0.5, 0.05, 1),  # orange
+    (0.95, 0.95, 0.95, 1),  # white
+)
 PERTURBATIONS = (  # what an evaluation changes, each alone
     "lighting",  # half the light, from the other side
     "table",  # a grey-blue table top
@@ -54,13 +54,12 @@ def compile_scene(robot_name, task_name, clutter):
     """The MjModel of a cell, shared by every env of this process: each changes a copy."""
     robot = get_robot(robot_name)
     here = Path(__file__).parent
-    paths = [here / "table.xml", robot.path, here / "objects" / f"{TASKS[task_name].objects}.xml"]
+    objects = here / "objects"
+    paths = [here / "table.xml", robot.path, objects / f"{TASKS[task_name].objects}.xml"]
     if clutter:
-        paths.append(here / "objects" / "clutter.xml")
+        paths.append(objects / "clutter.xml")
     # the sections of the files are merged as if they stood in one
-    files = {}
-    for i, path in enumerate(paths):
-        files[f"part{i}"] = path.read_bytes()
+    files = {path.name: path.read_bytes() for path in paths}
     parts = "".join(f'<include file="{name}"/>' for name in files)
     spec = mujoco.MjSpec.from_string(f"<mujoco>{parts}</mujoco>", include=files)
     # the arm's file has its base at the origin; here that is where objects start
@@ -76,15 +75,23 @@ def compile_scene(robot_name, task_name, clutter):
 
 def restore_looks(model, original):
     """Undo what the episode before has changed of `model`."""
-    for name in ("light_diffuse", "light_dir", "geom_rgba", "cam_pos", "cam_quat"):
+    changed = (
+        "light_diffuse",
+        "light_dir",
+        "geom_rgba",
+        "cam_pos",
+        "cam_quat",
+    )
+    for name in changed:
         getattr(model, name)[:] = getattr(original, name)
     model.vis.headlight = original.vis.headlight
 
 
-def set_light(model, ambient, diffuse, light, direction):
-    model.vis.headlight.ambient[:] = ambient
-    model.vis.headlight.diffuse[:] = diffuse
-    model.light_diffuse[:] = light  # of the one lamp
+def set_light(model, ambient, diffuse, lamp, direction):
+    headlight = model.vis.headlight
+    headlight.ambient[:] = ambient
+    headlight.diffuse[:] = diffuse
+    model.light_diffuse[:] = lamp
     model.light_dir[:] = direction
 
 
@@ -93,14 +100,13 @@ def vary_looks(model, rng):
     # all are drawn before it is drawn whether they are used
     low = (0, 0.6, 0.3, 0.15, 0.15, 0.2)
     high = (2 * np.pi, 2, 0.8, 0.45, 0.45, 0.6)
-    # light: the headlight's ambient and diffuse, the lamp's
     turn, height, grey, *light = rng.uniform(low, high)
     table = grey + rng.normal(0, 0.06, 3)
-    table = np.clip(table, 0.2, 0.9)
     if rng.random() < VARIED:
-        direction = (np.cos(turn), np.sin(turn), -height)  # from anywhere above
+        # from anywhere above
+        direction = (np.cos(turn), np.sin(turn), -height)
         set_light(model, *light, direction)
-        model.geom("table").rgba[:3] = table
+        model.geom("table").rgba[:3] = np.clip(table, 0.2, 0.9)
 
 
 def turn_camera(model, rng, far=1.0):
@@ -188,8 +194,9 @@ class TabletopEnv:
         self.render = render
         self.perturbation = choose(perturbation, ["", *PERTURBATIONS], "perturbation")
         self.varied = varied  # "", "looks" or "all"
-        trained = self.task.instructions + self.task.paraphrases
-        self.wordings = self.task.held_out if held_out else trained
+        self.wordings = self.task.instructions + self.task.paraphrases
+        if held_out:
+            self.wordings = self.task.held_out
         # spare cubes only where they are used: without them the physics is a little faster
         crowded = clutter or perturbation == "distractor" or varied == "all"
         # what reset restores; the copy is changed
@@ -199,7 +206,8 @@ class TabletopEnv:
         # the task's frame has its origin where objects start
         self.base = np.array([-self.robot.spawn_distance, 0.0, 0.0])
         self.tcp = self.model.site("tcp").id
-        pads = ("left_pad", "right_pad")  # the faces of the fingers
+        # the faces of the fingers
+        pads = ("left_pad", "right_pad")
         self.pads = [self.model.geom(name).id for name in pads]
         self.cameras = {}  # {size: Camera}, opened with the first picture
 
@@ -218,9 +226,8 @@ class TabletopEnv:
         for name, (position, yaw) in layout.items():
             self.place(name, position, yaw)
         noise = rng.normal(0, INITIAL_NOISE, self.robot.dof)
-        low, high = self.robot.joint_range.T
-        qpos = np.clip(self.robot.home + noise, low, high)
-        self.set_arm(qpos, self.robot.travel)
+        rest = [*(self.robot.home + noise), self.robot.travel]
+        self.set_arm(self.robot.clip(rest))
         wording = self.wordings[rng.integers(len(self.wordings))]
         self.instruction = instruction or wording
         self.steps = 0  # control steps of this episode
@@ -241,10 +248,9 @@ class TabletopEnv:
                 direction = (0.6, 0.5, -0.6)
                 set_light(model, 0.17, 0.17, 0.3, direction)
             case "table":
-                grey_blue = (0.45, 0.5, 0.58)
-                model.geom("table").rgba[:3] = grey_blue
+                model.geom("table").rgba[:3] = (0.45, 0.5, 0.58)
             case "camera":
-                turn_camera(model, rng)  # all the way
+                turn_camera(model, rng)
             case "distractor":
                 add_spare(self.robot, layout, rng)
             case "outside":
@@ -258,8 +264,7 @@ class TabletopEnv:
             turn_camera(model, rng, far)
             if rng.random() < CROWDED:
                 add_spare(self.robot, layout, rng)
-                colors = list(CROWD.values())
-                model.geom("clutter0").rgba[:] = rng.choice(colors)
+                model.geom("clutter0").rgba[:] = rng.choice(CROWD)
         return layout
 
     def step(self, action):
@@ -279,31 +284,27 @@ class TabletopEnv:
         reach = robot.velocity_limit / CONTROL_HZ  # rad
         target = np.clip(inside, before - reach, before + reach)
         # fingers are sent to their end stops on purpose, and not counted
-        kept = np.allclose(inside, action[:dof], 0, 1e-6)
-        slow = np.allclose(target, inside, 0, 1e-6)
-        self.clipped["limits"] += not kept
-        self.clipped["speed"] += not slow
+        self.clipped["limits"] += not np.allclose(inside, action[:dof], 0, 1e-6)
+        self.clipped["speed"] += not np.allclose(target, inside, 0, 1e-6)
         self.data.ctrl[dof] = finger  # at once: their servo's force is limited
         for i in range(1, SUBSTEPS + 1):  # targets slide there, so that servos see no jumps
             way = (target - before) * i
             self.data.ctrl[:dof] = before + way / SUBSTEPS
             mujoco.mj_step(self.model, self.data)
         self.steps += 1
-        conditions = self.task.success(self)
-        done = all(conditions.values())
+        done = all(self.task.success(self).values())
         truncated = self.steps >= self.task.max_steps and not done
-        info = {"success": done, "conditions": conditions, "clipped": self.clipped}
+        info = {"success": done, "clipped": self.clipped}
         return self.observe(), float(done), done, truncated, info
 
     # ---- what the policy sees
 
     def state(self):
         """(S,) float32 in physical units and the order of data/robots.py."""
-        x_axis, y_axis, _ = self.tool().T
-        position = self.data.site_xpos[self.tcp] - self.base
         joints = self.data.qpos[: self.robot.dof + 1]  # the arm's and one finger's
-        parts = [joints, position, x_axis, y_axis]
-        return np.concatenate(parts, dtype=np.float32)
+        position = self.data.site_xpos[self.tcp] - self.base
+        columns = self.tool().T[:2]
+        return np.concatenate([joints, position, *columns], dtype=np.float32)
 
     def tool(self):
         """(3, 3) rotation of the tool, live."""
@@ -313,9 +314,8 @@ class TabletopEnv:
         """The observation now. `render` overrides the env's own choice: a policy that looks only
         every few steps needs no pictures between.
         """
-        render = self.render if render is None else render
         images = {}
-        if render:
+        if self.render if render is None else render:
             images = {view: self.draw(view) for view in VIEWS}
         state = self.state()
         if self.perturbation == "noise":
@@ -323,8 +323,7 @@ class TabletopEnv:
                 noise = self.sensor.normal(0, 8, image.shape)
                 noisy = np.clip(image + noise, 0, 255)
                 images[view] = noisy.astype(np.uint8)
-            noise = self.sensor.normal(0, 0.005, state.shape)
-            state += noise.astype(np.float32)
+            state += self.sensor.normal(0, 0.005, state.shape).astype(np.float32)
         return {"images": images, "state": state, "instruction": self.instruction}
 
     def draw(self, view, size=IMAGE_SIZE, **how):
@@ -353,13 +352,12 @@ class TabletopEnv:
             joint.qpos[:] = [*position, *quat]
             joint.qvel[:] = 0
 
-    def set_arm(self, qpos, finger):
-        """Joints (dof,) rad and both fingers (m) there at once, servos holding."""
-        dof = self.robot.dof  # the fingers' joints follow the arm's, one servo drives both
-        targets = [*qpos, finger]
-        self.data.qpos[: dof + 2] = [*targets, finger]
-        self.data.qvel[: dof + 2] = 0
-        self.data.ctrl[: dof + 1] = targets
+    def set_arm(self, targets):
+        """Joints rad and both fingers m (A,) there at once, servos holding."""
+        moving = self.robot.action_dim + 1  # the other finger's joint stands next
+        self.data.qpos[:moving] = [*targets, targets[-1]]
+        self.data.qvel[:moving] = 0
+        self.data.ctrl[: moving - 1] = targets
 
     def position(self, name):
         return self.data.body(name).xpos.copy()

@@ -76,8 +76,7 @@ def square(robot, rng):
 def reachable(robot, *points):
     """True if the tool can point straight down at every xy (in the task's frame)."""
     near, far = robot.reach
-    distances = [np.hypot(x + robot.spawn_distance, y) for x, y in points]
-    return all(near <= distance <= far for distance in distances)
+    return all(near <= np.hypot(x + robot.spawn_distance, y) <= far for x, y in points)
 
 
 def pick_spawn(robot, rng):
@@ -142,9 +141,11 @@ def peg_spawn(robot, rng):
 
 def pick_success(env):
     offset = env.position("cube") - env.position("goal")
-    at_goal = np.linalg.norm(offset) <= env.robot.goal_radius
     speed = np.abs(env.data.qvel[: env.robot.dof]).max()  # rad/s, of the arm alone
-    return {"at_goal": at_goal, "robot_static": speed <= 0.2}
+    return {
+        "at_goal": np.linalg.norm(offset) <= env.robot.goal_radius,
+        "robot_static": speed <= 0.2,
+    }
 
 
 def pull_success(env):
@@ -172,11 +173,10 @@ def put_success(name, place, within, height, env):
 
 
 def peg_success(env):
-    up = abs(env.rotation("peg")[2, 0])  # of its axis; either end will do
-    tilt = np.arccos(min(up, 1))
+    up = env.rotation("peg")[2, 0]  # of its axis; either end will do
     height = env.position("peg")[2]
     return {
-        "upright": tilt <= 0.08,
+        "upright": abs(up) >= np.cos(0.08),
         "height": abs(height - PEG_LENGTH) < 0.005,
     }
 

@@ -209,7 +209,7 @@ def pose_arm(env, bodies, rng):
         rotation = tool_rotation(env.robot, azimuth + turn, tilt)
         qpos = get_kinematics(env.robot.name).solve_ik(position, rotation, env.robot.home)
         if qpos is not None:
-            env.set_arm(qpos, finger)
+            env.set_arm([*qpos, finger])
             break
     mujoco.mj_forward(env.model, env.data)
 
