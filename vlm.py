@@ -198,14 +198,18 @@ class VisionAttention(nn.Module):
         qkv = self.qkv(x)
         qkv = qkv.view(len(x), 3, self.num_heads, -1)  # (P, 3, H, d)
         qk, v = qkv.split((2, 1), dim=1)
-        q, k = apply_rotary(qk, cos, sin).unbind(1)
+        qk = apply_rotary(qk, cos, sin)
+        q, k = qk.unbind(1)
+        v = v[:, 0]
         sizes = [count * length for count, length in groups]
-        parts = zip(q.split(sizes), k.split(sizes), v[:, 0].split(sizes))
+        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes))
         outputs = []
         for part, shape in zip(parts, groups):
             # (count, H, length, d) each
-            y = attend(*(t.unflatten(0, shape).transpose(1, 2) for t in part))
-            outputs.append(y.transpose(1, 2).flatten(2).flatten(0, 1))  # (patches, D)
+            windows = [t.unflatten(0, shape).transpose(1, 2) for t in part]
+            y = attend(*windows)
+            y = y.transpose(1, 2).flatten(0, 1)
+            outputs.append(y.flatten(1))  # (patches, D)
         return self.proj(torch.cat(outputs))
 
 
@@ -307,13 +311,6 @@ class Cache:
         self.layers = []
         self.turns = None
 
-    def begin(self, k, v):
-        """Take a layer's keys and values (B, G, L, d) of the prompt."""
-        B, G, L, d = k.shape
-        buffer = k.new_empty(B, 2 * G, self.size, d)
-        torch.cat((k, v), dim=1, out=buffer.narrow(2, 0, L))
-        self.layers.append(buffer)
-
 
 class Attention(nn.Module):
     """Grouped-query self-attention with M-RoPE: x (B, L, D), cos and sin as `cos_sin` has them.
@@ -339,14 +336,18 @@ class Attention(nn.Module):
             mask = segments[0][1]
             return self.step(x, cos, sin, mask, cache)
         B, L, _ = x.shape
-        heads, kv_heads = self.heads, self.kv_heads
+        heads = self.heads
+        kv_heads = self.kv_heads
         qkv = self.qkv_proj(x)
-        qkv = qkv.view(B, L, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 G, L, d)
+        qkv = qkv.view(B, L, -1, self.head_dim)
+        qkv = qkv.transpose(1, 2)  # (B, H + 2 G, L, d)
         qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
         qk = apply_rotary(qk, cos, sin)
         q, k = qk.split((heads, kv_heads), dim=1)
         if cache is not None:
-            cache.begin(k, v)
+            # room for the tokens to come: nothing is copied again
+            prompt = torch.cat((k, v), dim=1)
+            cache.layers.append(F.pad(prompt, (0, 0, 0, cache.size - L)))
         # each text on its own: causal attention is fast without a mask, and nothing is padded
         lengths = [length for length, _ in segments]
         parts = zip(*(part.split(lengths, dim=2) for part in (q, k, v)))
@@ -369,7 +370,8 @@ class Attention(nn.Module):
         past = buffer.narrow(2, 0, cache.length + 1)
         k, v = past.chunk(2, dim=1)  # (B, G, S, d)
         # queries that look at the same keys lie together, so nothing is repeated
-        q = qkv[:, : self.heads, 0].unflatten(1, (self.kv_heads, -1))  # (B, G, H / G, d)
+        q = qkv[:, : self.heads, 0]
+        q = q.unflatten(1, (self.kv_heads, -1))  # (B, G, H / G, d)
         y = attend(q, k, v, mask)
         return self.o_proj(y.flatten(1))
 
