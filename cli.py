@@ -45,10 +45,15 @@ def choose(name, choices, what):
     choices = list(choices)
     if name in choices:
         return name
-    lowered = {choice.lower(): choice for choice in choices}
-    near = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.5)
-    hint = f"; did you mean {lowered[near[0]]}?" if near else ""
+    hint = nearest(str(name), choices)
     raise UserError(f"unknown {what} {name!r}, choose from: {', '.join(choices)}{hint}")
+
+
+def nearest(name, choices):
+    """The end of an error that says which of the choices may have been meant, if any."""
+    lowered = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
+    return f"; did you mean {lowered[near[0]]}?" if near else ""
 
 
 def choose_many(names, choices, what):
@@ -73,12 +78,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         # argparse knows the flags but names no near one
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        hint = ""
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[1], flags, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{message}{hint}; --help lists the flags")
+        hint = unknown and nearest(unknown[1], self._option_string_actions)
+        raise UserError(f"{message}{hint or ''}; --help lists the flags")
 
 
 def field_comments(config_class):
@@ -86,8 +87,7 @@ def field_comments(config_class):
     comments = {}
     # the base class first, so that a subclass may say it better
     for part in reversed(config_class.__mro__[:-1]):
-        pairs = re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(part), re.MULTILINE)
-        comments.update(pairs)
+        comments |= re.findall(r"(?m)^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(part))
     return comments
 
 
@@ -96,12 +96,12 @@ def parse(config_class, presets=None, description=None, argv=None):
 
     presets {name: config}: adds --preset (default: the first name), whose fields are the defaults.
     """
+    # a shortened flag would change its meaning when another flag comes
     parser = Parser(
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    # a shortened flag would change its meaning when another flag comes
     defaults = config_class()
     if presets:
         first = next(iter(presets))

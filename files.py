@@ -33,8 +33,8 @@ def reading(path, advice=""):
     hint = f"; {advice}" if advice else ""
     try:
         # who opens a FIFO waits for ever
-        if Path(path).exists() and not Path(path).is_file():
-            raise UserError("a directory or device is no file")
+        place = Path(path)
+        assert place.is_file() or not place.exists(), "a directory or device is no file"
         yield
     except UserError as error:
         named = str(path) in str(error)  # by a smaller block inside this one
@@ -60,9 +60,19 @@ def read_json(path, advice=""):
     """The JSON object in a file, a dict. UserError if there is none."""
     with reading(path, advice):
         content = json.loads(read_text(path))
-        if not isinstance(content, dict):
-            raise UserError("it holds no JSON object")
+        assert isinstance(content, dict), "it holds no JSON object"
         return content
+
+
+@contextmanager
+def writing(path, advice):
+    """Turn what goes wrong with the disk in the block into a UserError: the path, why, `advice`."""
+    try:
+        yield
+    # safetensors has an error of its own for a full disk
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}; {advice}") from None
 
 
 @contextmanager
@@ -72,13 +82,10 @@ def made(folder):
     UserError if nothing can be written there.
     """
     new = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
+    with writing(folder, "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         # permissions do not tell: a disk may be full, or /proc
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        reason = f"{error.strerror}; choose another folder"
-        raise UserError(f"cannot write to {folder}: {reason}") from None
     try:
         yield
     finally:
@@ -96,17 +103,13 @@ def atomic(path):
     path = Path(path)
     # hidden, so that `whole_files` passes it over; only the end of the name, which may be long
     temporary = path.with_name(f".part-{os.getpid()}-{path.name[-60:]}")
-    with made(path.parent):
+    with made(path.parent), writing(path, "what was there is unchanged"):
         try:
             temporary.touch()
             mode = temporary.stat().st_mode  # what others may read, as this machine has it
             yield temporary
             temporary.chmod(mode)  # safetensors 0.8 makes files private
             temporary.replace(path)
-        # safetensors has an error of its own for a full disk
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot write {path}: {reason}; what was there is unchanged") from None
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -160,8 +163,7 @@ class Tensors:
             header = self.file.metadata() or {}
             # "episode": as episodes were written before they had checksums
             self.about = json.loads(header.get("episode") or header["about"])
-            if not isinstance(self.about, dict):
-                raise UserError("its header is no JSON object")
+            assert isinstance(self.about, dict), "its header is no JSON object"
             self.stamp = self.about.pop("crc32", None)
             # a checksum that is gone from any other file is damage
             self.unstamped = "episode" in header
@@ -183,8 +185,8 @@ class Tensors:
         arrays = {name: self[name] for name in self.names()}
         self.checksum = checksum(arrays, json.dumps(self.about))
         with reading(self.path, self.advice):
-            if self.checksum != self.stamp and not self.unstamped:
-                raise UserError("its checksum does not fit: the file is damaged")
+            whole = self.unstamped or self.checksum == self.stamp
+            assert whole, "its checksum does not fit: the file is damaged"
         return self
 
 
@@ -244,14 +246,8 @@ def find_folder(path_or_repo_id):
     if folder.exists() or not on_hub:
         return folder
     from huggingface_hub import snapshot_download  # slow to load, and rarely needed
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
+    with reading(name, "there is no folder of this name, and none on the hub, or no connection"):
         # only the top folder: repositories also hold checkpoint-500/ and the like
         files = ["*.json", "*.safetensors"]
         return Path(snapshot_download(name, allow_patterns=files, ignore_patterns="*/*"))
-    except LocalEntryNotFoundError:
-        reason = "no connection to the hub, and no copy on this disk"
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = one_line(error)
-    raise UserError(f"there is no folder {name}, and the hub does not give it: {reason}")

@@ -90,10 +90,8 @@ class BLM:
     def require_policy(self):
         """The policy. UserError if there is none."""
         if self.policy is None:
-            raise UserError(
-                "this model folder has no policy.safetensors: it answers, but does not act; "
-                "train a policy with `python train_policy.py`"
-            )
+            advice = "train a policy with `python train_policy.py`"
+            raise UserError(f"this model has no policy: it answers, but does not act; {advice}")
         return self.policy
 
     @torch.no_grad()
@@ -151,10 +149,8 @@ class BLM:
         """
         folder = find_folder(path_or_repo_id)
         if not folder.is_dir():
-            raise UserError(
-                f"no model folder {folder}; name one with --weights, or train one with "
-                "`python train_sft.py` and `python train_policy.py`"
-            )
+            advice = "name one with --weights, or train one with `python train_sft.py`"
+            raise UserError(f"no model folder {folder}; {advice}")
         processor = Processor.from_pretrained(folder)
         # the policy's hash is of the weights as they are stored, so a cast waits for it
         exact = torch.float32 if dtype == torch.float32 else stored_dtype(folder)
@@ -188,14 +184,14 @@ class BLM:
         """
         policy = self.policy
         k = policy.config.intent_layer
-        tensors = {}
-        for name, tensor in (weights or policy.state_dict()).items():
-            statistic = name.startswith("normalizer.")  # float16 is too coarse for them
-            tensors[name] = tensor.to("cpu", None if statistic else dtype)
-        robots = {}
-        for i, (name, (state_dim, action_dim)) in enumerate(policy.embodiments.items()):
-            # with an index, for JSON's keys have no order
-            robots[name] = {"index": i, "state_dim": state_dim, "action_dim": action_dim}
+        tensors = {  # float16 is too coarse for statistics
+            name: tensor.to("cpu", None if name.startswith("normalizer.") else dtype)
+            for name, tensor in (weights or policy.state_dict()).items()
+        }
+        robots = {  # with an index, for JSON's keys have no order
+            name: {"index": i, "state_dim": state_dim, "action_dim": action_dim}
+            for i, (name, (state_dim, action_dim)) in enumerate(policy.embodiments.items())
+        }
         about = {
             "version": VERSION,
             "config": dataclasses.asdict(policy.config),
@@ -245,8 +241,8 @@ def to_square(picture):
         if picture.shape[:1] == (3,) != picture.shape[2:]:  # colors first, as torch has them
             picture = picture.transpose(1, 2, 0)
         if picture.dtype.kind == "f":
-            if not (picture.min() >= 0 and picture.max() <= 1):  # NaN is neither
-                raise UserError("a picture of floats must lie in 0..1")
+            fine = picture.min() >= 0 and picture.max() <= 1  # NaN is neither
+            assert fine, "a picture of floats must lie in 0..1"
             picture = (picture * 255).round().astype(np.uint8)
     picture = np.asarray(to_rgb(picture))
     height, width, _ = picture.shape
@@ -336,8 +332,8 @@ def load_policy(folder, vlm, processor):
 
     about = read_json(path, advice)
     with reading(path, advice):
-        written = f"format version {about['version']}"
-        assert about["version"] == VERSION, f"{written}, this code reads {VERSION}"
+        version = about["version"]
+        assert version == VERSION, f"format version {version}, this code reads {VERSION}"
         assert about["views"] == list(VIEWS), f"views {about['views']}"
         config = PolicyConfig(**about["config"])
         for field in dataclasses.fields(config):
@@ -347,8 +343,8 @@ def load_policy(folder, vlm, processor):
         assert config.num_layers + config.perceiver_layers < len(tensors), "too many layers"
         embodiments = {}
         robots = about["embodiments"].items()
-        for i, (name, robot) in enumerate(sorted(robots, key=lambda item: item[1]["index"])):
-            assert robot["index"] == i, "robots without an index"
+        for name, robot in sorted(robots, key=lambda item: item[1]["index"]):
+            assert robot["index"] == len(embodiments), "robots without an index"
             embodiments[name] = (robot["state_dim"], robot["action_dim"])
             assert 1 < robot["action_dim"] <= robot["state_dim"] < 1000, f"sizes of {name}"
         with torch.device("meta"):  # shapes only

@@ -13,7 +13,7 @@ horizon, A and S action and state dims, padded to the largest robot's.
 """
 
 import hashlib
-from collections import Counter
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -39,23 +39,22 @@ def select_episodes(cfg, known):
     tasks = choose_many(cfg.tasks, TASKS, "task")
     # sorted by cell and seed already
     wanted = [e for e in load_episodes(cfg.data) if e.robot in robots and e.task in tasks]
+    # the first robots' layers will be frozen
     new = {episode.robot for episode in wanted} - set(known)
-    counts = Counter()
     episodes = []
-    for episode in wanted:
-        cell = (episode.robot, episode.task)
-        counts[cell] += 1
-        # the first robots' layers will be frozen
-        if new and episode.robot not in new:
-            continue
-        if not cfg.demonstrations or counts[cell] <= cfg.demonstrations:
-            episodes.append(episode)
+    for _, cell in groupby(wanted, cell_of):
+        members = [episode for episode in cell if not new or episode.robot in new]
+        episodes += members[: cfg.demonstrations or None]
     if not episodes:
         raise UserError(
             f"{cfg.data} holds no episodes of --robots {cfg.robots} and --tasks {cfg.tasks}: "
             f"record them with `python -m data.record --out {cfg.data}`"
         )
     return episodes
+
+
+def cell_of(episode):
+    return episode.robot, episode.task
 
 
 # ---- hidden states
@@ -107,10 +106,9 @@ def cache_hidden_states(blm, episodes, intent_layer, folder, rank=0, world=1, fs
 
 def widen(numbers, width):
     """(..., n) with zeros behind, (..., width)."""
-    shape = (*numbers.shape[:-1], width)
-    wide = np.zeros(shape, np.float32)
-    wide[..., : numbers.shape[-1]] = numbers
-    return wide
+    missing = width - numbers.shape[-1]
+    sides = [(0, 0)] * (numbers.ndim - 1)
+    return np.pad(numbers, [*sides, (0, missing)])
 
 
 class Demonstrations:
@@ -124,7 +122,7 @@ class Demonstrations:
     def __init__(self, episodes, hidden, horizon, known=()):
         self.hidden = hidden  # of each episode, as `open_cache` has it
         self.names = [episode.path.name for episode in episodes]
-        self.cells = sorted({(episode.robot, episode.task) for episode in episodes})
+        self.cells = sorted({cell_of(episode) for episode in episodes})
         self.embodiments = dict(known)
         for episode in episodes:
             sizes = (episode.state.shape[1], episode.action.shape[1])
@@ -137,14 +135,14 @@ class Demonstrations:
 
     def fill(self, episodes, horizon):
         """The arrays of rows; zeros in state (R, S), action (R, T, A) where a robot has fewer."""
-        S, A = np.max(list(self.embodiments.values()), axis=0)
         robots = list(self.embodiments)
+        S, A = np.max([*self.embodiments.values()], axis=0)
         parts = []
         for i, episode in enumerate(episodes):
             steps = np.array(frames_of(episode))
             frames = np.arange(len(steps))
-            # past the end the last action is held
             ahead = steps[:, None] + np.arange(horizon)  # (n, T)
+            # past the end the last action is held
             ahead = ahead.clip(max=len(episode) - 1)
             parts.append(
                 (
@@ -155,30 +153,29 @@ class Demonstrations:
                     widen(episode.action[ahead], A),
                 )
             )
-        columns = [np.concatenate(column) for column in zip(*parts)]
+        columns = map(np.concatenate, zip(*parts))
         self.frame, self.has_future, self.embodiment, self.state, self.action = columns
 
     def split(self, episodes):
         """Set every HELD_OUT-th episode of a cell aside; new ones come last, so those aside stay."""
         self.held_out = []
         for cell in self.cells:
-            members = [i for i, e in enumerate(episodes) if (e.robot, e.task) == cell]
-            aside = members[HELD_OUT - 1 :: HELD_OUT]
+            members = [i for i, episode in enumerate(episodes) if cell_of(episode) == cell]
             # a small cell still has one to look at, and one to learn from
-            if not aside and len(members) > 1:
-                aside = members[-1:]
+            aside = members[HELD_OUT - 1 :: HELD_OUT] or members[1:][-1:]
             self.held_out.append(np.flatnonzero(np.isin(self.frame[:, 0], aside)))
         rows = np.arange(len(self.frame))
         self.train = np.setdiff1d(rows, np.concatenate(self.held_out))
 
     def fit_statistics(self, normalizer):
         """Fit a policy's normalizer to the training rows of robots that have no statistics yet."""
-        for robot in np.unique(self.embodiment[self.train]):
+        embodiment = self.embodiment[self.train]
+        for robot in np.unique(embodiment):
             # a robot that acts already would act otherwise
             if not normalizer.fitted[robot]:
-                rows = self.train[self.embodiment[self.train] == robot]
-                state = torch.from_numpy(self.state[rows])
-                normalizer.fit(int(robot), state, torch.from_numpy(self.action[rows]))
+                rows = self.train[embodiment == robot]
+                numbers = (torch.from_numpy(part[rows]) for part in (self.state, self.action))
+                normalizer.fit(int(robot), *numbers)
 
     def rows_of_step(self, seed, step, batch_size):
         """(B,) rows, a function of (seed, step), sorted by robot: the policy has few groups then.
@@ -197,9 +194,9 @@ class Demonstrations:
         # instructions differ in length, so tokens are padded
         for name, frames in (("", self.frame[rows]), ("future_", later)):
             states = [torch.from_numpy(self.hidden[i][int(j)]).float() for i, j in frames]
-            lengths = torch.tensor([len(state) for state in states])
+            real = [torch.ones(len(state), dtype=torch.bool) for state in states]
             batch[f"{name}hidden"] = pad_sequence(states, batch_first=True)  # (B, L, Dc)
-            batch[f"{name}mask"] = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, L)
+            batch[f"{name}mask"] = pad_sequence(real, batch_first=True)  # (B, L)
         for name in ("state", "action", "embodiment"):
             batch[name] = torch.from_numpy(getattr(self, name)[rows])
         return batch

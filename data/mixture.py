@@ -5,7 +5,7 @@ is one shuffle of it, so that a resumed run skips and repeats nothing.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +25,12 @@ class Source:
     rows: Conversations
     weight: float = 1.0
     validation: Conversations = None
-    train_index: list = field(init=False)
-    val_index: list = field(init=False)
 
     def __post_init__(self):
         # few rows are all for training: two of them would tell nothing
-        count = len(self.rows)
-        self.train_index = list(range(count))
-        self.val_index = []
-        if self.validation is not None:
-            self.val_index = list(range(len(self.validation)))
-        elif count >= HELD_OUT:
+        self.train_index = range(len(self.rows))
+        self.val_index = range(len(self.validation or ()))
+        if self.validation is None and len(self.rows) >= HELD_OUT:
             self.validation = self.rows
             self.val_index = self.train_index[::HELD_OUT]
             self.train_index = [i for i in self.train_index if i % HELD_OUT]
@@ -46,13 +41,15 @@ def open_sources(data, on_bad):
     sources = []
     for part in data.split(","):
         # a path may hold a colon; a weight is a number behind the last one
-        path, weight = re.fullmatch(r"(.*?)(?::(\d+\.?\d*|\.\d+))?", part.strip()).groups()
-        rows = Conversations(path, on_bad)
+        name, weight = re.fullmatch(r"(.*?)(?::(\d+\.?\d*|\.\d+))?", part.strip()).groups()
+        path = Path(name)
+        name = path.stem
         validation = None
-        beside = Path(path).with_name("val.jsonl")
-        if Path(path).name == "train.jsonl" and beside.exists():
-            validation = Conversations(beside, on_bad)
-        name = Path(path).parent.name if Path(path).stem == "train" else Path(path).stem
+        if path.name == "train.jsonl":
+            name = path.parent.name  # says more
+            beside = path.with_name("val.jsonl")
+            validation = Conversations(beside, on_bad) if beside.exists() else None
+        rows = Conversations(path, on_bad)
         sources.append(Source(name, rows, float(weight or 1), validation))
     return sources
 

@@ -141,7 +141,7 @@ def test_a_mixture_holds_its_weights(folder, tmp_path):
         assert sum(source == 1 for _, source, _ in rows[start : start + 100]) == 25
     seen = [index for _, source, index in rows if source == 1]
     assert len(seen) == 100 == len(set(seen)) and not {0, 50, 100} & set(seen)
-    assert mixture.sources[1].val_index == [0, 50, 100]  # one in fifty is for validation
+    assert [*mixture.sources[1].val_index] == [0, 50, 100]  # one in fifty is for validation
     with pytest.raises(UserError, match="mine has no row in 100"):  # none that rounding would lose
         Mixture(open_sources(f"{folder / 'rows.jsonl'}:300,{texts}:1", "refuse"), 0)
     with pytest.raises(UserError, match="must not all be zero"):
@@ -469,4 +469,4 @@ def test_gradient_checkpointing_changes_no_gradient(folder):
 
 def test_a_source_of_few_rows_is_not_validated(folder):
     source = Source("few", Conversations(folder / "texts.jsonl"))
-    assert source.val_index == [] and len(source.train_index) == 20
+    assert not source.val_index and len(source.train_index) == 20
