@@ -32,6 +32,7 @@ def run(main):
     """Call `main()`; a UserError becomes one line and exit code 2, Ctrl-C becomes exit code 130."""
     try:
         main()
+    # only what a user can mend: a mistake of ours shall show where it is
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -60,6 +61,7 @@ def choose_many(names, choices, what):
     """A comma-separated list of names, or "all", as a list in which each stands once."""
     if names == "all":
         return list(choices)
+    # each once: what is named twice would be done twice
     return list(dict.fromkeys(choose(name.strip(), choices, what) for name in names.split(",")))
 
 
@@ -96,25 +98,25 @@ def parse(config_class, presets=None, description=None, argv=None):
 
     presets {name: config}: adds --preset (default: the first name), whose fields are the defaults.
     """
-    # a shortened flag would change its meaning when another flag comes
-    parser = Parser(
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
     defaults = config_class()
+    # the preset is read before the other flags, since it sets their defaults
+    chosen = Parser(add_help=False, allow_abbrev=False)
     if presets:
         first = next(iter(presets))
-        parser.add_argument("--preset", default=first, help=f"defaults: {', '.join(presets)}")
-        # the preset is read before the other flags, since it sets their defaults
-        chosen = Parser(add_help=False, allow_abbrev=False)
-        chosen.add_argument("--preset", default=first)
+        chosen.add_argument("--preset", default=first, help=f"defaults: {', '.join(presets)}")
         name = chosen.parse_known_args(argv)[0].preset
         defaults = presets[choose(name, presets, "preset")]
+    parser = Parser(
+        description=description,
+        parents=[chosen],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        # a shortened flag would change its meaning when another flag comes
+        allow_abbrev=False,
+    )
     comments = field_comments(config_class)
     for field in dataclasses.fields(config_class):
         default = getattr(defaults, field.name)
-        options = {"type": type(default)}
+        options = {"type": type(default)}  # a field's default says what it is
         if isinstance(default, bool):  # type=bool would read "False" as true
             options = {"action": argparse.BooleanOptionalAction}
         help_text = comments.get(field.name, " ")
@@ -135,12 +137,10 @@ def pick_device(name="auto"):
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     best = next((kind for kind, there in usable.items() if there), "cpu")
     device = best if name == "auto" else name
-    kind = choose(device.split(":")[0], ["cpu", "cuda", "mps"], "device")
-    if not usable.get(kind, True):
-        raise UserError(f"--device {name}: no usable {kind} here; leave it out to take {best}")
+    choose(device.split(":")[0], ["cpu", "cuda", "mps"], "device")
     try:
-        torch.empty(0, device=device)  # cuda:7 may not exist
+        torch.empty(0, device=device)  # cuda:7 may not exist, nor cuda
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {error}") from None
+        raise UserError(f"--device {name}: {error}; leave it out to take {best}") from None
     print(f"device {device} ({'found' if name == 'auto' else 'asked for'})")
     return torch.device(device)

@@ -336,9 +336,7 @@ def load_policy(folder, vlm, processor):
         assert version == VERSION, f"format version {version}, this code reads {VERSION}"
         assert about["views"] == list(VIEWS), f"views {about['views']}"
         config = PolicyConfig(**about["config"])
-        for field in dataclasses.fields(config):
-            value = about["config"][field.name]
-            assert type(value) is field.type, f"{field.name} is {value!r}"
+        assert about["config"] == vars(config), "sizes are missing in config"
         # before a network of a million layers is built
         assert config.num_layers + config.perceiver_layers < len(tensors), "too many layers"
         embodiments = {}

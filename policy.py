@@ -65,8 +65,9 @@ class PolicyConfig:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            least = 1 if type(value) is int else 0  # a weight and a switch may be off
-            assert least <= value < math.inf, f"{name} is {value}"
+            kind = self.__annotations__[name]
+            least = int(kind is int)  # a weight and a switch may be off
+            assert type(value) is kind and least <= value < math.inf, f"{name} is {value!r}"
         # each head as wide as the others, and half of a width can be sines, half cosines
         assert self.hidden_size % (2 * self.num_heads) == 0, "hidden_size: 2 num_heads do not fit"
         queries = self.num_intent_queries
@@ -106,7 +107,6 @@ class Normalizer(nn.Module):
 
     def __init__(self, embodiments, horizon):
         super().__init__()
-        self.embodiments = embodiments
         with torch.device("cpu"):  # even where the rest are shapes alone: masks are in no file
             sizes = torch.tensor(list(embodiments.values()))  # (E, 2)
             E = len(sizes)
@@ -130,13 +130,15 @@ class Normalizer(nn.Module):
         state (n, S), action (n, T, A) absolute. Padded dims keep mean 0 and deviation 1.
         """
         relative = action - self.reference(state, embodiment)
-        S, A = list(self.embodiments.values())[embodiment]
-        relative = relative[..., :A].double()  # double: sums over many rows
-        state = state[:, :S].double()
-        self.state_mean[embodiment, :S] = state.mean(0)
-        self.state_std[embodiment, :S] = state.std(0, correction=0).clamp(self.STATE_FLOOR)
-        self.action_mean[embodiment, :, :A] = relative.mean(0)
-        self.action_std[embodiment, :, :A] = relative.std(0, correction=0).clamp(self.ACTION_FLOOR)
+        for name, numbers, floor in (
+            ("state", state, self.STATE_FLOOR),
+            ("action", relative, self.ACTION_FLOOR),
+        ):
+            # double: sums over many rows
+            std, mean = torch.std_mean(numbers.double(), 0, correction=0)
+            own = self.get_buffer(f"{name}_mask")[embodiment]
+            self.get_buffer(f"{name}_mean")[embodiment] = torch.where(own, mean, 0.0)
+            self.get_buffer(f"{name}_std")[embodiment] = torch.where(own, std.clamp(floor), 1.0)
         self.fitted[embodiment] = True
 
     def reference(self, state, embodiment):
@@ -300,7 +302,8 @@ class ActionEncoder(nn.Module):
     def forward(self, noised, tau, groups):
         x = self.first(noised, groups)
         time = sinusoids(1000 * tau, x.shape[-1])  # (B, D); tau in [0, 1) to DiT's range of steps
-        x = torch.cat([x, time[:, None].expand_as(x)], dim=-1)  # (B, T, 2 D)
+        time = time[:, None].expand_as(x)
+        x = torch.cat([x, time], dim=-1)  # (B, T, 2 D)
         x = self.second(x, groups)
         return self.third(F.silu(x), groups)
 
@@ -391,7 +394,8 @@ class Policy(nn.Module):
             nn.Linear(D, D),
             nn.SiLU(),
         )
-        self.modulation = nn.Linear(D, 2 * (config.num_layers + 1) * D)
+        norms = config.num_layers + 1
+        self.modulation = nn.Linear(D, 2 * norms * D)
 
         # attention to the intent, among the tokens, to the intent ...
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -456,7 +460,8 @@ class Policy(nn.Module):
     def modulations(self, tau):
         """tau (B,) to shift and scale of every block and the last norm: (blocks + 1, 2, B, 1, D)."""
         D = self.config.hidden_size
-        x = self.modulation(self.tau_mlp(sinusoids(1000 * tau, D)))
+        x = self.tau_mlp(sinusoids(1000 * tau, D))
+        x = self.modulation(x)
         return rearrange(x, "B (n two D) -> n two B 1 D", two=2, D=D)
 
     def velocity(self, noised, tau, modulations, context):
@@ -521,10 +526,12 @@ class Policy(nn.Module):
         actions = self.normalizer.normalize_action(batch["action"], state, embodiment)
         valid = self.valid(embodiment)
         if totals is None:
-            totals = valid.sum(), batch["future_valid"].sum().clamp(min=1)
+            futures = batch["future_valid"].sum()
+            totals = valid.sum(), futures.clamp(min=1)
 
         noised = add_noise(actions, noise, tau, valid)
-        velocity, tokens = self.velocity(noised, tau, self.modulations(tau), context)
+        modulations = self.modulations(tau)
+        velocity, tokens = self.velocity(noised, tau, modulations, context)
         flow = flow_loss(velocity, actions, noise, valid, totals[0])
         future = self.future_loss(tokens, batch, totals[1])
         loss = flow + self.config.future_loss_weight * future
@@ -546,8 +553,9 @@ class Policy(nn.Module):
                 batch["future_mask"][rows],
             )
         target = intent.unflatten(1, (tokens.shape[1], -1)).mean(2)  # (b, M, D)
-        similarity = F.cosine_similarity(self.future_head(tokens[rows]), target, dim=-1)  # (b, M)
-        return (1 - similarity).mean(1).sum() / total
+        predicted = self.future_head(tokens[rows])
+        distance = 1 - F.cosine_similarity(predicted, target, dim=-1)  # (b, M)
+        return distance.mean(1).sum() / total
 
     # ---- acting
 
@@ -563,9 +571,9 @@ class Policy(nn.Module):
         taus = torch.arange(K, device=state.device) / K
         modulations = self.modulations(taus)  # (blocks + 1, 2, K, 1, D): of all steps at once
 
-        x = torch.where(valid, noise, 0.0)
+        x = noise * valid
         for step, tau in enumerate(taus.split(1)):
             # one step's, broadcast over B
             velocity, _ = self.velocity(x, tau, modulations[:, :, step], context)
-            x = torch.where(valid, x + velocity / K, 0.0)
+            x = (x + velocity / K) * valid
         return self.normalizer.unnormalize(x, state, embodiment)

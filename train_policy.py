@@ -234,7 +234,7 @@ def train(cfg):
     blm, start, backbone = load_models(cfg, config, device)
     demos = load_demonstrations(cfg, config, blm, start, backbone)
     facts = {"backbone": backbone, "robots": list(demos.embodiments)}
-    facts |= {"episodes": len(demos.names), "rows": len(demos.train), "cells": len(demos.cells)}
+    facts |= {"episodes": len(demos.episodes), "rows": len(demos.train), "cells": len(demos.cells)}
     weights = trainer.full_state_dict(blm.vlm)
     if trainer.this_process()[0] == 0 and not cfg.resume:
         # a run that is killed before its first checkpoint shall not look like somebody's model

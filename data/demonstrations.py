@@ -46,10 +46,9 @@ def select_episodes(cfg, known):
         members = [episode for episode in cell if not new or episode.robot in new]
         episodes += members[: cfg.demonstrations or None]
     if not episodes:
-        raise UserError(
-            f"{cfg.data} holds no episodes of --robots {cfg.robots} and --tasks {cfg.tasks}: "
-            f"record them with `python -m data.record --out {cfg.data}`"
-        )
+        wanted = f"--robots {cfg.robots} and --tasks {cfg.tasks}"
+        advice = f"record them with `python -m data.record --out {cfg.data}`"
+        raise UserError(f"{cfg.data} holds no episodes of {wanted}: {advice}")
     return episodes
 
 
@@ -69,7 +68,8 @@ def cache_path(folder, episode):
     """A name made of all that an episode's hidden states depend on, but for the model."""
     # the checksum covers the pictures too: a mended episode is another one
     words = f"{episode.path.name} {episode.instruction} {episode.checksum} {FRAME_STRIDE}"
-    return folder / f"{hashlib.sha256(words.encode()).hexdigest()[:16]}.safetensors"
+    digest = hashlib.sha256(words.encode()).hexdigest()
+    return folder / f"{digest[:16]}.safetensors"
 
 
 def open_cache(folder, episode):
@@ -89,9 +89,10 @@ def cache_hidden_states(blm, episodes, intent_layer, folder, rank=0, world=1, fs
             if cache_path(folder, episode).exists():
                 tqdm.write(f"{error}; it is made again")
     share = missing[rank::world]
+    # shards work together, so every process does as many
     if fsdp and len(share) < len(missing[::world]):
-        share.append(missing[0])  # shards work together, so every process does as many
-    for episode in tqdm(share, "hidden states", disable=rank > 0 or not share, unit="episode"):
+        share.append(missing[0])
+    for episode in tqdm(share, "hidden states", disable=rank > 0, unit="episode"):
         # all at once: an episode of 200 steps is 51 prompts of one length, without padding
         images = [episode.images(t) for t in frames_of(episode)]
         texts = [episode.instruction] * len(images)
@@ -104,13 +105,6 @@ def cache_hidden_states(blm, episodes, intent_layer, folder, rank=0, world=1, fs
 # ---- rows
 
 
-def widen(numbers, width):
-    """(..., n) with zeros behind, (..., width)."""
-    missing = width - numbers.shape[-1]
-    sides = [(0, 0)] * (numbers.ndim - 1)
-    return np.pad(numbers, [*sides, (0, missing)])
-
-
 class Demonstrations:
     """All rows in memory, but for hidden states, which stay on disk until a batch asks for them.
 
@@ -120,41 +114,26 @@ class Demonstrations:
     """
 
     def __init__(self, episodes, hidden, horizon, known=()):
+        self.episodes = episodes
         self.hidden = hidden  # of each episode, as `open_cache` has it
-        self.names = [episode.path.name for episode in episodes]
-        self.cells = sorted({cell_of(episode) for episode in episodes})
+        self.horizon = horizon
+        self.ahead = horizon // FRAME_STRIDE  # frames until the future
         self.embodiments = dict(known)
         for episode in episodes:
             sizes = (episode.state.shape[1], episode.action.shape[1])
             expected = self.embodiments.setdefault(episode.robot, sizes)
             if sizes != expected:
-                raise UserError(f"{episode.path}: {sizes} numbers of state, action; not {expected}")
-        self.ahead = horizon // FRAME_STRIDE  # frames until the future
-        self.fill(episodes, horizon)
-        self.split(episodes)
-
-    def fill(self, episodes, horizon):
-        """The arrays of rows; zeros in state (R, S), action (R, T, A) where a robot has fewer."""
+                wrong = f"{sizes} numbers of state and action, not {expected}"
+                raise UserError(f"{episode.path}: {wrong}")
         robots = list(self.embodiments)
-        S, A = np.max([*self.embodiments.values()], axis=0)
-        parts = []
-        for i, episode in enumerate(episodes):
-            steps = np.array(frames_of(episode))
-            frames = np.arange(len(steps))
-            ahead = steps[:, None] + np.arange(horizon)  # (n, T)
-            # past the end the last action is held
-            ahead = ahead.clip(max=len(episode) - 1)
-            parts.append(
-                (
-                    np.stack([np.full_like(frames, i), frames], axis=1),
-                    frames + self.ahead < len(frames),
-                    np.full_like(frames, robots.index(episode.robot)),
-                    widen(episode.state[steps], S),
-                    widen(episode.action[ahead], A),
-                )
-            )
-        columns = map(np.concatenate, zip(*parts))
-        self.frame, self.has_future, self.embodiment, self.state, self.action = columns
+        indices = [robots.index(episode.robot) for episode in episodes]
+        counts = [len(frames_of(episode)) for episode in episodes]
+        # a row is a frame of an episode
+        self.frame = np.array([(i, j) for i, count in enumerate(counts) for j in range(count)])
+        self.has_future = self.frame[:, 1] + self.ahead < np.repeat(counts, counts)
+        self.embodiment = np.repeat(indices, counts)
+        self.cells = sorted({cell_of(episode) for episode in episodes})
+        self.split(episodes)
 
     def split(self, episodes):
         """Set every HELD_OUT-th episode of a cell aside; new ones come last, so those aside stay."""
@@ -167,6 +146,21 @@ class Demonstrations:
         rows = np.arange(len(self.frame))
         self.train = np.setdiff1d(rows, np.concatenate(self.held_out))
 
+    def numbers(self, rows):
+        """state (n, S) and action (n, T, A) of rows (n,); zeros where a robot has fewer numbers."""
+        S, A = np.max(list(self.embodiments.values()), axis=0)
+        state = torch.zeros(len(rows), S)
+        action = torch.zeros(len(rows), self.horizon, A)
+        for row, (i, frame) in enumerate(self.frame[rows]):
+            episode = self.episodes[i]
+            step = frame * FRAME_STRIDE
+            # past its end the last action is held
+            steps = np.arange(step, step + self.horizon).clip(max=len(episode) - 1)
+            state_dim, action_dim = self.embodiments[episode.robot]
+            state[row, :state_dim] = torch.from_numpy(episode.state[step])
+            action[row, :, :action_dim] = torch.from_numpy(episode.action[steps])
+        return state, action
+
     def fit_statistics(self, normalizer):
         """Fit a policy's normalizer to the training rows of robots that have no statistics yet."""
         embodiment = self.embodiment[self.train]
@@ -174,34 +168,40 @@ class Demonstrations:
             # a robot that acts already would act otherwise
             if not normalizer.fitted[robot]:
                 rows = self.train[embodiment == robot]
-                numbers = (torch.from_numpy(part[rows]) for part in (self.state, self.action))
-                normalizer.fit(int(robot), *numbers)
+                normalizer.fit(int(robot), *self.numbers(rows))
 
     def rows_of_step(self, seed, step, batch_size):
         """(B,) rows, a function of (seed, step), sorted by robot: the policy has few groups then.
 
         Any frame is as likely as any other, so longer tasks weigh more.
         """
-        rows = np.random.default_rng([seed, step]).choice(self.train, batch_size)
-        return rows[np.argsort(self.embodiment[rows], kind="stable")]
+        rng = np.random.default_rng([seed, step])
+        rows = rng.choice(self.train, batch_size)
+        order = np.argsort(self.embodiment[rows], kind="stable")
+        return rows[order]
 
     def batch(self, rows):
         """What Policy.forward takes, for rows (B,). A row without a future has the present there."""
         future = self.has_future[rows]
         later = self.frame[rows]  # a copy: fancy indexing
         later[:, 1] += self.ahead * future
-        batch = {"future_valid": torch.from_numpy(future)}
+        state, action = self.numbers(rows)
+        batch = {
+            "future_valid": torch.from_numpy(future),
+            "state": state,
+            "action": action,
+            "embodiment": torch.from_numpy(self.embodiment[rows]),
+        }
         # instructions differ in length, so tokens are padded
         for name, frames in (("", self.frame[rows]), ("future_", later)):
-            states = [torch.from_numpy(self.hidden[i][int(j)]).float() for i, j in frames]
+            states = [torch.from_numpy(self.hidden[i][int(j)]) for i, j in frames]
             real = [torch.ones(len(state), dtype=torch.bool) for state in states]
+            # the policy casts float16 itself
             batch[f"{name}hidden"] = pad_sequence(states, batch_first=True)  # (B, L, Dc)
             batch[f"{name}mask"] = pad_sequence(real, batch_first=True)  # (B, L)
-        for name in ("state", "action", "embodiment"):
-            batch[name] = torch.from_numpy(getattr(self, name)[rows])
         return batch
 
     def describe(self, rows):
         """Rows in words, for whoever looks for a bad one."""
         frames = self.frame[rows]
-        return ", ".join(f"{self.names[i]} step {j * FRAME_STRIDE}" for i, j in frames)
+        return ", ".join(f"{self.episodes[i].path.name} step {j * FRAME_STRIDE}" for i, j in frames)

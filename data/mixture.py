@@ -102,4 +102,5 @@ class Mixture:
 
     def describe(self, rows):
         """Rows in words, for whoever looks for a bad one."""
+        # a source knows its rows' files and lines
         return ", ".join(self.sources[source].rows.name(index) for _, source, index in rows)

@@ -315,7 +315,7 @@ DESCRIPTIONS = [
     ({"embodiments": {"panda": {"state_dim": 17, "action_dim": 8}}}, "lacks 'index'"),
     ({"embodiments": {"panda": {"index": 1, "state_dim": 17, "action_dim": 8}}}, "index"),
     ({"embodiments": {"panda": {"index": 0, "state_dim": -1, "action_dim": 8}}}, "sizes of panda"),
-    ({"config": {}}, "lacks 'intent_layer'"),
+    ({"config": {}}, "sizes are missing"),
     ({"config": {"blind": True}}, "blind"),
     ({"backbone": "0" * 16}, "another language model"),
 ]
