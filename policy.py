@@ -27,7 +27,7 @@ angles (rad), the last action is the finger (m).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -64,10 +64,11 @@ class PolicyConfig:
     use_intent: bool = True  # without: what a robot can do by its state alone, to compare with
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            kind = self.__annotations__[name]
-            least = int(kind is int)  # a weight and a switch may be off
-            assert type(value) is kind and least <= value < math.inf, f"{name} is {value!r}"
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = int(field.type is int)  # a weight and a switch may be off
+            fine = type(value) is field.type and least <= value < math.inf
+            assert fine, f"{field.name} is {value!r}"
         # each head as wide as the others, and half of a width can be sines, half cosines
         assert self.hidden_size % (2 * self.num_heads) == 0, "hidden_size: 2 num_heads do not fit"
         queries = self.num_intent_queries

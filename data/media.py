@@ -95,9 +95,8 @@ def load_video(path):
         for frame in frames:
             kept.append(frame)
             assert frame.size == kept[0].size, "its frames must have one size"
-            many = len(kept) > min(MAX_FRAMES, MAX_FILM_PIXELS / (frame.width * frame.height))
-            most = f"{MAX_FRAMES} frames or {MAX_FILM_PIXELS:,} pixels"
-            assert not many, f"it is longer than {most}: cut or shrink it first"
+            most = min(MAX_FRAMES, MAX_FILM_PIXELS // (frame.width * frame.height))
+            assert len(kept) <= most, f"it is longer than {most} frames: cut or shrink it first"
         assert kept, f"no pictures in {path}"
     return kept
 
