@@ -86,21 +86,21 @@ def mrope_positions(
         real = np.ones_like(ids)
         if attention_mask is not None:
             real = attention_mask.cpu().numpy()
-        for b, row in enumerate(ids):
-            kept = real[b] > 0
-            text = text_positions(row[kept], grids, seconds, config)
+        for b, kept in enumerate(real > 0):
+            text = text_positions(ids[b, kept], grids, seconds, config)
             positions[:, b, kept] = text
     start = 0
     for lengths in segments or ():
-        ends = start + np.cumsum(lengths)  # of the stem, then of each branch
-        stop = ends[-1]
-        text = text_positions(ids[0, start:stop], grids, seconds, config)
-        # a branch does not count those before it
+        ends = np.cumsum(lengths)  # of the stem, then of each branch
+        own = slice(start, start + ends[-1])
+        text = text_positions(ids[0, own], grids, seconds, config)
+        # a branch goes on where the stem ends: it does not count those before it
         for before, end in pairwise(ends[:-1]):
-            text[:, end - start :] -= end - before
-        positions[:, 0, start:stop] = text
-        start = stop
-    return torch.from_numpy(positions).to(input_ids.device)
+            text[:, end:] -= end - before
+        positions[:, 0, own] = text
+        start = own.stop
+    positions = torch.from_numpy(positions)
+    return positions.to(input_ids.device)
 
 
 def text_positions(ids, grids, seconds, config):
@@ -117,8 +117,7 @@ def text_positions(ids, grids, seconds, config):
     at = 0  # the walk goes from picture to picture
     while is_vision[at:].any():
         at += is_vision[at:].argmax()
-        grid = next(grids[ids[at]], (0, 0, 0))
-        t, h, w = grid
+        t, h, w = next(grids[ids[at]], (0, 0, 0))
         axes = np.indices((t, h // m, w // m))
         axes = axes.reshape(3, -1)  # of each token: frame, row, column
         tokens = axes.shape[1]
@@ -156,8 +155,7 @@ def branch_mask(lengths, device):
     """
     if len(lengths) < 3:
         return None
-    number = torch.arange(len(lengths))
-    branch = number.repeat_interleave(torch.tensor(lengths))
-    branch = branch.to(device)  # (L,), 0 for the stem
+    number = np.repeat(np.arange(len(lengths)), lengths)
+    branch = torch.from_numpy(number).to(device)  # (L,), 0 for the stem
     sees = (branch == 0) | (branch == branch[:, None])
     return sees.tril()
