@@ -60,9 +60,7 @@ class Robot:
             self.display_name = spec.text("display_name").data
             for field in NUMBERS:
                 numbers = self.model.numeric(field).data
-                if len(numbers) == 1:
-                    numbers = numbers.item()
-                setattr(self, field, numbers)
+                setattr(self, field, numbers if len(numbers) > 1 else numbers[0])
             # the rest follows
             self.dof = len(self.home)
             self.state_dim = self.dof + 10
@@ -91,14 +89,13 @@ class Kinematics:
         self.robot = robot
         self.model = robot.model
         self.data = mujoco.MjData(self.model)
-        self.site = self.model.site("tcp").id
+        self.tcp = self.data.site("tcp")
 
     def forward(self, qpos):
         """TCP position (3,) m and rotation (3, 3) at the joint angles qpos (dof,) rad."""
         self.data.qpos[: self.robot.dof] = qpos
         mujoco.mj_kinematics(self.model, self.data)
-        tcp = self.data.site("tcp")
-        return tcp.xpos.copy(), tcp.xmat.reshape(3, 3).copy()
+        return self.tcp.xpos.copy(), self.tcp.xmat.reshape(3, 3).copy()
 
     def solve_ik(self, position, rotation, start):
         """qpos (dof,) rad inside the limits that reaches a TCP pose; None if none is found.
@@ -113,16 +110,16 @@ class Kinematics:
         jac = np.zeros((6, self.model.nv))
         quat = np.empty(4)
         error = np.empty(6)  # what is missing, in the base frame
+        exact = np.repeat([2e-4, 1e-3], 3)
         for _ in range(80):
             at, turned = self.forward(q)
             error[:3] = position - at
             mujoco.mju_mat2Quat(quat, (rotation @ turned.T).ravel())
             mujoco.mju_quat2Vel(error[3:], quat, 1.0)
-            near = np.abs(error[:3]).max() < 2e-4
-            if near and np.abs(error[3:]).max() < 1e-3:
+            if (np.abs(error) < exact).all():
                 return q
             mujoco.mj_comPos(self.model, self.data)
-            mujoco.mj_jacSite(self.model, self.data, jac[:3], jac[3:], self.site)
+            mujoco.mj_jacSite(self.model, self.data, jac[:3], jac[3:], self.tcp.id)
             J = jac[:, :dof]  # (6, dof), without the fingers
             # damping: near a singularity a step stays small
             inverse = J.T @ np.linalg.inv(J @ J.T + 1e-4 * np.eye(6))
