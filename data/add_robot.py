@@ -51,13 +51,11 @@ def read_model(config):
     """The file's MjModel, with a site `config.site` even where that is a body. UserError."""
     with reading(config.mjcf):
         spec = mujoco.MjSpec.from_file(config.mjcf)
-        model = spec.compile()
-    places = [place.name for place in spec.bodies[1:] + spec.sites]
-    choose(config.site, places, "--site (a site or a body)")
-    if not spec.site(config.site):
-        spec.body(config.site).add_site(name=config.site)
-        model = spec.compile()
-    return model
+        places = [place.name for place in spec.bodies[1:] + spec.sites]
+        choose(config.site, places, "--site (a site or a body)")
+        if not spec.site(config.site):
+            spec.body(config.site).add_site(name=config.site)
+        return spec.compile()
 
 
 def find_path(model, config):
@@ -76,10 +74,11 @@ def find_path(model, config):
 
     if path[0] == turning[0]:
         path.insert(0, 0)  # it stands on the world itself
-    names = [model.body(body).name for body in path[: path.index(turning[0])]]
+    still = path[: path.index(turning[0])]
+    names = [model.body(body).name for body in still]
     # What is not told is checked: what lies before the first joint is no pedestal, and the way
     # from the last joint but one to the flange leads outwards.
-    column = data.body(names[-1]).xpos - data.body(names[0]).xpos
+    column = data.xpos[still[-1]] - data.xpos[still[0]]
     pedestal = np.any(np.abs(column) > 0.01)
     away = (flange.xpos - data.xpos[turning[-2]]) @ flange.xmat.reshape(3, 3)
     sideways = away[2] < 0.3 * np.linalg.norm(away)
@@ -140,8 +139,8 @@ def measure_servos(model, joints):
     model.jnt_actfrclimited[:] = 0
     kp = torque() - torque(angle=1.0)
     kv = torque() - torque(speed=1.0)
-    ends = [torque(-most), torque(most)]
-    targets = np.sort(ends, axis=0) / np.maximum(kp, 1e-9)  # a gear may be negative
+    # a gear may be negative
+    targets = np.sort([torque(-most), torque(most)], axis=0) / np.maximum(kp, 1e-9)
     return np.transpose([kp, kv, torques, *targets])
 
 

@@ -136,6 +136,7 @@ NARROW = SERVO.replace("/>", ' ctrlrange="-1.5 1.5"/>')
 LIKE_PLAIN = {
     "pedestal": (plain('pos="0.3 -0.2 0.75"'), {}),
     "beside another": (plain('pos="0 0.6 0" quat="0.7071068 0 0 0.7071068"'), {}),
+    "base without a name": (plain().replace('<body name="base"', "<body"), {}),
     "turned about": (plain('quat="0 0 0 1"'), {}),
     "gear": (plain(servo=GEAR), {}),
     "negative gear": (plain(servo=DRIVEN_BACK), {}),
