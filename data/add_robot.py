@@ -2,7 +2,7 @@
 
     python -m data.add_robot --mjcf universal_robots_ur5e/ur5e.xml --name ur5e
 
-Chain, limits, inertias and servos are the file's; its geoms become capsules; the gripper, with its
+Chain, limits, inertias and servos are the file's; its geoms become ellipsoids; the gripper, with its
 fingers and wrist camera, is the xArm-6's. Where the tasks take place follows from how far the arm
 reaches. What cannot be kept (springs, coupled joints, ...) is refused, with the reason.
 
