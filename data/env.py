@@ -34,11 +34,11 @@ INITIAL_NOISE = 0.02  # rad on every joint, as ManiSkill
 VARIED = 0.6
 MOVED = 0.5
 CROWDED = 0.3
-CROWD = (
-    (0.55, 0.15, 0.65, 1),  # purple
-    (1, 0.5, 0.05, 1),  # orange
-    (0.95, 0.95, 0.95, 1),  # white
-)
+CROWD = {
+    "purple cube": (0.55, 0.15, 0.65, 1),
+    "orange cube": (1, 0.5, 0.05, 1),
+    "white cube": (0.95, 0.95, 0.95, 1),
+}
 PERTURBATIONS = (  # what an evaluation changes, each alone
     "lighting",  # half the light, from the other side
     "table",  # a grey-blue table top
@@ -264,7 +264,8 @@ class TabletopEnv:
             turn_camera(model, rng, far)
             if rng.random() < CROWDED:
                 add_spare(self.robot, layout, rng)
-                model.geom("clutter0").rgba[:] = rng.choice(CROWD)
+                colors = list(CROWD.values())
+                model.geom("clutter0").rgba[:] = rng.choice(colors)
         return layout
 
     def step(self, action):
