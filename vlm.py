@@ -595,8 +595,8 @@ class VLM(nn.Module):
         with reading(folder / "config.json"):
             vision = VisionConfig(**fields.pop("vision_config"))
             config = VLMConfig(**fields, vision_config=vision)
-        with torch.device("meta"):  # shapes only: 7 B random numbers would be thrown away
-            model = cls(config)
+            with torch.device("meta"):  # shapes only: 7 B random numbers would be thrown away
+                model = cls(config)
         model.generation_config = read_generation_config(folder, config)
         load_weights(model, folder, device, dtype)
         return model.eval()

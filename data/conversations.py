@@ -48,6 +48,7 @@ PLACE = re.compile(
 # What a record or a message, and what a picture or video may ask for and would not get.
 UNREAD = re.compile(r"audios?|tools|tool_calls")
 UNREAD_OF_MEDIA = re.compile(r"\w+_pixels|resized_\w+|\w*frames|video_(start|end)|fps")
+MOST_CHARACTERS = 100_000  # of the texts of a row
 MOST_TOLD = 5  # bad records that an error names
 
 
@@ -121,6 +122,10 @@ class Conversations:
         record = self.records[i][1]
         with reading(self.name(i)):
             conversations, sources = read_record(record)
+            # longer ones would fill the memory before anybody sees why
+            assert len(str(conversations)) < MOST_CHARACTERS, (
+                "it is too long: split the conversation"
+            )
             media = [
                 (kind, LOADERS[kind](locate(source, self.path.parent))) for kind, source in sources
             ]

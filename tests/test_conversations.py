@@ -818,3 +818,9 @@ def test_any_json_is_read_or_told(folder):
             assert kinds == [kind for kind, _ in row.media]
             assert all(isinstance(m["content"], str) for m in conversation if m["role"] != "user")
     assert 100 < read < 500
+
+
+def test_a_text_without_end_is_told_before_it_fills_the_memory(folder):
+    rows = Conversations(write(folder / "long.jsonl", messages("Hi", "word " * 50_000)))
+    with pytest.raises(UserError, match="long.jsonl, line 1.*too long"):
+        rows.row(0)
