@@ -86,6 +86,7 @@ class VLMConfig:
     def __post_init__(self):
         self.mrope_section = tuple(self.mrope_section)
         heads = self.num_attention_heads
+        assert min(heads, self.num_key_value_heads, self.vocab_size) > 0, "a size is below 1"
         assert self.hidden_size % heads == 0, "hidden_size is no multiple of num_attention_heads"
         assert heads % self.num_key_value_heads == 0, "num_key_value_heads do not divide the heads"
         assert 2 * sum(self.mrope_section) == self.head_dim, "mrope_section is not half a head"
