@@ -28,7 +28,7 @@ from checkpoint import stored_dtype
 from cli import UserError, at_least, choose, parse, run
 from data import record
 from data.demonstrations import Demonstrations, cache_hidden_states, open_cache, select_episodes
-from files import claim, find_folder, write_json
+from files import find_folder, write_json
 from model import BLM, backbone_hash
 from policy import PRESETS, EmbodimentLinear, Policy
 from rollout import EXECUTE_STEPS
@@ -317,7 +317,7 @@ def fit(cfg, blm, policy, demos, facts, device):
 def main():
     description = "Stage II: train the policy; the language model stays frozen."
     cfg = parse(TrainConfig, description=description)
-    with claim(cfg.out):
+    with trainer.claim_out(cfg):
         train(cfg)
     trainer.end_processes()
     trainer.say(f"model in {cfg.out}; try `python sample.py --weights {cfg.out}`")

@@ -34,7 +34,7 @@ from checkpoint import stored_dtype
 from cli import UserError, at_least, choose, choose_many, parse, run
 from data.conversations import Row
 from data.mixture import Mixture, open_sources
-from files import atomic, claim, find_folder, read_json, save_tensors, write_json
+from files import atomic, find_folder, read_json, save_tensors, write_json
 from processor import Processor
 from trainer import RunConfig
 from vlm import VLM
@@ -403,7 +403,7 @@ def main():
     check(cfg)
     sources = open_sources(cfg.data, cfg.on_bad)
     model = VLM.from_pretrained(cfg.backbone)
-    with claim(cfg.out):
+    with trainer.claim_out(cfg):
         train(cfg, model, Processor.from_pretrained(cfg.backbone), sources)
     trainer.end_processes()
     trainer.say(f"model in {cfg.out}; try `python sample.py --weights {cfg.out} --ask ...`")

@@ -20,7 +20,7 @@ import signal
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from cli import UserError, at_least, choose, pick_device
-from files import Tensors, atomic, reading, save_tensors, whole_files, writable
+from files import Tensors, atomic, claim, reading, save_tensors, whole_files, writable
 
 GRAD_CLIP = 1.0  # largest norm of a step's gradient
 MOST_SKIPPED = 10  # steps in a row whose gradient is no number
@@ -78,7 +78,13 @@ def check(cfg):
     folder = Path(cfg.out)
     if (folder / "config.json").exists() and not (folder / "state").exists():
         raise UserError(f"{cfg.out} already holds a model: choose another --out")
-    writable(cfg.out)
+    if this_process()[0] == 0:
+        writable(cfg.out)
+
+
+def claim_out(cfg):
+    """A context that holds --out for this run alone; the first process does it for all."""
+    return claim(cfg.out) if this_process()[0] == 0 else nullcontext()
 
 
 # ---- processes

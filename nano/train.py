@@ -25,7 +25,7 @@ import trainer
 from cli import UserError, at_least, parse, run
 from data.conversations import Conversations
 from data.mixture import Source
-from files import claim, read_json, reading
+from files import read_json, reading
 from nano import instructions, scenes
 from nano.grounding import Grounding
 from nano.instructions import InstructionsConfig
@@ -124,7 +124,7 @@ def train_stage(cfg):
     if cfg.backbone and learned.exists():  # new ones would undo in a hundred steps what is learned
         with reading(learned):
             heads.load_state_dict(load_file(learned))
-    with claim(cfg.out):
+    with trainer.claim_out(cfg):
         processor.tokenizer.save_pretrained(cfg.out)  # before a first checkpoint needs it
         return train(cfg, model, processor, open_sources(cfg), heads)
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -180,6 +181,21 @@ def test_two_processes_equal_one(folder, tmp_path, fsdp):
         assert abs(a["loss"] - b["loss"]) <= 2e-5 * max(1, a["loss"])
     mine, theirs = last_state(tmp_path / "one"), last_state(tmp_path / "two")
     assert mine.keys() == theirs.keys()
+
+
+def run_main(argv):
+    use_small_sizes()
+    sys.argv = ["train_policy.py", *argv]
+    train_policy.main()
+
+
+def test_the_script_runs_under_torchrun(folder, tmp_path):
+    cfg = settings(folder, tmp_path / "out", steps=2)
+    names = ("data", "backbone", "out", "cache", "sizes", "steps", "batch_size", "device")
+    argv = [word for name in names for word in (f"--{name}", str(getattr(cfg, name)))]
+    spawn_two(run_main, argv)
+    assert BLM.from_pretrained(tmp_path / "out").policy is not None
+    assert not (tmp_path / "out" / ".lock").exists()
 
 
 def load_rows(folder, cache="intents"):

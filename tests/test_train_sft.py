@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -361,6 +362,18 @@ def test_two_processes_equal_one(folder, tmp_path, fsdp):
         assert abs(a["loss"] - b["loss"]) <= 2e-5 * max(1, a["loss"])
     mine = load_file(tmp_path / "one" / "model.safetensors")
     assert mine.keys() == load_file(tmp_path / "two" / "model.safetensors").keys()
+
+
+def run_main(argv):
+    sys.argv = ["train_sft.py", *argv]
+    train_sft.main()
+
+
+def test_the_script_runs_under_torchrun(folder, tmp_path):
+    argv = ["--data", str(folder / "rows.jsonl"), "--backbone", str(folder / "base")]
+    argv += ["--out", str(tmp_path / "out"), "--steps", "2", "--batch_size", "4"]
+    spawn_two(run_main, [*argv, "--device", "cpu"])
+    assert VLM.from_pretrained(tmp_path / "out").config.hidden_size == 48
 
 
 def test_shards_go_on_where_one_process_was_and_back(folder, tmp_path):
