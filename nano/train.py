@@ -162,6 +162,8 @@ def check(cfg):
     blocks = PRESETS["nano"].num_hidden_layers
     at_least(cfg, 1, "questions", "micro_batch", "intent_layer")
     at_least(cfg, 0, "blind", "share", "frozen_blocks")
+    if cfg.fsdp:
+        raise UserError("--fsdp: nano is small enough for every machine, leave it out")
     if cfg.blind > 1:
         raise UserError(f"--blind {cfg.blind} is a share of rows: at most 1")
     if cfg.intent_layer > blocks or cfg.frozen_blocks >= blocks:

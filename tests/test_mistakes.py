@@ -149,6 +149,7 @@ MISTAKES = [
     (train_sft, "--data {tmp}/good.jsonl --out {tmp}/o --backbone {tmp}/nowhere", "nowhere"),
     (nano.train, "--preset embodid", "unknown preset 'embodid'.*did you mean embodied"),
     (nano.train, "--steps 0 --out {tmp}/o", "--steps 0"),
+    (nano.train, "--fsdp --out {tmp}/o", "--fsdp"),
     (nano.train, "--blind 2 --out {tmp}/o", "--blind 2"),
     (train_policy, "--batch_size -4 --out {tmp}/o", "--batch_size -4"),
     (train_policy, "--resume --out {tmp}/o", "no training run to resume"),
