@@ -1,7 +1,8 @@
 """The rule for reading a folder of weights, and the writing of one.
 
-A folder holds config.json, generation_config.json, model.safetensors (or shards and their index).
-Only safetensors are read, and weights/nano is such a folder too. Which transformers wrote what:
+A folder holds config.json, maybe generation_config.json, and model.safetensors (or shards and
+their index). Only safetensors are read, and weights/nano is such a folder too. Which transformers
+wrote what:
 
     4.49 to 4.51   config.json flat; the ViT's fields that equal the class's defaults left out;
                    tensors visual.*, model.*, lm_head.*, as on the hub, as we write them

@@ -99,7 +99,7 @@ class BLM:
         """[[front, wrist], ...] and an instruction each: what the language model says of them.
 
         Hidden states (B, L, Dc) behind block k and their mask (B, L) bool; later blocks do not run.
-        The one place where the prompt for acting is made: `act` and the cache of train_policy.py
+        The one place where the prompt for acting is made: `act` and data/demonstrations.py
         call it. num_layers is k where there is no policy yet.
         """
         batch = self.prompt(images, instructions)
@@ -357,7 +357,7 @@ def load_policy(folder, vlm, processor):
 
 
 def load_training(folder):
-    """{stage: record} of a folder's training.json, {} without one; Stage I writes it bare."""
+    """{stage: record} of a folder's training.json, or {}; weights/base has one bare record."""
     path = Path(folder) / "training.json"
     record = read_json(path) if path.exists() else {}  # a hub model has none
     return {record["stage"]: record} if "stage" in record else record

@@ -250,7 +250,7 @@ class Perceiver(nn.Module):
 
 
 def embodiment_groups(embodiment):
-    """Robots of neighbours in (B,) that are the same, and how many: ([robot], [rows]).
+    """Robots of neighbors in (B,) that are the same, and how many: ([robot], [rows]).
 
     Each group costs a matrix product of its own, so rows sorted by robot are the fastest.
     """

@@ -140,7 +140,7 @@ def answer_starts(learned):
 def answer_weights(learned):
     """(B, L) bool of answer tokens to (n,): one over the root of their answer's length.
 
-    As InternVL 2.5 (arXiv 2412.05271): a box's thirty tokens would drown a colour's two.
+    As InternVL 2.5 (arXiv 2412.05271): a box's thirty tokens would outweigh a color's two.
     """
     answer = answer_starts(learned)[learned].cumsum(0) - 1  # (n,): which answer a token belongs to
     return torch.bincount(answer)[answer] ** -0.5

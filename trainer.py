@@ -385,7 +385,7 @@ def save_checkpoint(cfg, modules, optimizers, record):
     tensors = state_tensors(modules, optimizers)
     tensors = {name: full_tensor(tensor) for name, tensor in tensors.items()}
     if this_process()[0] == 0:
-        # two are kept: the newest may be the one that a full disk or a bad step spoilt
+        # two are kept: the newest may be the one that a full disk or a bad step spoiled
         save_tensors(Path(cfg.out) / "state" / f"{record['step']:08d}.safetensors", tensors, record)
         for path in checkpoints(cfg.out)[:-2]:
             path.unlink()

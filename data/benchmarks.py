@@ -105,5 +105,9 @@ def convert(config):
     print(f"{out}: {len(records)} of {count} questions, those whose pictures are there")
 
 
+def main():
+    convert(parse(BenchmarkConfig, description=__doc__.split("\n")[0]))
+
+
 if __name__ == "__main__":
-    run(lambda: convert(parse(BenchmarkConfig, description=__doc__.split("\n")[0])))
+    run(main)

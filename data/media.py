@@ -1,6 +1,6 @@
 """Pictures and films: from files, from what records hold, or from objects, to upright RGB.
 
-to_rgb(image)            a PIL picture of any mode, or an array, as the rest of the house wants it
+to_rgb(image)            a PIL picture of any mode, or an array, as all other files want it
 open_image, load_image   a picture's file (or its bytes in a BytesIO)
 load_video(path)         a folder of pictures, an animated GIF or WebP, or a film, as frames
 locate(source, root)     where a record's picture is: a path, file:// or data:

@@ -11,10 +11,10 @@ An episode is one file, <folder>/<robot>-<task>-<seed>.safetensors, L control st
     offset  (2 L + 1,) int64    where each begins: front of step t is piece 2 t, wrist 2 t + 1
     phase   (L,) uint8          index into the header's "phases"
 
-Its header has robot, task, seed, instruction, phases, noise, maker, and made (the command).
-Files appear whole or not at all, and what they hold does not depend on the number of workers. A
-second run records what is missing or damaged. Only successes are kept; failures.json has the seeds
-of the others, and is written last.
+Its header has robot, task, seed, instruction, phases, noise, maker, made (the command), and a
+checksum. Files appear whole or not at all, and what they hold does not depend on the number of
+workers. A second run records what is missing or damaged. Only successes are kept; failures.json
+has the seeds of the others, and is written last.
 """
 
 import io

@@ -46,7 +46,7 @@ class FigureConfig:
     source: str = (
         ""  # result file or log; default results/<figure>.json, for losses out/*/log.jsonl
     )
-    weights: str = "weights/nano"  # model folder, for intent and denoising
+    weights: str = "weights/nano"  # model folder, for intent, denoising and mosaic
     out: str = ""  # picture; default assets/<figure>.png, of the mosaic .gif
 
 

@@ -104,7 +104,7 @@ def test_sample_answers_as_the_readme_says(tmp_path, monkeypatch, capsys):
     argv = ["sample.py", "--ask", question, "--weights", str(ROOT / "weights" / "nano")]
     monkeypatch.setattr(sys, "argv", [*argv, "--out", str(tmp_path)])
     sample.main()
-    reply = capsys.readouterr().out.splitlines()[1]  # the device, the reply, the time
+    reply = capsys.readouterr().out.splitlines()[1]  # the device, the reply
     assert json.loads(reply)["label"] == "red cube"
     assert distance(reply, said) <= 3  # pixels: renderers differ
 
