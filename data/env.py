@@ -41,7 +41,7 @@ CROWD = {
 }
 PERTURBATIONS = (  # what an evaluation changes, each alone
     "lighting",  # half the light, from the other side
-    "table",  # a grey-blue table top
+    "table",  # a gray-blue table top
     "camera",  # front camera 2 cm and 3 degrees off, another way in every episode
     "outside",  # objects moved together, until one lies 2 cm outside the demonstrations' region
     "noise",  # 8 of 255 on every pixel, 0.005 rad and m on every number of the state

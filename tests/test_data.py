@@ -1,4 +1,4 @@
-"""The data engine: kinematics against published poses, success tests both ways, determinism, the expert in every cell, episode files."""
+"""A rollout: how often the policy looks, and why an episode failed."""
 
 import numpy as np
 
