@@ -36,6 +36,9 @@ from positions import branch_mask, mrope_positions, padding_mask, vision_plan
 # ---- configuration
 
 
+MOST_BLOCKS = 1000  # a damaged file may ask for so many that nothing ends
+
+
 @dataclass
 class VisionConfig:
     """The ViT. Field names and meanings are Hugging Face's."""
@@ -56,6 +59,7 @@ class VisionConfig:
         self.fullatt_block_indexes = tuple(self.fullatt_block_indexes)
         token = self.patch_size * self.spatial_merge_size  # pixels
         assert self.window_size >= token, "window_size is smaller than a token"
+        assert 0 < self.depth < MOST_BLOCKS, "depth is no number of blocks"
         # a head turns with rows and with columns, by two halves of as many pairs
         assert self.hidden_size % (4 * self.num_heads) == 0, "hidden_size / num_heads / 4 is odd"
 
@@ -87,6 +91,7 @@ class VLMConfig:
         self.mrope_section = tuple(self.mrope_section)
         heads = self.num_attention_heads
         assert min(heads, self.num_key_value_heads, self.vocab_size) > 0, "a size is below 1"
+        assert 0 < self.num_hidden_layers < MOST_BLOCKS, "num_hidden_layers is no number of blocks"
         assert self.hidden_size % heads == 0, "hidden_size is no multiple of num_attention_heads"
         assert heads % self.num_key_value_heads == 0, "num_key_value_heads do not divide the heads"
         assert 2 * sum(self.mrope_section) == self.head_dim, "mrope_section is not half a head"
