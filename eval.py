@@ -1,7 +1,7 @@
 """What one set of weights can do: drive in 24 cells (four robots, six tasks), and answer.
 
     python eval.py expert           the planner that makes the demonstrations
-    python eval.py physical         the policy, told in wordings that it was not trained on
+    python eval.py physical         the policy, instructed in wordings that it was not trained on
     python eval.py perturbations    the policy again, with one thing of the scene changed at a time
     python eval.py digital          questions about pictures, beside chance and beside noise
 

@@ -8,7 +8,7 @@
 A model folder:
 
     config.json, generation_config.json, model.safetensors   the language model, as on the hub
-    tokenizer*.json, preprocessor_config.json                the processor; so far it only answers
+    tokenizer*.json, preprocessor_config.json                the processor; this far, the model only answers
     policy.safetensors      the policy's weights and statistics
     policy.json             its sizes, its robots with the order and units of their numbers, and what
                             it reads: a hash of the language model, for it is useless on any other

@@ -5,10 +5,10 @@
     python train_policy.py --robots ur5e --start weights/nano --out out/ur5e --steps 600
                                     a robot that weights/nano lacks: only its own layers are trained
     python train_policy.py --start weights/nano --backbone out/sft
-                                    a policy goes on with another language model; all of it is trained
+                                    a policy moves to another language model; all of it is trained
     torchrun --nproc_per_node 8 train_policy.py --batch_size 512        several GPUs: trainer.py
 
-The language model is frozen; data/demonstrations.py keeps what it says. Written to --out: a whole model
+The language model is frozen; data/demonstrations.py keeps its hidden states. Written to --out: a whole model
 folder (model.py) with the moving average of the weights, the state to resume from, and log.jsonl.
 """
 

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 train_policy.py              data parallel: the rows of a step shared
     torchrun --nproc_per_node 8 train_sft.py --fsdp          weights, gradients and moments sharded
 
-The loops stand in the scripts. Rows, noise and all else that is drawn in a step depend on (seed, step)
+The loops are in the scripts. Rows, noise and all else that is drawn in a step depend on (seed, step)
 alone, whatever the number of processes. So a checkpoint holds no random state, and a run that was
 stopped and resumed is the run that was not: on one CPU to the bit.
 

@@ -1,4 +1,4 @@
-"""Your own data: conversations about pictures and videos, in the shapes that people have.
+"""Your own data: conversations about pictures and videos, in the common formats.
 
 A file is JSON lines, a record a line, or one JSON list of records. A record is one of
 

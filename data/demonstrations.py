@@ -1,12 +1,12 @@
-"""What Stage II reads: rows of episodes, with what the frozen language model says of their frames.
+"""What Stage II reads: rows of episodes, with the frozen language model's hidden states of their frames.
 
-The language model says the same of the same frame every time. So what its block k says is computed once
-for every FRAME_STRIDE-th frame and kept in <cache>/<model>-k<k>/<episode>.safetensors. Names are hashes of
-what a file was made from: another model or other episodes never meet a stale one.
+The language model is frozen, so a frame's hidden states after block k never change. They are computed
+once for every FRAME_STRIDE-th frame and kept in <cache>/<model>-k<k>/<episode>.safetensors. These names
+are hashes of the model and the episode, so a file of another model or episode is never read.
 
 A row is a frame t of an episode: hidden states at t and at t + T, state at t, actions t .. t + T - 1.
-Past the end the last action is held: an episode ends where its task is done, and an arm that was never
-shown to stay there drifts on. There the future is missing, and its loss left out.
+Past the end the last action is repeated: an episode ends when its task is done, and an arm that was
+never shown to stay there drifts away. There is no future frame there, so its loss is left out.
 
 Letters: B rows of a step, R rows of all episodes, L tokens, Dc width of the language model, T action
 horizon, A and S action and state dims, padded to the largest robot's.

@@ -5,7 +5,7 @@
 
 An episode is one file, <folder>/<robot>-<task>-<seed>.safetensors, L control steps at 20 Hz long:
 
-    state   (L, S) float32      what was seen, and what the expert commanded then;
+    state   (L, S) float32      what was measured, and what the expert commanded;
     action  (L, A) float32      order and units: data/robots.py
     jpeg    (bytes,) uint8      JPEG pictures end to end
     offset  (2 L + 1,) int64    where each begins: front of step t is piece 2 t, wrist 2 t + 1

@@ -1,4 +1,4 @@
-"""Random numbers of the simulator: which stream is for what, and which seeds are whose.
+"""Random numbers of the simulator: what each stream is for, and what each range of seeds is for.
 
 A seed names an episode. Everything random in it comes from a stream of its own, so that changing
 the light never changes the layout, and one more draw here moves nothing there.

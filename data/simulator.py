@@ -1,4 +1,4 @@
-"""MuJoCo, imported so that a machine without a GL can do everything but draw.
+"""MuJoCo, imported so that a machine without OpenGL can do everything but draw.
 
 `import mujoco` loads the GL library that MUJOCO_GL names and fails where it is missing. Here it is
 imported with none, and the library is loaded with the first picture. Whatever simulates takes

@@ -1,4 +1,4 @@
-"""Damage every file that is read, a little, at random: it loads, or is one line. Nothing else.
+"""Damage every file that is read, a little, at random: it must load, or give a one-line error.
 
     python -m dev.fuzz                       3,000 mutations of each kind of file
     python -m dev.fuzz --mutations 300 --only config.json,episode
