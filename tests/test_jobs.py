@@ -93,9 +93,13 @@ def sleeping_run(tmp_path):
     words = SCRIPT.format(path=[str(ROOT), str(ROOT / "tests")], folder=str(tmp_path))
     (tmp_path / "script.py").write_text(words)
     command = [sys.executable, str(tmp_path / "script.py")]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # tests that run in a shell's background would hand Ctrl-C down as ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, start_new_session=True, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
