@@ -227,7 +227,7 @@ def claim(folder):
             raise UserError(f"another process writes to {folder}: choose another --out") from None
         try:
             # nobody else writes here now: these are from processes that were killed
-            for left in folder.glob(".part-*"):
+            for left in folder.rglob(".part-*"):
                 left.unlink()
             yield
         finally:
