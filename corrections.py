@@ -15,6 +15,7 @@ from cli import parse, run
 from data import seeds
 from data.expert import demonstrate
 from data.record import RecordConfig, record
+from data.tasks import MAX_STEPS
 from files import checksum
 from model import BLM
 from rollout import robots_of, rollout
@@ -31,15 +32,16 @@ def load_policy(folder):
     return BLM.from_pretrained(folder)
 
 
-def correct(folder, env, seed, noise):
+def correct(folder, env, seed, noise, command):
     """A Demonstration that begins where the policy got to in some number of steps.
 
     None if it was done by then.
     """
-    steps = seeds.rng(seed, "takeover").integers(10, env.task.max_steps - 10)
+    steps = seeds.rng(seed, "takeover").integers(10, MAX_STEPS - 10)
     render = env.render
     env.render = False  # the policy draws only what it looks at
-    done = rollout(load_policy(folder), env, seed, max_steps=int(steps))["success"]
+    blm = load_policy(folder)
+    done = rollout(blm, env, seed, max_steps=int(steps), command=command)["success"]
     env.render = render
     # the expert goes on in the same episode, from where things are
     return None if done else demonstrate(env, seed, noise, reset=False)

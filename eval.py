@@ -3,6 +3,7 @@
     python eval.py expert           the planner that makes the demonstrations
     python eval.py physical         the policy, instructed in wordings that it was not trained on
     python eval.py perturbations    the policy again, with one thing of the scene changed at a time
+    python eval.py told             scenes with several things to do, played with different commands
     python eval.py digital          questions about pictures, beside chance and beside noise
 
 Layout seeds start beyond those of every demonstration; the same seeds give the same table. Results
@@ -26,9 +27,10 @@ from cli import UserError, at_least, choose, choose_many, parse, pick_device, ru
 from data.conversations import Conversations
 from data.env import CONTROL_HZ, PERTURBATIONS, TabletopEnv
 from data.expert import demonstrate
+from data.families import FAMILIES
 from data.robots import ROBOTS
 from data.scoring import is_right, wilson
-from data.seeds import FIRST_EVALUATION
+from data.seeds import FIRST_EVALUATION, FIRST_TOLD
 from data.tasks import TASKS
 from files import read_json, reading, writable, write_json
 from jobs import run_jobs
@@ -55,6 +57,18 @@ class PhysicalConfig:
     device: str = "auto"  # auto, cpu, cuda or mps
     execute_steps: int = EXECUTE_STEPS  # steps of a chunk before the policy looks again
     instruction: str = ""  # what to tell the robot, with one of --tasks; empty: held-out wordings
+
+
+@dataclass
+class ToldConfig:
+    robots: str = "all"  # comma-separated robots, or all
+    families: str = "all"  # comma-separated families of scenes (data/families.py), or all
+    scenes: int = 25  # of each robot and family
+    seed: int = FIRST_TOLD  # first layout seed
+    workers: int = 2  # processes
+    weights: str = "weights/nano"  # checkpoint folder
+    device: str = "auto"  # auto, cpu, cuda or mps
+    out: str = ""  # result file; default out/results/told.json
 
 
 @dataclass
@@ -177,6 +191,98 @@ def physical(what, config):
     return result
 
 
+# ---- one scene, several commands
+
+# What a scene is played with: (kind, number of the command that counts, what is said instead of it).
+# Of every second scene the wordings are new to the policy.
+PLAYS = [
+    ("told", 0, None),
+    ("told", 1, None),
+    ("neutral", 0, "do something useful"),
+    ("no words", 0, "."),
+    ("new combination", 0, None),  # in another scene, where training never showed this command
+]
+
+
+def play(job):
+    """A rollout of a scene, in a process of its own: (the job's number, what came of it)."""
+    number, config, robot, family, seed, (kind, command, instruction) = job
+    env = make_env(robot, family, render=False)
+    env.held_out = seed % 2 == 1
+    new = kind == "new combination"
+    blm = load(config.weights, config.device)
+    result = rollout(
+        blm, env, seed, instruction=instruction, command=command, other=1 - command, new=new
+    )
+    row = {"robot": robot, "family": family, "seed": seed, "kind": kind, "command": command}
+    row |= {"task": env.task.name, "instruction": env.instruction, "held_out": env.held_out}
+    return number, row | {"success": result["success"], "other": result["other"]}
+
+
+def rate(values):
+    """{"rate", "n", "interval"} of truths."""
+    values = list(values)
+    return {
+        "rate": float(np.mean(values)) if values else None,
+        "n": len(values),
+        "interval": wilson(sum(values), len(values)),
+    }
+
+
+def told_figures(rows):
+    """What the rows of `play` say, as `rate`s by name."""
+    kinds = defaultdict(list)
+    for row in rows:
+        kinds[row["kind"]].append(row)
+    scenes = defaultdict(list)
+    for row in kinds["told"]:
+        scenes[row["robot"], row["family"], row["seed"]].append(row["success"])
+    wordings = {True: [], False: []}
+    for row in kinds["told"]:
+        wordings[row["held_out"]].append(row["success"])
+    return {
+        "done": rate(row["success"] for row in kinds["told"]),
+        "pairs": rate(map(all, scenes.values())),
+        "other": rate(row["other"] for row in kinds["told"]),
+        "neutral": rate(row["success"] for row in kinds["neutral"]),
+        "no_words": rate(row["success"] for row in kinds["no words"]),
+        "seen_wordings": rate(wordings[False]),
+        "new_wordings": rate(wordings[True]),
+        "new_combination": rate(row["success"] for row in kinds["new combination"]),
+    }
+
+
+def told(what, config):
+    """Is it done what the words say, and not something else? The result as a dict."""
+    at_least(config, 1, "scenes", "workers")
+    at_least(config, 0, "seed")
+    families = choose_many(config.families, FAMILIES, "family")
+    config.device = str(pick_device(config.device))
+    robots = robots_of(load(config.weights, config.device), config.robots)
+    seeds = range(config.seed, config.seed + config.scenes)
+    jobs = enumerate(itertools.product([config], robots, families, seeds, PLAYS))
+    jobs = [(number, *job) for number, job in jobs]
+    done = tqdm(run_jobs(play, jobs, config.workers), total=len(jobs), unit="episode")
+    rows = [row for _, row in sorted(done, key=lambda item: item[0])]
+
+    lines = []
+    for family in families:
+        own = told_figures(row for row in rows if row["family"] == family)
+        lines.append([family, *(percent(figure) for figure in own.values())])
+    total = told_figures(rows)
+    lines.append(["all", *(percent(figure) for figure in total.values())])
+    print_table(["family", *total], lines)
+    cells = defaultdict(dict)
+    for robot, family in itertools.product(robots, families):
+        cell = [row for row in rows if (row["robot"], row["family"]) == (robot, family)]
+        cells[robot][family] = told_figures(cell)
+    return {**total, "cells": cells, "episodes": rows}
+
+
+def percent(figure):
+    return "" if figure["rate"] is None else f"{100 * figure['rate']:.1f}"
+
+
 # ---- answering
 
 
@@ -281,6 +387,7 @@ def print_table(head, rows):
 
 
 KINDS = {kind: (physical, PhysicalConfig) for kind in ("expert", "physical", "perturbations")}
+KINDS["told"] = (told, ToldConfig)
 KINDS["digital"] = (digital, DigitalConfig)
 
 

@@ -38,7 +38,7 @@ from processor import Processor
 from vlm import VLM
 
 VIEWS = ("front", "wrist")  # in the order of the prompt
-VERSION = 2  # of policy.json; 1 told neither the order of its robots nor its tokenizer
+VERSION = 3  # of policy.json; 2 had no waypoint head
 LARGEST_STATE = 10  # rad, m: no joint turns so far, but a state in degrees does
 # for whoever reads policy.json; the frames are in data/robots.py
 STATE = "joint angles (rad), finger (m), TCP position (m), first two columns of its rotation"

@@ -48,7 +48,7 @@ STATE_LIMIT = 5.0  # deviations: a reading far outside the demonstrations says n
 class PolicyConfig:
     """The action side, as it stands in policy.json. PRESETS names the sizes."""
 
-    intent_layer: int = 3  # k: the LLM block whose hidden states carry the intent
+    intent_layer: int = 5  # k: the LLM block whose hidden states carry the intent
     num_intent_queries: int = 16  # N
     perceiver_layers: int = 2  # each: attention to the hidden states, MLP
     max_condition_tokens: int = 256  # longest prompt, pictures included, in tokens
@@ -61,6 +61,10 @@ class PolicyConfig:
     num_future_tokens: int = 8  # M; each predicts the mean of N / M intent tokens
     future_layer: int = 4  # future tokens are read behind this many blocks: 3/4, as FLARE
     future_loss_weight: float = 0.2  # FLARE's
+    num_waypoints: int = (
+        4  # W: where the tool will be after T, 2 T, ... steps, read from the intent
+    )
+    waypoint_loss_weight: float = 1.0
     use_intent: bool = True  # without: what a robot can do by its state alone, to compare with
 
     def __post_init__(self):
@@ -157,6 +161,14 @@ class Normalizer(nn.Module):
         """Absolute (B, T, A), rad and m, to what flows. Padded dims hold anything."""
         relative = action - self.reference(state, embodiment)
         return (relative - self.action_mean[embodiment]) / self.action_std[embodiment]
+
+    def normalize_waypoints(self, waypoints, embodiment):
+        """Places of the tool (B, W, 3) m in deviations of those in the state."""
+        first = self.action_mask[embodiment].sum(1)  # they stand behind joints and finger
+        columns = first[:, None] + torch.arange(3, device=first.device)  # (B, 3)
+        mean = self.state_mean[embodiment].gather(1, columns)
+        std = self.state_std[embodiment].gather(1, columns)
+        return (waypoints - mean[:, None]) / std[:, None]
 
     def unnormalize(self, x, state, embodiment):
         """normalize_action undone: (B, T, A) back to rad and m. Where x is padded with 0, 0."""
@@ -402,7 +414,9 @@ class Policy(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.out_norm = nn.LayerNorm(D, elementwise_affine=False)
         self.decoder = EmbodimentMLP(E, D, D, self.action_dim)
-        self.future_head = mlp(D, 2)  # f: for training alone
+        # for training alone
+        self.future_head = mlp(D, 2)  # f
+        self.waypoint_head = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 3 * config.num_waypoints))
         self.initialize()
 
     def initialize(self):
@@ -456,7 +470,7 @@ class Policy(nn.Module):
         intent = self.intent(hidden, mask)
         key_values = [block.attention.project_kv(intent) for block in self.blocks[::2]]
         state_token = self.state_encoder(state[:, None], groups)
-        return state_token, key_values, groups
+        return intent, (state_token, key_values, groups)
 
     def modulations(self, tau):
         """tau (B,) to shift and scale of every block and the last norm: (blocks + 1, 2, B, 1, D)."""
@@ -509,7 +523,7 @@ class Policy(nn.Module):
         """Losses of a batch, scalars: loss = flow + future_loss_weight x future.
 
         batch: hidden (B, L, Dc), mask (B, L) bool; future_hidden, future_mask the same T steps
-        later, future_valid (B,) bool; state (B, S), action (B, T, A) in physical units, absolute,
+        later, future_valid (B,) bool; waypoints (B, W, 3) m; state (B, S), action (B, T, A) in physical units, absolute,
         padded with anything; embodiment (B,) long; and what `draw` makes. totals: how many action
         numbers and futures are valid, if the batch is a part of one.
         """
@@ -517,7 +531,7 @@ class Policy(nn.Module):
         embodiment = batch["embodiment"]
         noise = batch["noise"]
         tau = batch["tau"]
-        context = self.context(
+        intent, context = self.context(
             batch["hidden"],
             batch["mask"],
             state,
@@ -528,19 +542,33 @@ class Policy(nn.Module):
         valid = self.valid(embodiment)
         if totals is None:
             futures = batch["future_valid"].sum()
-            totals = valid.sum(), futures.clamp(min=1)
+            totals = valid.sum(), futures.clamp(min=1), len(state)
 
         noised = add_noise(actions, noise, tau, valid)
         modulations = self.modulations(tau)
         velocity, tokens = self.velocity(noised, tau, modulations, context)
         flow = flow_loss(velocity, actions, noise, valid, totals[0])
         future = self.future_loss(tokens, batch, totals[1])
+        places = self.normalizer.normalize_waypoints(batch["waypoints"], embodiment)
+        waypoint = self.waypoint_loss(intent, places, totals[2])
         loss = flow + self.config.future_loss_weight * future
+        loss = loss + self.config.waypoint_loss_weight * waypoint
         return {
             "loss": loss,
             "flow": flow,
             "future": future,
+            "waypoint": waypoint,
         }
+
+    def waypoint_loss(self, intent, waypoints, total):
+        """Mean error of where the tool will be, (B, W, 3) in deviations, read from the intent alone.
+
+        The flow's own gradient hardly says *which* of several things is meant: most of a chunk is
+        alike for all of them. A place that lies seconds ahead is another one for each.
+        """
+        predicted = self.waypoint_head(intent.mean(1))
+        error = F.smooth_l1_loss(predicted, waypoints.flatten(1), beta=0.1, reduction="none")
+        return error.mean(1).sum() / total
 
     def future_loss(self, tokens, batch, total):
         """Mean of 1 - cos(f(z), C of the frame T steps later) over rows that have such a frame.
@@ -567,7 +595,7 @@ class Policy(nn.Module):
         hidden (B, L, Dc), mask (B, L), state (B, S), embodiment (B,).
         """
         K = self.config.num_inference_steps
-        context = self.context(hidden, mask, state, embodiment)
+        _, context = self.context(hidden, mask, state, embodiment)
         valid = self.valid(embodiment)
         taus = torch.arange(K, device=state.device) / K
         modulations = self.modulations(taus)  # (blocks + 1, 2, K, 1, D): of all steps at once

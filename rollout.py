@@ -41,18 +41,24 @@ def rollout(
     instruction=None,
     max_steps=None,
     frame_size=0,
+    command=0,
+    other=None,
+    new=False,
 ):
     """One closed-loop episode: {"success", "steps", "clipped", "jerk": rad/s^3, "act_s", "reason"}.
 
     act_s: mean seconds a chunk; reason: why not, or "". Pictures are drawn only when the policy
     looks: make env with render=False. max_steps stops sooner than the task does. frame_size adds
     "frames": pictures of so many pixels for people, every FRAMES_EVERY steps and at the end.
+    command, new: see `TabletopEnv.reset`. other: another of the scene's commands; "other" says whether
+    that was done on the way.
     """
-    env.reset(seed, instruction=instruction)
+    env.reset(seed, instruction, command, new)
     body = next(iter(env.task.labels))  # what the task is about
     states = [env.state()]
     held = []  # after each step
     frames = []
+    done_other = False
     act_seconds = []
     over = False
     while not over:
@@ -67,6 +73,10 @@ def rollout(
             *_, done, truncated, info = env.step(action)
             states.append(env.state())
             held.append(env.grasped(body))
+            if other is not None:
+                env.choose(other)
+                done_other |= env.succeeded()
+                env.choose(command)
             over = done or truncated or env.steps == max_steps
             if over:
                 break
@@ -74,6 +84,7 @@ def rollout(
         frames.append(env.draw("render", frame_size, pretty=True))
     return {
         "success": bool(done),
+        "other": done_other,
         "steps": env.steps,
         "clipped": info["clipped"],
         "jerk": jerk(states, env.robot.dof),
@@ -110,12 +121,12 @@ def save_gif(path, frames):
         first.save(temporary, save_all=True, append_images=others, loop=0, duration=durations)
 
 
-def draw_episode(blm, env, seed, folder, *options):
-    """A `rollout` with these options as a GIF, <folder>/<robot>-<task>-<seed>.gif: (path, outcome).
+def draw_episode(blm, env, seed, folder, **options):
+    """A `rollout` with these options as a GIF, <folder>/<robot>-<scene>-<seed>.gif: (path, outcome).
 
     The outcome in words, for people, such as "success after 3.2 s".
     """
-    result = rollout(blm, env, seed, *options, frame_size=GIF_SIZE)
+    result = rollout(blm, env, seed, **options, frame_size=GIF_SIZE)
     outcome = f"{result['reason'] or 'success'} after {result['steps'] / CONTROL_HZ:.1f} s"
     frames = []
     for picture in result["frames"]:
@@ -129,6 +140,9 @@ def draw_episode(blm, env, seed, folder, *options):
         draw.text((6, GIF_SIZE + 4), "\n".join(lines), fill="black", font_size=13)
         frames.append(frame)
     # by name, so that another episode does not write over this one
-    path = Path(folder) / f"{env.robot.name}-{env.task.name}-{seed}.gif"
+    name = f"{env.robot.name}-{env.scene}-{seed}"
+    if env.family:
+        name = f"{name}-{options['command']}"
+    path = Path(folder) / f"{name}.gif"
     save_gif(path, frames)
     return path, outcome

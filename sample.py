@@ -7,6 +7,11 @@ your own words:
     python sample.py --robot panda --task StackCube --episodes 3
     python sample.py --robot xarm7 --instruction "grasp the red cube and bring it to the green ball"
 
+One scene, two commands:
+
+    python sample.py --task which_cube --command 0
+    python sample.py --task which_cube --command 1
+
 A question about the rendered scene, or about any picture:
 
     python sample.py --ask "Where is the red cube in the front view? Give a point."
@@ -17,6 +22,7 @@ from dataclasses import dataclass
 
 from cli import UserError, at_least, choose, parse, pick_device, run
 from data.env import TabletopEnv
+from data.families import FAMILIES
 from data.media import load_image
 from data.robots import ROBOTS
 from data.tasks import TASKS
@@ -27,7 +33,10 @@ from rollout import EXECUTE_STEPS, draw_episode
 @dataclass
 class SampleConfig:
     robot: str = "widowx"  # panda, xarm6, xarm7 or widowx
-    task: str = "PickCube"  # PickCube, PushCube, PullCube, StackCube, PlaceSphere, LiftPegUpright
+    task: str = (
+        "PickCube"  # or PushCube, ..., or a scene with several things to do: which_cube, ...
+    )
+    command: int = 0  # which of such a scene's commands is given
     instruction: str = ""  # what to tell the robot; empty: one of the task's own wordings
     seed: int = 1_000_001  # layout of the first episode; demonstrations use seeds below 1,000,000
     episodes: int = 1  # episodes, with seeds counting up
@@ -42,9 +51,10 @@ class SampleConfig:
 def act(blm, config):
     """config.episodes episodes; a GIF and a line for each."""
     env = TabletopEnv(config.robot, config.task, render=False, held_out=True)
-    options = (config.execute_steps, 0.0, config.instruction or None)
+    options = {"execute_steps": config.execute_steps, "instruction": config.instruction or None}
+    options["command"] = config.command
     for seed in range(config.seed, config.seed + config.episodes):
-        path, outcome = draw_episode(blm, env, seed, config.out, *options)
+        path, outcome = draw_episode(blm, env, seed, config.out, **options)
         print(f"{env.robot.display_name}: {env.instruction}\n  {outcome}, drawn in {path}")
 
 
@@ -62,9 +72,9 @@ def main():
     config = parse(SampleConfig, description="Watch the model drive a robot, or ask it a question.")
     # all that can be told at once, before weights are loaded
     choose(config.robot, ROBOTS, "robot")
-    choose(config.task, TASKS, "task")
+    choose(config.task, [*TASKS, *FAMILIES], "task")
     at_least(config, 1, "episodes", "execute_steps")
-    at_least(config, 0, "seed")
+    at_least(config, 0, "seed", "command")
     if config.image and not config.ask:
         raise UserError('--image goes with --ask "a question"')
     writable(config.out)

@@ -56,7 +56,8 @@ class TrainConfig(RunConfig):
     sizes: str = "nano"  # of the policy: nano or gr00t (policy.py)
     intent_layer: int = 0  # LLM block whose hidden states carry the intent; 0: that of --sizes
     use_intent: bool = True  # off: what a robot can do by its state alone, for comparison
-    future_loss: bool = True  # off: flow matching alone, for comparison
+    future_loss: bool = True  # off: without it, for comparison
+    waypoint_loss: bool = True  # off: without it, for comparison
     steps: int = 7000  # optimizer steps
     batch_size: int = 64  # rows a step, over all processes
     lr: float = 3e-3  # peak learning rate
@@ -74,6 +75,7 @@ def policy_config(cfg):
         use_intent=cfg.use_intent,
         intent_layer=cfg.intent_layer or config.intent_layer,
         future_loss_weight=config.future_loss_weight * cfg.future_loss,
+        waypoint_loss_weight=config.waypoint_loss_weight * cfg.waypoint_loss,
     )
 
 
@@ -91,15 +93,16 @@ def validation_rows(demos):
 
 
 def divisors(demos, policy, rows):
-    """How many action numbers and futures these rows have: what their losses are divided by."""
+    """How many action numbers, futures and rows there are: what their losses are divided by."""
     action_dims = np.array([action_dim for _, action_dim in demos.embodiments.values()])
     numbers = policy.config.action_horizon * int(action_dims[demos.embodiment[rows]].sum())
-    return numbers, max(1, int(demos.has_future[rows].sum()))
+    return numbers, max(1, int(demos.has_future[rows].sum())), len(rows)
 
 
 @torch.no_grad()
 def evaluate(policy, demos, cfg, device):
-    """Figures on held-out episodes, with fixed noise: val_flow, val_future, joint_error_rad.
+    """Figures on held-out episodes, with fixed noise: val_flow, val_future, val_waypoint,
+    joint_error_rad.
 
     The last is the mean error of joint targets in chunks as `act` makes them, over the steps that are
     carried out: of all figures here it ranks policies most nearly as success does.
@@ -120,6 +123,7 @@ def evaluate(policy, demos, cfg, device):
         joints = policy.normalizer.joint_mask[batch["embodiment"]][:, None].expand_as(error)
         sums["val_flow"] += float(losses["flow"])
         sums["val_future"] += float(losses["future"])
+        sums["val_waypoint"] += float(losses["waypoint"])
         sums["joint_error_rad"] += float(error[joints].sum())
         sums["joints"] += int(joints.sum())
     policy.train()
@@ -128,6 +132,12 @@ def evaluate(policy, demos, cfg, device):
 
 
 # ---- what is trained
+
+
+def sizes(config):
+    """A PolicyConfig without what changes no weight's shape: a policy may move to another block."""
+    free = {"intent_layer": 0, "future_loss_weight": 0.0, "waypoint_loss_weight": 0.0}
+    return vars(config) | free
 
 
 def load_models(cfg, config, device):
@@ -149,7 +159,7 @@ def load_models(cfg, config, device):
     start = BLM.from_pretrained(cfg.start)
     width = blm.vlm.config.hidden_size
     old = start.policy
-    if old is None or (old.config, old.condition_size) != (config, width):
+    if old is None or old.condition_size != width or sizes(old.config) != sizes(config):
         raise UserError(f"--start {cfg.start} holds no policy of the sizes that the flags say")
     return blm, start, backbone
 
@@ -173,7 +183,7 @@ def load_demonstrations(cfg, config, blm, start, backbone):
     cache_hidden_states(blm, episodes, config.intent_layer, folder, rank, world, cfg.fsdp)
     trainer.barrier()
     hidden = [open_cache(folder, episode) for episode in episodes]
-    return Demonstrations(episodes, hidden, config.action_horizon, known)
+    return Demonstrations(episodes, hidden, config.action_horizon, config.num_waypoints, known)
 
 
 def continue_policy(policy, old):

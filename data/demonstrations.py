@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from cli import UserError, choose_many
+from data.families import FAMILIES
 from data.record import load_episodes
 from data.robots import ROBOTS
 from data.tasks import TASKS
@@ -36,9 +37,9 @@ def select_episodes(cfg, known):
     If some are of robots that are not among `known`, only theirs: the others' layers will not train.
     """
     robots = choose_many(cfg.robots, ROBOTS, "robot")
-    tasks = choose_many(cfg.tasks, TASKS, "task")
+    scenes = choose_many(cfg.tasks, [*TASKS, *FAMILIES], "task")
     # sorted by cell and seed already
-    wanted = [e for e in load_episodes(cfg.data) if e.robot in robots and e.task in tasks]
+    wanted = [e for e in load_episodes(cfg.data) if e.robot in robots and e.scene in scenes]
     # the first robots' layers will be frozen
     new = {episode.robot for episode in wanted} - set(known)
     episodes = []
@@ -53,7 +54,7 @@ def select_episodes(cfg, known):
 
 
 def cell_of(episode):
-    return episode.robot, episode.task
+    return episode.robot, episode.scene
 
 
 # ---- hidden states
@@ -108,15 +109,16 @@ def cache_hidden_states(blm, episodes, intent_layer, folder, rank=0, world=1, fs
 class Demonstrations:
     """All rows in memory, but for hidden states, which stay on disk until a batch asks for them.
 
-    embodiments {robot: (state_dim, action_dim)}, those of `known` first; cells [(robot, task)];
+    embodiments {robot: (state_dim, action_dim)}, those of `known` first; cells [(robot, scene)];
     frame (R, 2): episode and frame of each row; has_future (R,); train (n,): row numbers;
     held_out [row numbers], an array a cell.
     """
 
-    def __init__(self, episodes, hidden, horizon, known=()):
+    def __init__(self, episodes, hidden, horizon, num_waypoints, known=()):
         self.episodes = episodes
         self.hidden = hidden  # of each episode, as `open_cache` has it
         self.horizon = horizon
+        self.num_waypoints = num_waypoints
         self.ahead = horizon // FRAME_STRIDE  # frames until the future
         self.embodiments = dict(known)
         for episode in episodes:
@@ -134,6 +136,7 @@ class Demonstrations:
         self.embodiment = np.repeat(indices, counts)
         self.cells = sorted({cell_of(episode) for episode in episodes})
         self.split(episodes)
+        self.partner = self.find_partners(counts)
 
     def split(self, episodes):
         """Set every HELD_OUT-th episode of a cell aside; new ones come last, so those aside stay."""
@@ -145,6 +148,19 @@ class Demonstrations:
             self.held_out.append(np.flatnonzero(np.isin(self.frame[:, 0], aside)))
         rows = np.arange(len(self.frame))
         self.train = np.setdiff1d(rows, np.concatenate(self.held_out))
+
+    def find_partners(self, counts):
+        """(R,) for each row the one of the layout's other command at the same step, or itself."""
+        first = np.cumsum([0, *counts])  # row of each episode's first frame
+        layouts = {}
+        for i, episode in enumerate(self.episodes):
+            layouts.setdefault((*cell_of(episode), episode.seed), []).append(i)
+        partner = np.arange(len(self.frame))
+        for members in layouts.values():
+            for i, j in zip(members, members[1:] + members[:1]):
+                frames = np.arange(counts[i]).clip(max=counts[j] - 1)
+                partner[first[i] : first[i + 1]] = first[j] + frames
+        return partner
 
     def numbers(self, rows):
         """state (n, S) and action (n, T, A) of rows (n,); zeros where a robot has fewer numbers."""
@@ -160,6 +176,17 @@ class Demonstrations:
             state[row, :state_dim] = torch.from_numpy(episode.state[step])
             action[row, :, :action_dim] = torch.from_numpy(episode.action[steps])
         return state, action
+
+    def waypoints(self, rows):
+        """(n, W, 3) m: where the tool is T, 2 T, ... steps after each row, or at the episode's end."""
+        ahead = self.horizon * np.arange(1, self.num_waypoints + 1)
+        places = []
+        for i, frame in self.frame[rows]:
+            episode = self.episodes[i]
+            steps = (frame * FRAME_STRIDE + ahead).clip(max=len(episode) - 1)
+            first = episode.action.shape[1]  # it stands behind joints and finger
+            places.append(episode.state[steps, first : first + 3])
+        return np.array(places)
 
     def fit_statistics(self, normalizer):
         """Fit a policy's normalizer to the training rows of robots that have no statistics yet."""
@@ -177,6 +204,10 @@ class Demonstrations:
         """
         rng = np.random.default_rng([seed, step])
         rows = rng.choice(self.train, batch_size)
+        # every second row is the other command of the one before it, at the same moment: what tells
+        # the two apart is the words, and early in the episode nothing else
+        half = len(rows) // 2
+        rows[half : 2 * half] = self.partner[rows[:half]]
         order = np.argsort(self.embodiment[rows], kind="stable")
         return rows[order]
 
@@ -191,6 +222,7 @@ class Demonstrations:
             "state": state,
             "action": action,
             "embodiment": torch.from_numpy(self.embodiment[rows]),
+            "waypoints": torch.from_numpy(self.waypoints(rows)),
         }
         # instructions differ in length, so tokens are padded
         for name, frames in (("", self.frame[rows]), ("future_", later)):

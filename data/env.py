@@ -19,9 +19,10 @@ import numpy as np
 
 from cli import choose
 from data import seeds
+from data.families import COLORS, FAMILIES, STILL, arrange, instruct
 from data.robots import get_robot
 from data.simulator import Camera, mujoco
-from data.tasks import TASKS, reachable, resize
+from data.tasks import MAX_STEPS, TASKS, reachable, resize
 
 CONTROL_HZ = 20
 SUBSTEPS = 20  # of the physics, 2.5 ms each
@@ -53,9 +54,11 @@ PERTURBATIONS = (  # what an evaluation changes, each alone
 def compile_scene(robot_name, task_name, clutter):
     """The MjModel of a cell, shared by every env of this process: each changes a copy."""
     robot = get_robot(robot_name)
+    family = FAMILIES.get(task_name)
     here = Path(__file__).parent
     objects = here / "objects"
-    paths = [here / "table.xml", robot.path, objects / f"{TASKS[task_name].objects}.xml"]
+    things = "things" if family else TASKS[task_name].objects
+    paths = [here / "table.xml", robot.path, objects / f"{things}.xml"]
     if clutter:
         paths.append(objects / "clutter.xml")
     # the sections of the files are merged as if they stood in one
@@ -66,6 +69,10 @@ def compile_scene(robot_name, task_name, clutter):
     spec.body("base").pos[0] = -robot.spawn_distance
     for view in ("front", "render"):  # nearer for a small arm
         spec.camera(view).pos *= robot.scale
+    if family:
+        spare = {body.name for body in mujoco.MjSpec.from_file(str(paths[2])).bodies}
+        for name in spare - {"world", *family.bodies}:
+            spec.delete(spec.body(name))
     resize(spec, robot)
     return spec.compile()
 
@@ -190,19 +197,23 @@ class TabletopEnv:
         varied="",
     ):
         self.robot = get_robot(robot)
-        self.task = TASKS[choose(task, TASKS, "task")]
+        choose(task, [*TASKS, *FAMILIES], "task")
+        self.scene = task  # a task or a family
+        self.family = FAMILIES.get(task)
+        self.task = TASKS.get(task)  # of a family's scenes, that of the command
+        self.roles = {}  # {name in the task: body}, where they differ
         self.render = render
         self.perturbation = choose(perturbation, ["", *PERTURBATIONS], "perturbation")
         self.varied = varied  # "", "looks" or "all"
-        self.wordings = self.task.instructions + self.task.paraphrases
-        if held_out:
-            self.wordings = self.task.held_out
+        self.held_out = held_out
         # spare cubes only where they are used: without them the physics is a little faster
-        crowded = clutter or perturbation == "distractor" or varied == "all"
+        may_be_crowded = varied == "all" and not self.family  # words name what lies there already
+        crowded = clutter or perturbation == "distractor" or may_be_crowded
         # what reset restores; the copy is changed
         self.original = compile_scene(robot, task, crowded)
         self.model = copy.copy(self.original)
         self.data = mujoco.MjData(self.model)
+        self.start = {}  # {body: position (3,) m} of what a command may not move
         # the task's frame has its origin where objects start
         self.base = np.array([-self.robot.spawn_distance, 0.0, 0.0])
         self.tcp = self.model.site("tcp").id
@@ -213,28 +224,62 @@ class TabletopEnv:
 
     # ---- gymnasium's two verbs
 
-    def reset(self, seed=0, instruction=None):
+    def reset(self, seed=0, instruction=None, command=0, new=False):
         """A layout, a wording and a slightly disturbed rest pose, drawn from `seed`.
 
-        instruction: another wording. info holds the layout.
+        instruction: another wording. Of a family's scene, command says which of its commands is
+        given, and new asks for scenes whose first command training never shows. info holds the layout.
         """
-        rng = seeds.rng(seed, self.task.name)  # where things lie, how the arm rests, which words
+        rng = seeds.rng(seed, self.scene)  # where things lie, how the arm rests, which words
         mujoco.mj_resetData(self.model, self.data)
         restore_looks(self.model, self.original)
-        layout = self.task.spawn(self.robot, rng)
+        if self.family:
+            self.table = arrange(self.family, self.robot, rng, new)
+            self.paint()
+            layout = self.table.layout
+        else:
+            layout = self.task.spawn(self.robot, rng)
         layout = self.perturb(seed, layout)
         for name, (position, yaw) in layout.items():
             self.place(name, position, yaw)
         noise = rng.normal(0, INITIAL_NOISE, self.robot.dof)
         rest = [*(self.robot.home + noise), self.robot.travel]
         self.set_arm(self.robot.clip(rest))
-        wording = self.wordings[rng.integers(len(self.wordings))]
-        self.instruction = instruction or wording
+        mujoco.mj_forward(self.model, self.data)
+        if self.family:
+            self.start = {body: self.position(body) for body in self.family.bodies}
+            self.choose(command)
+            words = seeds.rng(seed, "command", command)
+            self.instruction = instruct(self.table, self.command, words, self.held_out)
+        else:
+            wordings = self.task.instructions + self.task.paraphrases
+            if self.held_out:
+                wordings = self.task.held_out
+            self.instruction = wordings[rng.integers(len(wordings))]
+        self.instruction = instruction or self.instruction
         self.steps = 0  # control steps of this episode
         self.clipped = {"limits": 0, "speed": 0}
         self.sensor = seeds.rng(seed, "sensor")  # its noise goes on from step to step
-        mujoco.mj_forward(self.model, self.data)
         return self.observe(), {"layout": layout}
+
+    def choose(self, number):
+        """From now on it is this one of the scene's commands that counts."""
+        self.command = self.table.commands[number]
+        self.task = TASKS[self.command.task]
+        self.roles = self.command.roles
+
+    def paint(self):
+        """Give the things of a family's scene their colors."""
+        for name, color in self.table.colors.items():
+            geoms = self.model.geom_bodyid == self.model.body(name).id
+            self.model.geom_rgba[geoms] = COLORS[color]
+
+    def succeeded(self):
+        """Is the command done, and has nothing moved that it does not name?"""
+        for name in self.start.keys() - self.roles.values():
+            if np.linalg.norm(self.position(name) - self.start[name]) > STILL:
+                return False
+        return all(self.task.success(self).values())
 
     def perturb(self, seed, layout):
         """The layout, and the looks of the model, under this env's perturbation or variation.
@@ -262,7 +307,7 @@ class TabletopEnv:
             far = rng.uniform(0, 1.25)
             far *= rng.random() < MOVED
             turn_camera(model, rng, far)
-            if rng.random() < CROWDED:
+            if rng.random() < CROWDED and not self.family:
                 add_spare(self.robot, layout, rng)
                 colors = list(CROWD.values())
                 model.geom("clutter0").rgba[:] = rng.choice(colors)
@@ -293,8 +338,8 @@ class TabletopEnv:
             self.data.ctrl[:dof] = before + way / SUBSTEPS
             mujoco.mj_step(self.model, self.data)
         self.steps += 1
-        done = all(self.task.success(self).values())
-        truncated = self.steps >= self.task.max_steps and not done
+        done = self.succeeded()
+        truncated = self.steps >= MAX_STEPS and not done
         info = {"success": done, "clipped": self.clipped}
         return self.observe(), float(done), done, truncated, info
 
@@ -360,18 +405,22 @@ class TabletopEnv:
         self.data.qvel[:moving] = 0
         self.data.ctrl[: moving - 1] = targets
 
+    def body(self, name):
+        """The body's number, by its own name or by its role in the task."""
+        return self.model.body(self.roles.get(name, name)).id
+
     def position(self, name):
-        return self.data.body(name).xpos.copy()
+        return self.data.xpos[self.body(name)].copy()
 
     def rotation(self, name):
-        return self.data.body(name).xmat.reshape(3, 3).copy()
+        return self.data.xmat[self.body(name)].reshape(3, 3).copy()
 
     def grasped(self, name):
         """True if both pads press the body, within 85 degrees of the closing axis.
 
         ManiSkill's grasp test; how hard they must press is in the arm's file.
         """
-        body = self.model.body(name).id
+        body = self.body(name)
         _, closing, _ = self.tool().T
         wrench = np.zeros(6)  # in the contact's frame, whose rows are its axes
         for pad in self.pads:

@@ -443,15 +443,15 @@ def control_steps(env):
                 yield name, target, len(targets) - i
 
 
-def demonstrate(env, seed, noise=0.0, reset=True):
-    """Solve the layout of `seed`, or with reset=False go on from where `env` is.
+def demonstrate(env, seed, noise=0.0, command=0, reset=True):
+    """Carry out a command in the layout of `seed`, or with reset=False go on from where `env` is.
 
     noise: size (rad) of smooth disturbances of the executed joint targets while moving freely. The
     recorded actions stay clean, so demonstrations show the way back (DART, arXiv 1703.09327).
     Returns a Demonstration, successful or not.
     """
     if reset:
-        env.reset(seed)
+        env.reset(seed, command=command)
     env.steps = 0  # the task's time begins when the expert does
     observation = env.observe()
     rng = seeds.rng(seed, "disturbance")

@@ -3,7 +3,11 @@
     python -m data.record --robots all --tasks all --episodes 100 --workers 2
     python -m data.record --show out/demos      a contact sheet, out/demos.png
 
-An episode is one file, <folder>/<robot>-<task>-<seed>.safetensors, L control steps at 20 Hz long:
+An episode is one file, L control steps at 20 Hz long: <folder>/<robot>-<task>-<seed>.safetensors,
+or, of a scene in which several things can be done (data/families.py), <robot>-<family>-<seed>-<n>
+for the n-th of its commands. Each such layout is played twice, with two commands: only the words
+say which.
+
 
     state   (L, S) float32      what was measured, and what the expert commanded;
     action  (L, A) float32      order and units: data/robots.py
@@ -11,7 +15,7 @@ An episode is one file, <folder>/<robot>-<task>-<seed>.safetensors, L control st
     offset  (2 L + 1,) int64    where each begins: front of step t is piece 2 t, wrist 2 t + 1
     phase   (L,) uint8          index into the header's "phases"
 
-Its header has robot, task, seed, instruction, phases, noise, maker, made (the command), and a
+Its header has robot, scene (a task or a family), command, task, seed, instruction, phases, noise, maker, made (the command), and a
 checksum. Files appear whole or not at all, and what they hold does not depend on the number of
 workers. A second run records what is missing or damaged. Only successes are kept; failures.json
 has the seeds of the others, and is written last.
@@ -33,6 +37,7 @@ from tqdm import tqdm
 import data.expert
 from cli import UserError, at_least, choose, choose_many, parse, run
 from data.env import TabletopEnv
+from data.families import FAMILIES
 from data.media import open_image
 from data.robots import ROBOTS
 from data.seeds import FIRST_CORRECTION
@@ -61,8 +66,8 @@ ADVICE = "delete it and record again"
 @dataclass
 class RecordConfig:
     robots: str = "all"  # comma-separated robots, or all
-    tasks: str = "all"  # comma-separated tasks, or all
-    episodes: int = 100  # successful episodes for each robot and task
+    tasks: str = "all"  # comma-separated tasks and families of scenes, or all
+    episodes: int = 100  # successful episodes for each robot and each of these
     seed: int = 0  # first layout seed
     workers: int = 2  # processes
     noise: float = 0.015  # rad, smooth disturbance of what is executed (never of what is recorded)
@@ -77,8 +82,8 @@ class Flags(RecordConfig):
 # ---- writing
 
 
-def write_episode(path, demonstration, robot, task, seed, noise, maker="expert"):
-    """One Demonstration as a file; see the top of this file."""
+def write_episode(path, demonstration, about):
+    """One Demonstration as a file, `about` in its header; see the top of this file."""
     pictures = []
     for images in demonstration.images:
         for image in images.values():  # front, wrist
@@ -95,14 +100,9 @@ def write_episode(path, demonstration, robot, task, seed, noise, maker="expert")
         "offset": np.cumsum([0, *map(len, pictures)]),
         "phase": phase.astype(np.uint8),
     }
-    about = {
-        "robot": robot,
-        "task": task,
-        "seed": seed,
+    about = about | {
         "instruction": demonstration.instruction,
         "phases": names.tolist(),
-        "noise": noise,
-        "maker": maker,
         "made": shlex.join(sys.argv),
     }
     save_tensors(path, tensors, about)
@@ -110,24 +110,28 @@ def write_episode(path, demonstration, robot, task, seed, noise, maker="expert")
 
 def record_slice(job):
     """Record episodes of a cell until enough are kept: (cell's name, seeds that failed)."""
-    config, demonstrate, maker, robot, task, seeds, wanted = job  # what a process can be sent
-    env = TabletopEnv(robot, task, varied="all")
-    cell = f"{robot}-{task}"
+    config, demonstrate, maker, robot, scene, seeds, wanted = job  # what a process can be sent
+    env = TabletopEnv(robot, scene, varied="all")
+    cell = f"{robot}-{scene}"
     by = f"{maker} with noise {config.noise}"
+    commands = (0, 1) if env.family else (0,)
     kept = 0
     failed = []
-    for seed in seeds:
-        path = Path(config.out) / f"{cell}-{seed}.safetensors"
+    for seed, command in product(seeds, commands):
+        name = f"{cell}-{seed}-{command}" if env.family else f"{cell}-{seed}"
+        path = Path(config.out) / f"{name}.safetensors"
         try:
             about = Episode(path).about
         except UserError:  # there is none, or it is damaged
-            demonstration = demonstrate(env, seed, config.noise)
+            demonstration = demonstrate(env, seed, config.noise, command)
             if not demonstration:  # to be left out, and no failure
                 continue
             if not demonstration.success:
                 failed.append(seed)
                 continue
-            write_episode(path, demonstration, robot, task, seed, config.noise, maker)
+            about = {"robot": robot, "scene": scene, "command": command, "task": env.task.name}
+            about |= {"seed": seed, "noise": config.noise, "maker": maker}
+            write_episode(path, demonstration, about)
         else:
             # kept only if this run would have made it so; older episodes do not name their maker
             made_by = f"{about.get('maker', maker)} with noise {about.get('noise')}"
@@ -137,18 +141,18 @@ def record_slice(job):
         if kept == wanted:
             env.close()
             return cell, failed
-    raise UserError(f"{kept} of {wanted} episodes of {robot} {task}, and no more to be had")
+    raise UserError(f"{kept} of {wanted} episodes of {robot} {scene}, and no more to be had")
 
 
 def record(config, demonstrate=data.expert.demonstrate, maker="expert", first_seed=0):
     """Record what is missing of robots x tasks x episodes into config.out.
 
-    demonstrate(env, seed, noise) -> Demonstration, or None for a seed to be left out; it travels
+    demonstrate(env, seed, noise, command) -> Demonstration, or None for a seed to be left out; it travels
     to the workers. maker: what it is, in the headers; first_seed: what is added to config.seed.
     Returns {cell: seeds that failed}.
     """
     robots = choose_many(config.robots, ROBOTS, "robot")
-    tasks = choose_many(config.tasks, TASKS, "task")
+    scenes = choose_many(config.tasks, [*TASKS, *FAMILIES], "task")
     at_least(config, 1, "episodes", "workers")
     at_least(config, 0, "seed", "noise")
     end = config.seed + TRIES * config.episodes + 20
@@ -161,10 +165,10 @@ def record(config, demonstrate=data.expert.demonstrate, maker="expert", first_se
     # slices of ten interleaved seeds, so that the work divides well among any number of workers
     step = max(1, config.episodes // 10)
     jobs = []
-    for task, robot, i in product(tasks, robots, range(step)):
+    for scene, robot, i in product(scenes, robots, range(step)):
         own_seeds = range(first_seed + config.seed + i, first_seed + end, step)
         wanted = len(range(i, config.episodes, step))
-        jobs.append((config, demonstrate, maker, robot, task, own_seeds, wanted))
+        jobs.append((config, demonstrate, maker, robot, scene, own_seeds, wanted))
     failures = defaultdict(list)
     # One recorder a folder: another would draw the same episodes.
     with claim(config.out):
@@ -194,6 +198,9 @@ class Episode:
         with reading(path, ADVICE):
             self.robot = choose(self.about["robot"], ROBOTS, "robot")
             self.task = choose(self.about["task"], TASKS, "task")
+            scene = self.about.get("scene", self.task)  # older episodes are of one task alone
+            self.scene = choose(scene, [*TASKS, *FAMILIES], "scene")
+            self.command = int(self.about.get("command", 0))
             self.seed = int(self.about["seed"])
             self.instruction = str(self.about["instruction"])
             self.state = file["state"]
@@ -232,7 +239,7 @@ def load_episodes(folder):
     episodes = [Episode(path) for path in whole_files(folder, "*.safetensors")]
     if not episodes:
         raise UserError(f"no episodes in {folder}; make them: python -m data.record --out {folder}")
-    return sorted(episodes, key=lambda e: (f"{e.robot}-{e.task}", e.seed))
+    return sorted(episodes, key=lambda e: (f"{e.robot}-{e.scene}", e.seed, e.command))
 
 
 def ensure(folder):
@@ -253,16 +260,16 @@ def show(folder, out):
     Front view above wrist view, at half size.
     """
     strips = {}
-    cells = {(e.task, e.robot): e for e in load_episodes(folder)}  # the last of each
+    cells = {(e.scene, e.robot): e for e in load_episodes(folder)}  # the last of each
     for cell, episode in cells.items():
         moments = np.linspace(0, len(episode) - 1, 4).astype(int)
         views = [np.concatenate(episode.images(t))[::2, ::2] for t in moments]
         strips[cell] = np.hstack(views)
     empty = np.zeros_like(strips[cell])
-    tasks, robots = map(sorted, map(set, zip(*cells)))
+    scenes, robots = map(sorted, map(set, zip(*cells)))
     rows = []
-    for task in tasks:
-        row = [strips.get((task, robot), empty) for robot in robots]
+    for scene in scenes:
+        row = [strips.get((scene, robot), empty) for robot in robots]
         rows.append(np.hstack(row))  # moments and robots side by side
     with atomic(out) as temporary:
         Image.fromarray(np.vstack(rows)).save(temporary)

@@ -14,6 +14,13 @@ STREAMS = {
     "StackCube": 3,
     "PlaceSphere": 4,
     "LiftPegUpright": 5,
+    "which_cube": 21,
+    "which_way": 22,
+    "which_stack": 23,
+    "which_bin": 24,
+    "peg_or_cube": 25,
+    "mixed": 26,
+    "command": 27,  # in which words a command is given
     "disturbance": 7,  # of the joint targets that the expert executes
     "appearance": 9,  # light and table top of demonstrations
     "camera": 13,  # place of the front camera and one more cube, in demonstrations
@@ -30,9 +37,10 @@ STREAMS = {
 # what lies beyond the second: no policy has seen a layout on which it is tested.
 FIRST_CORRECTION = 500_000
 FIRST_EVALUATION = 1_000_000
+FIRST_TOLD = 7_000_000  # scenes in which a policy is told one thing, then another
 FIRST_VALIDATION = 2_000_000  # scenes of Stage I that only validation asks about
 
 
-def rng(seed, stream):
-    """numpy Generator of one of STREAMS in the episode `seed`."""
-    return np.random.default_rng([seed, STREAMS[stream]])
+def rng(seed, stream, *more):
+    """numpy Generator of one of STREAMS in the episode `seed`; more numbers give more streams."""
+    return np.random.default_rng([seed, STREAMS[stream], *more])

@@ -27,6 +27,7 @@ GREEN = (0, 1, 0, 1)
 BLUE = (0.0471, 0.1647, 0.6275, 1)
 PEG_LENGTH = 0.12  # half length, m
 PEG_RADIUS = 0.025  # half width, m
+MAX_STEPS = 200  # control steps of an episode
 
 
 @dataclass(frozen=True, eq=False)  # hashable, though its wordings are lists
@@ -46,11 +47,19 @@ class Task:
     instructions: list
     paraphrases: list
     held_out: list
-    max_steps: int = 200
+    commands: list  # with {roles} in place of things, for scenes with several commands
+    held_out_commands: list
 
 
 def resize(spec, robot):
     """Fit PickCube's and the pushing tasks' objects to the arm, in an uncompiled scene."""
+    for i in range(4):
+        for body in filter(None, [spec.body(f"target{i}")]):
+            for ring in body.geoms:
+                ring.size[0] *= robot.scale
+    marker = spec.body("marker0")
+    if marker:
+        marker.geoms[0].size[0] = robot.goal_radius
     goal = spec.body("goal")  # StackCube, PlaceSphere and LiftPegUpright have none
     if spec.geom("goal"):  # PickCube's
         cube = spec.geom("cube")
@@ -160,7 +169,7 @@ def push_success(env):
 def put_success(name, place, within, height, env):
     """The body `name` lies, let go and at rest, `height` (m) above `place`."""
     offset = env.position(name) - env.position(place)
-    joint = env.model.body(name).jntadr[0]
+    joint = env.model.body_jntadr[env.body(name)]
     linear, angular = np.split(env.data.joint(joint).qvel, 2)  # m/s, rad/s
     # ManiSkill's is_static
     slow = np.linalg.norm(linear) <= 0.01

@@ -159,7 +159,8 @@ def make_episode(folder):
         attempts=1,
         instruction="push the cube",
     )
-    write_episode(folder / "widowx-PushCube-0.safetensors", episode, "widowx", "PushCube", 0, 0.0)
+    about = {"robot": "widowx", "task": "PushCube", "seed": 0, "noise": 0.0}
+    write_episode(folder / "widowx-PushCube-0.safetensors", episode, about)
 
 
 def read_rows(path):

@@ -11,6 +11,7 @@ from cli import UserError
 from data import seeds
 from data.env import TabletopEnv
 from data.robots import get_robot
+from data.tasks import MAX_STEPS
 
 
 class Lazy:
@@ -53,17 +54,17 @@ def call(monkeypatch, *flags):
 
 def test_corrections_begin_where_the_policy_was(lazy):
     env = TabletopEnv("widowx", "PickCube", render=False)
-    demonstration = corrections.correct("some", env, 5, 0.0)
+    demonstration = corrections.correct("some", env, 5, 0.0, 0)
     assert demonstration.success and demonstration.phases[0] == "retreat"
     assert abs(demonstration.states[0, 0] - 0.3) < 0.02
     assert lazy.asked[0] == [5, 0] and lazy.asked[-1][1] >= 8
-    assert len(demonstration.states) <= env.task.max_steps
+    assert len(demonstration.states) <= MAX_STEPS
 
 
 def test_nothing_is_corrected_where_the_policy_was_done(lazy, monkeypatch):
     monkeypatch.setattr(corrections, "rollout", lambda *args, **options: {"success": True})
     env = TabletopEnv("widowx", "PickCube", render=False)
-    assert corrections.correct("some", env, 5, 0.0) is None
+    assert corrections.correct("some", env, 5, 0.0, 0) is None
 
 
 def test_corrections_have_seeds_of_their_own_and_name_their_policy(lazy, monkeypatch):

@@ -16,10 +16,11 @@ from PIL import Image
 
 import eval as evaluation
 from cli import UserError
-from data.env import CONTROL_HZ, PERTURBATIONS
+from data.env import CONTROL_HZ, PERTURBATIONS, TabletopEnv
+from data.expert import demonstrate
 from data.robots import ROBOTS
 from data.tasks import TASKS
-from rollout import jerk
+from rollout import jerk, rollout
 
 NANO = str(ROOT / "weights" / "nano")
 
@@ -97,6 +98,47 @@ def test_perturbations_are_rows(monkeypatch, capsys):
     assert result["reasons"] == {"never grasped": (6 * 3 + 15) * len(ROBOTS) * len(TASKS)}
     assert result["clipped_steps"]["speed"] == result["episodes"] == 15 * 7 * 24
     assert "| camera | 80 |" in capsys.readouterr().out
+
+
+def test_a_policy_that_listens_is_told_from_one_that_does_not(monkeypatch, capsys):
+    def listen(blm, env, seed, instruction=None, command=0, other=None, new=False):
+        env.reset(seed, instruction, command, new)
+        return {"success": instruction is None, "other": False}
+
+    def ignore(blm, env, seed, instruction=None, command=0, other=None, new=False):
+        env.reset(seed, instruction, command, new)
+        return {"success": command == 0, "other": command == 1}
+
+    monkeypatch.setattr(evaluation, "run_jobs", lambda function, jobs, workers: map(function, jobs))
+    config = evaluation.ToldConfig(robots="panda", families="which_cube,mixed", scenes=4)
+    rates = {}
+    for name, policy in (("listen", listen), ("ignore", ignore)):
+        monkeypatch.setattr(evaluation, "rollout", policy)
+        result = evaluation.told("told", config)
+        figures = ("done", "pairs", "other", "neutral", "no_words", "new_combination")
+        rates[name] = [result[figure]["rate"] for figure in figures]
+    assert rates["listen"] == [1, 1, 0, 0, 0, 1]
+    assert rates["ignore"] == [0.5, 0, 0.5, 1, 1, 1]
+    assert result["done"]["n"] == 16 and result["pairs"]["n"] == 8
+    assert result["seen_wordings"]["n"] == result["new_wordings"]["n"] == 8
+    assert list(result["cells"]["panda"]) == ["which_cube", "mixed"]
+    assert "| all | 50.0 | 0.0 |" in capsys.readouterr().out
+
+
+def test_the_other_command_is_watched():
+    env = TabletopEnv("panda", "which_cube", render=False)
+    shown = demonstrate(env, 2, command=1)
+
+    class Deaf:  # it does the second command, whatever it is told
+        def act(self, observation, robot, temperature, seed):
+            step = seed[1]
+            return shown.actions[step : step + 12]
+
+    told = {"command": 1, "other": 0}
+    result = rollout(Deaf(), env, 2, **told)
+    assert result["success"] and not result["other"]
+    result = rollout(Deaf(), env, 2, command=0, other=1, max_steps=len(shown.actions))
+    assert not result["success"] and result["other"]
 
 
 def test_a_killed_worker_ends_the_evaluation(tmp_path):

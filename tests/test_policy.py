@@ -9,7 +9,7 @@ import torch
 from cli import UserError
 from policy import PRESETS, Policy, PolicyConfig, add_noise, flow_loss, sample_tau
 
-ROBOTS = {"long": (7, 5), "short": (5, 3)}  # state and action dims; the last action is the finger
+ROBOTS = {"long": (8, 5), "short": (6, 3)}  # the last action is the finger; a place ends the state
 T, L, WIDTH = 4, 9, 24
 
 
@@ -34,7 +34,7 @@ def small_policy(fitted=True, **changes):
         parameter.data += 0.1 * torch.randn_like(parameter)
     if fitted:
         for robot in range(2):
-            policy.normalizer.fit(robot, torch.randn(30, 7), torch.randn(30, T, 5))
+            policy.normalizer.fit(robot, torch.randn(30, 8), torch.randn(30, T, 5))
     return policy
 
 
@@ -45,12 +45,13 @@ def small_batch(n=6):
         "future_hidden": torch.randn(n, L, WIDTH),
         "future_mask": torch.arange(L) < torch.randint(4, L + 1, (n, 1)),
         "future_valid": torch.arange(n) % 3 != 1,
-        "state": torch.randn(n, 7),
+        "waypoints": torch.randn(n, 4, 3),
+        "state": torch.randn(n, 8),
         "action": torch.randn(n, T, 5),
         "embodiment": torch.arange(n) % 2,
         "noise": torch.randn(n, T, 5),
         "tau": sample_tau(n),
-        "state_noise": 0.02 * torch.randn(n, 7),
+        "state_noise": 0.02 * torch.randn(n, 8),
     }
 
 
@@ -118,7 +119,7 @@ def test_padding_moves_nothing():
 
 def test_the_loss_divides_by_what_is_valid():
     policy, batch = small_policy(), small_batch()
-    totals = policy.valid(batch["embodiment"]).sum(), batch["future_valid"].sum()
+    totals = policy.valid(batch["embodiment"]).sum(), batch["future_valid"].sum(), 6
     parts = [
         policy({name: value[rows] for name, value in batch.items()}, totals)
         for rows in (slice(0, 2), slice(2, 6))
@@ -126,12 +127,12 @@ def test_the_loss_divides_by_what_is_valid():
     for name, whole in policy(batch).items():
         assert torch.allclose(sum(part[name] for part in parts), whole, rtol=1e-5), name
     none = policy({**batch, "future_valid": torch.zeros(6, dtype=torch.bool)})
-    assert none["future"] == 0 and none["loss"] == none["flow"]
+    assert none["future"] == 0 and none["loss"] == none["flow"] + none["waypoint"]
 
 
 def test_normalisation_is_undone_exactly():
     norm, n = small_policy().normalizer, 50
-    state, action, robot = 3 * torch.randn(n, 7), 3 * torch.randn(n, T, 5), torch.arange(n) % 2
+    state, action, robot = 3 * torch.randn(n, 8), 3 * torch.randn(n, T, 5), torch.arange(n) % 2
     back = norm.unnormalize(norm.normalize_action(action, state, robot), state, robot)
     own = norm.action_mask[robot][:, None].expand_as(action)
     assert torch.allclose(back[own], action[own], atol=1e-5)
@@ -139,7 +140,7 @@ def test_normalisation_is_undone_exactly():
 
 def test_statistics_are_those_of_relative_targets():
     norm, n = small_policy(fitted=False).normalizer, 400
-    state = torch.randn(n, 7)
+    state = torch.randn(n, 8)
     action = torch.randn(n, T, 5) * torch.tensor([1, 2, 3, 4, 5.0]) + torch.arange(T)[:, None]
     action[..., 3] = (
         state[:, None, 3] + 0.5
@@ -216,7 +217,7 @@ def test_keys_and_modulation_made_once_equal_those_made_every_step():
     with torch.no_grad():
         for step in range(4):
             tau = torch.full((6,), step / 4)
-            context = policy.context(hidden, mask, state, robot)
+            _, context = policy.context(hidden, mask, state, robot)
             v, _ = policy.velocity(x, tau, policy.modulations(tau), context)
             x = torch.where(own, x + v / 4, 0.0)
     assert torch.allclose(
@@ -296,3 +297,18 @@ def test_presets_build():
             for name, config in PRESETS.items()
         }
     assert 2e6 < sizes["nano"] < 4.5e6 and sizes["gr00t"] > 5e8
+
+
+def test_the_intent_alone_foresees_where_the_tool_will_be():
+    policy, batch = small_policy(), small_batch()
+    losses = policy(batch)
+    moved = {**batch, "state": batch["state"] + 1, "noise": batch["noise"] + 1}
+    assert torch.equal(policy(moved)["waypoint"], losses["waypoint"])
+    other = {**batch, "hidden": batch["hidden"].flip(1)}
+    assert policy(other)["waypoint"] != losses["waypoint"]
+    places = policy.normalizer.normalize_waypoints(batch["waypoints"], batch["embodiment"])
+    for row, robot in enumerate(batch["embodiment"].tolist()):
+        first = (5, 3)[robot]
+        mean = policy.normalizer.state_mean[robot, first : first + 3]
+        std = policy.normalizer.state_std[robot, first : first + 3]
+        assert torch.allclose(places[row], (batch["waypoints"][row] - mean) / std)

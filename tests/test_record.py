@@ -30,7 +30,7 @@ def picture(i):
     return np.random.default_rng(i).integers(0, 255, (16, 16, 3)).astype(np.uint8)
 
 
-def draw(env, seed, noise):
+def draw(env, seed, noise, command=0):
     """In place of the expert: five steps that nobody executed, quick to make."""
     draws = np.random.default_rng(seed)
     states = draws.normal(size=(5, env.robot.state_dim)).astype(np.float32)
@@ -40,7 +40,14 @@ def draw(env, seed, noise):
     return Demonstration(states, actions, phases, images, True, "push it")
 
 
-def fail_once(env, seed, noise):
+def draw_what_is_there(env, seed, noise, command=0):
+    env.reset(seed, command=command)
+    demonstration = draw(env, seed, noise)
+    demonstration.instruction = env.instruction
+    return demonstration
+
+
+def fail_once(env, seed, noise, command=0):
     """Seed 0 fails, seed 1 is to be left out."""
     if seed == 1:
         return None
@@ -75,7 +82,8 @@ def contents(folder):
 def episode(tmp_path):
     """The path of one good episode."""
     path = tmp_path / NAME
-    write_episode(path, draw(TabletopEnv("widowx", "PushCube"), 0, 0.0), "widowx", "PushCube", 0, 0)
+    about = {"robot": "widowx", "task": "PushCube", "seed": 0, "noise": 0}
+    write_episode(path, draw(TabletopEnv("widowx", "PushCube"), 0, 0.0), about)
     return path
 
 
@@ -108,6 +116,16 @@ def test_recorder_resumes_and_reads_back(tmp_path):
     assert np.allclose(episode.state[0], observation["state"])
     assert episode.action.shape == (len(episode), 7) and len(episode.images(len(episode) - 1)) == 2
     assert json.loads((tmp_path / "failures.json").read_text()) == {"widowx-PushCube": []}
+
+
+def test_a_scene_with_several_commands_is_played_with_two(tmp_path, one_process):
+    record(config(tmp_path, tasks="which_stack", episodes=4), draw_what_is_there)
+    loaded = load_episodes(tmp_path)
+    assert [(e.scene, e.task, e.seed, e.command) for e in loaded] == [
+        ("which_stack", "StackCube", seed, command) for seed in (0, 1) for command in (0, 1)
+    ]
+    assert loaded[0].path.name == "widowx-which_stack-0-0.safetensors"
+    assert loaded[0].instruction != loaded[1].instruction
 
 
 def test_files_do_not_depend_on_the_number_of_workers(tmp_path):
@@ -357,7 +375,8 @@ def test_episodes_are_sorted_by_cell_and_number(episode):
     demonstration = draw(TabletopEnv("widowx", "PushCube"), 0, 0.0)
     for robot, seed in (("widowx", 10), ("widowx", 9), ("panda", 10)):
         path = episode.parent / f"{robot}-PushCube-{seed}.safetensors"
-        write_episode(path, demonstration, robot, "PushCube", seed, 0.0)
+        about = {"robot": robot, "task": "PushCube", "seed": seed, "noise": 0.0}
+        write_episode(path, demonstration, about)
     loaded = load_episodes(episode.parent)
     assert [(e.robot, e.seed) for e in loaded] == [
         ("panda", 10),
@@ -375,7 +394,8 @@ def test_episodes_are_sorted_by_cell_and_number(episode):
 def test_show_draws_a_sheet(episode, tmp_path):
     demonstration = draw(TabletopEnv("panda", "PickCube"), 0, 0.0)
     other = tmp_path / "panda-PickCube-0.safetensors"
-    write_episode(other, demonstration, "panda", "PickCube", 0, 0.0)
+    about = {"robot": "panda", "task": "PickCube", "seed": 0, "noise": 0.0}
+    write_episode(other, demonstration, about)
     out = tmp_path / "drawn.png"
     recorder.show(tmp_path, out)
     with Image.open(out) as image:

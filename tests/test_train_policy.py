@@ -66,7 +66,8 @@ def write_random_episode(folder, robot, task, seed, rng):
         attempts=1,
         instruction="push the cube" + " to the goal" * seed,
     )
-    write_episode(folder / f"{robot}-{task}-{seed}.safetensors", episode, robot, task, seed, 0.0)
+    about = {"robot": robot, "task": task, "seed": seed, "noise": 0.0}
+    write_episode(folder / f"{robot}-{task}-{seed}.safetensors", episode, about)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +205,7 @@ def load_rows(folder, cache="intents"):
     place = folder / cache / "model-k2"
     demonstrations.cache_hidden_states(blm, episodes, 2, place)
     hidden = [demonstrations.open_cache(place, episode) for episode in episodes]
-    return blm, episodes, demonstrations.Demonstrations(episodes, hidden, 4)
+    return blm, episodes, demonstrations.Demonstrations(episodes, hidden, 4, 2)
 
 
 def test_rows_hold_what_the_episode_holds(folder):

@@ -1,0 +1,115 @@
+"""Scenes with several commands: all can be done, only the words tell, and words say what is there."""
+
+import numpy as np
+import pytest
+
+from data import seeds
+from data.env import TabletopEnv
+from data.expert import demonstrate
+from data.families import CLEAR, COLORS, FAMILIES, GAP, arrange, instruct, relations
+from data.robots import ROBOTS, get_robot
+from data.tasks import TASKS
+
+
+def tables(family, robot="widowx", n=30, new=False):
+    for seed in range(n):
+        yield arrange(FAMILIES[family], get_robot(robot), np.random.default_rng(seed), new)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_expert_does_each_of_two_commands_and_moves_nothing_else(family):
+    env = TabletopEnv("xarm6", family, render=False)
+    for command in (0, 1):
+        assert demonstrate(env, 3, command=command).success
+        assert env.succeeded()
+        env.choose(1 - command)
+        assert not env.succeeded()
+
+
+def test_two_commands_of_a_scene_begin_with_the_same_pictures_and_other_words():
+    env = TabletopEnv("panda", "which_stack")
+    first, _ = env.reset(5, command=0)
+    second, _ = env.reset(5, command=1)
+    for view in ("front", "wrist"):
+        assert (first["images"][view] == second["images"][view]).all()
+    assert (first["state"] == second["state"]).all()
+    assert first["instruction"] != second["instruction"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_combinations_kept_out_of_training_come_only_when_asked_for(family):
+    for table in tables(family):
+        assert len(table.commands) > 1
+        assert not any(map(table.is_new, table.commands))
+    for table in tables(family, new=True):
+        first, *others = table.commands
+        assert table.is_new(first)
+        assert not any(map(table.is_new, others))
+
+
+@pytest.mark.parametrize("robot", ROBOTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_things_lie_apart_and_things_of_a_kind_differ_in_color(family, robot):
+    for table in tables(family, robot, 10):
+        things = [name for name in table.layout if "target" not in name]
+        places = np.array([table.layout[name][0][:2] for name in things])
+        first, second = np.triu_indices(len(places), 1)
+        assert np.linalg.norm(places[first] - places[second], axis=1).min() > 0.08 - 1e-9
+        labels = [table.label(name) for name in things]
+        assert len(set(labels)) == len(labels)
+    assert GAP > 0.08
+
+
+def test_left_is_left_in_the_front_picture_and_near_is_near_the_robot():
+    env = TabletopEnv("panda", "which_cube", render=False)
+    asked = 0
+    for seed in range(40):
+        env.reset(seed)
+        camera = env.data.camera("front")
+        right = camera.xmat.reshape(3, 3)[:, 0]  # in the world
+        cubes = [name for name in env.family.bodies if "cube" in name]
+        for name in cubes:
+            words = relations(env.table, name)
+            across = {cube: env.position(cube) @ right for cube in cubes}
+            away = {cube: np.linalg.norm((env.position(cube) - env.base)[0]) for cube in cubes}
+            if "the left cube" in words:
+                assert min(across, key=across.get) == name
+                asked += 1
+            if "the nearest cube" in words:
+                assert min(away, key=away.get) == name
+                ordered = sorted(away.values())
+                assert ordered[1] - ordered[0] > CLEAR
+    assert asked > 10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_sentence_names_what_its_command_is_about(family, held_out):
+    for seed, table in enumerate(tables(family)):
+        for command in table.commands:
+            text = instruct(table, command, np.random.default_rng(seed), held_out)
+            assert "{" not in text
+            for color in COLORS:
+                if color in ("red", "white", "green", "blue"):  # also of targets, marker and peg
+                    continue
+                named = [table.colors.get(body) for body in command.roles.values()]
+                assert color not in text or color in named
+
+
+def test_words_kept_for_evaluation_are_not_trained_on():
+    for task in TASKS.values():
+        assert not set(task.commands) & set(task.held_out_commands)
+
+
+def test_a_command_is_not_done_if_something_else_was_moved():
+    env = TabletopEnv("panda", "which_cube", render=False)
+    assert demonstrate(env, 1).success
+    other = next(name for name in env.start if name not in env.roles.values())
+    env.place(other, env.position(other) + (0.031, 0, 0))
+    env.step(env.data.ctrl[: env.robot.dof + 1])
+    assert not env.succeeded()
+
+
+def test_layouts_of_families_come_from_streams_of_their_own():
+    numbers = [seeds.STREAMS[name] for name in (*TASKS, *FAMILIES)]
+    assert len(set(numbers)) == len(numbers)
