@@ -265,18 +265,19 @@ def told(what, config):
     done = tqdm(run_jobs(play, jobs, config.workers), total=len(jobs), unit="episode")
     rows = [row for _, row in sorted(done, key=lambda item: item[0])]
 
-    lines = []
+    tables = {}
     for family in families:
-        own = told_figures(row for row in rows if row["family"] == family)
-        lines.append([family, *(percent(figure) for figure in own.values())])
+        tables[family] = told_figures(row for row in rows if row["family"] == family)
     total = told_figures(rows)
-    lines.append(["all", *(percent(figure) for figure in total.values())])
+    lines = []
+    for name, figures in [*tables.items(), ("all", total)]:
+        lines.append([name, *map(percent, figures.values())])
     print_table(["family", *total], lines)
     cells = defaultdict(dict)
     for robot, family in itertools.product(robots, families):
         cell = [row for row in rows if (row["robot"], row["family"]) == (robot, family)]
         cells[robot][family] = told_figures(cell)
-    return {**total, "cells": cells, "episodes": rows}
+    return {**total, "families": tables, "cells": cells, "episodes": rows}
 
 
 def percent(figure):

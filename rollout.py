@@ -74,9 +74,9 @@ def rollout(
             states.append(env.state())
             held.append(env.grasped(body))
             if other is not None:
-                env.choose(other)
+                env.give(other)
                 done_other |= env.succeeded()
-                env.choose(command)
+                env.give(command)
             over = done or truncated or env.steps == max_steps
             if over:
                 break

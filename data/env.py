@@ -1,5 +1,8 @@
 """One robot, one task, one table: the environment, with gymnasium's signature and 20 Hz control.
 
+Or one robot and a family of scenes (data/families.py), in which several things can be done: `command`
+says which, and names in the task, such as "cube", stand for the bodies of its roles.
+
     reset(seed) -> observation, info
     step(action (A,)) -> observation, reward, terminated, truncated, info
 
@@ -17,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import choose
+from cli import UserError, choose
 from data import seeds
 from data.families import COLORS, FAMILIES, STILL, arrange, instruct
 from data.robots import get_robot
@@ -70,8 +73,8 @@ def compile_scene(robot_name, task_name, clutter):
     for view in ("front", "render"):  # nearer for a small arm
         spec.camera(view).pos *= robot.scale
     if family:
-        spare = {body.name for body in mujoco.MjSpec.from_file(str(paths[2])).bodies}
-        for name in spare - {"world", *family.bodies}:
+        everything = set().union(*(other.bodies for other in FAMILIES.values()))
+        for name in sorted(everything - set(family.bodies)):
             spec.delete(spec.body(name))
     resize(spec, robot)
     return spec.compile()
@@ -204,6 +207,10 @@ class TabletopEnv:
         self.roles = {}  # {name in the task: body}, where they differ
         self.render = render
         self.perturbation = choose(perturbation, ["", *PERTURBATIONS], "perturbation")
+        if self.family and perturbation in ("outside", "distractor"):
+            raise UserError(
+                f"perturbation {perturbation} is for a task that has its table to itself"
+            )
         self.varied = varied  # "", "looks" or "all"
         self.held_out = held_out
         # spare cubes only where they are used: without them the physics is a little faster
@@ -248,7 +255,7 @@ class TabletopEnv:
         mujoco.mj_forward(self.model, self.data)
         if self.family:
             self.start = {body: self.position(body) for body in self.family.bodies}
-            self.choose(command)
+            self.give(command)
             words = seeds.rng(seed, "command", command)
             self.instruction = instruct(self.table, self.command, words, self.held_out)
         else:
@@ -262,8 +269,11 @@ class TabletopEnv:
         self.sensor = seeds.rng(seed, "sensor")  # its noise goes on from step to step
         return self.observe(), {"layout": layout}
 
-    def choose(self, number):
+    def give(self, number):
         """From now on it is this one of the scene's commands that counts."""
+        commands = len(self.table.commands)
+        if not 0 <= number < commands:
+            raise UserError(f"command {number}: this scene has {commands}, counted from 0")
         self.command = self.table.commands[number]
         self.task = TASKS[self.command.task]
         self.roles = self.command.roles

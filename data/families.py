@@ -36,6 +36,9 @@ BIN_COLORS = ("white", "red", "green", "yellow", "purple")
 BALL_COLORS = ("blue", "red", "green", "yellow", "orange")
 GAP = 0.088  # m between the centers of neighbors: room for the open fingers
 STILL = 0.03  # m that whatever a command does not name may move
+CLEAR = 0.03  # m between a thing and the next, if "left" or "nearest" is to tell them apart
+RELATIONS = 0.25  # share of things that are named by where they lie
+OTHER_NAMES = {"cube": "block", "ball": "sphere", "bin": "tray"}
 
 # (task, things in the order of its roles) that no training shows
 NEW = {
@@ -57,6 +60,11 @@ NEW = {
 }
 
 
+def kind_of(body):
+    """A body's name without its number: cube, ball, bin, peg, marker or target."""
+    return body.rstrip("0123456789")
+
+
 @dataclass
 class Command:
     """A task on some of the things: roles {name in the task: body}."""
@@ -75,10 +83,8 @@ class Table:
 
     def label(self, body):
         """What people call it, such as "red cube"."""
-        kind = body.rstrip("0123456789")
-        if kind == "marker":
-            return "green marker"
-        return f"{self.colors[body]} {kind}" if body in self.colors else kind
+        color = "green" if kind_of(body) == "marker" else self.colors.get(body)
+        return f"{color} {kind_of(body)}" if color else kind_of(body)
 
     def is_new(self, command):
         """Is this combination kept out of training?"""
@@ -260,26 +266,20 @@ def arrange(family, robot, rng, new=False):
 # ---- in words
 
 
-def references(table, body):
-    """Words for a thing: by its color, and by where it lies if that is clear."""
+def names_of(table, body):
+    """Words for a thing by its color."""
     label = table.label(body)
-    kind = label.split()[-1]
-    names = [f"the {label}"]
-    if kind == "cube":
-        names.append(f"the {label.replace('cube', 'block')}")
-    if kind == "ball":
-        names.append(f"the {label.replace('ball', 'sphere')}")
-    if kind == "bin":
-        names.append(f"the {label.replace('bin', 'tray')}")
-    return names
+    kind = kind_of(body)
+    other = label.replace(kind, OTHER_NAMES.get(kind, kind))
+    return list(dict.fromkeys([f"the {label}", f"the {other}"]))
 
 
 def relations(table, body):
     """Words for a thing by where it lies among its kind, where that is clear."""
-    kind = body.rstrip("0123456789")
-    if kind not in ("cube", "ball", "bin"):
+    kind = kind_of(body)
+    if kind not in OTHER_NAMES:
         return []
-    others = [name for name in table.layout if name.rstrip("0123456789") == kind and name != body]
+    others = [name for name in table.layout if kind_of(name) == kind and name != body]
     if not others:
         return [f"the {kind}"]
     x, y, _ = table.layout[body][0]
@@ -297,10 +297,6 @@ def relations(table, body):
     return words
 
 
-CLEAR = 0.03  # m between a thing and the next, if words are to tell them apart
-RELATIONS = 0.25  # share of things that are named by where they lie
-
-
 def instruct(table, command, rng, held_out=False):
     """A sentence for a command, in one of the task's wordings."""
     task = TASKS[command.task]
@@ -308,10 +304,9 @@ def instruct(table, command, rng, held_out=False):
     sentence = wordings[rng.integers(len(wordings))]
     names = {}
     for role, body in command.roles.items():
+        choices = names_of(table, body)
         by_place = relations(table, body)
         if by_place and rng.random() < RELATIONS:
             choices = by_place
-        else:
-            choices = references(table, body)
         names[role] = choices[rng.integers(len(choices))]
     return sentence.format(**names)

@@ -247,7 +247,7 @@ def ensure(folder):
     config = RecordConfig(workers=os.cpu_count() or 1)
     finished = Path(folder, "failures.json").exists()  # it is written last
     if Path(folder) == Path(config.out) and not finished:
-        print(f"too few demonstrations in {folder}: recording them, a few minutes")
+        print(f"too few demonstrations in {folder}: recording them, 10 to 20 minutes")
         record(config)
 
 

@@ -52,14 +52,13 @@ class Task:
 
 
 def resize(spec, robot):
-    """Fit PickCube's and the pushing tasks' objects to the arm, in an uncompiled scene."""
-    for i in range(4):
-        for body in filter(None, [spec.body(f"target{i}")]):
+    """Fit goals, targets and PickCube's cube to the arm, in an uncompiled scene."""
+    for body in spec.bodies:
+        if body.name == "marker0":  # of scenes with several commands
+            body.geoms[0].size[0] = robot.goal_radius
+        if body.name.startswith("target"):
             for ring in body.geoms:
                 ring.size[0] *= robot.scale
-    marker = spec.body("marker0")
-    if marker:
-        marker.geoms[0].size[0] = robot.goal_radius
     goal = spec.body("goal")  # StackCube, PlaceSphere and LiftPegUpright have none
     if spec.geom("goal"):  # PickCube's
         cube = spec.geom("cube")

@@ -2,6 +2,7 @@
 
     python -m dev.figures success      success in every cell, as a heat map
     python -m dev.figures digital      accuracy by category, beside chance and noise for pictures
+    python -m dev.figures told         which of a scene's commands is done, beside the controls
     python -m dev.figures losses       losses over the steps of a training, from its log.jsonl
     python -m dev.figures intent       where in both pictures the intent queries look
     python -m dev.figures denoising    noise becoming a chunk of joint targets in four Euler steps
@@ -36,6 +37,13 @@ from rollout import robots_of, rollout, save_gif
 
 SEED = 1_000_001  # layout of the pictures
 COLORS = {"chance": "#bbbbbb", "blind": "#d08770", "base": "#e0b84c", "model": "#4c8c5c"}
+TOLD = {
+    "done": ("commands done", "#4c8c5c"),
+    "pairs": ("both of a scene", "#8fb996"),
+    "new_combination": ("never trained", "#e0b84c"),
+    "neutral": ("told nothing useful", "#bbbbbb"),
+    "other": ("did the other one", "#d08770"),
+}
 LOSSES = ("loss", "answer", "flow", "future")
 TILE = 144  # pixels of one of the mosaic's pictures
 SMOOTH = 0.02  # of a run: width of the running mean
@@ -98,6 +106,29 @@ def digital(config):
     axes.set_xlim(0, 1)
     axes.set_xlabel("right")
     axes.legend(ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    return figure
+
+
+def told(config):
+    """Bars for each family of scenes: commands and pairs done, then the controls."""
+    path = config.source or "results/told.json"
+    with reading(path, "make it with `python eval.py told`"):
+        families = read_json(path)["families"]
+        rates = {
+            name: [[figures[bar][key] for bar in TOLD] for figures in families.values()]
+            for name, key in (("rate", "rate"), ("interval", "interval"))
+        }
+    heights = np.array(rates["rate"], float)  # (families, bars)
+    ends = np.array(rates["interval"])  # (families, bars, 2)
+    figure, axes = plt.subplots(figsize=(9, 3.2))
+    width = 0.8 / len(TOLD)
+    for i, (bar, (label, color)) in enumerate(TOLD.items()):
+        error = np.abs(ends[:, i].T - heights[:, i])
+        places = np.arange(len(families)) + i * width
+        axes.bar(places, heights[:, i], width, yerr=error, color=color, label=label)
+    axes.set_xticks(np.arange(len(families)) + 0.4 - width / 2, families)
+    axes.set_ylim(0, 1)
+    axes.legend(ncols=len(TOLD), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     return figure
 
 
@@ -257,7 +288,7 @@ def mosaic(config):
     return frames
 
 
-FIGURES = {f.__name__: f for f in (success, digital, losses, intent, denoising, mosaic)}
+FIGURES = {f.__name__: f for f in (success, digital, told, losses, intent, denoising, mosaic)}
 
 
 def main():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cli import UserError
 from data import seeds
 from data.env import TabletopEnv
 from data.expert import demonstrate
@@ -22,7 +23,7 @@ def test_the_expert_does_each_of_two_commands_and_moves_nothing_else(family):
     for command in (0, 1):
         assert demonstrate(env, 3, command=command).success
         assert env.succeeded()
-        env.choose(1 - command)
+        env.give(1 - command)
         assert not env.succeeded()
 
 
@@ -113,3 +114,11 @@ def test_a_command_is_not_done_if_something_else_was_moved():
 def test_layouts_of_families_come_from_streams_of_their_own():
     numbers = [seeds.STREAMS[name] for name in (*TASKS, *FAMILIES)]
     assert len(set(numbers)) == len(numbers)
+
+
+def test_a_command_that_is_not_there_is_told():
+    env = TabletopEnv("panda", "which_bin", render=False)
+    with pytest.raises(UserError, match="command 9: this scene has"):
+        env.reset(0, command=9)
+    with pytest.raises(UserError, match="outside is for a task"):
+        TabletopEnv("panda", "which_bin", perturbation="outside")

@@ -361,3 +361,47 @@ def test_a_policy_goes_on_with_another_language_model(folder, tmp_path):
     assert before == one.training["policy"]["backbone"] != two.training["policy"]["backbone"]
     with pytest.raises(UserError, match="another language model"):
         train(settings(folder, tmp_path / "three", robots="widowx", **changes))
+
+
+class Played:
+    """An episode of so many steps, in which step t holds the number t."""
+
+    def __init__(self, scene, seed, command, steps):
+        self.robot, self.scene, self.seed, self.command = "widowx", scene, seed, command
+        self.state = np.tile(np.arange(steps, dtype=np.float32)[:, None], (1, 16))
+        self.action = np.zeros((steps, 7), np.float32)
+
+    def __len__(self):
+        return len(self.state)
+
+
+def test_half_of_a_batch_is_the_other_command_of_the_same_layout():
+    episodes = [
+        Played("which_cube", seed, command, 30 + 8 * command)
+        for seed in range(9)
+        for command in (0, 1)
+    ]
+    episodes += [Played("PickCube", seed, 0, 20) for seed in range(9)]
+    demos = demonstrations.Demonstrations(episodes, None, 4, 2)
+    rows = demos.rows_of_step(0, 0, 64)
+    frames = [(episodes[i], frame) for i, frame in demos.frame[rows]]
+    there = {(episode.scene, episode.seed, episode.command) for episode, _ in frames}
+    for episode, frame in frames:
+        if episode.scene == "which_cube":
+            assert ("which_cube", episode.seed, 1 - episode.command) in there
+    for row, partner in enumerate(demos.partner):
+        (i, frame), (j, other) = demos.frame[[row, partner]]
+        if episodes[i].scene == "PickCube":
+            assert row == partner
+        else:
+            assert episodes[i].seed == episodes[j].seed
+            assert episodes[i].command != episodes[j].command
+            assert other == frame or other == frame - 1 or episodes[j].command == 0
+
+
+def test_waypoints_are_places_of_the_tool_ahead_and_at_last_where_it_ends():
+    demos = demonstrations.Demonstrations([Played("PickCube", 0, 0, 20)], None, 4, 3)
+    batch = demos.waypoints(np.arange(5))
+    assert batch.shape == (5, 3, 3)
+    assert batch[0, :, 0].tolist() == [4, 8, 12]
+    assert batch[3, :, 2].tolist() == [16, 19, 19]
