@@ -10,6 +10,10 @@
                                                                                            decoder
                                                                         velocity (B, T, A) ◄──┘
 
+From the intent's mean a linear layer must also say where the tool will be T, 2 T, 3 T and 4 T steps
+later. It is for training alone, and no part of BLM1: what a command means shows in where the hand
+goes, seconds before it shows in a chunk.
+
 One set of weights drives several robots: only the encoders and the decoder are a robot's own.
 
 Flow matching, with tau = 0 the noise eps and tau = 1 the action A (code bases differ in this):
@@ -460,9 +464,9 @@ class Policy(nn.Module):
         return intent if self.config.use_intent else torch.zeros_like(intent)
 
     def context(self, hidden, mask, state, embodiment, state_noise=0.0):
-        """What is known before actions flow, needed once a chunk and not once an Euler step.
+        """(intent, what is known before actions flow, needed once a chunk and not once an Euler step).
 
-        The state's token (B, 1, D); the intent's keys and values of every even block;
+        The latter: the state's token (B, 1, D); the intent's keys and values of every even block;
         `embodiment_groups`.
         """
         groups = embodiment_groups(embodiment)
@@ -523,9 +527,10 @@ class Policy(nn.Module):
         """Losses of a batch, scalars: loss = flow + future_loss_weight x future.
 
         batch: hidden (B, L, Dc), mask (B, L) bool; future_hidden, future_mask the same T steps
-        later, future_valid (B,) bool; waypoints (B, W, 3) m; state (B, S), action (B, T, A) in physical units, absolute,
-        padded with anything; embodiment (B,) long; and what `draw` makes. totals: how many action
-        numbers and futures are valid, if the batch is a part of one.
+        later, future_valid (B,) bool; state (B, S), action (B, T, A) in physical units, absolute,
+        padded with anything; waypoints (B, W, 3) m; embodiment (B,) long; and what `draw` makes.
+        totals: how many action numbers and futures are valid and how many rows there are, if the
+        batch is a part of one.
         """
         state = batch["state"]
         embodiment = batch["embodiment"]
