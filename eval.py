@@ -39,6 +39,7 @@ from rollout import EXECUTE_STEPS, jerk, robots_of, rollout
 # BLM1's own table (arXiv 2510.24161)
 PAPER = Path(__file__).parent / "results" / "paper.json"
 MOST_TOKENS = 256  # of a reply
+ASKED = "out/corpus/val.jsonl,out/corpus/off_template.jsonl,out/general/probes.jsonl"
 COLUMNS = ("chance", "blind", "base", "model", "seen", "held_out")
 # what a question is when its file does not say
 DEFAULTS = {"category": "all", "form": "open", "chance": 0.0, "held_out": False}
@@ -75,7 +76,7 @@ class ToldConfig:
 class DigitalConfig:
     weights: str = "weights/nano"  # checkpoint folder
     base: str = ""  # another one to stand beside, such as the one before Stage I
-    data: str = "out/corpus/val.jsonl,out/general/probes.jsonl"  # conversations with questions
+    data: str = ASKED  # conversations with questions, comma-separated files
     questions: int = 50  # of each category in seen wordings, and as many in held-out ones; 0: all
     batch_size: int = 16  # questions at a time
     seed: int = 0  # which of the questions

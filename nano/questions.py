@@ -13,7 +13,9 @@ A question is {"question", "answer", "category", "form", "chance", "held_out", "
 None can be guessed without the pictures: `Asker.ask` counts the answers given so far to everything
 that reads alike, and leaves out a question whose answer is ahead of its alternatives. Of yes and
 no, which are guessed most easily, `equalise` leaves exactly as many. Held-out wordings are for
-evaluation: new sentences, of words that the others have.
+evaluation: new sentences, of words that the others have. So are those off the templates
+(off_template.json): written as people write, polite or in a hurry, with typing errors, another order
+of words and things that do not matter.
 """
 
 import json
@@ -24,8 +26,13 @@ from pathlib import Path
 
 import numpy as np
 
-DATA = json.loads((Path(__file__).parent / "questions.json").read_text())
-WORDINGS = DATA["wordings"]  # {name: {"seen": [...], "held_out": [...]}}, by category and kind
+HERE = Path(__file__).parent
+DATA = json.loads((HERE / "questions.json").read_text())
+OFF_TEMPLATE = json.loads((HERE / "off_template.json").read_text())
+WORDINGS = {  # {name: {"seen": [...], "held_out": [...], "off_template": [...]}}, by category and kind
+    name: {**wordings, "off_template": OFF_TEMPLATE[name]}
+    for name, wordings in DATA["wordings"].items()
+}
 STEPS = DATA["steps"]  # {name of the expert's step: what people call it}
 CAUSES = DATA["causes"]  # {what can go wrong: its text, tasks, steps that go astray}
 COLORS = DATA["things"]  # {label: color or None}, all that can be named; weights rest on the order
@@ -80,14 +87,14 @@ def equalise(scenes):
 
 
 class Asker:
-    """Asks about many scenes, in seen or held-out wordings.
+    """Asks about many scenes, in wordings that are "seen", "held_out" or "off_template".
 
     `rng` draws wordings, forms and the order of options; `take` hands over what has been asked.
     """
 
-    def __init__(self, rng, held_out=False):
+    def __init__(self, rng, wordings="seen"):
         self.rng = rng
-        self.held_out = held_out
+        self.wordings = wordings
         self.given = {}  # {what reads alike: Counter of its answers}
         self.questions = []
 
@@ -122,7 +129,7 @@ class Asker:
             if given[answer] > min(given[option] for option in options) + ahead:
                 return
             given[answer] += 1
-        text = self.pick(WORDINGS[name]["held_out" if self.held_out else "seen"])
+        text = self.pick(WORDINGS[name][self.wordings])
         text = text.format(*words).replace(" a orange", " an orange")
         question = {
             "question": text,
@@ -130,7 +137,7 @@ class Asker:
             "category": name.split()[0],
             "form": self.pick(forms),
             "chance": 1 / (guesses or len(options)) if options else 0.0,
-            "held_out": self.held_out,
+            "held_out": self.wordings != "seen",
             "labels": sorted(labels, key=text.index),  # some wordings turn them round
         }
         if place:

@@ -19,7 +19,8 @@ like any other conversations file:
                     "opening": of the gripper, 0 to 1}, ...]}
 
 Validation scenes come from seeds that training never sees; their questions are asked twice, in
-wordings that it sees and in those that it does not. made.json has what they were made from and,
+wordings that it sees and in those that it does not, and once more as people might ask them, in
+off_template.jsonl. made.json has what they were made from and,
 once all is there, checksums.
 """
 
@@ -69,6 +70,11 @@ GRASPABLE = [label for label in COLORS if "cube" in label or label in ("blue bal
 CLUTTER = 3  # spare cubes at most
 MOST_QUESTIONS = 10
 SHARD = 250  # scenes of one job
+SPLITS = {  # files, and the wordings in which they ask
+    "train": ["seen"],
+    "val": ["seen", "held_out"],
+    "off_template": ["off_template"],
+}
 LIFTED = ("lift", "LiftPegUpright")  # a step that holds something, as carrying does
 
 
@@ -375,8 +381,7 @@ def make_shard(job):
     # render: what `reset` and `step` would draw is not looked at
     env = TabletopEnv(robot, task, render=False, clutter=CLUTTER, varied="looks")
     draw = seeds.rng(first, "wording")
-    held_out = (False, True) if part.parent.name == "val" else (False,)
-    askers = [Asker(draw, kind) for kind in held_out]
+    askers = [Asker(draw, wordings) for wordings in SPLITS[part.parent.name]]
     scenes = []
     for seed in itertools.count(first):
         kind = picture if seed % 4 else clips  # a clip's seed gives up to nine scenes
@@ -404,7 +409,7 @@ def jobs_of(config):
 
     Each robot and task has as many; of all scenes, a fifteenth more for validation.
     """
-    jobs = {"train": [], "val": []}
+    jobs = {split: [] for split in SPLITS}
     cells = list(itertools.product(TASKS, ROBOTS))
     # rounded up, so that a small corpus has each cell
     each = math.ceil(config.scenes / len(cells))
@@ -416,8 +421,9 @@ def jobs_of(config):
             count = min(SHARD, each - SHARD * i)
             # 300 seeds give more than SHARD scenes: shards share none
             jobs["train"].append((part, robot, task, seed + 300 * i, count))
-        part = Path(config.out, "val", f"{robot}-{task}-000.jsonl")
-        jobs["val"].append((part, robot, task, seeds.FIRST_VALIDATION + seed, few))
+        for split in ("val", "off_template"):
+            part = Path(config.out, split, f"{robot}-{task}-000.jsonl")
+            jobs[split].append((part, robot, task, seeds.FIRST_VALIDATION + seed, few))
     return {split: sorted(shards) for split, shards in jobs.items()}
 
 
@@ -455,7 +461,7 @@ def make(config):
     # now, so that nobody goes on with other settings; checksums last, when all is there
     write_json(path, settings)
     jobs = jobs_of(config)
-    shards = jobs["train"] + jobs["val"]
+    shards = list(itertools.chain(*jobs.values()))
     with tqdm(total=sum(count for *_, count in shards), unit="scene") as bar:
         for count in run_jobs(make_shard, shards, config.workers):
             bar.update(count)

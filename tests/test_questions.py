@@ -1,6 +1,7 @@
 """Questions cannot be guessed from their text: wordings, options and answers are balanced."""
 
 import re
+import string
 from collections import Counter
 
 import numpy as np
@@ -70,16 +71,30 @@ def test_yes_and_no_are_as_many_to_whatever_reads_alike():
 
 def test_held_out_wordings_are_never_asked_in_training():
     texts = []
-    for held_out in (False, True):
+    for wordings in ("seen", "held_out", "off_template"):
         asked = set()
-        for seed in range(60):
-            asker = Asker(np.random.default_rng(seed), held_out)
+        for seed in range(100):
+            asker = Asker(np.random.default_rng(seed), wordings)
             asker.locate("point", "point", (1, 2), "peg", words=["front"])
             [question] = asker.take()
-            assert question["held_out"] == held_out
+            assert question["held_out"] == (wordings != "seen")
             asked.add(question["question"])
         texts.append(asked)
-    assert len(texts[0]) == 8 and len(texts[1]) == 2 and not texts[0] & texts[1]
+    assert [len(asked) for asked in texts] == [8, 2, 14]
+    assert len(set.union(*texts)) == 24
+
+
+def slots(text):
+    return sum(field is not None for _, field, *_ in string.Formatter().parse(text))
+
+
+def test_questions_off_the_templates_are_many_and_ask_the_same():
+    assert sum(len(wordings["off_template"]) for wordings in WORDINGS.values()) >= 300
+    for wordings in WORDINGS.values():
+        templates = wordings["seen"] + wordings["held_out"]
+        for text in wordings["off_template"]:
+            assert text not in templates
+            assert slots(text) == slots(templates[0])
 
 
 def test_a_question_tells_what_it_names_and_points_at():

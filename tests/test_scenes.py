@@ -140,7 +140,7 @@ def test_a_stopped_rendering_goes_on_and_other_settings_are_told(tmp_path, monke
         small(tmp_path / "parts", monkeypatch, seed=7)
     assert part.stat().st_mtime_ns == before
     small(tmp_path / "parts", monkeypatch)
-    for name in ("made.json", "train.jsonl", "val.jsonl"):
+    for name in ("made.json", "train.jsonl", "val.jsonl", "off_template.jsonl"):
         read = [(tmp_path / folder / name).read_bytes() for folder in ("whole", "parts")]
         assert read[0] == read[1]
     assert not list(tmp_path.glob("*/*/*.jsonl"))  # parts are gone, joined
