@@ -29,7 +29,7 @@ from data.env import CONTROL_HZ, PERTURBATIONS, TabletopEnv
 from data.expert import demonstrate
 from data.families import FAMILIES
 from data.robots import ROBOTS
-from data.scoring import is_right, wilson
+from data.scoring import is_degenerate, is_right, wilson
 from data.seeds import FIRST_EVALUATION, FIRST_TOLD
 from data.tasks import TASKS
 from files import read_json, reading, writable, write_json
@@ -40,7 +40,7 @@ from rollout import EXECUTE_STEPS, jerk, robots_of, rollout
 PAPER = Path(__file__).parent / "results" / "paper.json"
 MOST_TOKENS = 256  # of a reply
 ASKED = "out/corpus/val.jsonl,out/corpus/off_template.jsonl,out/general/probes.jsonl"
-COLUMNS = ("chance", "blind", "base", "model", "seen", "held_out")
+COLUMNS = ("chance", "blind", "base", "model", "seen", "held_out", "degenerate")
 # what a question is when its file does not say
 DEFAULTS = {"category": "all", "form": "open", "chance": 0.0, "held_out": False}
 
@@ -333,6 +333,7 @@ def ask(models, source, config):
             replies = blm.answers(shown, texts, max_new_tokens=MOST_TOKENS)
             for (_, question, row), reply in zip(batch, replies):
                 row[name] = is_right(question, reply)
+                row["degenerate"] = is_degenerate(reply)
                 # what is not a model's own is the last one's, which is "model"
                 row["held_out" if question["held_out"] else "seen"] = row[name]
     return categories

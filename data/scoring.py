@@ -13,6 +13,7 @@ import json
 import math
 import re
 import string
+from collections import Counter
 
 import numpy as np
 
@@ -90,6 +91,14 @@ def words(text):
     """The words of a text in lower case, without punctuation and articles."""
     plain = re.sub(r"[^\w\s]|_", "", text.lower())
     return re.sub(r"\b(a|an|the)\b", "", plain).split()
+
+
+def is_degenerate(reply):
+    """Does it go round in circles? Three words in a row more than twice, or a letter six times."""
+    spoken = reply.lower().split()
+    groups = Counter(zip(spoken, spoken[1:], spoken[2:]))
+    circles = max(groups.values(), default=0) > 2
+    return circles or re.search(r"(\S)\1{5}", reply) is not None
 
 
 # ---- how sure a rate is

@@ -228,7 +228,7 @@ def test_questions_of_every_form_are_scored(questions, monkeypatch, capsys):
     assert rates["all"]["model"] == 0  # the category of questions that name none
     assert result["means"]["model"] == pytest.approx((2 / 3 + 1 + 1 + 0) / 4)
     printed = capsys.readouterr().out
-    assert "| existence | 3 | 50.0 | 0.0 | 66.7 | 100.0 | 0.0 | 21 to 94 |" in printed
+    assert "| existence | 3 | 50.0 | 0.0 | 66.7 | 100.0 | 0.0 | 0.0 | 21 to 94 |" in printed
     assert "| mean |  | 25.0 | 0.0 | 66.7 |" in printed
 
 
@@ -249,7 +249,8 @@ def test_a_model_is_asked_and_the_result_written(questions, tmp_path, monkeypatc
     evaluation.main()
     result = json.loads(out.read_text())
     (table,) = result["files"].values()
-    assert list(table["means"]) == ["chance", "blind", "base", "model", "seen", "held_out"]
+    columns = ["chance", "blind", "base", "model", "seen", "held_out", "degenerate"]
+    assert list(table["means"]) == columns
     assert table["means"]["base"] == table["means"]["model"]
     assert result["config"]["questions"] == 50
 

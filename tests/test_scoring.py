@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data.scoring import FORMS, distance, is_right, letter, overlap, wilson
+from data.scoring import FORMS, distance, is_degenerate, is_right, letter, overlap, wilson
 
 POINT = '{"point_2d": [40, 50], "label": "red cube"}'
 BOX = '{"bbox_2d": [10, 10, 30, 30], "label": "red cube"}'
@@ -91,3 +91,11 @@ def test_wilson_interval():
     assert wilson(50, 50) == pytest.approx((0.9286, 1.0), abs=1e-4)
     assert wilson(48, 50) == pytest.approx((0.8654, 0.9890), abs=1e-4)
     assert wilson(0, 50)[0] == 0
+
+
+def test_replies_that_go_round_in_circles():
+    assert is_degenerate("move the gripper, move the gripper, move the gripper,")
+    assert is_degenerate("1. the grippppppp")
+    assert not is_degenerate("move the gripper, move the gripper away")
+    assert not is_degenerate('{"bbox_2d": [11, 20, 100, 111], "label": "red cube"}')
+    assert not is_degenerate("")
