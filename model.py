@@ -33,7 +33,7 @@ from checkpoint import hub_weights, stored_dtype
 from cli import UserError, choose
 from data.media import to_rgb
 from files import atomic, find_folder, read_json, reading, write_json
-from policy import Policy, PolicyConfig
+from policy import Policy, PolicyConfig, waypoint_head
 from processor import Processor
 from vlm import VLM
 
@@ -333,7 +333,11 @@ def load_policy(folder, vlm, processor):
     about = read_json(path, advice)
     with reading(path, advice):
         version = about["version"]
-        assert version == VERSION, f"format version {version}, this code reads {VERSION}"
+        assert version in (2, VERSION), f"format version {version}, this code reads {VERSION}"
+        if version == 2:  # a head that only training needs begins anew
+            about["config"] |= {"num_waypoints": 4, "waypoint_loss_weight": 1.0}
+            head = waypoint_head(PolicyConfig(**about["config"])).state_dict()
+            tensors |= {f"waypoint_head.{name}": tensor for name, tensor in head.items()}
         assert about["views"] == list(VIEWS), f"views {about['views']}"
         config = PolicyConfig(**about["config"])
         assert about["config"] == vars(config), "sizes are missing in config"

@@ -52,7 +52,7 @@ STATE_LIMIT = 5.0  # deviations: a reading far outside the demonstrations says n
 class PolicyConfig:
     """The action side, as it stands in policy.json. PRESETS names the sizes."""
 
-    intent_layer: int = 5  # k: the LLM block whose hidden states carry the intent
+    intent_layer: int = 3  # k: the LLM block whose hidden states carry the intent
     num_intent_queries: int = 16  # N
     perceiver_layers: int = 2  # each: attention to the hidden states, MLP
     max_condition_tokens: int = 256  # longest prompt, pictures included, in tokens
@@ -382,6 +382,12 @@ def flow_loss(velocity, actions, noise, valid, total):
 # ---- the policy
 
 
+def waypoint_head(config):
+    """Intent's mean (B, D) to places of the tool (B, 3 W)."""
+    D = config.hidden_size
+    return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 3 * config.num_waypoints))
+
+
 class Policy(nn.Module):
     """embodiments {robot: (state_dim, action_dim)}; condition_size Dc, the language model's width."""
 
@@ -420,7 +426,7 @@ class Policy(nn.Module):
         self.decoder = EmbodimentMLP(E, D, D, self.action_dim)
         # for training alone
         self.future_head = mlp(D, 2)  # f
-        self.waypoint_head = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 3 * config.num_waypoints))
+        self.waypoint_head = waypoint_head(config)
         self.initialize()
 
     def initialize(self):

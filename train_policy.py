@@ -173,6 +173,9 @@ def load_demonstrations(cfg, config, blm, start, backbone):
     trainer.barrier()
     episodes = select_episodes(cfg, known)
     new = {episode.robot for episode in episodes} - set(known)
+    if start and new and start.policy.config.intent_layer != config.intent_layer:
+        k = start.policy.config.intent_layer
+        raise UserError(f"--start {cfg.start} reads block {k}: add --intent_layer {k}")
     # layers that stay frozen would read hidden states that they do not know
     if start and new and backbone_hash(start.vlm, start.processor, config.intent_layer) != backbone:
         raise UserError(f"--start {cfg.start} reads another language model than {cfg.backbone}")

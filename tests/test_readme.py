@@ -140,6 +140,15 @@ def test_physical_figures_come_from_the_result_file(page):
         assert mean == percent(sum(rates) / len(rates), 1)
 
 
+def test_figures_of_experts_and_of_no_words_come_from_the_result_files():
+    assert f"solves {percent(result('expert.json')['mean'], 2)}%" in RESULTS
+    found = result("no_words.json")
+    mean = percent(found["mean"], 1)
+    assert f"succeeds in {mean}% of" in README
+    rates = [percent(found["cells"][task]["success"], 1) for task in TASKS]
+    assert row(RESULTS, *rates) == [*rates, mean]
+
+
 TOLD = ("done", "pairs", "new_wordings", "new_combination", "neutral", "no_words", "other")
 
 
@@ -148,12 +157,6 @@ def test_figures_of_scenes_with_several_commands_come_from_the_result_file():
     for name, figures in [*found["families"].items(), ("all", found)]:
         texts = [percent(figures[figure]["rate"], 1) for figure in TOLD]
         assert row(RESULTS, name) == [name, *texts]
-    texts = [percent(found[figure]["rate"], 1) for figure in TOLD]
-    assert row(README, "all") == ["all", *texts]
-
-
-def test_figures_of_experts_come_from_the_result_file():
-    assert f"solves {percent(result('expert.json')['mean'], 2)}%" in RESULTS
 
 
 def test_digital_figures_come_from_the_result_file():

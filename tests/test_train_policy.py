@@ -109,7 +109,7 @@ def test_a_run_makes_a_model_and_the_backbone_does_not_move(folder, tmp_path):
     for name, tensor in backbone.vlm.state_dict().items():  # what no policy reads too
         assert torch.equal(after[name], tensor), name
     assert hash_of(blm) == before and set(blm.policy.embodiments) == set(SIZES)
-    assert figures.keys() == {"val_flow", "val_future", "joint_error_rad"}
+    assert figures.keys() == {"val_flow", "val_future", "val_waypoint", "joint_error_rad"}
     assert all(np.isfinite(value) and value > 0 for value in figures.values())
     record = blm.training["policy"]
     assert blm.training["sft"]["step"] == 7 and record["step"] == 4
