@@ -309,7 +309,7 @@ def test_a_changed_description_loads_or_is_told(folder):
 
 
 DESCRIPTIONS = [
-    ({"version": 1}, "format version 1, this code reads 2"),
+    ({"version": 1}, "format version 1, this code reads 3"),
     ({"version": None}, "format version None"),
     ({"views": ["wrist", "front"]}, "views"),
     ({"embodiments": {"panda": {"state_dim": 17, "action_dim": 8}}}, "lacks 'index'"),

@@ -56,13 +56,13 @@ def fail_once(env, seed, noise, command=0):
     return demonstration
 
 
-def fail(env, seed, noise):
+def fail(env, seed, noise, command=0):
     demonstration = draw(env, seed, noise)
     demonstration.success = False
     return demonstration
 
 
-def die_at_three(env, seed, noise):
+def die_at_three(env, seed, noise, command=0):
     if seed == 3:
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)

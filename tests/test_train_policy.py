@@ -368,7 +368,7 @@ class Played:
 
     def __init__(self, scene, seed, command, steps):
         self.robot, self.scene, self.seed, self.command = "widowx", scene, seed, command
-        self.state = np.tile(np.arange(steps, dtype=np.float32)[:, None], (1, 16))
+        self.state = np.tile(np.arange(steps, dtype=np.float32)[:, None], (1, 17))
         self.action = np.zeros((steps, 7), np.float32)
 
     def __len__(self):
@@ -404,4 +404,4 @@ def test_waypoints_are_places_of_the_tool_ahead_and_at_last_where_it_ends():
     batch = demos.waypoints(np.arange(5))
     assert batch.shape == (5, 3, 3)
     assert batch[0, :, 0].tolist() == [4, 8, 12]
-    assert batch[3, :, 2].tolist() == [16, 19, 19]
+    assert batch[4, :, 2].tolist() == [12, 16, 19]
