@@ -333,7 +333,7 @@ def ask(models, source, config):
             replies = blm.answers(shown, texts, max_new_tokens=MOST_TOKENS)
             for (_, question, row), reply in zip(batch, replies):
                 row[name] = is_right(question, reply)
-                row["degenerate"] = is_degenerate(reply)
+                row["degenerate"] = is_degenerate(reply, question["answer"])
                 # what is not a model's own is the last one's, which is "model"
                 row["held_out" if question["held_out"] else "seen"] = row[name]
     return categories

@@ -93,12 +93,20 @@ def words(text):
     return re.sub(r"\b(a|an|the)\b", "", plain).split()
 
 
-def is_degenerate(reply):
-    """Does it go round in circles? Three words in a row more than twice, or a letter six times."""
-    spoken = reply.lower().split()
-    groups = Counter(zip(spoken, spoken[1:], spoken[2:]))
-    circles = max(groups.values(), default=0) > 2
-    return circles or re.search(r"(\S)\1{5}", reply) is not None
+def word_groups(text):
+    """Counter of the three words in a row of a text."""
+    spoken = text.lower().split()
+    return Counter(zip(spoken, spoken[1:], spoken[2:]))
+
+
+def is_degenerate(reply, answer):
+    """Does a reply repeat itself: three words in a row more than twice, or a character six times?
+
+    What the right answer repeats as often is fine: a plan may name one thing in every step.
+    """
+    right = word_groups(answer)
+    repeats = any(n > max(2, right[group]) for group, n in word_groups(reply).items())
+    return repeats or re.search(r"(\S)\1{5}", reply) is not None
 
 
 # ---- how sure a rate is

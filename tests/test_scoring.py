@@ -93,9 +93,12 @@ def test_wilson_interval():
     assert wilson(0, 50)[0] == 0
 
 
-def test_replies_that_go_round_in_circles():
-    assert is_degenerate("move the gripper, move the gripper, move the gripper,")
-    assert is_degenerate("1. the grippppppp")
-    assert not is_degenerate("move the gripper, move the gripper away")
-    assert not is_degenerate('{"bbox_2d": [11, 20, 100, 111], "label": "red cube"}')
-    assert not is_degenerate("")
+def test_replies_that_repeat_themselves():
+    assert is_degenerate("move the gripper, move the gripper, move the gripper,", "yes")
+    assert is_degenerate("1. the grippppppp", "1. the gripper")
+    assert not is_degenerate("move the gripper, move the gripper away", "yes")
+    assert not is_degenerate('{"bbox_2d": [11, 20, 100, 111], "label": "red cube"}', "{}")
+    assert not is_degenerate("", "yes")
+    plan = "1. lift the blue ball 2. carry the blue ball 3. set the blue ball down"
+    assert not is_degenerate(plan, plan)
+    assert is_degenerate(plan + " 4. lift the blue ball", plan)
