@@ -150,7 +150,10 @@ class Demonstrations:
         self.train = np.setdiff1d(rows, np.concatenate(self.held_out))
 
     def find_partners(self, counts):
-        """(R,) for each row the one of the layout's other command at the same step, or itself."""
+        """(R,) for each row the one of the layout's other command at the same step.
+
+        Itself where there is none, or only one that is held out.
+        """
         first = np.cumsum([0, *counts])  # row of each episode's first frame
         layouts = {}
         for i, episode in enumerate(self.episodes):
@@ -160,7 +163,7 @@ class Demonstrations:
             for i, j in zip(members, members[1:] + members[:1]):
                 frames = np.arange(counts[i]).clip(max=counts[j] - 1)
                 partner[first[i] : first[i + 1]] = first[j] + frames
-        return partner
+        return np.where(np.isin(partner, self.train), partner, np.arange(len(partner)))
 
     def numbers(self, rows):
         """state (n, S) and action (n, T, A) of rows (n,); zeros where a robot has fewer numbers."""
@@ -204,10 +207,12 @@ class Demonstrations:
         """
         rng = np.random.default_rng([seed, step])
         rows = rng.choice(self.train, batch_size)
-        # every second row is the other command of the one before it, at the same moment: what tells
-        # the two apart is the words, and early in the episode nothing else
+        # The second half are the other commands of the first half's layouts, at the same step: early
+        # in an episode only the words tell the two apart. Rows without one leave theirs as drawn.
         half = len(rows) // 2
-        rows[half : 2 * half] = self.partner[rows[:half]]
+        first = rows[:half]
+        other = self.partner[first]
+        rows[half : 2 * half] = np.where(other == first, rows[half : 2 * half], other)
         order = np.argsort(self.embodiment[rows], kind="stable")
         return rows[order]
 
