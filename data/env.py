@@ -22,10 +22,10 @@ import numpy as np
 
 from cli import UserError, choose
 from data import seeds
-from data.families import COLORS, FAMILIES, STILL, arrange, instruct
+from data.families import FAMILIES, STILL, arrange, instruct, table_of
 from data.robots import get_robot
 from data.simulator import Camera, mujoco
-from data.tasks import MAX_STEPS, TASKS, reachable, resize
+from data.tasks import MAX_STEPS, RGBA, TASKS, reachable, resize
 
 CONTROL_HZ = 20
 SUBSTEPS = 20  # of the physics, 2.5 ms each
@@ -38,11 +38,7 @@ INITIAL_NOISE = 0.02  # rad on every joint, as ManiSkill
 VARIED = 0.6
 MOVED = 0.5
 CROWDED = 0.3
-CROWD = {
-    "purple cube": (0.55, 0.15, 0.65, 1),
-    "orange cube": (1, 0.5, 0.05, 1),
-    "white cube": (0.95, 0.95, 0.95, 1),
-}
+CROWD = ("purple", "orange", "white")
 PERTURBATIONS = (  # what an evaluation changes, each alone
     "lighting",  # half the light, from the other side
     "table",  # a gray-blue table top
@@ -204,7 +200,7 @@ class TabletopEnv:
         self.scene = task  # a task or a family
         self.family = FAMILIES.get(task)
         self.task = TASKS.get(task)  # of a family's scenes, that of the command
-        self.roles = {}  # {name in the task: body}, where they differ
+        self.roles = {}  # {name in the task: body} of the command
         self.render = render
         self.perturbation = choose(perturbation, ["", *PERTURBATIONS], "perturbation")
         if self.family and perturbation in ("outside", "distractor"):
@@ -242,28 +238,23 @@ class TabletopEnv:
         restore_looks(self.model, self.original)
         if self.family:
             self.table = arrange(self.family, self.robot, rng, new)
-            self.paint()
-            layout = self.table.layout
         else:
-            layout = self.task.spawn(self.robot, rng)
-        layout = self.perturb(seed, layout)
+            self.table = table_of(self.task, self.robot, rng)
+        self.paint()
+        layout = self.perturb(seed, self.table.layout)
         for name, (position, yaw) in layout.items():
             self.place(name, position, yaw)
         noise = rng.normal(0, INITIAL_NOISE, self.robot.dof)
         rest = [*(self.robot.home + noise), self.robot.travel]
         self.set_arm(self.robot.clip(rest))
         mujoco.mj_forward(self.model, self.data)
-        if self.family:
-            self.start = {body: self.position(body) for body in self.family.bodies}
-            self.give(command)
+        self.start = {body: self.position(body) for body in layout}
+        self.give(command)
+        words = rng
+        if self.family:  # the layout's other command draws its own
             words = seeds.rng(seed, "command", command)
-            self.instruction = instruct(self.table, self.command, words, self.held_out)
-        else:
-            wordings = self.task.instructions + self.task.paraphrases
-            if self.held_out:
-                wordings = self.task.held_out
-            self.instruction = wordings[rng.integers(len(wordings))]
-        self.instruction = instruction or self.instruction
+        sentence = instruct(self.table, self.command, words, self.held_out)
+        self.instruction = instruction or sentence
         self.steps = 0  # control steps of this episode
         self.clipped = {"limits": 0, "speed": 0}
         self.sensor = seeds.rng(seed, "sensor")  # its noise goes on from step to step
@@ -282,7 +273,7 @@ class TabletopEnv:
         """Give the things of a family's scene their colors."""
         for name, color in self.table.colors.items():
             geoms = self.model.geom_bodyid == self.model.body(name).id
-            self.model.geom_rgba[geoms] = COLORS[color]
+            self.model.geom_rgba[geoms] = RGBA[color]
 
     def succeeded(self):
         """Is the command done, and has nothing moved that it does not name?"""
@@ -319,8 +310,7 @@ class TabletopEnv:
             turn_camera(model, rng, far)
             if rng.random() < CROWDED and not self.family:
                 add_spare(self.robot, layout, rng)
-                colors = list(CROWD.values())
-                model.geom("clutter0").rgba[:] = rng.choice(colors)
+                model.geom("clutter0").rgba[:] = RGBA[rng.choice(CROWD)]
         return layout
 
     def step(self, action):

@@ -1,4 +1,4 @@
-"""Scenes in which several things can be done, so that only the words say which.
+"""Tables and the commands that can be given at them; scenes in which only the words say which.
 
     which_cube    three cubes and a marker: pick one of them
     which_way     two cubes, each with a target ahead and a target behind: push or pull one of them
@@ -6,6 +6,8 @@
     which_bin     two balls and two bins: put one ball into one bin
     peg_or_cube   a peg, two cubes and a marker: stand the peg up, or pick a cube
     mixed         two cubes, a marker, a ball and a bin: whatever the tasks allow
+
+A task that has its table to itself is the same with one command (`table_of`).
 
 A command is one of the six tasks (data/tasks.py) on some of the things that lie there: its `roles`
 say which body stands for the task's cube, goal and so on. It is done when the task is, and nothing
@@ -21,20 +23,16 @@ from itertools import permutations, product
 
 import numpy as np
 
-from data.tasks import BLUE, GREEN, PEG_RADIUS, RED, TASKS, reachable
+from data.tasks import PEG_RADIUS, RGBA, TASKS, reachable
 
-COLORS = {
-    "red": RED,
-    "green": GREEN,
-    "blue": BLUE,
-    "yellow": (0.95, 0.85, 0.1, 1),
-    "purple": (0.55, 0.15, 0.65, 1),
-    "orange": (1, 0.5, 0.05, 1),
-    "white": (0.95, 0.95, 0.95, 1),
-}
 BIN_COLORS = ("white", "red", "green", "yellow", "purple")
 BALL_COLORS = ("blue", "red", "green", "yellow", "orange")
 GAP = 0.088  # m between the centers of neighbors: room for the open fingers
+CUBES = ("cube0", "cube1", "cube2")
+BALLS = ("ball0", "ball1")
+BINS = ("bin0", "bin1")
+TARGETS = ("target0", "target1", "target2", "target3")  # ahead of two cubes, then behind them
+
 STILL = 0.03  # m that whatever a command does not name may move
 CLEAR = 0.03  # m between a thing and the next, if "left" or "nearest" is to tell them apart
 RELATIONS = 0.25  # share of things that are named by where they lie
@@ -119,12 +117,12 @@ def scatter(robot, rng, boxes, gap=GAP):
             return points
 
 
-def near(x, y, width=0.12, depth=0.18):
-    """A box around (x, y)."""
-    return (x - width, y - depth), (x + width, y + depth)
+def box(x, y, half_x=0.12, half_y=0.18):
+    """Lowest and highest corner of a box around (x, y)."""
+    return (x - half_x, y - half_y), (x + half_x, y + half_y)
 
 
-ANYWHERE = near(0, 0)
+ANYWHERE = box(0, 0)
 
 
 def colored(rng, bodies, colors):
@@ -132,11 +130,18 @@ def colored(rng, bodies, colors):
     return dict(zip(bodies, rng.permutation(list(colors)).tolist()))
 
 
-def lying(rng, names, points, height=0.02):
-    """{body: (position, yaw)} of things that stand on the table, turned anyhow."""
-    return {
-        name: ((x, y, height), rng.uniform(0, 2 * np.pi)) for name, (x, y) in zip(names, points)
-    }
+def turned(rng, cubes, points):
+    """{body: (position, yaw)} of cubes on the table, turned anyhow."""
+    layout = {}
+    for cube, (x, y) in zip(cubes, points):
+        yaw = rng.uniform(0, 2 * np.pi)
+        layout[cube] = ((x, y, 0.02), yaw)
+    return layout
+
+
+def straight(bodies, points, height):
+    """{body: (position, yaw)} of what is not turned, its center at `height`."""
+    return {body: ((x, y, height), 0.0) for body, (x, y) in zip(bodies, points)}
 
 
 def floating(robot, rng, point):
@@ -162,84 +167,75 @@ def places(balls, bins):
 
 
 def which_cube(robot, rng):
-    cubes = ("cube0", "cube1", "cube2")
     *points, goal = scatter(robot, rng, [ANYWHERE] * 4)
-    layout = lying(rng, cubes, points)
+    layout = turned(rng, CUBES, points)
     layout["marker0"] = floating(robot, rng, goal)
-    return Table(layout, colored(rng, cubes, COLORS), picks(cubes))
+    return Table(layout, colored(rng, CUBES, RGBA), picks(CUBES))
 
 
 def which_way(robot, rng):
-    cubes = ("cube0", "cube1")
-    boxes = [near(0, 0.135, 0.05, 0.025), near(0, -0.135, 0.05, 0.025)]
-    layout = {}
+    cubes = CUBES[:2]
+    boxes = [box(0, 0.135, 0.05, 0.025), box(0, -0.135, 0.05, 0.025)]
+    points = scatter(robot, rng, boxes)
+    layout = straight(cubes, points, 0.02)
+    for way, targets in ((1, TARGETS[:2]), (-1, TARGETS[2:])):
+        # 0.5 mm up, so that the rings are seen
+        layout |= straight(targets, points + (way * 0.2 * robot.scale, 0), 0.0005)
     commands = []
-    for i, (x, y) in enumerate(scatter(robot, rng, boxes)):
-        layout[f"cube{i}"] = ((x, y, 0.02), 0.0)
-        for task, target, way in (
-            ("PushCube", f"target{i}", 1),
-            ("PullCube", f"target{i + 2}", -1),
-        ):
-            # 0.5 mm up, so that the rings are seen
-            layout[target] = ((x + way * 0.2 * robot.scale, y, 0.0005), 0.0)
-            commands.append(Command(task, {"cube": f"cube{i}", "goal": target}))
-    return Table(layout, colored(rng, cubes, COLORS), commands)
+    for cube, ahead, behind in zip(cubes, TARGETS[:2], TARGETS[2:]):
+        commands.append(Command("PushCube", {"cube": cube, "goal": ahead}))
+        commands.append(Command("PullCube", {"cube": cube, "goal": behind}))
+    return Table(layout, colored(rng, cubes, RGBA), commands)
 
 
 def which_stack(robot, rng):
-    cubes = ("cube0", "cube1", "cube2")
-    layout = lying(rng, cubes, scatter(robot, rng, [ANYWHERE] * 3))
-    return Table(layout, colored(rng, cubes, COLORS), stacks(cubes))
+    layout = turned(rng, CUBES, scatter(robot, rng, [ANYWHERE] * 3))
+    return Table(layout, colored(rng, CUBES, RGBA), stacks(CUBES))
 
 
 def which_bin(robot, rng):
-    balls = ("ball0", "ball1")
-    bins = ("bin0", "bin1")
-    boxes = [near(-0.08, 0, 0.05)] * 2 + [near(0.06, 0, 0.05)] * 2
+    # balls nearer to the robot than bins
+    boxes = [box(-0.08, 0, 0.05)] * 2 + [box(0.06, 0, 0.05)] * 2
     points = scatter(robot, rng, boxes)
-    layout = {}
-    for ball, (x, y) in zip(balls, points[:2]):
-        layout[ball] = ((x, y, 0.02), 0.0)
-    for bin_, (x, y) in zip(bins, points[2:]):
-        layout[bin_] = ((x, y, 0.0025), 0.0)
-    colors = colored(rng, balls, BALL_COLORS) | colored(rng, bins, BIN_COLORS)
-    return Table(layout, colors, places(balls, bins))
+    layout = straight(BALLS, points[:2], 0.02)
+    layout |= straight(BINS, points[2:], 0.0025)
+    colors = colored(rng, BALLS, BALL_COLORS) | colored(rng, BINS, BIN_COLORS)
+    return Table(layout, colors, places(BALLS, BINS))
 
 
 def peg_or_cube(robot, rng):
-    cubes = ("cube0", "cube1")
+    cubes = CUBES[:2]
     # the peg lies along x on one side, the cubes on the other
     side = rng.choice([-1, 1])
-    boxes = [near(0, 0.1 * side, 0.06, 0.03)]
-    boxes += [near(0, -0.09 * side, 0.1, 0.08)] * 3
+    boxes = [box(0, 0.1 * side, 0.06, 0.03)]
+    boxes += [box(0, -0.09 * side, 0.1, 0.08)] * 3
     peg, *points, goal = scatter(robot, rng, boxes)
-    layout = lying(rng, cubes, points)
+    layout = turned(rng, cubes, points)
     layout["peg0"] = ((*peg, PEG_RADIUS), 0.0)
     layout["marker0"] = floating(robot, rng, goal)
     commands = [Command("LiftPegUpright", {"peg": "peg0"}), *picks(cubes)]
-    return Table(layout, colored(rng, cubes, COLORS), commands)
+    return Table(layout, colored(rng, cubes, RGBA), commands)
 
 
 def mixed(robot, rng):
-    cubes = ("cube0", "cube1")
+    cubes = CUBES[:2]
     *points, ball, bin_, goal = scatter(robot, rng, [ANYWHERE] * 5, 0.08)
-    layout = lying(rng, cubes, points)
-    layout["ball0"] = ((*ball, 0.02), 0.0)
-    layout["bin0"] = ((*bin_, 0.0025), 0.0)
+    layout = turned(rng, cubes, points)
+    layout |= straight(BALLS[:1], [ball], 0.02)
+    layout |= straight(BINS[:1], [bin_], 0.0025)
     layout["marker0"] = floating(robot, rng, goal)
-    colors = colored(rng, cubes, COLORS)
-    colors |= colored(rng, ["ball0"], BALL_COLORS) | colored(rng, ["bin0"], BIN_COLORS)
-    commands = picks(cubes) + stacks(cubes) + places(["ball0"], ["bin0"])
+    colors = colored(rng, cubes, RGBA)
+    colors |= colored(rng, BALLS[:1], BALL_COLORS)
+    colors |= colored(rng, BINS[:1], BIN_COLORS)
+    commands = picks(cubes) + stacks(cubes) + places(BALLS[:1], BINS[:1])
     return Table(layout, colors, commands)
 
 
-CUBES = ("cube0", "cube1", "cube2")
-TARGETS = ("target0", "target1", "target2", "target3")
 FAMILIES = {
     "which_cube": Family("which_cube", (*CUBES, "marker0"), which_cube),
     "which_way": Family("which_way", (*CUBES[:2], *TARGETS), which_way),
     "which_stack": Family("which_stack", CUBES, which_stack),
-    "which_bin": Family("which_bin", ("ball0", "ball1", "bin0", "bin1"), which_bin),
+    "which_bin": Family("which_bin", (*BALLS, *BINS), which_bin),
     "peg_or_cube": Family("peg_or_cube", (*CUBES[:2], "peg0", "marker0"), peg_or_cube),
     "mixed": Family("mixed", (*CUBES[:2], "ball0", "bin0", "marker0"), mixed),
 }
@@ -261,6 +257,13 @@ def arrange(family, robot, rng, new=False):
         if not new and len(seen) > 1:
             table.commands = seen
             return table
+
+
+def table_of(task, robot, rng):
+    """The Table of a task that has it to itself: its bodies are called as their roles."""
+    layout = task.spawn(robot, rng)
+    roles = {body: body for body in layout}
+    return Table(layout, {}, [Command(task.name, roles)])
 
 
 # ---- in words
@@ -300,6 +303,9 @@ def relations(table, body):
 def instruct(table, command, rng, held_out=False):
     """A sentence for a command, in one of the task's wordings."""
     task = TASKS[command.task]
+    if len(table.commands) == 1:  # nothing has to be told from anything else
+        wordings = task.held_out if held_out else task.instructions + task.paraphrases
+        return wordings[rng.integers(len(wordings))]
     wordings = task.held_out_commands if held_out else task.commands
     sentence = wordings[rng.integers(len(wordings))]
     names = {}

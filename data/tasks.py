@@ -22,9 +22,15 @@ from pathlib import Path
 
 import numpy as np
 
-RED = (1, 0, 0, 1)
-GREEN = (0, 1, 0, 1)
-BLUE = (0.0471, 0.1647, 0.6275, 1)
+RGBA = {
+    "red": (1, 0, 0, 1),
+    "green": (0, 1, 0, 1),
+    "blue": (0.0471, 0.1647, 0.6275, 1),
+    "yellow": (0.95, 0.85, 0.1, 1),
+    "purple": (0.55, 0.15, 0.65, 1),
+    "orange": (1, 0.5, 0.05, 1),
+    "white": (0.95, 0.95, 0.95, 1),
+}
 PEG_LENGTH = 0.12  # half length, m
 PEG_RADIUS = 0.025  # half width, m
 MAX_STEPS = 200  # control steps of an episode

@@ -55,7 +55,7 @@ from data.expert import (
 )
 from data.robots import ROBOTS, get_kinematics, get_robot
 from data.simulator import mujoco
-from data.tasks import BLUE, GREEN, RED, TASKS
+from data.tasks import RGBA, TASKS
 from files import atomic, read_json, reading, write_json
 from jobs import run_jobs
 from nano.questions import CATEGORIES, CAUSES, COLORS, STEPS, Asker, equalise
@@ -64,8 +64,7 @@ GRID = 8  # patches a side of nano's ViT
 PATCH = IMAGE_SIZE // GRID
 PICTURE = (IMAGE_SIZE, IMAGE_SIZE, 3)
 CLASSES = ["nothing", "gripper", *COLORS]
-SPARE = {"yellow cube": (0.95, 0.85, 0.1, 1), **CROWD}
-SPARE |= {"red cube": RED, "green cube": GREEN, "blue cube": BLUE}  # where the task has none itself
+SPARE = ("yellow", *CROWD, "red", "green", "blue")  # colors of spare cubes, where the task has none
 GRASPABLE = [label for label in COLORS if "cube" in label or label in ("blue ball", "peg")]
 CLUTTER = 3  # spare cubes at most
 MOST_QUESTIONS = 10
@@ -180,7 +179,7 @@ def grasp_point(env, label, body):
 
 def add_cubes(env, bodies, rng):
     """Put spare cubes on the table, where nothing lies, and into bodies {label: body}."""
-    others = [label for label in SPARE if label not in bodies]
+    others = [f"{color} cube" for color in SPARE if f"{color} cube" not in bodies]
     taken = [env.position(body)[:2] for body in bodies.values()]
     for i, label in enumerate(rng.permutation(others)[: rng.integers(CLUTTER + 1)].tolist()):
         # on the table before the arm, whose reach the scale follows (m)
@@ -188,7 +187,7 @@ def add_cubes(env, bodies, rng):
         if np.linalg.norm(xy - taken, axis=1).min() > 0.07:
             body = f"clutter{i}"
             env.place(body, (*xy, 0.02), rng.uniform(0, np.pi))
-            env.model.geom(body).rgba[:] = SPARE[label]
+            env.model.geom(body).rgba[:] = RGBA[label.split()[0]]
             bodies[label] = body
             taken.append(xy)
 
