@@ -216,7 +216,7 @@ def play(job):
         blm, env, seed, instruction=instruction, command=command, other=1 - command, new=new
     )
     row = {"robot": robot, "family": family, "seed": seed, "kind": kind, "command": command}
-    row |= {"task": env.task.name, "instruction": env.instruction, "held_out": env.held_out}
+    row["held_out"] = env.held_out
     return number, row | {"success": result["success"], "other": result["other"]}
 
 
@@ -277,8 +277,14 @@ def told(what, config):
     cells = defaultdict(dict)
     for robot, family in itertools.product(robots, families):
         cell = [row for row in rows if (row["robot"], row["family"]) == (robot, family)]
-        cells[robot][family] = told_figures(cell)
-    return {**total, "families": tables, "cells": cells, "episodes": rows}
+        failures = [row for row in cell if row["kind"] == "told" and not row["success"]]
+        figures = told_figures(cell)
+        cells[robot][family] = {
+            "done": figures["done"],
+            "pairs": figures["pairs"],
+            "failures": [f"{row['seed']} command {row['command']}" for row in failures],
+        }
+    return {**total, "families": tables, "cells": cells}
 
 
 def percent(figure):

@@ -33,9 +33,7 @@ from rollout import EXECUTE_STEPS, draw_episode
 @dataclass
 class SampleConfig:
     robot: str = "widowx"  # panda, xarm6, xarm7 or widowx
-    task: str = (
-        "PickCube"  # or PushCube, ..., or a scene with several things to do: which_cube, ...
-    )
+    task: str = "PickCube"  # a task, or a family of scenes with several, such as which_cube
     command: int = 0  # which of such a scene's commands is given
     instruction: str = ""  # what to tell the robot; empty: one of the task's own wordings
     seed: int = 1_000_001  # layout of the first episode; demonstrations use seeds below 1,000,000

@@ -51,7 +51,7 @@ class TrainConfig(RunConfig):
     start: str = ""  # model folder whose policy to begin with
     cache: str = "out/intents"  # folder for the language model's hidden states
     robots: str = "all"  # comma-separated robots to learn from, or all
-    tasks: str = "all"  # comma-separated tasks to learn from, or all
+    tasks: str = "all"  # comma-separated tasks and families of scenes to learn from, or all
     demonstrations: int = 0  # episodes of each robot and task, those of the lowest seeds; 0: all
     sizes: str = "nano"  # of the policy: nano or gr00t (policy.py)
     intent_layer: int = 0  # LLM block whose hidden states carry the intent; 0: that of --sizes

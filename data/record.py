@@ -66,7 +66,7 @@ ADVICE = "delete it and record again"
 @dataclass
 class RecordConfig:
     robots: str = "all"  # comma-separated robots, or all
-    tasks: str = "all"  # comma-separated tasks and families of scenes, or all
+    tasks: str = "all"  # comma-separated tasks, or all six; families of scenes by name
     episodes: int = 100  # successful episodes for each robot and each of these
     seed: int = 0  # first layout seed
     workers: int = 2  # processes
@@ -152,7 +152,9 @@ def record(config, demonstrate=data.expert.demonstrate, maker="expert", first_se
     Returns {cell: seeds that failed}.
     """
     robots = choose_many(config.robots, ROBOTS, "robot")
-    scenes = choose_many(config.tasks, [*TASKS, *FAMILIES], "task")
+    scenes = list(TASKS)
+    if config.tasks != "all":
+        scenes = choose_many(config.tasks, [*TASKS, *FAMILIES], "task")
     at_least(config, 1, "episodes", "workers")
     at_least(config, 0, "seed", "noise")
     end = config.seed + TRIES * config.episodes + 20
@@ -247,7 +249,7 @@ def ensure(folder):
     config = RecordConfig(workers=os.cpu_count() or 1)
     finished = Path(folder, "failures.json").exists()  # it is written last
     if Path(folder) == Path(config.out) and not finished:
-        print(f"too few demonstrations in {folder}: recording them, 10 to 20 minutes")
+        print(f"too few demonstrations in {folder}: recording them, a few minutes")
         record(config)
 
 

@@ -46,8 +46,7 @@ case $budget in
 esac
 stage1="$train -m nano.train --dtype $dtype"
 
-tasks=PickCube,PushCube,PullCube,StackCube,PlaceSphere,LiftPegUpright
-once demonstrations python -m data.record --tasks $tasks --workers "$workers"
+once demonstrations python -m data.record --workers "$workers"
 once scenes_data python -m nano.scenes --workers "$workers"
 once instructions python -m nano.instructions
 once look $stage1 --preset look --steps 900 $(resume out/look)

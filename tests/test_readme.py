@@ -152,11 +152,28 @@ def test_figures_of_experts_and_of_no_words_come_from_the_result_files():
 TOLD = ("done", "pairs", "new_wordings", "new_combination", "neutral", "no_words", "other")
 
 
-def test_figures_of_scenes_with_several_commands_come_from_the_result_file():
-    found = result("told.json")
-    for name, figures in [*found["families"].items(), ("all", found)]:
+def test_figures_of_scenes_with_several_commands_come_from_the_result_files():
+    shipped = result("told.json")
+    listening = result("told-block-5.json")
+    rows = {"shipped": shipped, "block 5": listening, **listening["families"]}
+    for name, figures in rows.items():
         texts = [percent(figures[figure]["rate"], 1) for figure in TOLD]
         assert row(RESULTS, name) == [name, *texts]
+    assert (
+        f"does {percent(shipped['done']['rate'], 1)}% of {shipped['done']['n']} commands" in README
+    )
+    cells = result("physical-block-5.json")
+    assert f"{percent(cells['mean'], 1)}% of {cells['episodes']} episodes" in RESULTS
+
+
+def test_figures_off_the_templates_come_from_the_result_file():
+    files = result("off_template.json")["files"]
+    templates, off = (files[f"out/off/{name}.jsonl"]["means"] for name in ("val", "off_template"))
+    text = " ".join(RESULTS.split())
+    assert f"nano answers {percent(templates['model'], 1)}% of the 17 categories" in text
+    assert f"and {percent(off['model'], 1)}% off them" in text
+    noise = f"{percent(templates['blind'], 1)}% and {percent(off['blind'], 1)}%"
+    assert f"shown noise, {noise}. {percent(off['degenerate'], 1)}% of the replies" in text
 
 
 def test_digital_figures_come_from_the_result_file():
