@@ -119,5 +119,7 @@ def test_a_command_that_is_not_there_is_told():
     env = TabletopEnv("panda", "which_bin", render=False)
     with pytest.raises(UserError, match="command 9: this scene has"):
         env.reset(0, command=9)
+    with pytest.raises(UserError, match="command 1: this scene has 1"):
+        TabletopEnv("panda", "PickCube", render=False).reset(0, command=1)
     with pytest.raises(UserError, match="outside is for a task"):
         TabletopEnv("panda", "which_bin", perturbation="outside")
