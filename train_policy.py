@@ -57,7 +57,7 @@ class TrainConfig(RunConfig):
     intent_layer: int = 0  # LLM block whose hidden states carry the intent; 0: that of --sizes
     use_intent: bool = True  # off: what a robot can do by its state alone, for comparison
     future_loss: bool = True  # off: without it, for comparison
-    waypoint_loss: bool = True  # off: without it, for comparison
+    waypoint_loss: bool = False  # the intent must say where the tool goes: for several commands
     steps: int = 7000  # optimizer steps
     batch_size: int = 64  # rows a step, over all processes
     lr: float = 3e-3  # peak learning rate
