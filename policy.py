@@ -10,8 +10,8 @@
                                                                                            decoder
                                                                         velocity (B, T, A) ◄──┘
 
-From the intent's mean a linear layer must also say where the tool will be T, 2 T, 3 T and 4 T steps
-later. It is for training alone, and no part of BLM1: what a command means shows in where the hand
+With the waypoint loss a linear layer must also say, from the intent's mean, where the tool will be T,
+2 T, 3 T and 4 T steps later. It is for training alone, and no part of BLM1: what a command means shows in where the hand
 goes, seconds before it shows in a chunk.
 
 One set of weights drives several robots: only the encoders and the decoder are a robot's own.
@@ -65,9 +65,7 @@ class PolicyConfig:
     num_future_tokens: int = 8  # M; each predicts the mean of N / M intent tokens
     future_layer: int = 4  # future tokens are read behind this many blocks: 3/4, as FLARE
     future_loss_weight: float = 0.2  # FLARE's
-    num_waypoints: int = (
-        4  # W: where the tool will be after T, 2 T, ... steps, read from the intent
-    )
+    num_waypoints: int = 4  # W: places of the tool after T, 2 T, ... steps, read from the intent
     waypoint_loss_weight: float = 1.0
     use_intent: bool = True  # without: what a robot can do by its state alone, to compare with
 
