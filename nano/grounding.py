@@ -11,6 +11,8 @@ linear heads, which only training has, read
   Digits follow soon after, and comparisons, which hardly come by themselves. Asked at the top and
   two blocks below, so that these have something to compare.
 * from each option of a choice, its letter and whether it is the answer.
+* from the hidden states of block k, where a command stands before the pictures (commands.py), which
+  patches show what it moves and where that goes; from the last token, where both are.
 
 In: rows whose records have "grounding" (scenes.py) and questions (questions.py). A place is x and
 y in patches from the picture's center, and depth in decimeters minus 6: errors of like size. NaN
@@ -48,6 +50,7 @@ MOMENTS = 4  # this and all behind it
 ANSWER_WEIGHT = 0.3  # of each part, beside the words' own loss; at 1 they drown them
 L1 = {"beta": 0.1}  # a tenth of a patch, or a centimeter, is near enough for squares
 CELLS = itertools.product(range(GRID), repeat=2)
+ROLES = 3  # of a patch in a command: neither, what is moved, where it goes
 LATTICE = np.array([(x + 0.5, y + 0.5) for y, x in CELLS]) - GRID / 2  # (64, 2), patches' places
 
 
@@ -161,7 +164,24 @@ def question_targets(question, scene, ids, labels, tokenizer):
     return tokens, numbers, weights
 
 
+def command_targets(command, V):
+    """(roles (V, 64), places (2, 3)) of a row's command; unknown and NaN of a row without one."""
+    roles = np.full((V, GRID**2), UNKNOWN)
+    places = np.full((2, 3), np.nan)
+    if command:
+        for v, letters in enumerate(command["roles"]):
+            roles[v] = [ord(letter) - ord("A") for letter in letters]
+        for i, place in enumerate(command["places"]):
+            places[i] = to_place(place) if place else np.nan
+    return roles, places
+
+
 # ---- heads and losses
+
+
+def weight_of(classes):
+    """How much patches of these classes count in all."""
+    return (classes > 0).sum() + NOTHING_WEIGHT * (classes == 0).sum()
 
 
 class Grounding(nn.Module):
@@ -177,7 +197,8 @@ class Grounding(nn.Module):
         self.merge = config.vision_config.spatial_merge_size
         self.intent_layer = intent_layer
         self.num_layers = intent_layer if pictures_only else None
-        self.names = ["patches_vit", "patches_llm"] + ["answers"] * (not pictures_only)
+        self.names = ["patches_vit", "patches_llm", "commands"]
+        self.names += ["answers"] * (not pictures_only)
         # where comparisons still have blocks before them
         self.below = max(intent_layer, config.num_hidden_layers - 2)
 
@@ -187,11 +208,14 @@ class Grounding(nn.Module):
         # relative places from each, places in the picture from block k alone
         self.vit = head(config.vision_config.hidden_size, C + 3)
         self.llm = head(config.hidden_size, self.merge**2 * (C + 5))
+        self.role = head(config.hidden_size, self.merge**2 * ROLES)
+        self.place = head(config.hidden_size, 6)
         self.answer = nn.ModuleList([head(config.hidden_size, NUMBERS) for _ in range(2)])
 
     def targets(self, rows, batch):
         """Of packed rows: patch_class (P,) and patch_place (P, 5), of which the ViT learns three;
-        answer_token (N,), answer_number (N, NUMBERS), answer_weight (N,)."""
+        answer_token (N,), answer_number (N, NUMBERS), answer_weight (N,); patch_role (P,),
+        last_token (rows,) and command_place (rows, 2, 3)."""
         grids = batch.get("image_grid_thw", torch.zeros(0))
         if any(tuple(grid) != (1, GRID, GRID) for grid in grids.tolist()):
             raise UserError(f"these heads need pictures of {GRID} x {GRID} patches")
@@ -201,10 +225,13 @@ class Grounding(nn.Module):
         tokens = []
         numbers = [np.zeros((0, NUMBERS))]
         weights = []
+        ends = []
+        commands = [command_targets(row.record.get("command"), len(row.media)) for row in rows]
         stop = 0  # where a row ends among the packed tokens
         for row, scene, lengths in zip(rows, scenes, batch["segments"]):
             questions = row.record.get("questions", [])
             stop += sum(lengths)
+            ends.append(stop - 1)
             lengths = lengths[len(lengths) - len(questions) :]  # without the stem
             start = stop - sum(lengths)
             for question, length in zip(questions, lengths):
@@ -220,6 +247,9 @@ class Grounding(nn.Module):
         return {
             "patch_class": torch.tensor(classes).flatten(),  # (V, 64) to (P,)
             "patch_place": torch.tensor(offsets).flatten(0, 1).float(),  # (V, 64, 5) to (P, 5)
+            "patch_role": torch.tensor(np.concatenate([roles for roles, _ in commands])).flatten(),
+            "last_token": torch.tensor(ends),
+            "command_place": torch.tensor(np.array([places for _, places in commands])).float(),
             "answer_token": torch.tensor(tokens, dtype=torch.long),
             "answer_number": torch.tensor(np.concatenate(numbers)).float(),
             "answer_weight": torch.tensor(weights),
@@ -227,13 +257,21 @@ class Grounding(nn.Module):
 
     def count(self, batch):
         """What losses are divided by: patches by weight, those near the center of what they show,
-        and of each of PARTS the tokens that learn it, by weight."""
-        classes = batch["patch_class"]
-        shares = [(classes > 0).sum() + NOTHING_WEIGHT * (classes == 0).sum()]
+        patches in a command by weight, numbers of its places, and of each of PARTS the tokens that
+        learn it, by weight."""
+        shares = [weight_of(batch["patch_class"])]
         shares.append(batch["patch_place"][:, 0].isfinite().sum())
+        shares.append(weight_of(batch["patch_role"]))
+        shares.append(batch["command_place"].isfinite().sum())
         for part in batch["answer_number"].split(PARTS, 1):
             shares.append(batch["answer_weight"][part.isfinite().any(1)].sum())
         return [float(share) for share in shares]
+
+    def to_patches(self, tokens):
+        """Numbers of image tokens (P / m², m² c) as numbers of their patches (P, c)."""
+        m = self.merge
+        sizes = {"a": m, "b": m, "h": GRID // m, "w": GRID // m}
+        return rearrange(tokens, "(n h w) (a b c) -> (n h a w b) c", **sizes)
 
     def read_patches(self, out, batch):
         """{"vit", "llm"}: classes (P, C) and places (P, 3 or 5) of all patches in reading order."""
@@ -241,10 +279,7 @@ class Grounding(nn.Module):
             return {}
         images = batch["input_ids"] == self.image_token
         tokens = self.llm(out.hidden_states[self.intent_layer][images])  # (P / m², m² (C + 5))
-        m = self.merge
-        sizes = {"a": m, "b": m, "h": GRID // m, "w": GRID // m}
-        llm = rearrange(tokens, "(n h w) (a b c) -> (n h a w b) c", **sizes)  # (P, C + 5)
-        read = {"vit": self.vit(out.patch_features), "llm": llm}
+        read = {"vit": self.vit(out.patch_features), "llm": self.to_patches(tokens)}
         return {name: part.tensor_split([C], 1) for name, part in read.items()}
 
     def read_answers(self, out, batch):
@@ -254,6 +289,13 @@ class Grounding(nn.Module):
         hidden = out.hidden_states[self.below], out.hidden_states[-1]
         return [head(h[0, batch["answer_token"]]) for head, h in zip(self.answer, hidden)]
 
+    def read_commands(self, out, batch):
+        """Roles of patches (P, ROLES), and places (rows, 2, 3) read from the last tokens."""
+        hidden = out.hidden_states[self.intent_layer]
+        roles = self.to_patches(self.role(hidden[batch["input_ids"] == self.image_token]))
+        places = self.place(hidden[0, batch["last_token"]])
+        return roles, places.unflatten(1, (2, 3))
+
     def losses(self, out, batch, totals):
         """A batch's share of a step's losses, by name: cross-entropy of classes and smooth L1 of
         places, twice; smooth L1 of what answers and options know, logistic of right and wrong."""
@@ -261,6 +303,13 @@ class Grounding(nn.Module):
         losses = dict.fromkeys(self.names, out.hidden_states[0].new_zeros(()))
         weight = torch.ones(C, device=batch["patch_class"].device)
         weight[0] = NOTHING_WEIGHT
+        if out.patch_features is not None:
+            roles, places = self.read_commands(out, batch)
+            truth = batch["command_place"]
+            what = F.cross_entropy(roles, batch["patch_role"], weight[:ROLES], reduction="sum")
+            known = truth.isfinite()
+            where = F.smooth_l1_loss(places[known], truth[known], **L1, reduction="sum")
+            losses["commands"] = what / totals[2] + where / totals[3]
         for name, (classes, places) in self.read_patches(out, batch).items():
             truth = batch["patch_place"][:, : places.shape[1]]
             what = F.cross_entropy(classes, batch["patch_class"], weight, reduction="sum")
@@ -274,7 +323,7 @@ class Grounding(nn.Module):
             # logistic: half a hint is worth something, which L1 denies
             error[:, RIGHT] = F.softplus(-read[:, RIGHT] * truth[:, RIGHT])
             error = error * known
-            parts = zip(error.split(PARTS, 1), known.split(PARTS, 1), totals[2:])
+            parts = zip(error.split(PARTS, 1), known.split(PARTS, 1), totals[4:])
             for part, there, total in parts:
                 mean = part.sum(1) / there.sum(1).clamp(min=1)  # (N,)
                 share = (mean * batch["answer_weight"]).sum() / total
@@ -290,6 +339,13 @@ class Grounding(nn.Module):
             hit = classes.argmax(1) == batch["patch_class"]
             figures[f"center_error_px_{name}"] = error[error.isfinite()]
             figures[f"object_accuracy_{name}"] = hit[shows].float()
+        if out.patch_features is not None:
+            roles, places = self.read_commands(out, batch)
+            truth = batch["patch_role"]
+            meant = truth > 0
+            figures["role_accuracy"] = (roles.argmax(1) == truth)[meant].float()
+            error = (places - batch["command_place"])[..., :2].norm(dim=-1) * PATCH
+            figures["command_error_px"] = error[error.isfinite()]
         for read in self.read_answers(out, batch)[1:]:  # the head at the top
             truth = batch["answer_number"]
             error = (read - truth)[:, :2].norm(dim=1) * PATCH

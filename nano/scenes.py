@@ -53,6 +53,7 @@ from data.expert import (
     quarter_turn,
     tool_rotation,
 )
+from data.families import BALL_COLORS, BIN_COLORS
 from data.robots import ROBOTS, get_kinematics, get_robot
 from data.simulator import mujoco
 from data.tasks import RGBA, TASKS
@@ -63,7 +64,9 @@ from nano.questions import CATEGORIES, CAUSES, COLORS, STEPS, Asker, equalise
 GRID = 8  # patches a side of nano's ViT
 PATCH = IMAGE_SIZE // GRID
 PICTURE = (IMAGE_SIZE, IMAGE_SIZE, 3)
-CLASSES = ["nothing", "gripper", *COLORS]
+MORE = [f"{color} ball" for color in BALL_COLORS] + [f"{color} bin" for color in BIN_COLORS[1:]]
+# what a patch may show: what questions name, then what only commands do; weights rest on the order
+CLASSES = ["nothing", "gripper", *dict.fromkeys([*COLORS, *MORE])]
 SPARE = ("yellow", *CROWD, "red", "green", "blue")  # colors of spare cubes, where the task has none
 GRASPABLE = [label for label in COLORS if "cube" in label or label in ("blue ball", "peg")]
 CLUTTER = 3  # spare cubes at most
@@ -98,33 +101,44 @@ def project(env, view, point):
     return half + focal * x / depth, half - focal * y / depth, depth
 
 
+def classes_of(env, geoms, numbers):
+    """(128, 128) the class of each pixel of a segmentation; numbers {id of a body: its class}."""
+    of_geom = [numbers.get(body, 0) for body in env.model.geom_bodyid]
+    return np.array([*of_geom, 0])[geoms]  # geom -1 is the sky
+
+
+def patches_of(classes, number, first):
+    """64 letters: of so many classes the one that each patch shows. From `first` on they are objects."""
+    # (128, 128) to a row of pixels for each patch, in reading order
+    tiles = rearrange(classes, "(y a) (x b) -> (y x) (a b)", a=PATCH, b=PATCH)
+    counts = (tiles[..., None] == np.arange(number)).sum(1)  # (64, C)
+    counts[:, 0] = 4  # four pixels of an object are enough to name a patch
+    counts[:, first:] *= 4  # and objects matter more than fingers in front of them
+    return "".join(chr(ord("A") + number) for number in counts.argmax(1))
+
+
 def look(env, view, bodies):
     """(picture, its grounding for the record, how things show for the Asker).
 
-    bodies {label: name of its body}; the last {label: (x1, y1, x2, y2, how many pixels, x, y)}.
+    bodies {name of a body: label}; the last {label: (x1, y1, x2, y2, how many pixels, x, y)}. Of
+    things that share a label it says which patches show one, and no center.
     """
-    # the class of each body, of each geom, of each pixel
-    numbers = {env.model.body(body).id: CLASSES.index(label) for label, body in bodies.items()}
+    numbers = {env.model.body(body).id: CLASSES.index(label) for body, label in bodies.items()}
     for side in ("left", "right"):
         numbers[env.model.body(f"{side}_finger").id] = 1  # gripper
-    of_geom = [numbers.get(body, 0) for body in env.model.geom_bodyid]
-    classes = np.array([*of_geom, 0])[env.draw(view, segmentation=True)]  # geom -1 is the sky
-    # (128, 128) to a row of pixels for each patch, in reading order
-    tiles = rearrange(classes, "(y a) (x b) -> (y x) (a b)", a=PATCH, b=PATCH)
-    counts = (tiles[..., None] == np.arange(len(CLASSES))).sum(1)  # (64, C)
-    counts[:, 0] = 4  # four pixels of an object are enough to name a patch
-    counts[:, 2:] *= 4  # and objects matter more than fingers in front of them
+    classes = classes_of(env, env.draw(view, segmentation=True), numbers)
     centers = {"gripper": project(env, view, env.data.site_xpos[env.tcp])}
     seen = {}
-    for label in sorted(bodies):  # in the order of CLASSES
+    labels = list(bodies.values())
+    for body, label in sorted(bodies.items(), key=lambda item: item[1]):
         ys, xs = np.nonzero(classes == CLASSES.index(label))
-        if len(xs):
-            centers[label] = project(env, view, env.position(bodies[label]))
+        if len(xs) and labels.count(label) == 1:
+            centers[label] = project(env, view, env.position(body))
             # a box ends behind its last pixel
             corners = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
             seen[label] = (*map(int, corners), len(xs), *centers[label][:2])
     grounding = {
-        "patches": "".join(chr(ord("A") + number) for number in counts.argmax(1)),
+        "patches": patches_of(classes, len(CLASSES), first=2),
         "objects": {label: np.round(center, 4).tolist() for label, center in centers.items()},
         "opening": round(env.data.qpos[env.robot.dof] / env.robot.travel, 4),
     }
@@ -157,7 +171,8 @@ def picture(env, seed, rng, asker):
     mujoco.mj_forward(env.model, env.data)
     pose_arm(env, bodies, rng)
     views = VIEWS if rng.random() < 0.7 else VIEWS[:1]  # the front alone is what clips show
-    shots = [look(env, view, bodies) for view in views]
+    things = {body: label for label, body in bodies.items()}
+    shots = [look(env, view, things) for view in views]
     seen = {view: shown for view, (_, _, shown) in zip(views, shots)}
     asker.arm(env.robot, [get_robot(name).display_name for name in ROBOTS])
     where = {label: env.position(body) for label, body in bodies.items()}
@@ -301,7 +316,7 @@ def clips(env, seed, rng, asker):
         for question in questions:  # all depend on all that the task is about
             question["labels"] = list(bodies)
         if questions:
-            shots = [replay(env, qpos[int(t)], bodies) for t in times]
+            shots = [replay(env, qpos[int(t)], env.task.labels) for t in times]
             scenes.append(scene(env, shots, questions, rng))
 
     label = next(iter(bodies))

@@ -1,0 +1,264 @@
+"""nano's pictures for acting: scenes with commands, and which patches show what each command means.
+
+    python -m nano.commands --scenes 24000 --workers 2        writes out/commands in about 10 minutes
+
+A policy reads a command and two pictures, and no answer is ever written there. So these rows have
+no answer either: Stage I learns from them what each patch shows *for this command*, in the hidden
+states that the policy will read. A line of train.jsonl or val.jsonl:
+
+    {"images": ["train/panda-which_cube-000/12-0.png", ...], front and wrist,
+     "grounding": as in scenes.py,
+     "commands": [{"instruction", "roles": [64 letters of each picture: A neither, B what is moved,
+                                            C where it goes],
+                   "places": [[x, y, depth] of both in the front picture, or null]}, ...],
+     "robot", "scene"}
+
+Half of the pictures are of a layout with the arm anywhere, half of moments while the expert works.
+Every command that the scene allows may be asked of each, but for the combinations that are kept out
+of training (data/new_combinations.json).
+"""
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from cli import UserError, at_least, parse, run
+from data import seeds
+from data.conversations import Row
+from data.env import VIEWS, TabletopEnv
+from data.expert import Infeasible, control_steps
+from data.families import FAMILIES, instruct
+from data.robots import ROBOTS
+from data.simulator import mujoco
+from data.tasks import MAX_STEPS, RGBA, TASKS
+from files import atomic, read_json, reading, write_json
+from jobs import run_jobs
+from nano.scenes import classes_of, look, patches_of, pose_arm, project
+
+SHARD = 100  # scenes of one job
+MOMENTS = 3  # pictures of one attempt of the expert
+ASKED = 4  # commands of a scene, at most
+SCENES = [*TASKS, *FAMILIES]
+
+
+@dataclass
+class CommandsConfig:
+    scenes: int = 24000  # pairs of pictures, spread over all robots, tasks and families
+    seed: int = 0  # first layout seed
+    workers: int = 2  # processes
+    out: str = "out/commands"  # folder
+
+
+# ---- scenes
+
+
+def labels_of(env):
+    """{body: what people call it} of all that lies there."""
+    if not env.family:
+        labels = dict(env.task.labels)
+    else:
+        labels = {body: env.table.label(body) for body in env.table.layout}
+        # as the plain task's, which is white
+        labels = {body: label.replace("white bin", "bin") for body, label in labels.items()}
+    if "clutter0" in env.start:  # a spare cube
+        rgba = env.model.geom("clutter0").rgba
+        color = next(name for name, known in RGBA.items() if np.allclose(rgba, known, atol=1e-3))
+        labels["clutter0"] = f"{color} cube"
+    return labels
+
+
+def moments(env, seed, rng):
+    """Bring the env to a few moments of a layout: yields once at each."""
+    env.reset(seed)
+    if rng.random() < 0.5:
+        bodies = {label: body for body, label in labels_of(env).items()}
+        for _ in range(MOMENTS):
+            env.reset(seed)
+            pose_arm(env, bodies, rng)
+            yield
+        return
+    env.reset(seed, command=int(rng.integers(len(env.table.commands))))
+    path = [env.data.qpos.copy()]
+    try:
+        for _, target, _ in itertools.islice(control_steps(env), MAX_STEPS):
+            _, _, done, late, _ = env.step(target)
+            path.append(env.data.qpos.copy())
+            if done or late:
+                break
+    except Infeasible:  # what it did so far will do
+        pass
+    last = len(path) - 1
+    for t in [*rng.integers(last, size=MOMENTS - 1), last]:
+        env.data.qpos[:] = path[t]
+        env.data.qvel[:] = 0
+        mujoco.mj_forward(env.model, env.data)
+        yield
+
+
+def ask(env, command, views, words):
+    """What a command means in the pictures whose segmentation is `views` {view: geom ids}."""
+    bodies = list(command.roles.values())
+    labels = labels_of(env)
+    numbers = {env.model.body(body).id: i for i, body in enumerate(bodies, start=1)}
+    roles = []
+    for geoms in views.values():
+        classes = classes_of(env, geoms, numbers)
+        roles.append(patches_of(classes, 1 + len(bodies), first=1))
+    env.give(env.table.commands.index(command))
+    places = [np.round(project(env, "front", env.position(role)), 4).tolist() for role in env.roles]
+    return {
+        "task": command.task,
+        "things": [labels[body] for body in bodies],
+        "done": bool(env.succeeded()),
+        "instruction": instruct(env.table, command, words),
+        "roles": roles,
+        "places": places + [None] * (2 - len(places)),
+    }
+
+
+def scenes_of(env, seed):
+    """Records of a seed; their images are still arrays."""
+    rng = seeds.rng(seed, "scene")
+    records = []
+    for _ in moments(env, seed, rng):
+        labels = labels_of(env)
+        shots = [look(env, view, labels) for view in VIEWS]
+        views = {view: env.draw(view, segmentation=True) for view in VIEWS}
+        order = rng.permutation(len(env.table.commands))[:ASKED]
+        commands = [ask(env, env.table.commands[i], views, rng) for i in order]
+        images, grounding, _ = zip(*shots)
+        record = {"images": images, "grounding": grounding, "commands": commands}
+        record["things"] = sorted(set(labels.values()))
+        records.append({**record, "robot": env.robot.name, "scene": env.scene})
+    return records
+
+
+# ---- files
+
+
+def make_shard(job):
+    """Write the pictures of a shard, then its lines; returns how many they are."""
+    part, robot, scene, first, count = job
+    if part.exists():
+        return count
+    env = TabletopEnv(robot, scene, render=False, varied="all")
+    records = []
+    for seed in itertools.count(first):
+        records += scenes_of(env, seed)
+        if len(records) >= count:
+            break
+    env.close()
+    folder = part.parent.parent
+    with atomic(part) as lines, open(lines, "w") as file:
+        for number, record in enumerate(records[:count]):
+            paths = [part.with_suffix("") / f"{number}-{i}.png" for i in range(len(VIEWS))]
+            for path, image in zip(paths, record["images"]):
+                with atomic(path) as temporary:
+                    Image.fromarray(image).save(temporary, compress_level=1)
+            record["images"] = [str(path.relative_to(folder)) for path in paths]
+            file.write(json.dumps(record) + "\n")
+    return count
+
+
+def jobs_of(config):
+    """{split: [(part, robot, scene, first seed, scenes)]}, as many of each cell."""
+    jobs = {"train": [], "val": []}
+    cells = list(itertools.product(SCENES, ROBOTS))
+    each = -(-config.scenes // len(cells))
+    for scene, robot in cells:
+        for i in range(-(-each // SHARD)):
+            part = Path(config.out, "train", f"{robot}-{scene}-{i:03d}.jsonl")
+            count = min(SHARD, each - SHARD * i)
+            jobs["train"].append((part, robot, scene, config.seed + SHARD * i, count))
+        part = Path(config.out, "val", f"{robot}-{scene}-000.jsonl")
+        jobs["val"].append((part, robot, scene, seeds.FIRST_VALIDATION, max(4, each // 20)))
+    return jobs
+
+
+def make(config):
+    """Render what is missing; the result does not depend on the number of workers."""
+    at_least(config, 1, "scenes", "workers")
+    at_least(config, 0, "seed")
+    path = Path(config.out) / "made.json"
+    settings = {"scenes": config.scenes, "seed": config.seed}
+    if path.exists():
+        before = read_json(path, "delete it")
+        if before | settings != before:
+            raise UserError(f"{path.parent} holds other scenes: choose another --out, or delete it")
+        if before.get("finished"):
+            return
+    write_json(path, settings)
+    jobs = jobs_of(config)
+    shards = list(itertools.chain(*jobs.values()))
+    with tqdm(total=sum(count for *_, count in shards), unit="scene") as bar:
+        for count in run_jobs(make_shard, shards, config.workers):
+            bar.update(count)
+    for split, parts in jobs.items():
+        with atomic(path.with_name(f"{split}.jsonl")) as temporary, open(temporary, "w") as file:
+            for part, *_ in parts:
+                file.write(part.read_text())
+    write_json(path, {**settings, "finished": True})
+    for part, *_ in shards:
+        part.unlink()
+
+
+@dataclass
+class Commands:
+    """The scenes of a split as rows, a source of train_sft.py: a row is a command, then pictures."""
+
+    folder: str
+    split: str = "train"
+
+    def __post_init__(self):
+        self.path = Path(self.folder) / f"{self.split}.jsonl"
+        with reading(self.path, f"make it with `python -m nano.commands --out {self.folder}`"):
+            self.records = [json.loads(line) for line in self.path.read_text().splitlines()]
+
+    def validation(self):
+        return Commands(self.folder, "val")
+
+    def __len__(self):
+        return len(self.records)
+
+    def name(self, i):
+        return f"{self.path}, line {i + 1}"
+
+    def texts(self):
+        for record in self.records:
+            for command in record["commands"]:
+                yield command["instruction"]
+
+    def media(self, record):
+        """A record's pictures, as rows have them."""
+        media = []
+        for name in record["images"]:
+            with Image.open(self.path.parent / name) as image:
+                media.append(("image", image.convert("RGB")))
+        return media
+
+    def row(self, i, seed=None):
+        """A Row; seed (of the run, number of the row) draws which of its commands."""
+        record = self.records[i]
+        commands = record["commands"]
+        number = i if seed is None else np.random.default_rng([seed[0], 3, seed[1]]).integers(12)
+        command = commands[number % len(commands)]
+        media = self.media(record)
+        text = {"type": "text", "text": command["instruction"]}
+        content = [text, *({"type": kind} for kind, _ in media)]
+        about = {"grounding": record["grounding"], "command": command}
+        return Row([[{"role": "user", "content": content}]], media, about)
+
+
+def main():
+    config = parse(CommandsConfig, description="Render scenes with commands for Stage I.")
+    make(config)
+    print(f"scenes in {config.out}: train.jsonl, val.jsonl and their pictures")
+
+
+if __name__ == "__main__":
+    run(main)
