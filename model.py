@@ -38,7 +38,7 @@ from processor import Processor
 from vlm import VLM
 
 VIEWS = ("front", "wrist")  # in the order of the prompt
-VERSION = 3  # of policy.json; 2 had no waypoint head
+VERSION = 4  # of policy.json; 2 had no waypoint head, 2 and 3 read pictures before words
 LARGEST_STATE = 10  # rad, m: no joint turns so far, but a state in degrees does
 # for whoever reads policy.json; the frames are in data/robots.py
 STATE = "joint angles (rad), finger (m), TCP position (m), first two columns of its rotation"
@@ -55,9 +55,9 @@ class BLM:
         self.training = training or {}
         self.device = next(vlm.parameters()).device
 
-    def prompt(self, images, texts, side="right"):
+    def prompt(self, images, texts, **options):
         """The processor's inputs for pictures and a text a row, on the model's device."""
-        batch = self.processor.prompt(images, texts, side)
+        batch = self.processor.prompt(images, texts, **options)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     # ---- digital space
@@ -100,9 +100,11 @@ class BLM:
 
         Hidden states (B, L, Dc) behind block k and their mask (B, L) bool; later blocks do not run.
         The one place where the prompt for acting is made: `act` and data/demonstrations.py
-        call it. num_layers is k where there is no policy yet.
+        call it. num_layers is k where there is no policy yet. The instruction comes first:
+        attention is causal, and what a patch shows matters less than what it is for.
         """
-        batch = self.prompt(images, instructions)
+        text_first = self.policy is None or self.policy.config.text_first
+        batch = self.prompt(images, instructions, text_first=text_first)
         if self.policy is not None:  # before the network runs
             self.policy.check_length(batch["input_ids"].shape[1])
         k = num_layers or self.policy.config.intent_layer
@@ -333,7 +335,9 @@ def load_policy(folder, vlm, processor):
     about = read_json(path, advice)
     with reading(path, advice):
         version = about["version"]
-        assert version in (2, VERSION), f"format version {version}, this code reads {VERSION}"
+        assert version in (2, 3, VERSION), f"format version {version}, this code reads {VERSION}"
+        if version < VERSION:
+            about["config"]["text_first"] = False
         if version == 2:  # a head that only training needs begins anew
             about["config"] |= {"num_waypoints": 4, "waypoint_loss_weight": 1.0}
             head = waypoint_head(PolicyConfig(**about["config"])).state_dict()

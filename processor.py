@@ -397,10 +397,12 @@ class Processor:
         self.tokenizer.save_pretrained(folder)
         self.image.save_pretrained(folder)
 
-    def prompt(self, images, texts, side="right"):
+    def prompt(self, images, texts, side="right", text_first=False):
         """Pictures and a text for each row, as user turns that wait for an answer: model inputs.
 
         images: a list a row, of pictures and of videos (lists of frames). Padded on one side.
+        text_first: the text stands before the pictures, so that what is computed of these depends
+        on it.
         """
         kinds = []
         for row in images:  # whoever calls tells a video by its being a list
@@ -410,7 +412,8 @@ class Processor:
         grids = iter(grids)  # row after row
         rows = []
         for row, text in zip(kinds, texts, strict=True):
-            content = [{"type": kind} for kind in row] + [{"type": "text", "text": text}]
+            content = [{"type": kind} for kind in row]
+            content.insert(0 if text_first else len(row), {"type": "text", "text": text})
             messages = [{"role": "user", "content": content}]
             rows.append(chat(self.tokenizer, messages, grids, self.image.merge_size)[0])
         padded = collate(rows, self.tokenizer.special["<|endoftext|>"], side)

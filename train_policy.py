@@ -136,8 +136,8 @@ def evaluate(policy, demos, cfg, device):
 
 def sizes(config):
     """A PolicyConfig without what changes no weight's shape: a policy may move to another block."""
-    free = {"intent_layer": 0, "future_loss_weight": 0.0, "waypoint_loss_weight": 0.0}
-    return vars(config) | free
+    free = {"intent_layer": 0, "text_first": True}
+    return vars(config) | free | {"future_loss_weight": 0.0, "waypoint_loss_weight": 0.0}
 
 
 def load_models(cfg, config, device):
@@ -147,6 +147,7 @@ def load_models(cfg, config, device):
     blocks = blm.vlm.config.num_hidden_layers
     if config.intent_layer > blocks:
         raise UserError(f"--intent_layer {config.intent_layer}: {folder} has {blocks} blocks")
+    blm.policy = None  # another one's: it may read another block, or another prompt
     # frozen: what a policy reads today it must read tomorrow
     blm.vlm.requires_grad_(False)
     blm.device = device  # where shards will be

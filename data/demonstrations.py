@@ -69,6 +69,7 @@ def cache_path(folder, episode):
     """A name made of all that an episode's hidden states depend on, but for the model."""
     # the checksum covers the pictures too: a mended episode is another one
     words = f"{episode.path.name} {episode.instruction} {episode.checksum} {FRAME_STRIDE}"
+    words += " text first"  # older files were of prompts with the pictures first
     digest = hashlib.sha256(words.encode()).hexdigest()
     return folder / f"{digest[:16]}.safetensors"
 

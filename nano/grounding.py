@@ -212,6 +212,25 @@ class Grounding(nn.Module):
         self.place = head(config.hidden_size, 6)
         self.answer = nn.ModuleList([head(config.hidden_size, NUMBERS) for _ in range(2)])
 
+    def load(self, tensors):
+        """Take over the heads of an earlier stage, which may know fewer things and no commands.
+
+        What they did not know stays at random: classes are only ever added behind the others.
+        """
+        weights = self.state_dict()
+        for name, tensor in tensors.items():
+            new = weights[name]
+            if tensor.shape == new.shape:
+                new.copy_(tensor)
+                continue
+            places = 3 if name.startswith("vit") else 5  # numbers behind the classes
+            groups = 1 if name.startswith("vit") else self.merge**2
+            old = tensor.unflatten(0, (groups, -1))
+            new = new.unflatten(0, (groups, -1))  # a view
+            known = old.shape[1] - places
+            new[:, :known] = old[:, :known]
+            new[:, -places:] = old[:, -places:]
+
     def targets(self, rows, batch):
         """Of packed rows: patch_class (P,) and patch_place (P, 5), of which the ViT learns three;
         answer_token (N,), answer_number (N, NUMBERS), answer_weight (N,); patch_role (P,),

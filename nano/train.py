@@ -26,7 +26,9 @@ from cli import UserError, at_least, parse, run
 from data.conversations import Conversations
 from data.mixture import Source
 from files import read_json, reading
-from nano import instructions, scenes
+from nano import commands, instructions, scenes
+from nano.command_questions import CommandQuestions
+from nano.commands import Commands, CommandsConfig
 from nano.grounding import Grounding
 from nano.instructions import InstructionsConfig
 from nano.scenes import Scenes, ScenesConfig
@@ -44,6 +46,7 @@ class StageConfig(RunConfig):
     """The flags of one stage."""
 
     scenes: str = "out/corpus"  # folder of scenes
+    commands: str = "out/commands"  # folder of scenes with commands
     instructions: str = "out/general"  # folder of instructions
     out: str = "out/sft"  # folder for the model
     backbone: str = "out/scenes"  # start from this folder; empty: from nothing
@@ -54,6 +57,8 @@ class StageConfig(RunConfig):
     questions: int = 5  # at most so many questions of a scene in a step, drawn anew each time
     blind: float = 0.15  # share of scenes with noise for pictures
     share: float = 1.0  # rows of scenes for each of instructions
+    told: float = 1.0  # rows that a command stands before, as a policy reads them, likewise
+    asked: float = 0.5  # rows that ask about commands, likewise
     pictures_only: bool = False  # ask nothing, and run k blocks alone
     intent_layer: int = 3  # k: the LLM block that the second head, and later the policy, reads
     frozen_blocks: int = 3  # LLM blocks, with the ViT: a policy that reads them stays valid
@@ -86,16 +91,24 @@ def make_data(cfg):
         scenes.make(ScenesConfig(out=cfg.scenes, workers=os.cpu_count() or 1))
     if not (Path(cfg.instructions) / "probes.jsonl").exists():
         instructions.make(InstructionsConfig(out=cfg.instructions))
+    if not (Path(cfg.commands) / "val.jsonl").exists():
+        commands.make(CommandsConfig(out=cfg.commands, workers=os.cpu_count() or 1))
 
 
 def open_sources(cfg):
     """The rows of a stage. UserError on what they lack."""
     rows = Scenes(cfg.scenes, "train", cfg.categories, cfg.questions, cfg.blind, cfg.pictures_only)
     sources = [Source("scenes", rows, cfg.share, rows.validation())]
-    if not cfg.pictures_only:
-        replay = Conversations(Path(cfg.instructions) / "train.jsonl")
-        sources.append(Source("instructions", replay))
-    return sources
+    if cfg.told:
+        told = Commands(cfg.commands)
+        sources.append(Source("commands", told, cfg.told, told.validation()))
+    if cfg.pictures_only:
+        return sources
+    if cfg.asked:
+        asked = CommandQuestions(cfg.commands)
+        sources.append(Source("command_questions", asked, cfg.asked, asked.validation()))
+    replay = Conversations(Path(cfg.instructions) / "train.jsonl")
+    return [*sources, Source("instructions", replay)]
 
 
 def learn_tokenizer(cfg):
@@ -123,7 +136,7 @@ def train_stage(cfg):
     learned = Path(cfg.backbone) / "heads.safetensors"
     if cfg.backbone and learned.exists():  # new ones would undo in a hundred steps what is learned
         with reading(learned):
-            heads.load_state_dict(load_file(learned))
+            heads.load(load_file(learned))
     with trainer.claim_out(cfg):
         processor.tokenizer.save_pretrained(cfg.out)  # before a first checkpoint needs it
         return train(cfg, model, processor, open_sources(cfg), heads)
