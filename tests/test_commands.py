@@ -1,0 +1,130 @@
+"""Scenes with commands: patches know what is meant, questions about commands have true answers."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data import seeds
+from data.env import TabletopEnv
+from nano import command_questions, commands
+from nano.command_questions import Asker, CommandQuestions, absent, is_new, plain
+from nano.commands import Commands, CommandsConfig, jobs_of, make_shard, scenes_of
+from nano.scenes import GRID, PATCH
+
+
+@pytest.fixture(scope="module")
+def records():
+    env = TabletopEnv("widowx", "mixed", render=False, varied="all")
+    scenes = []
+    for seed in range(3):
+        scenes += scenes_of(env, seed)
+    env.close()
+    return scenes
+
+
+def test_roles_lie_where_the_things_are(records):
+    near = 0
+    for record in records:
+        for command in record["commands"]:
+            letters = np.array([*command["roles"][0]]).reshape(GRID, GRID)
+            for letter, place in zip("BC", command["places"]):
+                ys, xs = np.nonzero(letters == letter)
+                if not len(xs):  # the arm hides it, or it is out of sight
+                    continue
+                distance = np.hypot(xs * PATCH + 8 - place[0], ys * PATCH + 8 - place[1])
+                assert distance.min() < 3 * PATCH
+                near += 1
+    assert near > 20
+
+
+def test_the_same_picture_means_another_thing_for_another_command(records):
+    commands = records[0]["commands"]
+    assert len(commands) > 1
+    assert len({str(command["roles"]) for command in commands}) == len(commands)
+
+
+def test_no_combination_is_asked_that_training_must_not_show(records):
+    for record in records:
+        for command in record["commands"]:
+            assert not is_new(command["task"], command["things"])
+
+
+def test_some_command_is_done_when_the_expert_is(records):
+    assert any(command["done"] for record in records for command in record["commands"])
+
+
+def test_questions_are_true(records):
+    rng = np.random.default_rng(0)
+    asked = {kind: 0 for kind in command_questions.KINDS}
+    for record in records * 4:
+        for question in Asker(record, rng).all_kinds():
+            asked[question["category"]] += 1
+            answer = question["answer"]
+            if answer.startswith("no: there is no "):
+                thing = answer.removeprefix("no: there is no ")
+                assert thing not in record["things"] and thing in question["question"]
+            if question["category"] == "meant":
+                assert answer in record["things"]
+            if question["category"] == "goal":
+                assert answer.startswith("1. ") and " 2. " in answer
+            if question["form"] == "point":
+                x, y = json.loads(answer)["point_2d"]
+                assert [x, y] == question["place"]
+    assert min(asked.values()) > 0
+
+
+def test_a_goal_lists_its_commands_in_their_order():
+    cubes = {"task": "StackCube", "things": ["red cube", "green cube"], "instruction": "a", "done": False}
+    ball = {"task": "PlaceSphere", "things": ["blue ball", "red bin"], "instruction": "b", "done": False}
+    record = {"commands": [cubes, ball], "things": []}
+    for seed in range(20):
+        asker = Asker(record, np.random.default_rng(seed))
+        asker.pick = lambda choices: choices[5] if choices[0].startswith("{0}") else choices[0]
+        asker.goal([cubes, ball])
+        [question] = asker.questions
+        first, second = question["answer"].removeprefix("1. ").split(" 2. ")
+        words = {plain("StackCube", cubes["things"]): "a", plain("PlaceSphere", ball["things"]): "b"}
+        # "{1}, but first {0}"
+        text = question["question"]
+        before = max(text.find(f"but first {words[first]}"), text.find(f"but first {first}"))
+        assert before > 0 and second in words
+
+
+def test_what_is_absent_is_of_the_same_kind(records):
+    rng = np.random.default_rng(0)
+    for record in records:
+        for command in record["commands"]:
+            things, missing = absent(record, command, rng)
+            if missing:
+                assert missing not in record["things"]
+                changed = [a for a, b in zip(command["things"], things) if a != b]
+                assert [thing.split()[-1] for thing in changed] == [missing.split()[-1]]
+
+
+def test_a_folder_reads_as_rows_of_both_kinds(tmp_path, records):
+    config = CommandsConfig(scenes=1, out=str(tmp_path))
+    part, robot, scene, first, _ = jobs_of(config)["train"][0]
+    part.parent.mkdir(parents=True)
+    make_shard((part, robot, scene, first, 4))
+    text = part.read_text()
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    told = Commands(str(tmp_path))
+    row = told.row(0, (0, 5))
+    kinds = [item["type"] for item in row.conversations[0][0]["content"]]
+    assert kinds == ["text", "image", "image"] and len(row.media) == 2
+    assert row.record["command"]["instruction"] == row.conversations[0][0]["content"][0]["text"]
+    asked = CommandQuestions(str(tmp_path))
+    row = asked.row(0, (0, 5))
+    assert len(row.conversations) == len(row.record["questions"]) <= 4
+    assert asked.row(1, (0, 5)).conversations == asked.row(1, (0, 5)).conversations
+    held_out = asked.validation().row(1).record["questions"]
+    assert all(question["held_out"] for question in held_out)
+
+
+def test_validation_has_layouts_of_its_own():
+    jobs = jobs_of(CommandsConfig(scenes=14400))
+    train = {seed for *_, seed, _ in jobs["train"]}
+    assert max(train) + 100 < seeds.FIRST_VALIDATION <= min(seed for *_, seed, _ in jobs["val"])
+    assert commands.SCENES == list(dict.fromkeys(scene for _, _, scene, _, _ in jobs["train"]))
