@@ -4,6 +4,7 @@
     python eval.py physical         the policy, instructed in wordings that it was not trained on
     python eval.py perturbations    the policy again, with one thing of the scene changed at a time
     python eval.py told             scenes with several things to do, played with different commands
+    python eval.py plan             goals of two and three commands: written down, carried out, judged
     python eval.py digital          questions about pictures, beside chance and beside noise
 
 Layout seeds start beyond those of every demonstration; the same seeds give the same table. Results
@@ -24,15 +25,17 @@ import numpy as np
 from tqdm import tqdm, trange
 
 from cli import UserError, at_least, choose, choose_many, parse, pick_device, run
+from data import seeds
 from data.conversations import Conversations
 from data.env import CONTROL_HZ, PERTURBATIONS, TabletopEnv
 from data.expert import demonstrate
-from data.families import FAMILIES
+from data.families import FAMILIES, instruct, plain, sequence
 from data.robots import ROBOTS
 from data.scoring import is_degenerate, is_right, wilson
 from data.seeds import FIRST_EVALUATION, FIRST_TOLD
 from data.tasks import TASKS
 from files import read_json, reading, writable, write_json
+from goal import carry_out, pictures, write_plan
 from jobs import run_jobs
 from rollout import EXECUTE_STEPS, jerk, robots_of, rollout
 
@@ -70,6 +73,18 @@ class ToldConfig:
     weights: str = "weights/nano"  # checkpoint folder
     device: str = "auto"  # auto, cpu, cuda or mps
     out: str = ""  # result file; default out/results/told.json
+
+
+@dataclass
+class PlanConfig:
+    robots: str = "all"  # comma-separated robots, or all
+    families: str = "which_way,which_bin,peg_or_cube,mixed"  # whose commands can follow each other
+    scenes: int = 10  # of each robot, family and number of commands
+    seed: int = FIRST_TOLD  # first layout seed
+    workers: int = 2  # processes
+    weights: str = "weights/nano"  # checkpoint folder
+    device: str = "auto"  # auto, cpu, cuda or mps
+    out: str = ""  # result file; default out/results/plan.json
 
 
 @dataclass
@@ -287,6 +302,61 @@ def told(what, config):
     return {**total, "families": tables, "cells": cells}
 
 
+# ---- goals of several commands
+
+
+def pursue(job):
+    """A goal of a scene, in a process of its own: (the job's number, what came of it, or None)."""
+    number, config, robot, family, seed, length = job
+    env = make_env(robot, family, render=False)
+    blm = load(config.weights, config.device)
+    env.reset(seed)
+    rng = seeds.rng(seed, "command", length)
+    commands = sequence(env.table, length, rng)
+    if not commands:
+        return number, None
+    goal = ", then ".join(instruct(env.table, command, rng) for command in commands)
+    steps = write_plan(blm, pictures(env), goal)
+    walk = carry_out(blm, env, steps)
+    done = []
+    for command in commands:
+        env.begin(env.table.commands.index(command))
+        step = next(walk, None)
+        done.append(step is not None and env.succeeded())
+        judged = step is not None and step.outcome == "done"
+        if not judged:
+            break
+    row = {"robot": robot, "family": family, "seed": seed, "length": length, "goal": goal}
+    row["planned"] = steps == [plain(env.table, command) for command in commands]
+    row["first"] = done[0]
+    row["done"] = len(done) == length and all(done)
+    row["judged_right"] = judged == done[-1]
+    return number, row
+
+
+def plan_goals(what, config):
+    """Goals written down as commands, carried out and judged by the model. The result as a dict."""
+    at_least(config, 1, "scenes", "workers")
+    at_least(config, 0, "seed")
+    families = choose_many(config.families, FAMILIES, "family")
+    config.device = str(pick_device(config.device))
+    robots = robots_of(load(config.weights, config.device), config.robots)
+    layouts = range(config.seed, config.seed + config.scenes)
+    jobs = enumerate(itertools.product([config], robots, families, layouts, (2, 3)))
+    jobs = [(number, *job) for number, job in jobs]
+    done = tqdm(run_jobs(pursue, jobs, config.workers), total=len(jobs), unit="goal")
+    rows = [row for _, row in sorted(done, key=lambda item: item[0]) if row]
+    lines = []
+    figures = {}
+    for length in (2, 3):
+        own = [row for row in rows if row["length"] == length]
+        kinds = ("planned", "first", "done", "judged_right")
+        figures[length] = {kind: rate(row[kind] for row in own) for kind in kinds}
+        lines.append([f"{length} commands", len(own), *map(percent, figures[length].values())])
+    print_table(["goals of", "number", *figures[2]], lines)
+    return {"lengths": figures, "goals": rows}
+
+
 def percent(figure):
     return "" if figure["rate"] is None else f"{100 * figure['rate']:.1f}"
 
@@ -397,6 +467,7 @@ def print_table(head, rows):
 
 KINDS = {kind: (physical, PhysicalConfig) for kind in ("expert", "physical", "perturbations")}
 KINDS["told"] = (told, ToldConfig)
+KINDS["plan"] = (plan_goals, PlanConfig)
 KINDS["digital"] = (digital, DigitalConfig)
 
 

@@ -12,6 +12,10 @@ One scene, two commands:
     python sample.py --task which_cube --command 0
     python sample.py --task which_cube --command 1
 
+Several commands, which the model writes down, carries out and judges itself:
+
+    python sample.py --task mixed --goal "put the ball into the bin, then stack the left cube on the right cube"
+
 A question about the rendered scene, or about any picture:
 
     python sample.py --ask "Where is the red cube in the front view? Give a point."
@@ -19,15 +23,19 @@ A question about the rendered scene, or about any picture:
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
 
 from cli import UserError, at_least, choose, parse, pick_device, run
-from data.env import TabletopEnv
+from data.env import CONTROL_HZ, TabletopEnv
 from data.families import FAMILIES
 from data.media import load_image
 from data.robots import ROBOTS
 from data.tasks import TASKS
 from files import writable
-from rollout import EXECUTE_STEPS, draw_episode
+from goal import carry_out, pictures, write_plan
+from rollout import EXECUTE_STEPS, FRAMES_EVERY, GIF_SIZE, draw_episode, save_gif
 
 
 @dataclass
@@ -36,6 +44,7 @@ class SampleConfig:
     task: str = "PickCube"  # a task, or a family of scenes with several, such as which_cube
     command: int = 0  # which of such a scene's commands is given
     instruction: str = ""  # what to tell the robot; empty: one of the task's own wordings
+    goal: str = ""  # several commands in a sentence: the model plans them, then acts
     seed: int = 1_000_001  # layout of the first episode; demonstrations use seeds below 1,000,000
     episodes: int = 1  # episodes, with seeds counting up
     out: str = "out"  # folder for the GIFs
@@ -54,6 +63,28 @@ def act(blm, config):
     for seed in range(config.seed, config.seed + config.episodes):
         path, outcome = draw_episode(blm, env, seed, config.out, **options)
         print(f"{env.robot.display_name}: {env.instruction}\n  {outcome}, drawn in {path}")
+
+
+def pursue(blm, config):
+    """Print the plan that the model makes of config.goal, and each step as it ends; draw a GIF."""
+    env = TabletopEnv(config.robot, config.task, render=False)
+    env.reset(config.seed)
+    commands = write_plan(blm, pictures(env), config.goal)
+    print(f"{env.robot.display_name}: {config.goal}")
+    if not commands:
+        print("  the model lists no commands")
+    frames = []
+
+    def draw():
+        if env.steps % FRAMES_EVERY == 0:
+            frames.append(env.draw("render", GIF_SIZE, pretty=True))
+
+    for step in carry_out(blm, env, commands, config.execute_steps, draw):
+        print(f"  {step.command}: {step.outcome} ({step.steps / CONTROL_HZ:.1f} s)")
+    if frames:
+        path = Path(config.out) / f"{config.robot}-{config.task}-{config.seed}-goal.gif"
+        save_gif(path, [Image.fromarray(frame) for frame in frames])
+        print(f"drawn in {path}")
 
 
 def ask(blm, config):
@@ -82,6 +113,8 @@ def main():
     blm = BLM.from_pretrained(config.weights, pick_device(config.device))
     if config.ask:
         ask(blm, config)
+    elif config.goal:
+        pursue(blm, config)
     else:
         act(blm, config)
 

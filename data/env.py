@@ -269,6 +269,11 @@ class TabletopEnv:
         self.task = TASKS[self.command.task]
         self.roles = self.command.roles
 
+    def begin(self, number):
+        """As `give`, from where things are now: that is what others must not move away from."""
+        self.give(number)
+        self.start = {body: self.data.body(body).xpos.copy() for body in self.start}
+
     def paint(self):
         """Give the things of a family's scene their colors."""
         for name, color in self.table.colors.items():

@@ -288,6 +288,29 @@ def relations(table, body):
     return words
 
 
+def plain(table, command):
+    """A command in its task's first wording, things by their colors: how the steps of a plan are written."""
+    names = {role: f"the {table.label(body)}" for role, body in command.roles.items()}
+    return TASKS[command.task].commands[0].format(**names)
+
+
+def sequence(table, number, rng):
+    """So many of a table's commands that can be carried out one after the other, or [].
+
+    None moves what another has moved or filled; what holds a thing in the air comes last.
+    """
+    for commands in rng.permutation(list(permutations(table.commands, number))).tolist():
+        *early, last = commands
+        things = [body for command in commands for body in command.roles.values()]
+        if last.task == "PickCube":  # it may take what an earlier one has put on top
+            stacked = [command.roles.get("cubeA") for command in early]
+            things = [body for body in things if body not in stacked] + list(filter(None, stacked))
+        held = any(command.task == "PickCube" for command in early)
+        if not held and len(set(things)) == len(things):
+            return commands
+    return []
+
+
 def instruct(table, command, rng, held_out=False):
     """A sentence for a command, in one of the task's wordings."""
     task = TASKS[command.task]

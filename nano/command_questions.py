@@ -48,7 +48,9 @@ def absent(record, command, rng):
             other = f"{color} {kind}"
             things = [*command["things"]]
             things[i] = other
-            there = other in record["things"] or (other == "white bin" and "bin" in record["things"])
+            there = other in record["things"] or (
+                other == "white bin" and "bin" in record["things"]
+            )
             if not there and not is_new(command["task"], things):
                 places.append((things, other))
     return places[rng.integers(len(places))] if places else (None, None)

@@ -200,8 +200,7 @@ def make(config):
             bar.update(count)
     for split, parts in jobs.items():
         with atomic(path.with_name(f"{split}.jsonl")) as temporary, open(temporary, "w") as file:
-            for part, *_ in parts:
-                file.write(part.read_text())
+            file.writelines(part.read_text() for part, *_ in parts)
     write_json(path, {**settings, "finished": True})
     for part, *_ in shards:
         part.unlink()

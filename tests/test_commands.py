@@ -75,8 +75,18 @@ def test_questions_are_true(records):
 
 
 def test_a_goal_lists_its_commands_in_their_order():
-    cubes = {"task": "StackCube", "things": ["red cube", "green cube"], "instruction": "a", "done": False}
-    ball = {"task": "PlaceSphere", "things": ["blue ball", "red bin"], "instruction": "b", "done": False}
+    cubes = {
+        "task": "StackCube",
+        "things": ["red cube", "green cube"],
+        "instruction": "a",
+        "done": False,
+    }
+    ball = {
+        "task": "PlaceSphere",
+        "things": ["blue ball", "red bin"],
+        "instruction": "b",
+        "done": False,
+    }
     record = {"commands": [cubes, ball], "things": []}
     for seed in range(20):
         asker = Asker(record, np.random.default_rng(seed))
@@ -84,7 +94,10 @@ def test_a_goal_lists_its_commands_in_their_order():
         asker.goal([cubes, ball])
         [question] = asker.questions
         first, second = question["answer"].removeprefix("1. ").split(" 2. ")
-        words = {plain("StackCube", cubes["things"]): "a", plain("PlaceSphere", ball["things"]): "b"}
+        words = {
+            plain("StackCube", cubes["things"]): "a",
+            plain("PlaceSphere", ball["things"]): "b",
+        }
         # "{1}, but first {0}"
         text = question["question"]
         before = max(text.find(f"but first {words[first]}"), text.find(f"but first {first}"))
