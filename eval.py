@@ -216,6 +216,7 @@ PLAYS = [
     ("told", 1, None),
     ("neutral", 0, "do something useful"),
     ("no words", 0, "."),
+    ("off template", 0, None),  # as people write
     ("new combination", 0, None),  # in another scene, where training never showed this command
 ]
 
@@ -226,6 +227,10 @@ def play(job):
     env = make_env(robot, family, render=False)
     env.held_out = seed % 2 == 1
     new = kind == "new combination"
+    if kind == "off template":
+        env.reset(seed)
+        rng = seeds.rng(seed, "command", len(PLAYS))
+        instruction = instruct(env.table, env.command, rng, off_template=True)
     blm = load(config.weights, config.device)
     result = rollout(
         blm, env, seed, instruction=instruction, command=command, other=1 - command, new=new
@@ -264,6 +269,7 @@ def told_figures(rows):
         "no_words": rate(row["success"] for row in kinds["no words"]),
         "seen_wordings": rate(wordings[False]),
         "new_wordings": rate(wordings[True]),
+        "off_template": rate(row["success"] for row in kinds["off template"]),
         "new_combination": rate(row["success"] for row in kinds["new combination"]),
     }
 

@@ -311,13 +311,18 @@ def sequence(table, number, rng):
     return []
 
 
-def instruct(table, command, rng, held_out=False):
-    """A sentence for a command, in one of the task's wordings."""
+def instruct(table, command, rng, held_out=False, off_template=False):
+    """A sentence for a command, in one of the task's wordings.
+
+    held_out: one that training never sees; off_template: one as people write, with typing errors.
+    """
     task = TASKS[command.task]
     if len(table.commands) == 1:  # nothing has to be told from anything else
         wordings = task.held_out if held_out else task.instructions + task.paraphrases
         return wordings[rng.integers(len(wordings))]
     wordings = task.held_out_commands if held_out else task.commands
+    if off_template:
+        wordings = task.off_template_commands
     sentence = wordings[rng.integers(len(wordings))]
     names = {}
     for role, body in command.roles.items():

@@ -55,6 +55,7 @@ class Task:
     held_out: list
     commands: list  # with {roles} in place of things, for scenes with several commands
     held_out_commands: list
+    off_template_commands: list  # as people write, for evaluation only
 
 
 def resize(spec, robot):

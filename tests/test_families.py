@@ -7,7 +7,7 @@ from cli import UserError
 from data import seeds
 from data.env import TabletopEnv
 from data.expert import demonstrate
-from data.families import CLEAR, FAMILIES, arrange, instruct, relations
+from data.families import CLEAR, FAMILIES, arrange, instruct, plain, relations, sequence
 from data.robots import ROBOTS, get_robot
 from data.tasks import RGBA, TASKS
 
@@ -123,3 +123,35 @@ def test_a_command_that_is_not_there_is_told():
         TabletopEnv("panda", "PickCube", render=False).reset(0, command=1)
     with pytest.raises(UserError, match="outside is for a task"):
         TabletopEnv("panda", "which_bin", perturbation="outside")
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_commands_of_a_goal_can_follow_each_other(length):
+    lengths = set()
+    for table in tables("mixed", n=40):
+        commands = sequence(table, length, np.random.default_rng(0))
+        lengths.add(len(commands))
+        tasks = [command.task for command in commands]
+        assert "PickCube" not in tasks[:-1]  # it would hold the cube for ever
+        moved = [next(iter(command.roles.values())) for command in commands]
+        filled = [list(command.roles.values())[1] for command in commands if command.task != "PickCube"]
+        assert len(set(filled)) == len(filled)
+        assert not set(moved) & set(filled)
+    assert lengths == {0, length} or lengths == {length}
+
+
+def test_a_plain_command_is_a_wording_that_training_knows():
+    for table in tables("which_bin", n=5):
+        for command in table.commands:
+            things = [table.label(body) for body in command.roles.values()]
+            assert plain(table, command) == "put the {} into the {}".format(*things)
+
+
+def test_what_a_second_command_finds_is_what_must_stay():
+    env = TabletopEnv("xarm6", "which_stack", render=False)
+    assert demonstrate(env, 3).success
+    assert env.succeeded()
+    env.give(1)
+    assert not env.succeeded()  # the first command's cube has moved
+    env.begin(0)
+    assert env.succeeded()

@@ -13,7 +13,7 @@ from squares import write_squares
 
 from cli import UserError
 from data.conversations import Row
-from nano.grounding import RIGHT, UNKNOWN, Grounding, Scene, option_tokens
+from nano.grounding import C, RIGHT, ROLES, UNKNOWN, Grounding, Scene, option_tokens
 from nano.scenes import CLASSES, Scenes
 from processor import Processor, train_tokenizer
 from vlm import VLM, VisionConfig, VLMConfig
@@ -249,3 +249,53 @@ def test_shipped_heads_load(name, processor):
     folder = ROOT / "weights" / name
     heads = Grounding(VLM.from_pretrained(folder).config, processor.tokenizer, intent_layer=3)
     heads.load_state_dict(load_file(folder / "heads.safetensors"))
+
+
+def command_row(roles, places):
+    """A row of one picture with a command before it."""
+    text = {"type": "text", "text": "bin"}
+    media = [("image", np.zeros((128, 128, 3), np.uint8))]
+    command = {"roles": [roles], "places": places}
+    return Row([[{"role": "user", "content": [text, {"type": "image"}]}]], media, {"command": command})
+
+
+def test_patches_know_their_role_in_a_command_and_other_rows_teach_none(corpus, processor):
+    letters = ["A"] * 64
+    letters[9] = "B"
+    letters[20] = "C"
+    rows = [corpus.row(2), command_row("".join(letters), [[24, 24, 0.6], None])]
+    batch = batch_of(rows, processor)
+    roles = batch["patch_role"].view(-1, 64)
+    assert (roles[:-1] == UNKNOWN).all()
+    assert roles[-1].nonzero()[:, 0].tolist() == [9, 20]
+    assert roles[-1, [9, 20]].tolist() == [1, 2]
+    places = batch["command_place"]
+    assert places[0].isnan().all() and places[1, 1].isnan().all()
+    assert torch.allclose(places[1, 0], torch.tensor([24 / 16 - 4, 24 / 16 - 4, 0.0]), atol=1e-5)
+    # the last token of a row has seen all of it
+    lengths = [sum(own) for own in batch["segments"]]
+    assert batch["last_token"].tolist() == (np.cumsum(lengths) - 1).tolist()
+    _, losses = forward(batch, heads_of(processor), processor)
+    assert losses["commands"] > 0
+    _, losses = forward(batch_of(rows[:1], processor), heads_of(processor), processor)
+    assert losses["commands"] == 0
+
+
+def test_heads_that_knew_fewer_things_are_taken_over(processor):
+    heads = heads_of(processor)
+    old = {name: tensor.clone() for name, tensor in heads.state_dict().items()}
+    before = deepcopy(old)
+    old = {name: tensor for name, tensor in old.items() if not name.startswith(("role", "place"))}
+    for name in ("vit.1.weight", "vit.1.bias", "llm.1.weight", "llm.1.bias"):
+        places = 3 if name.startswith("vit") else 5
+        own = old[name].unflatten(0, (1 if places == 3 else 4, -1))
+        old[name] = 2 * torch.cat([own[:, :4], own[:, -places:]], 1).flatten(0, 1)
+    heads.load(old)
+    for name, places in (("vit.1.bias", 3), ("llm.1.weight", 5)):
+        groups = 1 if places == 3 else 4
+        new = heads.state_dict()[name].unflatten(0, (groups, C + places))
+        was = before[name].unflatten(0, (groups, C + places))
+        assert torch.equal(new[:, :4], 2 * was[:, :4])
+        assert torch.equal(new[:, 4:C], was[:, 4:C])
+        assert torch.equal(new[:, C:], 2 * was[:, C:])
+    assert heads.role[1].out_features == 4 * ROLES

@@ -98,8 +98,7 @@ def check_place(question, grounding):
 def test_patches_and_centers_are_where_the_pixels_are():
     env = TabletopEnv("widowx", "PickCube", render=False, clutter=CLUTTER)
     env.reset(4)
-    bodies = {label: body for body, label in env.task.labels.items()}
-    picture, grounding, seen = look(env, "front", bodies)
+    picture, grounding, seen = look(env, "front", env.task.labels)
     x, y, depth = project(env, "front", env.position("cube"))
     red = np.argwhere((picture[..., 0] > 150) & (picture[..., 1] < 60))
     assert np.abs(red.mean(0)[::-1] - (x, y)).max() < 4
