@@ -1,63 +1,63 @@
-"""Questions about commands, asked of the scenes of commands.py: what knowledge of the digital space is for.
+"""Questions about commands, asked of the scenes of commands.py.
 
     done       is this done? yes, or no
     possible   can this be done here? yes, or "no: there is no yellow ball"
-    meant      which thing must be moved? its label, whatever words the command uses for it
-    where      the same as a point in the front picture; `goes`: the point where it ends
-    goal       several commands in one sentence to a numbered list of plain commands, in their order
+    meant      what must be moved? its label, whatever words the command has for it
+    where      the same as a point in the front picture
+    goes       where it ends, as a point
+    goal       several commands in a sentence to a numbered list of plain ones, in their order
 
-The wordings are in commands.json. A plain command names things by their colors and is written in
-its task's first wording (data/wordings.json): that is how a plan is written, and how a policy is
-told its steps.
+Wordings are in commands.json. A plain command names things by their colors, in its task's first
+wording: so a plan is written, and so a policy is told its steps.
 """
 
 import json
 from pathlib import Path
 
-import numpy as np
-
-from data.conversations import Row
 from data.families import BALL_COLORS, BIN_COLORS, NEW
 from data.tasks import RGBA, TASKS
-from nano.commands import Commands
 from nano.questions import numbered
 
 WORDINGS = json.loads((Path(__file__).parent / "commands.json").read_text())
 COLORS_OF = {"cube": list(RGBA), "ball": BALL_COLORS, "bin": BIN_COLORS}
 KINDS = ("done", "possible", "meant", "where", "goes", "goal")
+CHANCE = {"done": 0.5, "possible": 0.5, "meant": 1 / len(RGBA)}  # of a guess; others are open
+NOT_DONE = 0.15  # share of scenes without a finished command that are asked whether one is done
 
 
 def plain(task, things):
-    """A command in its task's first wording, things [label, ...] by their colors."""
-    roles = TASKS[task].labels
-    names = {role: f"the {thing}" for role, thing in zip(roles, things)}
+    """A command in its task's first wording, things [label, ...] in the order of its roles."""
+    names = {}
+    for role, thing in zip(TASKS[task].labels, things):
+        names[role] = f"the {thing}"
     return TASKS[task].commands[0].format(**names)
 
 
 def is_new(task, things):
+    """Is this combination kept out of training? As families.Table.is_new, of labels."""
     named = [thing for thing in things if thing not in ("target", "green marker")]
     return [task, *named] in NEW
 
 
 def absent(record, command, rng):
-    """(things of the command with one that is not on the table in place of another, that one)."""
-    places = []
+    """(things of the command with an absent one in place of another, the absent one), or Nones."""
+    present = set(record["things"])
+    if "bin" in present:  # the plain one is white
+        present.add("white bin")
+    choices = []
     for i, thing in enumerate(command["things"]):
         kind = thing.split()[-1]
         for color in COLORS_OF.get(kind, ()):
-            other = f"{color} {kind}"
-            things = [*command["things"]]
-            things[i] = other
-            there = other in record["things"] or (
-                other == "white bin" and "bin" in record["things"]
-            )
-            if not there and not is_new(command["task"], things):
-                places.append((things, other))
-    return places[rng.integers(len(places))] if places else (None, None)
+            things = list(command["things"])
+            things[i] = f"{color} {kind}"
+            # what training must not show is not even refused there
+            if things[i] not in present and not is_new(command["task"], things):
+                choices.append((things, things[i]))
+    return choices[rng.integers(len(choices))] if choices else (None, None)
 
 
 class Asker:
-    """Questions about a record's commands. `rng` draws everything; held_out takes other wordings."""
+    """Asks about the commands of a record; `rng` draws which, and in which words."""
 
     def __init__(self, record, rng, held_out=False):
         self.record = record
@@ -69,28 +69,25 @@ class Asker:
         return choices[self.rng.integers(len(choices))]
 
     def ask(self, kind, words, answer, form="words", labels=(), place=None):
-        text = self.pick(WORDINGS[kind][self.wordings]).format(words)
-        question = {"question": text, "answer": answer, "category": kind, "form": form}
-        question |= {"labels": list(labels), "held_out": self.wordings != "seen"}
+        """Add a question as nano/questions.py describes them."""
+        text = self.pick(WORDINGS[kind][self.wordings])
+        question = {"question": text.format(words), "answer": answer}
+        question |= {"category": kind, "form": form, "labels": list(labels)}
+        question |= {"chance": CHANCE.get(kind, 0.0), "held_out": self.wordings != "seen"}
         if place:
             question["place"] = place
         self.questions.append(question)
 
     def words_of(self, command):
-        """As it was recorded, or plain."""
+        """A command as it was recorded or, as often, plain."""
         if self.rng.random() < 0.5:
             return command["instruction"]
         return plain(command["task"], command["things"])
 
     def all_kinds(self):
+        """Questions of every kind that the record allows."""
         commands = self.record["commands"]
-        done = [command for command in commands if command["done"]]
-        others = [command for command in commands if not command["done"]]
-        if done:
-            self.done(done[0])
-        # as many of each, over all scenes
-        if others and self.rng.random() < (1.0 if done else 0.15):
-            self.done(self.pick(others))
+        self.ask_done(commands)
         self.possible(self.pick(commands))
         self.meant(self.pick(commands))
         self.points(self.pick(commands))
@@ -98,66 +95,45 @@ class Asker:
             self.goal(commands)
         return self.questions
 
-    def done(self, command):
-        self.ask("done", self.words_of(command), "yes" if command["done"] else "no", "yes/no",
-                 command["things"])  # fmt: skip
+    def ask_done(self, commands):
+        done = [command for command in commands if command["done"]]
+        others = [command for command in commands if not command["done"]]
+        asked = done[:1]
+        # over all scenes there are about as many of each
+        if others and (done or self.rng.random() < NOT_DONE):
+            asked.append(self.pick(others))
+        for command in asked:
+            truth = "yes" if command["done"] else "no"
+            self.ask("done", self.words_of(command), truth, "yes/no", command["things"])
 
     def possible(self, command):
         things, missing = absent(self.record, command, self.rng)
         if missing and self.rng.random() < 0.5:
-            self.ask("possible", plain(command["task"], things), f"no: there is no {missing}")
+            words = plain(command["task"], things)
+            self.ask("possible", words, f"no: there is no {missing}")
         else:
             self.ask("possible", self.words_of(command), "yes", labels=command["things"])
 
     def meant(self, command):
-        label, *_ = command["things"]
+        label = command["things"][0]
         self.ask("meant", self.words_of(command), label, labels=[label], place=label)
 
     def points(self, command):
+        """Where is what moves, and where does it go?"""
         kinds = zip(("where", "goes"), command["things"], command["places"])
         for kind, label, place in kinds:
             if place:
-                x, y, _ = place
-                answer = json.dumps({"point_2d": [int(x), int(y)], "label": label})
-                self.ask(kind, self.words_of(command), answer, "point", [label], [int(x), int(y)])
+                point = [int(pixel) for pixel in place[:2]]
+                answer = json.dumps({"point_2d": point, "label": label})
+                self.ask(kind, self.words_of(command), answer, "point", [label], point)
 
     def goal(self, commands):
         """Two or three commands, in an order that their words give."""
-        number = min(len(commands), int(self.rng.integers(2, 4)))
-        chosen = [commands[i] for i in self.rng.permutation(len(commands))[:number]]
-        words = self.words_of(chosen[0])
-        for command in chosen[1:-1]:
-            words += f", then {self.words_of(command)}"
-        words = self.pick(WORDINGS["joins"][self.wordings]).format(words, self.words_of(chosen[-1]))
-        steps = [plain(command["task"], command["things"]) for command in chosen]
-        self.ask("goal", words, numbered(steps))
-
-
-class CommandQuestions(Commands):
-    """The same scenes as rows of pictures and then questions; as many at most, drawn anew each time."""
-
-    questions = 4
-
-    def validation(self):
-        return CommandQuestions(self.folder, "val")
-
-    def texts(self):
-        rng = np.random.default_rng(0)
-        for record in self.records:
-            for question in Asker(record, rng).all_kinds():
-                yield from (question["question"], question["answer"])
-
-    def row(self, i, seed=None):
-        record = self.records[i]
-        rng = np.random.default_rng([9, i] if seed is None else [seed[0], 4, seed[1]])
-        questions = Asker(record, rng, held_out=seed is None and i % 2 > 0).all_kinds()
-        if seed is not None:
-            questions = [questions[n] for n in rng.permutation(len(questions))[: self.questions]]
-        media = self.media(record)
-        pictures = [{"type": kind} for kind, _ in media]
-        conversations = []
-        for question in questions:
-            text = {"type": "text", "text": question["question"]}
-            turns = [{"role": "user", "content": [*pictures, text]}]
-            conversations.append([*turns, {"role": "assistant", "content": question["answer"]}])
-        return Row(conversations, media, {"grounding": record["grounding"], "questions": questions})
+        number = min(len(commands), self.rng.integers(2, 4))
+        order = self.rng.permutation(len(commands))[:number]
+        *early, last = [commands[i] for i in order]
+        words = ", then ".join(self.words_of(command) for command in early)
+        join = self.pick(WORDINGS["joins"][self.wordings])
+        words = join.format(words, self.words_of(last))
+        steps = [plain(command["task"], command["things"]) for command in (*early, last)]
+        self.ask("goal", words, numbered(steps), "steps")

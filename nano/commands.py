@@ -15,7 +15,7 @@ states that the policy will read. A line of train.jsonl or val.jsonl:
 
 Half of the pictures are of a layout with the arm anywhere, half of moments while the expert works.
 Every command that the scene allows may be asked of each, but for the combinations that are kept out
-of training (data/new_combinations.json).
+of training (data/new_combinations.json). questions.jsonl asks about the commands of val.jsonl.
 """
 
 import itertools
@@ -38,6 +38,7 @@ from data.simulator import mujoco
 from data.tasks import MAX_STEPS, RGBA, TASKS
 from files import atomic, read_json, reading, write_json
 from jobs import run_jobs
+from nano.command_questions import Asker
 from nano.scenes import classes_of, look, patches_of, pose_arm, project
 
 SHARD = 100  # scenes of one job
@@ -201,9 +202,23 @@ def make(config):
     for split, parts in jobs.items():
         with atomic(path.with_name(f"{split}.jsonl")) as temporary, open(temporary, "w") as file:
             file.writelines(part.read_text() for part, *_ in parts)
+    write_questions(path.with_name("val.jsonl"), path.with_name("questions.jsonl"))
     write_json(path, {**settings, "finished": True})
     for part, *_ in shards:
         part.unlink()
+
+
+def write_questions(records, path):
+    """What validation asks about these records, as a conversations file for eval.py digital."""
+    rows = []
+    for i, line in enumerate(records.read_text().splitlines()):
+        record = json.loads(line)
+        for held_out in (False, True):
+            rng = np.random.default_rng([9, i, held_out])
+            questions = Asker(record, rng, held_out).all_kinds()
+            rows.append({"images": record["images"], "questions": questions})
+    with atomic(path) as temporary, open(temporary, "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 @dataclass
@@ -251,6 +266,43 @@ class Commands:
         content = [text, *({"type": kind} for kind, _ in media)]
         about = {"grounding": record["grounding"], "command": command}
         return Row([[{"role": "user", "content": content}]], media, about)
+
+
+class CommandQuestions(Commands):
+    """The same scenes as rows of pictures and then questions: a source of train_sft.py.
+
+    At most `questions` of a row, drawn anew each time; validation asks all, half of the rows in
+    wordings that training never sees.
+    """
+
+    questions = 4
+
+    def validation(self):
+        return CommandQuestions(self.folder, "val")
+
+    def texts(self):
+        rng = np.random.default_rng(0)
+        for record in self.records:
+            for question in Asker(record, rng).all_kinds():
+                yield from (question["question"], question["answer"])
+
+    def row(self, i, seed=None):
+        record = self.records[i]
+        validates = seed is None
+        rng = np.random.default_rng([9, i] if validates else [seed[0], 4, seed[1]])
+        questions = Asker(record, rng, held_out=validates and i % 2 == 1).all_kinds()
+        if not validates:
+            order = rng.permutation(len(questions))[: self.questions]
+            questions = [questions[n] for n in order]
+        media = self.media(record)
+        pictures = [{"type": kind} for kind, _ in media]
+        conversations = []
+        for question in questions:
+            content = [*pictures, {"type": "text", "text": question["question"]}]
+            answer = {"role": "assistant", "content": question["answer"]}
+            conversations.append([{"role": "user", "content": content}, answer])
+        about = {"grounding": record["grounding"], "questions": questions}
+        return Row(conversations, media, about)
 
 
 def main():

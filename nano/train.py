@@ -4,13 +4,14 @@
     python -m nano.train --resume              goes on where it was stopped
     python -m nano.train --preset base         no further than this stage
 
-    look       pictures alone, through k blocks: several times as fast as with text
+    look       pictures, and commands before them, through k blocks: several times as fast as with
+               answers
     base       stands in for Qwen's pretraining: the model points, and follows instructions
     scenes     Stage I: all of the model, on all questions
     embodied   Stage I goes on above block k, in half the time a step: what policies read is there
 
-Rows, losses and loop are those of train_sft.py, with scenes.py's pictures, instructions.py's
-replay and grounding.py's heads; all are made if they are not there.
+Rows, losses and loop are those of train_sft.py, with scenes.py's and commands.py's pictures,
+instructions.py's replay and grounding.py's heads; all are made if they are not there.
 """
 
 import dataclasses
@@ -27,8 +28,7 @@ from data.conversations import Conversations
 from data.mixture import Source
 from files import read_json, reading
 from nano import commands, instructions, scenes
-from nano.command_questions import CommandQuestions
-from nano.commands import Commands, CommandsConfig
+from nano.commands import CommandQuestions, Commands, CommandsConfig
 from nano.grounding import Grounding
 from nano.instructions import InstructionsConfig
 from nano.scenes import Scenes, ScenesConfig
@@ -57,11 +57,13 @@ class StageConfig(RunConfig):
     questions: int = 5  # at most so many questions of a scene in a step, drawn anew each time
     blind: float = 0.15  # share of scenes with noise for pictures
     share: float = 1.0  # rows of scenes for each of instructions
-    told: float = 1.0  # rows that a command stands before, as a policy reads them, likewise
-    asked: float = 0.5  # rows that ask about commands, likewise
+    told: float = (
+        0.0  # rows where a command stands before pictures, as a policy reads them, likewise
+    )
+    asked: float = 1.0  # rows that ask about commands, likewise
     pictures_only: bool = False  # ask nothing, and run k blocks alone
-    intent_layer: int = 3  # k: the LLM block that the second head, and later the policy, reads
-    frozen_blocks: int = 3  # LLM blocks, with the ViT: a policy that reads them stays valid
+    intent_layer: int = 4  # k: the LLM block that the second head, and later the policy, reads
+    frozen_blocks: int = 4  # LLM blocks, with the ViT: a policy that reads them stays valid
     micro_batch: int = 32  # rows in memory at once
 
     # what train_sft.py lets people choose, and this recipe does not
@@ -74,11 +76,12 @@ class StageConfig(RunConfig):
 SIMPLE = "attribute,existence,point,box"
 YOUNG = StageConfig(categories=SIMPLE, questions=8, blind=0.05, lr=4e-3, frozen_blocks=0)
 YOUNG.eval_every = 300
+YOUNG.told = 2.0
 STAGES = {
     "embodied": StageConfig(),
     "scenes": StageConfig(
         out="out/scenes", backbone="out/base", steps=2200, questions=4, blind=0.05, share=3.0,
-        frozen_blocks=0, eval_every=300,
+        told=2.0, frozen_blocks=0, eval_every=300,
     ),
     "base": dataclasses.replace(YOUNG, out="out/base", backbone="out/look", steps=1500),
     "look": dataclasses.replace(YOUNG, out="out/look", backbone="", steps=900, pictures_only=True),
@@ -155,7 +158,8 @@ def finished(folder):
 def missing_stages(cfg):
     """The stages to train, cfg last: those before it whose folders hold no finished model."""
     same = {"batch_size", "seed", "device", "dtype", "fsdp", "micro_batch", "scenes"}
-    same = {name: getattr(cfg, name) for name in same | {"instructions", "intent_layer"}}
+    same |= {"commands", "instructions", "intent_layer"}
+    same = {name: getattr(cfg, name) for name in same}
     stages = {stage.out: dataclasses.replace(stage, **same) for stage in STAGES.values()}
     missing = [cfg]
     while missing[0].backbone in stages and not finished(missing[0].backbone):
@@ -174,7 +178,7 @@ def check(cfg):
     trainer.check(cfg)
     blocks = PRESETS["nano"].num_hidden_layers
     at_least(cfg, 1, "questions", "micro_batch", "intent_layer")
-    at_least(cfg, 0, "blind", "share", "frozen_blocks")
+    at_least(cfg, 0, "blind", "share", "told", "asked", "frozen_blocks")
     if cfg.fsdp:
         raise UserError("--fsdp: nano is small enough for every machine, leave it out")
     if cfg.blind > 1:

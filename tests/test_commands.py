@@ -4,12 +4,23 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data import seeds
+from data.conversations import Conversations
 from data.env import TabletopEnv
+from data.scoring import is_right
 from nano import command_questions, commands
-from nano.command_questions import Asker, CommandQuestions, absent, is_new, plain
-from nano.commands import Commands, CommandsConfig, jobs_of, make_shard, scenes_of
+from nano.command_questions import Asker, absent, is_new, plain
+from nano.commands import (
+    CommandQuestions,
+    Commands,
+    CommandsConfig,
+    jobs_of,
+    make_shard,
+    scenes_of,
+    write_questions,
+)
 from nano.scenes import GRID, PATCH
 
 
@@ -134,6 +145,22 @@ def test_a_folder_reads_as_rows_of_both_kinds(tmp_path, records):
     assert asked.row(1, (0, 5)).conversations == asked.row(1, (0, 5)).conversations
     held_out = asked.validation().row(1).record["questions"]
     assert all(question["held_out"] for question in held_out)
+
+
+def test_questions_of_validation_can_be_asked_by_the_evaluation(tmp_path, records):
+    lines = []
+    for record in records[:3]:
+        lines.append(json.dumps({**record, "images": ["a.png", "b.png"]}) + "\n")
+    (tmp_path / "val.jsonl").write_text("".join(lines))
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (128, 128)).save(tmp_path / name)
+    write_questions(tmp_path / "val.jsonl", tmp_path / "questions.jsonl")
+    rows = Conversations(tmp_path / "questions.jsonl")
+    assert len(rows) == 6 and len(rows.row(0).media) == 2
+    for _, row in rows.records:
+        for question in row["questions"]:
+            assert is_right(question, question["answer"])
+            assert not is_right(question, "")
 
 
 def test_validation_has_layouts_of_its_own():
