@@ -400,9 +400,10 @@ class Attention(nn.Module):
     def turn(self, qk, cos, sin):
         """Queries and keys (B, H + G, L, d) turned to their positions."""
         if self.normed:
-            q, k = qk.split((self.heads, self.kv_heads), dim=1)
-            normal = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
-            qk = normal.to(qk.dtype)
+            wide = qk.to(self.q_norm.weight.dtype)  # under autocast
+            q, k = wide.split((self.heads, self.kv_heads), dim=1)
+            wide = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+            qk = wide.to(qk.dtype)
         return apply_rotary(qk, cos, sin)
 
     def forward(self, x, cos, sin, segments, cache):
