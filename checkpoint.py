@@ -30,7 +30,7 @@ from cli import UserError
 from files import atomic, inside, read_json, reading, write_json
 
 # the defaults of transformers' config classes, which its files leave out
-SPECIAL_TOKENS = {
+SPECIAL_TOKENS = {  # one tokenizer for both
     "bos_token_id": 151643,  # <|endoftext|>
     "eos_token_id": 151645,  # <|im_end|>
     "vision_start_token_id": 151652,
@@ -53,14 +53,14 @@ TEXT_DEFAULTS = {
         "max_position_embeddings": 32768,
         **SPECIAL_TOKENS,
     },
-    "qwen3_vl": {
+    "qwen3_vl": {  # of no released model
         "vocab_size": 151936,
         "hidden_size": 4096,
         "intermediate_size": 22016,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
-        "head_dim": 128,
+        "head_dim": 128,  # in the 4B and the 32B more than hidden_size / num_attention_heads
         "rms_norm_eps": 1e-6,
         "rope_theta": 5e5,  # 5e6 before transformers 5; every file names it
         "mrope_section": (24, 20, 20),
@@ -93,7 +93,7 @@ VISION_DEFAULTS = {
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
         "num_position_embeddings": 48 * 48,
-        "deepstack_visual_indexes": (8, 16, 24),
+        "deepstack_visual_indexes": (8, 16, 24),  # counted from 0
     },
 }
 HIDDEN_ACT = {"qwen2_5_vl": "silu", "qwen3_vl": "gelu_pytorch_tanh"}  # of the ViT
@@ -101,7 +101,7 @@ RENAMED = (  # anything to the names on the hub
     (r"^(model\.language_model|language_model\.model)\.", "model."),
     (r"^(model|language_model)\.(visual|lm_head)\.", r"\2."),
 )
-# a merger's layers on the hub, to what both are called here
+# what a merger's layers are called here, and in Qwen3-VL's files
 QWEN3_MERGER = (("ln_q", "norm"), ("mlp.0", "linear_fc1"), ("mlp.2", "linear_fc2"))
 # a file of whole numbers is quantized, whatever its tensors are called
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -144,6 +144,7 @@ def read_config(folder):
         assert not text.get("use_sliding_window"), (
             "sliding windows are not supported: take a checkpoint without them"
         )
+        # Qwen2.5-VL's biases are no option of its file
         assert not text.get("attention_bias"), "attention_bias is not supported"
         vision = known(content.get("vision_config") or {})
         activation = vision.get("hidden_act", HIDDEN_ACT[kind])
@@ -246,7 +247,7 @@ def hub_weights(weights, config):
             "gate_up_proj": {"gate_proj": rows // 2, "up_proj": rows // 2},
         }
         parts = fused.get(layer, {layer: rows})
-        if config.qwen3 and "merger" in name:
+        if config.qwen3 and "merger" in name:  # the same layers, in another module each
             for ours, theirs in QWEN3_MERGER:
                 name = name.replace(ours, theirs)
         for part, view in zip(parts, tensor.split(list(parts.values()))):
@@ -289,11 +290,13 @@ def config_json(config):
     rope = {"mrope_section": fields.pop("mrope_section")}
     fields["vision_config"] |= {"model_type": kind, "hidden_act": HIDDEN_ACT[kind]}
     fields = {"model_type": kind, "hidden_act": "silu", **fields}
+    # the two name the same things in different places
     if not config.qwen3:  # flat, which all versions read
         fields["vision_config"]["in_chans"] = 3
         fields["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]
         return fields | {"rope_scaling": {"type": "mrope", **rope}}
     vision = fields.pop("vision_config") | {"in_channels": 3}
+    # what concerns pictures stands at the top, what concerns words in text_config, the ends in both
     about = {"model_type": kind, "architectures": ["Qwen3VLForConditionalGeneration"]}
     about |= {name: fields[name] for name in (*SPECIAL_TOKENS, "tie_word_embeddings")}
     fields["rope_scaling"] = {"rope_type": "default", "mrope_interleaved": True, **rope}
@@ -311,7 +314,7 @@ def save_model(model, folder, dtype, weights):
     write_json(folder / "generation_config.json", model.generation_config)
     tensors = {}
     for name, tensor in hub_weights(weights, model.config).items():
-        if model.config.qwen3:
+        if model.config.qwen3:  # of the layouts above transformers takes this one alone
             name = re.sub("^model", "model.language_model", name)
             name = re.sub("^visual", "model.visual", name)
         tensors[name] = tensor.detach().to("cpu", dtype).contiguous()

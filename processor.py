@@ -339,8 +339,9 @@ def chat(tokenizer, messages, grids=(), merge_size=2, generate=True):
 
     messages [{"role": "system" | "user" | "assistant", "content": str or a list of {"type":
     "image"}, {"type": "video"} and {"type": "text", "text": str}}]; pictures take their grids in
-    order, as `process_media` has them. labels are -100 except on answers and their <|im_end|>, without those that have "learn":
-    False. generate=True ends with the assistant's header, ready to generate.
+    order, as `process_media` has them. labels are -100 except on answers and their <|im_end|>,
+    without those that have "learn": False. generate=True ends with the assistant's header, ready to
+    generate.
     """
     special = tokenizer.special
     start = [special["<|im_start|>"]]
@@ -375,6 +376,8 @@ def chat(tokenizer, messages, grids=(), merge_size=2, generate=True):
             pad = special[f"<|{item['type']}_pad|>"]
             frames = [("", t)]  # all in one
             if tokenizer.qwen3 and item["type"] == "video":
+                # a grid without seconds would have no places
+                assert len(seconds) == t, "a video's grid needs the seconds of its frames"
                 frames = [(f"<{second:.1f} seconds>", 1) for second in seconds]
             # every token of a picture has its place, between a start and an end
             for time, count in frames:

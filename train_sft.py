@@ -2,11 +2,11 @@
 
     python train_sft.py --data mine.jsonl                    the shipped nano model goes on, on a laptop
     python train_sft.py --data mine.jsonl:3,theirs.jsonl:1   a mixture: of every four rows three are mine
-    python train_sft.py --preset qwen --data mine.jsonl --lora_rank 16 --lr 1e-4      the hub's weights; qwen3: Qwen3-VL's
+    python train_sft.py --preset qwen --data mine.jsonl --lora_rank 16 --lr 1e-4      the hub's weights
     python train_sft.py --resume                             goes on where a stopped run saved last
     torchrun --nproc_per_node 8 train_sft.py --fsdp          several GPUs: trainer.py
 
-A row is a line of a conversations file (data/conversations.py). The rows of a step are packed end to end,
+Presets: nano, qwen (Qwen2.5-VL-3B) and qwen3 (Qwen3-VL-2B). A row is a line of a conversations file (data/conversations.py). The rows of a step are packed end to end,
 none seeing another, so nothing is spent on padding. The cross-entropy is on answers alone. nano's own
 recipe, from nothing, calls `train` with sources and losses of its own.
 
