@@ -2,7 +2,7 @@
 
 A folder holds config.json, maybe generation_config.json, and model.safetensors (or shards and
 their index). Only safetensors are read, and weights/nano is such a folder too. Which transformers
-wrote what:
+wrote what of Qwen2.5-VL:
 
     4.49 to 4.51   config.json flat; the ViT's fields that equal the class's defaults left out;
                    tensors visual.*, model.*, lm_head.*, as on the hub, as we write them
@@ -10,6 +10,9 @@ wrote what:
                    raw state dicts (FSDP, ZeRO, verl): model.visual.*, model.language_model.*
     4.57 to 5.24   text_config alone, rope_scaling called rope_parameters and rope_theta in it
     others         language_model.model.*, language_model.lm_head.*; rotary inv_freq among the tensors
+
+Qwen3-VL has always had text_config alone, model.visual.* and model.language_model.*, which is also
+how we write it; rope_scaling and rope_theta moved as above. The hub's has its dtype in text_config.
 
 eos_token_id may be a number or a list in both files; all of them are stops. Tied in config.json but
 with an lm_head of its own in the file: the file is right, as in transformers.
@@ -27,18 +30,7 @@ from cli import UserError
 from files import atomic, inside, read_json, reading, write_json
 
 # the defaults of transformers' config classes, which its files leave out
-TEXT_DEFAULTS = {  # those of the 72B
-    "vocab_size": 152064,
-    "hidden_size": 8192,
-    "intermediate_size": 29568,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6,
-    "mrope_section": (16, 24, 24),  # time, row, column
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 32768,
+SPECIAL_TOKENS = {  # one tokenizer for both
     "bos_token_id": 151643,  # <|endoftext|>
     "eos_token_id": 151645,  # <|im_end|>
     "vision_start_token_id": 151652,
@@ -46,23 +38,71 @@ TEXT_DEFAULTS = {  # those of the 72B
     "image_token_id": 151655,  # <|image_pad|>
     "video_token_id": 151656,
 }
-VISION_DEFAULTS = {
-    "depth": 32,
-    "hidden_size": 3584,  # no released model has it: they all name theirs
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "out_hidden_size": 3584,
-    "patch_size": 14,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "window_size": 112,  # pixels
-    "fullatt_block_indexes": (7, 15, 23, 31),
-    "tokens_per_second": 4,
+TEXT_DEFAULTS = {
+    "qwen2_5_vl": {  # those of the 72B
+        "vocab_size": 152064,
+        "hidden_size": 8192,
+        "intermediate_size": 29568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "mrope_section": (16, 24, 24),  # time, row, column
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32768,
+        **SPECIAL_TOKENS,
+    },
+    "qwen3_vl": {  # of no released model
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,  # in the 4B and the 32B more than hidden_size / num_attention_heads
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 5e5,  # 5e6 before transformers 5; every file names it
+        "mrope_section": (24, 20, 20),
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 128000,
+        **SPECIAL_TOKENS,
+    },
 }
+VISION_DEFAULTS = {
+    "qwen2_5_vl": {
+        "depth": 32,
+        "hidden_size": 3584,  # no released model has it: they all name theirs
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,  # pixels
+        "fullatt_block_indexes": (7, 15, 23, 31),
+        "tokens_per_second": 4,
+    },
+    "qwen3_vl": {
+        "depth": 27,
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "num_position_embeddings": 48 * 48,
+        "deepstack_visual_indexes": (8, 16, 24),  # counted from 0
+    },
+}
+HIDDEN_ACT = {"qwen2_5_vl": "silu", "qwen3_vl": "gelu_pytorch_tanh"}  # of the ViT
 RENAMED = (  # anything to the names on the hub
     (r"^(model\.language_model|language_model\.model)\.", "model."),
     (r"^(model|language_model)\.(visual|lm_head)\.", r"\2."),
 )
+# what a merger's layers are called here, and in Qwen3-VL's files
+QWEN3_MERGER = (("ln_q", "norm"), ("mlp.0", "linear_fc1"), ("mlp.2", "linear_fc2"))
 # a file of whole numbers is quantized, whatever its tensors are called
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 QUANTIZED = "the weights are quantized: take the model in float16, bfloat16 or float32"
@@ -86,7 +126,7 @@ def read_config(folder):
     with reading(path):
         content = read_json(path)
         kind = content.get("model_type")
-        assert kind == "qwen2_5_vl", f"model_type is {kind!r}, not 'qwen2_5_vl'"
+        assert kind in TEXT_DEFAULTS, f"model_type is {kind!r}, none of {[*TEXT_DEFAULTS]}"
         assert not content.get("quantization_config"), QUANTIZED
         # the text's fields: flat, nested, or both with nulls in one of them
         nested = content.get("text_config") or {}
@@ -104,13 +144,30 @@ def read_config(folder):
         assert not text.get("use_sliding_window"), (
             "sliding windows are not supported: take a checkpoint without them"
         )
-        # what is left out is the class's
+        # Qwen2.5-VL's biases are no option of its file
+        assert not text.get("attention_bias"), "attention_bias is not supported"
         vision = known(content.get("vision_config") or {})
-        fields = {name: text.get(name, value) for name, value in TEXT_DEFAULTS.items()}
-        vision = {name: vision.get(name, value) for name, value in VISION_DEFAULTS.items()}
+        activation = vision.get("hidden_act", HIDDEN_ACT[kind])
+        assert activation == HIDDEN_ACT[kind], f"the ViT's hidden_act is not {HIDDEN_ACT[kind]}"
+        # what is left out is the class's
+        fields = {name: text.get(name, value) for name, value in TEXT_DEFAULTS[kind].items()}
+        vision = {name: vision.get(name, value) for name, value in VISION_DEFAULTS[kind].items()}
     if fields["tie_word_embeddings"] and has_own_head(folder):
         fields["tie_word_embeddings"] = False
-    return {**fields, "vision_config": vision}
+    kind = {"model_type": kind}  # the ViT's own has had other names
+    return {**fields, **kind, "vision_config": {**vision, **kind}}
+
+
+def config_fields(config):
+    """{name: value} of those fields of a VLMConfig that its architecture has, vision_config a dict.
+
+    What its files say, and a policy's hash is made of: an architecture that is added changes neither.
+    """
+    fields = dataclasses.asdict(config)
+    vision = fields["vision_config"]
+    text = {name: fields[name] for name in TEXT_DEFAULTS[config.model_type]}
+    vision = {name: vision[name] for name in VISION_DEFAULTS[config.model_type]}
+    return {**text, "vision_config": vision}
 
 
 def read_generation_config(folder, config):
@@ -129,7 +186,8 @@ def read_generation_config(folder, config):
 def stored_dtype(folder):
     """The type that config.json names for the weights; float16 if training keeps no such type."""
     content = read_json(Path(folder) / "config.json")
-    name = content.get("dtype") or content.get("torch_dtype")
+    nested = content.get("text_config") or {}
+    name = content.get("dtype") or content.get("torch_dtype") or nested.get("dtype")
     return getattr(torch, name) if name in ("float32", "bfloat16") else torch.float16
 
 
@@ -189,6 +247,9 @@ def hub_weights(weights, config):
             "gate_up_proj": {"gate_proj": rows // 2, "up_proj": rows // 2},
         }
         parts = fused.get(layer, {layer: rows})
+        if config.qwen3 and "merger" in name:  # the same layers, in another module each
+            for ours, theirs in QWEN3_MERGER:
+                name = name.replace(ours, theirs)
         for part, view in zip(parts, tensor.split(list(parts.values()))):
             views[name.replace(layer, part)] = view
     return views
@@ -222,21 +283,40 @@ def load_weights(model, folder, device="cpu", dtype=torch.float32):
 # ---- writing
 
 
+def config_json(config):
+    """What config.json says of a VLMConfig, as the hub has it."""
+    kind = config.model_type
+    fields = config_fields(config)
+    rope = {"mrope_section": fields.pop("mrope_section")}
+    fields["vision_config"] |= {"model_type": kind, "hidden_act": HIDDEN_ACT[kind]}
+    fields = {"model_type": kind, "hidden_act": "silu", **fields}
+    # the two name the same things in different places
+    if not config.qwen3:  # flat, which all versions read
+        fields["vision_config"]["in_chans"] = 3
+        fields["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]
+        return fields | {"rope_scaling": {"type": "mrope", **rope}}
+    vision = fields.pop("vision_config") | {"in_channels": 3}
+    # what concerns pictures stands at the top, what concerns words in text_config, the ends in both
+    about = {"model_type": kind, "architectures": ["Qwen3VLForConditionalGeneration"]}
+    about |= {name: fields[name] for name in (*SPECIAL_TOKENS, "tie_word_embeddings")}
+    fields["rope_scaling"] = {"rope_type": "default", "mrope_interleaved": True, **rope}
+    fields["model_type"] = "qwen3_vl_text"
+    return {**about, "text_config": fields, "vision_config": vision}
+
+
 def save_model(model, folder, dtype, weights):
     """Write a VLM's files, each whole or not at all, with these weights {name: tensor}."""
     folder = Path(folder)
     dtype = dtype or next(iter(weights.values())).dtype
-    # the hub's flat layout, which all versions read
-    kind = {"model_type": "qwen2_5_vl", "hidden_act": "silu"}
-    config = {**kind, **dataclasses.asdict(model.config)}
-    config["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]
-    config["rope_scaling"] = {"type": "mrope", "mrope_section": config.pop("mrope_section")}
-    config["vision_config"] |= {**kind, "in_chans": 3}
+    config = config_json(model.config)
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", model.generation_config)
     tensors = {}
     for name, tensor in hub_weights(weights, model.config).items():
+        if model.config.qwen3:  # of the layouts above transformers takes this one alone
+            name = re.sub("^model", "model.language_model", name)
+            name = re.sub("^visual", "model.visual", name)
         tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
     with atomic(folder / "model.safetensors") as path:
         save_file(tensors, path, metadata={"format": "pt"})

@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from checkpoint import hub_weights, stored_dtype
+from checkpoint import config_fields, hub_weights, stored_dtype
 from cli import UserError, choose
 from data.media import to_rgb
 from files import atomic, find_folder, read_json, reading, write_json
@@ -299,7 +299,7 @@ def backbone_hash(vlm, processor, num_layers, dtype=None):
     # a merge is "a b" to one version of it and ["a", "b"] to another
     merges = tokenizer["model"]["merges"]
     settings = [
-        dataclasses.asdict(vlm.config),
+        config_fields(vlm.config),
         dataclasses.asdict(processor.image),
         tokenizer["pre_tokenizer"],
         processor.tokenizer.fast.get_vocab(),

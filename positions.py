@@ -1,7 +1,9 @@
 """Where patches and tokens stand, and which tokens see each other: the integers of vlm.py.
 
     vision_plan        grids of pictures ─► patches sorted into windows, their rows and columns
+    near_rows          rows and columns ─► where they lie in Qwen3-VL's learned table of places
     mrope_positions    token ids and grids ─► time, row and column of every token
+    pair_axes          which of the three each rotary pair of a head turns with
     padding_mask, branch_mask    what a token may look at, where causal attention is not enough
 
 Sources: M-RoPE of Qwen2-VL (arXiv 2409.12191), window attention of Qwen2.5-VL (arXiv 2502.13923).
@@ -9,6 +11,7 @@ Letters: B batch, L tokens of a sequence, P patches of all pictures, m patches t
 along a side, t h w a picture's grid in frames and patches.
 """
 
+import math
 from itertools import groupby, pairwise, repeat
 
 import numpy as np
@@ -58,6 +61,35 @@ def adjacent(sizes):
     return groups
 
 
+def near_rows(places, sizes, number):
+    """The four rows near each patch in a square table of so many: indices and shares, (P, 4) each.
+
+    places (P, 2): a patch's row and column, sizes (P, 2): of its frame, over which the table is
+    stretched, corners on corners.
+    """
+    side = math.isqrt(number)
+    place = places * (side - 1) / (sizes - 1).clamp(min=1)  # (P, 2) float32
+    before = place.floor()
+    behind = (before + 1).clamp(max=side - 1)
+    rows, columns = torch.stack((before, behind), dim=2).long().unbind(1)  # (P, 2) each
+    share = place - before  # of what is behind
+    down, across = torch.stack((1 - share, share), dim=2).unbind(1)
+    indices = rows[:, :, None] * side + columns[:, None]  # (P, 2, 2)
+    shares = down[:, :, None] * across[:, None]
+    return indices.flatten(1), shares.flatten(1)
+
+
+def pair_axes(config):
+    """[0, 1 or 2] for each rotary pair of a head: it turns with the time, the row or the column."""
+    sections = config.mrope_section
+    axes = np.repeat((0, 1, 2), sections)  # one section after another
+    if config.qwen3:  # they take turns: time, row, column, and time has what is left over
+        axes[:] = 0
+        for axis in (1, 2):
+            axes[axis : 3 * sections[axis] : 3] = axis
+    return axes.tolist()
+
+
 def mrope_positions(
     input_ids,
     attention_mask,
@@ -70,11 +102,16 @@ def mrope_positions(
     """M-RoPE positions (3, B, L): time, row, column; padding (attention_mask 0) gets 0.
 
     Grids are taken in reading order; a video's frames are tokens_per_second x second_per_grid_ts
-    apart. A branch of `segments` goes on where its stem ends. ValueError if the grids do not fit
-    the text. As transformers 4 and vLLM have it; transformers 5 goes on behind a video at start +
+    apart; Qwen3-VL's are pictures behind one another, with their seconds between them in words. A
+    branch of `segments` goes on where its stem ends. ValueError if the grids do not fit the text.
+    As transformers 4 and vLLM have it; transformers 5 goes on behind a video at start +
     max(h, w) / m, for a long one before its end.
     """
     ids = input_ids.cpu().numpy()  # a walk over tokens, too small for a GPU
+    if config.qwen3 and video_grid_thw is not None:
+        video_grid_thw = video_grid_thw.repeat_interleave(video_grid_thw[:, 0], dim=0)
+        video_grid_thw[:, 0] = 1
+        second_per_grid_ts = None
     images = iter([] if image_grid_thw is None else image_grid_thw.tolist())
     videos = iter([] if video_grid_thw is None else video_grid_thw.tolist())
     seconds = repeat(1.0) if second_per_grid_ts is None else map(float, second_per_grid_ts)

@@ -1,11 +1,12 @@
-"""Pixels and words to tensors: Qwen2.5-VL's image processor, tokenizer and chat template.
+"""Pixels and words to tensors: image processor, tokenizer and chat template of both Qwens.
 
     pictures, videos ─► process_media ─► vision inputs and their grids (t, h, w) ─┐
     messages ─► chat (a place for every token of a picture) ◄─────────────────────┘
                  └─► collate ─► a padded batch (prompt), or rows end to end (pack) ─► vlm.py
 
 Text is only ever text: special tokens that a user types are not obeyed. tests/test_processor.py
-compares with transformers' image processor and `apply_chat_template`.
+compares with transformers' image processor and `apply_chat_template`. Qwen3-VL's template has no
+system message of its own, and writes a video as its frames, each behind its time.
 
 Letters as in vlm.py: B batch, L tokens, P patches of all pictures, p side of a patch (pixels),
 m patches a token merges along a side, t h w a picture's grid in frames and patches.
@@ -18,6 +19,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
+from os.path import commonprefix
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint import VISION_DEFAULTS, known
 from cli import UserError
-from data.media import to_rgb
+from data.media import FRAMES_A_SECOND, to_rgb
 from files import atomic, find_folder, read_json, read_text, reading, write_json
 
 # ---- pixels and patches
@@ -70,7 +72,8 @@ class ImageConfig:
         model = read_json(Path(folder) / "config.json")
         with reading(path):
             # patches are cut as the ViT wants them
-            vision = VISION_DEFAULTS | (model.get("vision_config") or {})
+            kind = "qwen3_vl" if model.get("model_type") == "qwen3_vl" else "qwen2_5_vl"
+            vision = VISION_DEFAULTS[kind] | (model.get("vision_config") or {})
             sizes = {
                 "patch_size": vision["patch_size"],
                 "merge_size": vision["spatial_merge_size"],
@@ -91,11 +94,11 @@ class ImageConfig:
             assert fits, "patch_size or merge_size differs from config.json's"
             return cls(**fields)
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, qwen3=False):
         """Write preprocessor_config.json, for all versions."""
         kind = {
             "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": "Qwen2_5_VLProcessor",
+            "processor_class": "Qwen3VLProcessor" if qwen3 else "Qwen2_5_VLProcessor",
         }
         edges = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
         content = {**kind, **dataclasses.asdict(self), "size": edges}
@@ -184,7 +187,10 @@ VISION_INPUTS = {
 
 
 def process_media(media, config):
-    """[("image" | "video", what)] to vision inputs and the grids (t, h, w), in this order."""
+    """[("image" | "video", what)] to vision inputs and the grids (t, h, w), in this order.
+
+    Behind a video's three numbers are the seconds of its grid frames.
+    """
     parts = defaultdict(list)
     order = []
     for kind, what in media:
@@ -192,8 +198,20 @@ def process_media(media, config):
         tensors = process_videos([what if kind == "video" else [what]], config)
         for name, tensor in zip(VISION_INPUTS[kind], tensors):
             parts[name].append(tensor)
-        order += tensors[1].tolist()
+        grid = tensors[1][0].tolist()
+        if kind == "video":
+            grid += frame_seconds(len(what), config.temporal_patch_size)
+        order.append(grid)
     return {name: torch.cat(tensors) for name, tensors in parts.items()}, order
+
+
+def frame_seconds(count, together):
+    """The middle (s) of each so many frames of a video, of which there are two a second."""
+    seconds = []
+    for first in range(0, count, together):
+        last = min(first + together, count) - 1  # an odd one is shown twice, at its own time
+        seconds.append((first + last) / 2 / FRAMES_A_SECOND)
+    return seconds
 
 
 # ---- words
@@ -222,13 +240,7 @@ SPECIAL_TOKENS = (
 GROUNDING = re.compile(r"(<\|(?:object_ref|box|quad)_(?:start|end)\|>)")
 SYSTEM_PROMPT = "You are a helpful assistant."
 # `chat` below in Jinja, for the tools that read a checkpoint's tokenizer_config.json
-CHAT_TEMPLATE = (
-    """{%- if messages[0]['role'] != 'system' %}<|im_start|>system
-"""
-    + SYSTEM_PROMPT
-    + """<|im_end|>
-{% endif %}
-{%- for message in messages %}<|im_start|>{{ message['role'] }}
+QWEN3_TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message['role'] }}
 {% if message['content'] is string %}{{ message['content'] }}
 {%- else %}{%- for item in message['content'] %}
 {%- if item['type'] in ('image', 'video') %}<|vision_start|><|{{ item['type'] }}_pad|><|vision_end|>{% else %}{{ item['text'] }}{% endif %}
@@ -236,6 +248,14 @@ CHAT_TEMPLATE = (
 {% endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+CHAT_TEMPLATE = (
+    """{%- if messages[0]['role'] != 'system' %}<|im_start|>system
+"""
+    + SYSTEM_PROMPT
+    + """<|im_end|>
+{% endif %}
+"""
+    + QWEN3_TEMPLATE
 )
 
 
@@ -243,10 +263,12 @@ class Tokenizer:
     """Byte-level BPE from a tokenizer.json.
 
     Text is only ever text: "<|im_end|>" typed by a user becomes its characters, not the token.
+    qwen3: `chat` is Qwen3-VL's.
     """
 
-    def __init__(self, fast):
+    def __init__(self, fast, qwen3=False):
         self.fast = fast
+        self.qwen3 = qwen3
         self.fast.encode_special_tokens = True  # the library's name for "as plain text"
         self.special = {token: fast.token_to_id(token) for token in SPECIAL_TOKENS}
         # text without them would train a model that nothing stops
@@ -267,8 +289,10 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, path_or_repo_id):
         path = find_folder(path_or_repo_id) / "tokenizer.json"
+        model = path.with_name("config.json")  # the network's, not there beside a tokenizer alone
+        kind = read_json(model).get("model_type") if model.exists() else None
         with reading(path):
-            return cls(FastTokenizer.from_str(read_text(path)))
+            return cls(FastTokenizer.from_str(read_text(path)), kind == "qwen3_vl")
 
     def save_pretrained(self, folder):
         """Write tokenizer.json, and tokenizer_config.json for transformers and vLLM."""
@@ -278,7 +302,7 @@ class Tokenizer:
             "tokenizer_class": "Qwen2Tokenizer",
             "eos_token": "<|im_end|>",
             "pad_token": "<|endoftext|>",
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": QWEN3_TEMPLATE if self.qwen3 else CHAT_TEMPLATE,
         }
         write_json(Path(folder) / "tokenizer_config.json", about)
 
@@ -311,17 +335,18 @@ def train_tokenizer(texts, vocab_size=1024):
 
 
 def chat(tokenizer, messages, grids=(), merge_size=2, generate=True):
-    """Qwen2.5-VL's chat template: input_ids and labels, two lists of L.
+    """The chat template of the tokenizer's model: input_ids and labels, two lists of L.
 
     messages [{"role": "system" | "user" | "assistant", "content": str or a list of {"type":
     "image"}, {"type": "video"} and {"type": "text", "text": str}}]; pictures take their grids in
-    order. labels are -100 except on answers and their <|im_end|>, without those that have "learn":
-    False. generate=True ends with the assistant's header, ready to generate.
+    order, as `process_media` has them. labels are -100 except on answers and their <|im_end|>,
+    without those that have "learn": False. generate=True ends with the assistant's header, ready to
+    generate.
     """
     special = tokenizer.special
     start = [special["<|im_start|>"]]
     grids = iter(grids)
-    if not messages or messages[0]["role"] != "system":
+    if not tokenizer.qwen3 and (not messages or messages[0]["role"] != "system"):
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
     ids = []
     labels = []
@@ -347,11 +372,19 @@ def chat(tokenizer, messages, grids=(), merge_size=2, generate=True):
             if item["type"] == "text":
                 text += item["text"]
                 continue
+            t, h, w, *seconds = next(grids)
+            pad = special[f"<|{item['type']}_pad|>"]
+            frames = [("", t)]  # all in one
+            if tokenizer.qwen3 and item["type"] == "video":
+                # a grid without seconds would have no places
+                assert len(seconds) == t, "a video's grid needs the seconds of its frames"
+                frames = [(f"<{second:.1f} seconds>", 1) for second in seconds]
             # every token of a picture has its place, between a start and an end
-            pads = [special[f"<|{item['type']}_pad|>"]] * (math.prod(next(grids)) // merge_size**2)
-            add(text)
-            add([special["<|vision_start|>"], *pads, special["<|vision_end|>"]])
-            text = ""
+            for time, count in frames:
+                pads = [pad] * (count * h * w // merge_size**2)
+                add(text + time)
+                add([special["<|vision_start|>"], *pads, special["<|vision_end|>"]])
+                text = ""
         for i, part in enumerate(GROUNDING.split(text) if answer else [text]):
             add([special[part]] if i % 2 else part, learn)
         add([special["<|im_end|>"]], learn)
@@ -395,7 +428,7 @@ class Processor:
     def save_pretrained(self, folder):
         """Write tokenizer.json, tokenizer_config.json and preprocessor_config.json."""
         self.tokenizer.save_pretrained(folder)
-        self.image.save_pretrained(folder)
+        self.image.save_pretrained(folder, self.tokenizer.qwen3)
 
     def prompt(self, images, texts, side="right", text_first=False):
         """Pictures and a text for each row, as user turns that wait for an answer: model inputs.
@@ -442,8 +475,11 @@ class Processor:
                 texts.append(chat(self.tokenizer, messages, own, self.image.merge_size, False))
             first, first_labels = texts[0]
             ends = [i for i, token in enumerate(first) if token == special["<|vision_end|>"]]
-            # text alone shares the system's
-            stem = (ends or [first.index(special["<|im_end|>"])])[-1] + 1
+            if ends:
+                stem = ends[-1] + 1
+            else:  # text alone shares the system's, or without one the words it begins with
+                shared = len(commonprefix([text for text, _ in texts]))
+                stem = min(shared, first.index(special["<|im_end|>"]) + 1)
             ids += first[:stem]
             labels += first_labels[:stem]
             lengths = [stem]

@@ -6,7 +6,7 @@
     python train_sft.py --resume                             goes on where a stopped run saved last
     torchrun --nproc_per_node 8 train_sft.py --fsdp          several GPUs: trainer.py
 
-A row is a line of a conversations file (data/conversations.py). The rows of a step are packed end to end,
+Presets: nano, qwen (Qwen2.5-VL-3B) and qwen3 (Qwen3-VL-2B). A row is a line of a conversations file (data/conversations.py). The rows of a step are packed end to end,
 none seeing another, so nothing is spent on padding. The cross-entropy is on answers alone. nano's own
 recipe, from nothing, calls `train` with sources and losses of its own.
 
@@ -65,9 +65,11 @@ class SFTConfig(RunConfig):
 
 
 QWEN = "Qwen/Qwen2.5-VL-3B-Instruct"
+QWEN3 = "Qwen/Qwen3-VL-2B-Instruct"
 PRESETS = {
     "nano": SFTConfig(),
     "qwen": SFTConfig(backbone=QWEN, lr=1e-5, micro_batch=1, checkpointing=True),
+    "qwen3": SFTConfig(backbone=QWEN3, lr=1e-5, micro_batch=1, checkpointing=True),
 }
 FREE = {"on_bad", "micro_batch", "checkpointing"}  # may change when resuming, beside trainer.FREE
 
@@ -275,7 +277,8 @@ def select_parts(model, cfg):
     whole_llm = "llm" in parts and not cfg.lora_rank
     model.requires_grad_(whole_llm)
     model.visual.requires_grad_("vision" in parts)
-    model.visual.merger.requires_grad_("merger" in parts)
+    for merger in (model.visual.merger, model.visual.deepstack_merger_list):
+        merger.requires_grad_("merger" in parts)
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank)
     if cfg.frozen_blocks:

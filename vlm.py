@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: pixels and token ids in, new tokens or the hidden states of block k out.
+"""Qwen2.5-VL and Qwen3-VL: pixels and token ids in, new tokens or hidden states of block k out.
 
     picture ─► patches ─► ViT (windows, a few global blocks) ─► merger (2x2 patches = 1 token) ─┐
     text ─► processor.py ─► token ids ──► embedding ──────────── <|image_pad|> replaced by ◄─────┘
@@ -8,10 +8,17 @@
 The network alone: processor.py makes its inputs, checkpoint.py reads its weights, positions.py
 has the places of patches and tokens.
 
+What Qwen3-VL (2B to 32B, and Cosmos-Reason2) does differently, wherever `qwen3` is asked:
+
+    ViT        whole frames alone, LayerNorm, an MLP without a gate, a learned table of places
+    deepstack  mergers behind some of its blocks too: their tokens are added behind LLM blocks 1, 2...
+    attention  queries and keys are normalized; no biases
+    M-RoPE     time, row and column take turns with the pairs; a video's seconds are in the text
+
 Field and tensor names are those of the hub's checkpoints (Qwen/Qwen2.5-VL-3B-Instruct and its
-sisters); `nano` is the same architecture at 5 M parameters. Sources: Qwen2.5-VL (arXiv 2502.13923),
-M-RoPE of Qwen2-VL (arXiv 2409.12191), and the behavior of Hugging Face transformers, which
-tests/test_vlm.py compares with.
+sisters); `nano` is Qwen2.5-VL at 5 M parameters. Sources: Qwen2.5-VL (arXiv 2502.13923), Qwen3-VL
+(arXiv 2511.21631), M-RoPE of Qwen2-VL (arXiv 2409.12191), and the behavior of Hugging Face
+transformers, which tests/test_vlm.py and tests/test_qwen3.py compare with.
 
 Letters: B batch, L tokens of a sequence, S keys (past and new), D width, H heads, G key/value
 heads, d width of a head, V vocabulary, P patches of all pictures, p side of a patch (pixels),
@@ -22,6 +29,7 @@ m x m neighbors after one another, so that the merger is a reshape.
 """
 
 import dataclasses
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import torch
@@ -31,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoint import load_weights, read_config, read_generation_config, save_model
 from files import find_folder, reading
-from positions import branch_mask, mrope_positions, padding_mask, vision_plan
+from positions import branch_mask, mrope_positions, near_rows, padding_mask, pair_axes, vision_plan
 
 # ---- configuration
 
@@ -54,14 +62,25 @@ class VisionConfig:
     window_size: int = 64  # pixels: side of the squares that most blocks attend inside
     fullatt_block_indexes: tuple = (1, 3)  # the blocks that attend to the whole frame
     tokens_per_second: int = 2  # temporal positions a second of video
+    model_type: str = "qwen2_5_vl"  # or "qwen3_vl"
+    num_position_embeddings: int = 0  # rows of Qwen3-VL's table of places, which is a square
+    deepstack_visual_indexes: tuple = ()  # Qwen3-VL's blocks with a merger behind them
 
     def __post_init__(self):
+        if self.qwen3:  # no windows
+            self.fullatt_block_indexes = range(self.depth)
+            assert self.num_position_embeddings > 0, "num_position_embeddings is below 1"
         self.fullatt_block_indexes = tuple(self.fullatt_block_indexes)
+        self.deepstack_visual_indexes = tuple(self.deepstack_visual_indexes)
         token = self.patch_size * self.spatial_merge_size  # pixels
         assert self.window_size >= token, "window_size is smaller than a token"
         assert 0 < self.depth < MOST_BLOCKS, "depth is no number of blocks"
         # a head turns with rows and with columns, by two halves of as many pairs
         assert self.hidden_size % (4 * self.num_heads) == 0, "hidden_size / num_heads / 4 is odd"
+
+    @property
+    def qwen3(self):
+        return self.model_type == "qwen3_vl"
 
 
 @dataclass
@@ -85,6 +104,8 @@ class VLMConfig:
     vision_end_token_id: int = 1034
     image_token_id: int = 1036
     video_token_id: int = 1037
+    model_type: str = "qwen2_5_vl"  # or "qwen3_vl"
+    head_dim: int | None = None  # Qwen3-VL's own; else hidden_size / num_attention_heads
     vision_config: VisionConfig = field(default_factory=VisionConfig)
 
     def __post_init__(self):
@@ -92,14 +113,18 @@ class VLMConfig:
         heads = self.num_attention_heads
         assert min(heads, self.num_key_value_heads, self.vocab_size) > 0, "a size is below 1"
         assert 0 < self.num_hidden_layers < MOST_BLOCKS, "num_hidden_layers is no number of blocks"
-        assert self.hidden_size % heads == 0, "hidden_size is no multiple of num_attention_heads"
+        if self.head_dim is None:
+            whole = self.hidden_size % heads == 0
+            assert whole, "hidden_size is no multiple of num_attention_heads"
+            self.head_dim = self.hidden_size // heads
         assert heads % self.num_key_value_heads == 0, "num_key_value_heads do not divide the heads"
         assert 2 * sum(self.mrope_section) == self.head_dim, "mrope_section is not half a head"
         assert self.vision_config.out_hidden_size == self.hidden_size, "out_hidden_size differs"
+        assert self.vision_config.model_type == self.model_type, "model_type differs"
 
     @property
-    def head_dim(self):
-        return self.hidden_size // self.num_attention_heads
+    def qwen3(self):
+        return self.model_type == "qwen3_vl"
 
     def for_tokenizer(self, tokenizer):
         """A copy with this Tokenizer's vocabulary and special tokens."""
@@ -188,6 +213,20 @@ class MLP(nn.Module):
 # ---- ViT
 
 
+def vision_norm(config, width):
+    return nn.LayerNorm(width, 1e-6) if config.qwen3 else RMSNorm(width, 1e-6)
+
+
+def vision_mlp(config):
+    """SwiGLU, or Qwen3-VL's two layers."""
+    sizes = (config.hidden_size, config.intermediate_size)
+    if not config.qwen3:
+        return MLP(*sizes, bias=True)
+    parts = {"linear_fc1": nn.Linear(*sizes), "act_fn": nn.GELU("tanh")}
+    parts["linear_fc2"] = nn.Linear(*reversed(sizes))
+    return nn.Sequential(OrderedDict(parts))
+
+
 class VisionAttention(nn.Module):
     """Attention inside each window. x (P, D) in windowed order, cos and sin (P, 1, 1, d/2).
 
@@ -222,10 +261,10 @@ class VisionAttention(nn.Module):
 class VisionBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm1 = RMSNorm(config.hidden_size, 1e-6)
+        self.norm1 = vision_norm(config, config.hidden_size)
         self.attn = VisionAttention(config)
-        self.norm2 = RMSNorm(config.hidden_size, 1e-6)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=True)
+        self.norm2 = vision_norm(config, config.hidden_size)
+        self.mlp = vision_mlp(config)
 
     def forward(self, x, *where):
         x = x + self.attn(self.norm1(x), *where)
@@ -238,21 +277,24 @@ class PatchEmbed(nn.Module):
     def __init__(self, config):
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(3, config.hidden_size, kernel, stride=kernel, bias=False)
+        self.proj = nn.Conv3d(3, config.hidden_size, kernel, stride=kernel, bias=config.qwen3)
 
     def forward(self, pixel_values):
         weight = self.proj.weight.flatten(1)  # (D, 3*2*p*p)
-        x = F.linear(pixel_values.to(weight.dtype), weight)
+        x = F.linear(pixel_values.to(weight.dtype), weight, self.proj.bias)
         return x.to(weight.dtype)  # under autocast too: what blocks add to stays in float32
 
 
 class PatchMerger(nn.Module):
-    """m x m neighboring patches (P, D) to one token of the LLM's width."""
+    """m x m neighboring patches (P, D) to one token of the LLM's width.
 
-    def __init__(self, config):
+    A deep one (deepstack) normalizes the m x m together.
+    """
+
+    def __init__(self, config, deep=False):
         super().__init__()
         self.width = config.hidden_size * config.spatial_merge_size**2
-        self.ln_q = RMSNorm(config.hidden_size, 1e-6)
+        self.ln_q = vision_norm(config, self.width if deep else config.hidden_size)
         self.mlp = nn.Sequential(
             nn.Linear(self.width, self.width),
             nn.GELU(),
@@ -260,7 +302,7 @@ class PatchMerger(nn.Module):
         )
 
     def forward(self, x):
-        x = self.ln_q(x)
+        x = self.ln_q(x.view(-1, *self.ln_q.weight.shape))
         return self.mlp(x.view(-1, self.width))
 
 
@@ -271,14 +313,19 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
+        if config.qwen3:
+            self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
         blocks = [VisionBlock(config) for _ in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
         self.merger = PatchMerger(config)
+        deep = [PatchMerger(config, deep=True) for _ in config.deepstack_visual_indexes]
+        self.deepstack_merger_list = nn.ModuleList(deep)
 
     def forward(self, pixel_values, grid_thw):
-        """pixel_values (P, 3*2*p*p) and grid_thw (n, 3) to tokens and patch features.
+        """pixel_values (P, 3*2*p*p) and grid_thw (n, 3) to tokens, patch features and deep tokens.
 
-        tokens (P / m², D of the LLM) and features (P, D of the ViT), both in reading order.
+        tokens (P / m², D of the LLM), features (P, D of the ViT) and, one after another, the tokens
+        of each deepstack merger, all in reading order.
         """
         config = self.config
         *plan, windows, frames = vision_plan(grid_thw.tolist(), config)
@@ -290,16 +337,25 @@ class VisionTransformer(nn.Module):
         angles = places[:, :, None] * frequency  # (P, 2, d/4)
         angles = angles.view(-1, 1, 1, half)  # for queries and keys, and all heads
         x = self.patch_embed(pixel_values[order])
+        if config.qwen3:
+            sizes = grid_thw[:, 1:].repeat_interleave(grid_thw.prod(1), dim=0)  # (P, 2)
+            rows, shares = near_rows(places, sizes[order], config.num_position_embeddings)
+            learned = self.pos_embed(rows) * shares[..., None]  # (P, 4, D)
+            x = x + learned.sum(1).to(x.dtype)
         cos, sin = cos_sin(angles, x.dtype)
+        deep = []
         for i, block in enumerate(self.blocks):
             # most blocks look no further than a window
             groups = frames if i in config.fullatt_block_indexes else windows
             x = compute(block, self.checkpointing, x, cos, sin, groups)
+            if i in config.deepstack_visual_indexes:
+                number = config.deepstack_visual_indexes.index(i)
+                deep.append(self.deepstack_merger_list[number](x))
         # back from windows to reading order
         m2 = config.spatial_merge_size**2
         back = torch.argsort(order[::m2])
         tokens = self.merger(x)[back]
-        return tokens, x[torch.argsort(raster)]
+        return tokens, x[torch.argsort(raster)], *(part[back] for part in deep)
 
 
 # ---- LLM
@@ -333,9 +389,22 @@ class Attention(nn.Module):
         self.kv_heads = config.num_key_value_heads
         # the hub's q_proj, k_proj and v_proj lie below one another in one matrix
         rows = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, rows)
+        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=not config.qwen3)
         width = self.heads * self.head_dim
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.normed = config.qwen3
+        if self.normed:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def turn(self, qk, cos, sin):
+        """Queries and keys (B, H + G, L, d) turned to their positions."""
+        if self.normed:
+            wide = qk.to(self.q_norm.weight.dtype)  # under autocast
+            q, k = wide.split((self.heads, self.kv_heads), dim=1)
+            wide = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+            qk = wide.to(qk.dtype)
+        return apply_rotary(qk, cos, sin)
 
     def forward(self, x, cos, sin, segments, cache):
         if cache is not None and cache.length:
@@ -348,7 +417,7 @@ class Attention(nn.Module):
         qkv = qkv.view(B, L, -1, self.head_dim)
         qkv = qkv.transpose(1, 2)  # (B, H + 2 G, L, d)
         qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
-        qk = apply_rotary(qk, cos, sin)
+        qk = self.turn(qk, cos, sin)
         q, k = qk.split((heads, kv_heads), dim=1)
         if cache is not None:
             # room for the tokens to come: nothing is copied again
@@ -369,7 +438,7 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x)
         qkv = qkv.view(len(x), -1, 1, self.head_dim)  # (B, H + 2 G, 1, d)
         qk = qkv[:, : self.heads + self.kv_heads]  # turned in place
-        qk.copy_(apply_rotary(qk, cos, sin))
+        qk.copy_(self.turn(qk, cos, sin))
         # its keys and values join those of its row
         buffer = cache.layers[self.index]
         buffer.narrow(2, cache.length, 1).copy_(qkv[:, self.heads :])
@@ -438,30 +507,34 @@ class VLM(nn.Module):
         config = self.config
         pairs = torch.arange(0, config.head_dim, 2, device=positions.device)
         frequency = config.rope_theta ** (-pairs / config.head_dim)  # (d/2,)
-        per_axis = positions[..., None] * frequency  # (3, B, L, d/2)
-        # the first pairs turn with time, the next with the row, the last with the column
-        parts = per_axis.split(config.mrope_section, dim=-1)
-        own = [part[axis] for axis, part in enumerate(parts)]
-        angles = torch.cat(own, dim=-1)  # (B, L, d/2)
+        axes = torch.tensor(pair_axes(config), device=positions.device)  # (d/2,)
+        own = positions.movedim(0, -1).index_select(-1, axes)  # (B, L, d/2)
+        angles = own * frequency
         return cos_sin(angles[:, None], self.model.norm.weight.dtype)
 
     def see(self, x, input_ids, media):
-        """x (B, L, D) with what the ViT makes of pictures in their places, and patch features.
+        """x (B, L, D) with what the ViT makes of pictures in their places, and patch features, deep.
 
         media: [(token of their places, pixels, grids)] of images and of videos, or None for both.
+        deep: what is added behind the first LLM blocks, (B, L, D) each, 0 where there is text.
         """
         features = []
+        deep = [torch.zeros_like(x) for _ in self.visual.deepstack_merger_list]
         for token_id, pixels, grids in media:
             if pixels is None:
                 continue
-            tokens, seen = self.visual(pixels, grids)
+            tokens, seen, *deeper = self.visual(pixels, grids)
             places = input_ids == token_id  # (B, L)
             number = int(places.sum())
             if number != len(tokens):
                 raise ValueError(f"the text has {number} places, the pictures make {len(tokens)}")
             x = x.masked_scatter(places[..., None], tokens.to(x.dtype))
             features.append(seen)
-        return x, torch.cat(features) if features else None
+            for i, part in enumerate(deeper):
+                deep[i] = deep[i].masked_scatter(places[..., None], part.to(x.dtype))
+        if not features:
+            return x, None, []
+        return x, torch.cat(features), deep
 
     def forward(
         self,
@@ -491,7 +564,7 @@ class VLM(nn.Module):
         images = (config.image_token_id, pixel_values, image_grid_thw)
         videos = (config.video_token_id, pixel_values_videos, video_grid_thw)
         x = self.model.embed_tokens(input_ids)
-        x, patch_features = self.see(x, input_ids, [images, videos])
+        x, patch_features, deep = self.see(x, input_ids, [images, videos])
         # without segments the whole row is one text
         masked = [(input_ids.shape[1], padding_mask(attention_mask))]
         if segments is not None:
@@ -500,8 +573,10 @@ class VLM(nn.Module):
                 masked.append((sum(lengths), branch_mask(lengths, x.device)))
         cos, sin = self.rotary(position_ids)
         hidden = [x]
-        for layer in self.model.layers[:num_layers]:
+        for i, layer in enumerate(self.model.layers[:num_layers]):
             x = compute(layer, self.checkpointing, x, cos, sin, masked, cache)
+            if i < len(deep):
+                x = x + deep[i]
             hidden.append(x)
         if cache is not None:
             # text goes on behind the largest position of its row

@@ -1,11 +1,20 @@
-"""A Qwen2.5-VL small enough for tests, its tokenizer, pictures and prompts."""
+"""A Qwen2.5-VL and a Qwen3-VL small enough for tests, a tokenizer, pictures and prompts."""
 
 from functools import cache
 
 import numpy as np
 import torch
 
-from processor import ImageConfig, chat, collate, process_images, process_videos, train_tokenizer
+from processor import (
+    ImageConfig,
+    Processor,
+    Tokenizer,
+    chat,
+    collate,
+    process_images,
+    process_videos,
+    train_tokenizer,
+)
 from vlm import VLM, VisionConfig, VLMConfig
 
 CORPUS = [
@@ -52,6 +61,38 @@ def small_config(tokenizer, **changes):
         "mrope_section": (2, 2, 2),
     }
     return VLMConfig(**{**sizes, **changes}, vision_config=vision).for_tokenizer(tokenizer)
+
+
+def qwen3_config(tokenizer, **changes):
+    vision = VisionConfig(
+        model_type="qwen3_vl",
+        depth=4,
+        hidden_size=32,
+        intermediate_size=40,
+        num_heads=2,
+        out_hidden_size=48,
+        patch_size=8,
+        num_position_embeddings=49,  # pictures of the tests have fewer rows than 7, and more
+        deepstack_visual_indexes=[0, 2],
+    )
+    sizes = {
+        "model_type": "qwen3_vl",
+        "hidden_size": 48,
+        "head_dim": 16,  # more than a quarter of 48
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "mrope_section": (4, 2, 2),
+    }
+    return VLMConfig(**{**sizes, **changes}, vision_config=vision).for_tokenizer(tokenizer)
+
+
+@cache
+def qwen3_processor():
+    half = (0.5, 0.5, 0.5)
+    image = ImageConfig(8, 2, 2, 32 * 32, 128 * 128, image_mean=half, image_std=half)
+    return Processor(Tokenizer(small_tokenizer().fast, qwen3=True), image)
 
 
 def random_model(config, seed=0):
