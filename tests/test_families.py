@@ -134,7 +134,9 @@ def test_commands_of_a_goal_can_follow_each_other(length):
         tasks = [command.task for command in commands]
         assert "PickCube" not in tasks[:-1]  # it would hold the cube for ever
         moved = [next(iter(command.roles.values())) for command in commands]
-        filled = [list(command.roles.values())[1] for command in commands if command.task != "PickCube"]
+        filled = [
+            list(command.roles.values())[1] for command in commands if command.task != "PickCube"
+        ]
         assert len(set(filled)) == len(filled)
         assert not set(moved) & set(filled)
     assert lengths == {0, length} or lengths == {length}

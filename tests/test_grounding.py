@@ -13,7 +13,7 @@ from squares import write_squares
 
 from cli import UserError
 from data.conversations import Row
-from nano.grounding import C, RIGHT, ROLES, UNKNOWN, Grounding, Scene, option_tokens
+from nano.grounding import RIGHT, ROLES, UNKNOWN, C, Grounding, Scene, option_tokens
 from nano.scenes import CLASSES, Scenes
 from processor import Processor, train_tokenizer
 from vlm import VLM, VisionConfig, VLMConfig
@@ -256,7 +256,9 @@ def command_row(roles, places):
     text = {"type": "text", "text": "bin"}
     media = [("image", np.zeros((128, 128, 3), np.uint8))]
     command = {"roles": [roles], "places": places}
-    return Row([[{"role": "user", "content": [text, {"type": "image"}]}]], media, {"command": command})
+    return Row(
+        [[{"role": "user", "content": [text, {"type": "image"}]}]], media, {"command": command}
+    )
 
 
 def test_patches_know_their_role_in_a_command_and_other_rows_teach_none(corpus, processor):
