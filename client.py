@@ -43,6 +43,7 @@ class RemotePolicy:
         assert temperature == 0, "the server draws no noise, so a seed plays no part"
         self.connection.send(pack({**observation, "robot": robot}))
         reply = self.connection.recv()
+        # text is for people: what was wrong
         if isinstance(reply, str):
             raise UserError(f"the server says: {reply}")
         return unpack(reply)["actions"]
@@ -73,6 +74,7 @@ def main():
     at_least(config, 1, "episodes")
     at_least(config, 0, "seed")
     writable(config.out)
+    # the simulator is on this side, the weights on the other
     env = TabletopEnv(config.robot, config.task, render=False, held_out=True)
     with connected(config.server, read_api_key(config.api_key_file)) as policy:
         for seed in range(config.seed, config.seed + config.episodes):

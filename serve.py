@@ -119,17 +119,21 @@ def translate(observation, keys, instruction="", max_picture=4096):
     images = {}
     for view in VIEWS:
         picture = find(observation, keys[view])
-        longest = max(np.shape(picture), default=0)
-        if longest > max_picture:
+        with reading(f"the {view} picture"):  # lists may be of unequal lengths
+            shape = np.shape(picture)
+        # before it is copied, as it is on its way to the model
+        if max(shape, default=0) > max_picture:
             limit = f"is longer than {max_picture} pixels: shrink it first"
-            raise UserError(f"{keys[view]}, shape {np.shape(picture)}, {limit}")
+            raise UserError(f"{keys[view]}, shape {shape}, {limit}")
         images[view] = picture
     parts = [find(observation, key) for key in keys["state"]]
     state = parts[0]
     if len(parts) > 1:  # joints and gripper apart, and a gripper may be a bare number
         with reading("the state", f"it is {', '.join(keys['state'])} end to end"):
             state = np.concatenate([np.atleast_1d(to_array(part, 1)) for part in parts])
-    text = find(observation, keys["instruction"]) or instruction
+    text = find(observation, keys["instruction"])
+    if text is None:
+        text = instruction
     if isinstance(text, bytes):  # as datasets in TensorFlow's formats have it
         text = text.decode(errors="replace")
     if isinstance(text, str) and len(text) > MAX_INSTRUCTION:
@@ -207,6 +211,7 @@ class PolicyServer:
         """The reply to an observation; previous_ms: what the one before took, None for the first."""
         instruction = self.config.instruction
         family, read = recognize(observation, self.key_maps, instruction)
+        # once a client, so that a camera which nothing looks at does not go unnoticed
         if previous_ms is None:
             unread = [name for name in names(observation) if name not in (*read, "robot")]
             more = f"; not read: {', '.join(unread[:20])}" if unread else ""
@@ -216,7 +221,7 @@ class PolicyServer:
         robot = observation.get("robot", self.robot)
         start = time.perf_counter()
         try:
-            chunk = self.blm.act(observed, robot)
+            chunk = self.blm.act(observed, robot)  # (T, dof + 1)
         except UserError as error:
             where = f"front: {keys['front']}, wrist: {keys['wrist']}"
             raise UserError(
@@ -287,6 +292,7 @@ class PolicyServer:
         logger.setLevel(logging.CRITICAL)
         host, port = listener.getsockname()[:2]
         address = f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}"
+        # per client, whatever it does
         limits = {
             "max_size": self.config.max_message * 2**20,
             "max_queue": 1,  # messages that wait in memory; the rest wait at the client
@@ -328,6 +334,8 @@ def listening(host, port):
 def bind(host, port):
     """A socket that holds the address, and refuses connections until somebody listens there."""
     with listening(host, port):
+        if port > 65535:  # the C library would take what is left of it after division
+            raise OverflowError("ports end at 65535")
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, address = found[0]
         holder = socket.socket(family, kind, protocol)
@@ -345,6 +353,7 @@ def main():
     # all that can be told at once, before weights are loaded
     load_key_maps(config.keys)
     key = read_api_key(config.api_key_file)
+    # clients that come too early shall be refused at once, not left to wait
     listener = bind(config.host, config.port)
     if not key and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
         print("note: whoever reaches this port can use it; --api_key_file asks for a key")

@@ -30,6 +30,7 @@ ROBOT = "widowx"
 @contextmanager
 def serving(device, environment):
     """(address, process number) of a server for as long as the block runs."""
+    # port 0 is any free one; the server prints which
     words = ["serve.py", "--port", "0", "--robot", ROBOT, "--device", device]
     pipes = {"stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, **pipes)
@@ -41,12 +42,14 @@ def serving(device, environment):
             raise UserError("the server ended: see above")
         yield found[0], process.pid
     finally:
+        # it has nothing to save
         process.terminate()
         process.wait()
 
 
 def memory(pid):
     """MiB that a process holds; NaN where the system does not tell."""
+    # the kernel's own count, which other systems keep elsewhere
     status = Path(f"/proc/{pid}/status")
     text = status.read_text() if status.exists() else "VmRSS: nan"
     return round(float(re.search(r"VmRSS:\s+(\S+)", text)[1]) / 1024, 1)
@@ -60,12 +63,14 @@ def milliseconds(act, observation):
 
 def added(address, blm, observation, rounds):
     """A row: a chunk through the server beside `act` in this process, taking turns."""
+    # side by side, so that whatever else the machine does meets both
     with connected(address) as policy:
         sides = (policy.act, blm.act)
         times = []
         for _ in range(rounds + 1):
             times.append([milliseconds(act, observation) for act in sides])
-    served, alone = np.array(times[1:]).T  # the first round is slower
+    served, alone = np.array(times[1:]).T  # (rounds,) each; the first round is slower
+    # medians of differences and ratios of neighbors, as everywhere in dev/bench.py
     return {
         "what": "serve",
         "ms": round(float(np.median(served)), 2),
@@ -85,7 +90,8 @@ def load(address, pid, observation, seconds):
     def client():
         try:
             with connected(address) as policy:
-                expected = policy.act(observation, ROBOT)
+                expected = policy.act(observation, ROBOT)  # (T, dof + 1)
+                # no pause: there is always somebody who waits
                 while time.perf_counter() < end:
                     start = time.perf_counter()
                     chunk = policy.act(observation, ROBOT)
@@ -94,6 +100,7 @@ def load(address, pid, observation, seconds):
         except (UserError, AssertionError) as error:
             errors.append(str(error))
 
+    # a chunk takes so much longer than packing that one process can be all clients
     threads = [Thread(target=client) for _ in range(CLIENTS)]
     for thread in threads:
         thread.start()
@@ -101,6 +108,7 @@ def load(address, pid, observation, seconds):
     held = memory(pid)
     for thread in threads:
         thread.join()
+    # a leak of one message a call would be 100 MB in 1,000 calls
     return {
         "what": f"serve, {CLIENTS} clients",
         "ms": round(float(np.median(times)), 2),
@@ -115,6 +123,7 @@ def load(address, pid, observation, seconds):
 def measure(config, environment):
     """Both rows, as config (a BenchConfig) asks for them."""
     require_extras()
+    # the same weights in both processes
     blm = BLM.from_pretrained("weights/nano", config.device)
     state_dim, _ = blm.policy.embodiments[ROBOT]
     observation = bench_side.observation(state_dim)
