@@ -573,5 +573,5 @@ def test_ctrl_c_says_goodbye_to_everybody():
         with pytest.raises(websockets.exceptions.ConnectionClosedOK) as closed:
             connection.recv()
     assert closed.value.rcvd.code == 1001
-    _, told = process.communicate(timeout=30)
+    _, told = process.communicate(timeout=120)
     assert process.returncode == 130 and told == "stopped\n"
