@@ -297,7 +297,7 @@ REFUSED = [
     ({**LIBERO, "observation/image": FRONT.astype(np.int64)}, r"front picture.*int64 \(128, 128, 3\)"),
     ({**LIBERO, "observation/wrist_image": FRONT[..., 0]}, r"wrist picture.*uint8 \(128, 128\)"),
     ({**LIBERO, "observation/image": FRONT[:0]}, "too thin"),
-    ({**LIBERO, "observation/image": b"\xff\xd8"}, "front picture must be|front picture: a picture must"),
+    ({**LIBERO, "observation/image": b"\xff\xd8"}, "front picture: a picture must"),
     ({**LIBERO, "observation/image": np.zeros((201, 9, 3), np.uint8)}, "longer than 200 pixels"),
     ({**LIBERO, "observation/image": [[1], [1, 2]]}, "cannot read the front picture"),
     ({**LIBERO, "prompt": ""}, "instruction"),
