@@ -3,6 +3,7 @@
     python -m dev.bench                               today's tree alone
     python -m dev.bench --against v1 --only act       beside a commit, both sides taking turns
     python -m dev.bench --only transformers           vlm.py beside Hugging Face transformers
+    python -m dev.bench --only serve                  `act` through serve.py beside `act` alone
 
     act            one chunk of the shipped policy: two pictures, a state, an instruction
     prefill        one forward pass of the shipped language model, batch 1
@@ -11,6 +12,7 @@
     sft            a step of train_sft.py on rows with a picture and a question
     policy         a step of train_policy.py from cached hidden states
     transformers   prefill, generate and a training step beside Qwen2_5_VLForConditionalGeneration
+    serve          what the server adds to a chunk, and eight clients that never pause
 
 Machines are noisy, so the sides take turns, each in processes of its own, and a ratio is the median
 over rounds of two times that lie side by side. Written as JSON with the machine and both commits.
@@ -46,12 +48,13 @@ SFT_ROWS = 96
 
 @dataclass
 class BenchConfig:
-    only: str = "all"  # comma-separated parts, all (but transformers), or transformers
+    only: str = "all"  # comma-separated parts, all of these, transformers, or serve
     against: str = ""  # commit to stand beside; empty: today's tree alone
     rounds: int = 15  # turns of each side; of trainings a fifth
     threads: int = 0  # CPU threads; 0: all cores
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "float32"  # of the trainings
+    seconds: int = 60  # that the clients of serve go on for
     sft_flags: str = ""  # further flags that the other commit's train_sft.py needs
     out: str = "out/results/bench.json"  # result file
 
@@ -255,7 +258,7 @@ def beside_transformers(config, device):
 
 def main():
     config = parse(BenchConfig, description="How fast the parts are.")
-    at_least(config, 1, "rounds")
+    at_least(config, 1, "rounds", "seconds")
     at_least(config, 0, "threads")
     writable(Path(config.out).parent)
     device = pick_device(config.device)
@@ -266,6 +269,11 @@ def main():
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     if config.only == "transformers":
         rows, against = beside_transformers(config, device)
+    elif config.only == "serve":
+        from dev import bench_serve  # its packages are extras
+
+        rows = bench_serve.measure(config, environment(ROOT, threads))
+        against = "act alone"
     else:
         parts = choose_many(config.only, PARTS, "part")
         against = config.against and git("rev-parse", "--short", f"{config.against}^{{commit}}")

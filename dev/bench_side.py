@@ -16,18 +16,23 @@ WORDS = 72  # tokens of text in a prompt
 VIEWS = ("front", "wrist")
 
 
+def observation(state_dim):
+    """What `BLM.act` is timed on: two pictures of noise, a state of zeros."""
+    rng = np.random.default_rng(0)
+    pictures = {view: rng.integers(0, 255, (128, 128, 3), dtype=np.uint8) for view in VIEWS}
+    return {
+        "images": pictures,
+        "state": np.zeros(state_dim, np.float32),
+        "instruction": "stack the red cube on the green cube",
+    }
+
+
 def act(device):
     from model import BLM
 
     blm = BLM.from_pretrained("weights/nano", device)
-    rng = np.random.default_rng(0)
-    pictures = {view: rng.integers(0, 255, (128, 128, 3), dtype=np.uint8) for view in VIEWS}
-    observation = {
-        "images": pictures,
-        "state": np.zeros(blm.policy.embodiments["widowx"][0], np.float32),
-    }
-    observation["instruction"] = "stack the red cube on the green cube"
-    return lambda: blm.act(observation, "widowx")
+    seen = observation(blm.policy.embodiments["widowx"][0])
+    return lambda: blm.act(seen, "widowx")
 
 
 def prompt(config, device):

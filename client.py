@@ -1,0 +1,86 @@
+"""The simulated arm, driven by a policy on another machine: an example of a client of serve.py.
+
+    python serve.py                                        in one window
+    python client.py --task StackCube --episodes 3         in another
+
+Draws each episode as sample.py does. A real robot's client looks the same, with cameras and servos
+instead of TabletopEnv.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cli import UserError, at_least, choose, parse, run
+from data.env import TabletopEnv
+from data.robots import ROBOTS
+from data.tasks import TASKS
+from files import writable
+from rollout import EXECUTE_STEPS, draw_episode
+from serve import read_api_key
+from wire import pack, require_extras, unpack
+
+
+@dataclass
+class ClientConfig:
+    server: str = "ws://127.0.0.1:8000"  # address that serve.py prints
+    api_key_file: str = ""  # text file with the server's key
+    robot: str = "widowx"  # panda, xarm6, xarm7 or widowx
+    task: str = "PickCube"  # what to do
+    seed: int = 1_000_001  # layout of the first episode
+    episodes: int = 1  # episodes, with seeds counting up
+    out: str = "out"  # folder for the GIFs
+
+
+class RemotePolicy:
+    """A policy at the other end of a connection; `act` as BLM's, so that `rollout` takes it."""
+
+    def __init__(self, connection):
+        self.connection = connection
+        self.metadata = unpack(connection.recv())
+
+    def act(self, observation, robot, temperature=0.0, seed=None):
+        """(T, dof + 1) float32. UserError with the server's words if it refuses."""
+        assert temperature == 0, "the server draws no noise, so a seed plays no part"
+        self.connection.send(pack({**observation, "robot": robot}))
+        reply = self.connection.recv()
+        # text is for people: what was wrong
+        if isinstance(reply, str):
+            raise UserError(f"the server says: {reply}")
+        return unpack(reply)["actions"]
+
+
+@contextmanager
+def connected(address, api_key=""):
+    """A RemotePolicy for as long as the block runs. UserError if there is none, or it goes."""
+    from websockets.exceptions import WebSocketException
+    from websockets.sync.client import connect
+
+    headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
+    # a server of one's own is not behind the proxy that the environment may name
+    options = {"compression": None, "proxy": None, "additional_headers": headers}
+    try:
+        with connect(address, **options) as connection:
+            yield RemotePolicy(connection)
+    except (OSError, WebSocketException) as error:
+        advice = "is that where `python serve.py` runs?"
+        raise UserError(f"{address}: {str(error) or type(error).__name__}; {advice}") from None
+
+
+def main():
+    config = parse(ClientConfig, description="Drive the simulated arm through a policy server.")
+    require_extras()
+    choose(config.robot, ROBOTS, "robot")
+    choose(config.task, TASKS, "task")
+    at_least(config, 1, "episodes")
+    at_least(config, 0, "seed")
+    writable(config.out)
+    # the simulator is on this side, the weights on the other
+    env = TabletopEnv(config.robot, config.task, render=False, held_out=True)
+    with connected(config.server, read_api_key(config.api_key_file)) as policy:
+        for seed in range(config.seed, config.seed + config.episodes):
+            path, outcome = draw_episode(policy, env, seed, config.out, execute_steps=EXECUTE_STEPS)
+            print(f"{env.robot.display_name}: {env.instruction}\n  {outcome}, drawn in {path}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,368 @@
+"""A policy server: `BLM.act` behind openpi's websocket protocol, for robots on other machines.
+
+    python serve.py --robot widowx                      on this machine only, at port 8000
+    python serve.py --host 0.0.0.0 --api_key_file key   for others too, who must know the key
+
+    client                                 server
+       ── connects ──────────────────────────►
+       ◄──── what the policy is, a message ──
+       ── an observation, a message ─────────►  waits for its turn
+       ◄── {"actions": (T, dof + 1) float32, "server_timing": {"infer_ms", "prev_total_ms"}} ──
+       ◄── or a text that says what was wrong, and the connection closes with code 1011 ──
+
+Messages are those of wire.py. Names of what an observation holds differ from client to client:
+data/observation_keys.json maps them. GET /healthz answers "OK" even while the policy is at work.
+Source of the protocol: openpi at 15a9616, src/openpi/serving/websocket_policy_server.py.
+
+The event loop only talks: a message is decoded, acted on and answered in one worker thread, message
+after message, so a slow or vanished client keeps nobody waiting but itself.
+"""
+
+import asyncio
+import hmac
+import ipaddress
+import logging
+import socket
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http import HTTPStatus
+
+import numpy as np
+
+from cli import UserError, at_least, choose, one_line, parse, pick_device, run
+from files import read_json, read_text, reading
+from wire import pack, require_extras, unpack
+
+KEY_MAPS = "data/observation_keys.json"
+MAX_CLIENTS = 16  # at a time; each may hold a message or two in memory
+MAX_INSTRUCTION = 1000  # characters: the tokenizer remembers every text that it has seen
+PING_INTERVAL = 20  # s
+PING_TIMEOUT = 60  # s; a client that loads a simulator may not answer for the usual 20
+CLOSE_TIMEOUT = 2  # s for a client to say goodbye too
+
+
+@dataclass
+class ServeConfig:
+    weights: str = "weights/nano"  # model folder
+    robot: str = "widowx"  # the robot of observations that name none
+    instruction: str = ""  # for observations without one; openpi's ALOHA client sends none
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: other machines get through too
+    port: int = 8000  # 0: any free one
+    api_key_file: str = ""  # text file with a key that clients must know
+    keys: str = KEY_MAPS  # JSON file that says how clients name what they send
+    max_message: int = 32  # MiB; larger messages close the connection with code 1009
+    max_picture: int = 4096  # pixels on the longer side
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+
+# ---- what clients send
+
+
+def load_key_maps(path):
+    """{family: {"front", "wrist", "instruction": key, "state": [key]}} in a file."""
+    maps = read_json(path)
+    wanted = {"front", "wrist", "state", "instruction"}
+    for family, keys in maps.items():
+        with reading(path, f"{KEY_MAPS} shows how it looks"):
+            assert set(keys) == wanted, f"{family} must have {', '.join(sorted(wanted))}"
+            state = keys["state"]
+            assert isinstance(state, list) and state, f"the state of {family} is no list of keys"
+            for key in (keys["front"], keys["wrist"], keys["instruction"], *state):
+                assert isinstance(key, str), f"{key!r} of {family} is no text"
+    return maps
+
+
+def find(observation, key):
+    """observation["a/b"], or else observation["a"]["b"]; None if there is neither."""
+    if key in observation:
+        return observation[key]
+    group, _, rest = key.partition("/")
+    inner = observation.get(group)
+    return find(inner, rest) if rest and isinstance(inner, dict) else None
+
+
+def names(observation, above=""):
+    """All keys of an observation, those of inner dicts as "a/b"."""
+    found = []
+    for key, value in observation.items():
+        name = f"{above}{key}"
+        found += names(value, f"{name}/") if isinstance(value, dict) else [name]
+    return found
+
+
+def recognize(observation, key_maps, instruction=""):
+    """(family, what it reads): the first family of the key maps all of whose keys are there.
+
+    UserError names what the nearest family misses. instruction: that key may be missing.
+    """
+    reads = {}
+    lacks = {}
+    for family, keys in key_maps.items():
+        reads[family] = [keys["front"], keys["wrist"], *keys["state"], keys["instruction"]]
+        needed = reads[family][:-1] if instruction else reads[family]
+        lacks[family] = [key for key in needed if find(observation, key) is None]
+    family = min(lacks, key=lambda name: len(lacks[name]))
+    if lacks[family]:
+        there = ", ".join(names(observation)) or "nothing"
+        missing = ", ".join(lacks[family])
+        raise UserError(f"the observation lacks {missing} ({family}); it has: {there}")
+    return family, reads[family]
+
+
+def translate(observation, keys, instruction="", max_picture=4096):
+    """An observation with a family's keys as `BLM.act` takes it. UserError on what is too large."""
+    from model import VIEWS, to_array
+
+    images = {}
+    for view in VIEWS:
+        picture = find(observation, keys[view])
+        with reading(f"the {view} picture"):  # lists may be of unequal lengths
+            shape = np.shape(picture)
+        # before it is copied, as it is on its way to the model
+        if max(shape, default=0) > max_picture:
+            limit = f"is longer than {max_picture} pixels: shrink it first"
+            raise UserError(f"{keys[view]}, shape {shape}, {limit}")
+        images[view] = picture
+    parts = [find(observation, key) for key in keys["state"]]
+    state = parts[0]
+    if len(parts) > 1:  # joints and gripper apart, and a gripper may be a bare number
+        with reading("the state", f"it is {', '.join(keys['state'])} end to end"):
+            state = np.concatenate([np.atleast_1d(to_array(part, 1)) for part in parts])
+    text = find(observation, keys["instruction"])
+    if text is None:
+        text = instruction
+    if isinstance(text, bytes):  # as datasets in TensorFlow's formats have it
+        text = text.decode(errors="replace")
+    if isinstance(text, str) and len(text) > MAX_INSTRUCTION:
+        raise UserError(f"an instruction of {len(text)} characters: at most {MAX_INSTRUCTION}")
+    return {"images": images, "state": state, "instruction": text}
+
+
+# ---- the server
+
+
+class PolicyServer:
+    """blm (a BLM with a policy) for whoever connects; config a ServeConfig.
+
+    UserError on an unknown robot, a broken file of keys, an empty API key.
+    """
+
+    def __init__(self, blm, config):
+        self.blm = blm
+        self.config = config
+        self.robot = choose(config.robot, blm.require_policy().embodiments, "robot")
+        self.key_maps = load_key_maps(config.keys)
+        self.api_key = read_api_key(config.api_key_file)
+        self.hello = pack(self.metadata())
+        self.clients = 0
+        # one: the model computes one chunk at a time, and torch keeps threads for each caller
+        self.worker = ThreadPoolExecutor(1)
+
+    def metadata(self):
+        """What a client is told first."""
+        from data.env import CONTROL_HZ, IMAGE_SIZE
+        from model import ACTION, STATE, VIEWS
+        from processor import smart_resize
+
+        policy = self.blm.policy
+        robots = {}
+        for name, (state_dim, action_dim) in policy.embodiments.items():
+            robots[name] = {"state_dim": state_dim, "action_dim": action_dim}
+        # larger ones are shrunk here, so they only take longer to send
+        size = smart_resize(IMAGE_SIZE, IMAGE_SIZE, self.blm.processor.image)
+        return {
+            "action_horizon": policy.config.action_horizon,
+            "action_dim": robots[self.robot]["action_dim"],
+            "image_resolution": size,
+            "cameras": VIEWS,
+            "robots": robots,
+            "robot": self.robot,
+            "control_hz": CONTROL_HZ,
+            "state": STATE,
+            "action": ACTION,
+            "observation_keys": self.key_maps,
+        }
+
+    def warm_up(self):
+        """One chunk for nobody: the first takes longer."""
+        state_dim, _ = self.blm.policy.embodiments[self.robot]
+        black = np.zeros((128, 128, 3), np.uint8)
+        observation = {"images": {"front": black, "wrist": black}, "state": np.zeros(state_dim)}
+        self.blm.act({**observation, "instruction": "warm up"}, self.robot)
+
+    # ---- in the worker thread
+
+    def answer(self, connection, message, previous_ms):
+        """The reply to a message: bytes, or a text that says what is wrong with it."""
+        if connection.close_code is not None:  # gone while it waited
+            return b""
+        try:
+            return self.act(unpack(message), previous_ms)
+        except UserError as error:
+            return str(error)
+        except Exception as error:  # noqa: BLE001, one client's bad luck must not stop the others
+            traceback.print_exc()
+            return f"the server failed ({type(error).__name__}); its own output says where"
+
+    def act(self, observation, previous_ms):
+        """The reply to an observation; previous_ms: what the one before took, None for the first."""
+        instruction = self.config.instruction
+        family, read = recognize(observation, self.key_maps, instruction)
+        # once a client, so that a camera which nothing looks at does not go unnoticed
+        if previous_ms is None:
+            unread = [name for name in names(observation) if name not in (*read, "robot")]
+            more = f"; not read: {', '.join(unread[:20])}" if unread else ""
+            say(f"observations of the family {family}{more}")
+        keys = self.key_maps[family]
+        observed = translate(observation, keys, instruction, self.config.max_picture)
+        robot = observation.get("robot", self.robot)
+        start = time.perf_counter()
+        try:
+            chunk = self.blm.act(observed, robot)  # (T, dof + 1)
+        except UserError as error:
+            where = f"front: {keys['front']}, wrist: {keys['wrist']}"
+            raise UserError(
+                f"{error} ({robot}; {where}, state: {'+'.join(keys['state'])})"
+            ) from None
+        timing = {"infer_ms": 1000 * (time.perf_counter() - start)}
+        if previous_ms is not None:
+            timing["prev_total_ms"] = previous_ms
+        # clients index every array by time, so there is no other one
+        return pack({"actions": chunk, "server_timing": timing})
+
+    # ---- in the event loop
+
+    def admit(self, connection, request):
+        """Instead of a websocket: the answer to /healthz, or a refusal. None: come in."""
+        if request.path == "/healthz":
+            return connection.respond(HTTPStatus.OK, "OK\n")
+        # a browser lets any page that is open in it connect to this machine's own ports
+        origin = request.headers.get("Origin", "")
+        if origin.startswith("http") or origin == "null":
+            return connection.respond(HTTPStatus.FORBIDDEN, "web pages may not connect\n")
+        if self.api_key:
+            sent = request.headers.get("Authorization", "").encode(errors="replace")
+            # in a time that does not tell how much of it is right
+            if not hmac.compare_digest(sent, f"Api-Key {self.api_key}".encode()):
+                return connection.respond(HTTPStatus.UNAUTHORIZED, "wrong or no API key\n")
+        if self.clients >= MAX_CLIENTS:
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many clients\n")
+        return None
+
+    async def talk(self, connection):
+        """Everything between one client's arrival and its departure."""
+        from websockets.exceptions import ConnectionClosed
+
+        # none if the client has gone already
+        who = ":".join(map(str, (connection.remote_address or ["nobody"])[:2]))
+        say(f"{who} came")
+        self.clients += 1
+        loop = asyncio.get_running_loop()
+        previous_ms = None
+        why = ""
+        try:
+            await connection.send(self.hello)
+            async for message in connection:
+                start = time.perf_counter()
+                job = (self.answer, connection, message, previous_ms)
+                reply = await loop.run_in_executor(self.worker, *job)
+                await connection.send(reply)
+                if isinstance(reply, str):
+                    why = f": {reply}"
+                    await connection.close(1011, "the text before this says why")
+                    break
+                previous_ms = 1000 * (time.perf_counter() - start)
+        except ConnectionClosed as closed:
+            why = f": {closed}"
+        finally:
+            self.clients -= 1
+            say(f"{who} left{why}")
+
+    async def run(self, listener):
+        """Serve at a socket of `bind` until cancelled. UserError if another program took it."""
+        from websockets.asyncio.server import serve
+
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self.worker, self.warm_up)
+        # its own account of port scanners and lost connections is a page each
+        logger = logging.getLogger("websockets.server")
+        logger.setLevel(logging.CRITICAL)
+        host, port = listener.getsockname()[:2]
+        address = f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}"
+        # per client, whatever it does
+        limits = {
+            "max_size": self.config.max_message * 2**20,
+            "max_queue": 1,  # messages that wait in memory; the rest wait at the client
+            "ping_interval": PING_INTERVAL,
+            "ping_timeout": PING_TIMEOUT,
+            "close_timeout": CLOSE_TIMEOUT,
+            "compression": None,  # pictures of noise and wood do not shrink
+        }
+        with listening(host, port):
+            async with serve(self.talk, sock=listener, process_request=self.admit, **limits):
+                say(f"{self.robot} at {address}; Ctrl-C stops the server")
+                await asyncio.Future()  # for ever
+
+
+def say(text):
+    """A line for whoever runs the server; what a client sent may not steer the terminal."""
+    print("".join(c if c.isprintable() else "?" for c in one_line(text)), flush=True)
+
+
+def read_api_key(path):
+    """The key in a file, or "" for no file. UserError if the file is empty."""
+    key = read_text(path).strip() if path else ""
+    if path and not (key and key.isascii() and key.isprintable()):
+        raise UserError(f"{path} must hold one line of ASCII: the key")
+    return key
+
+
+@contextmanager
+def listening(host, port):
+    """Turn what goes wrong with an address into a UserError."""
+    try:
+        yield
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        advice = "choose another --host or --port"
+        raise UserError(f"cannot listen on {host}:{port}: {reason}; {advice}") from None
+
+
+def bind(host, port):
+    """A socket that holds the address, and refuses connections until somebody listens there."""
+    with listening(host, port):
+        if port > 65535:  # the C library would take what is left of it after division
+            raise OverflowError("ports end at 65535")
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = found[0]
+        holder = socket.socket(family, kind, protocol)
+        # a server that just stopped leaves the port in use for a minute
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(address)
+    return holder
+
+
+def main():
+    config = parse(ServeConfig, description="Serve a policy over openpi's websocket protocol.")
+    require_extras()
+    at_least(config, 0, "port")
+    at_least(config, 1, "max_message", "max_picture")
+    # all that can be told at once, before weights are loaded
+    load_key_maps(config.keys)
+    key = read_api_key(config.api_key_file)
+    # clients that come too early shall be refused at once, not left to wait
+    listener = bind(config.host, config.port)
+    if not key and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        print("note: whoever reaches this port can use it; --api_key_file asks for a key")
+
+    from model import BLM  # slow to load
+
+    blm = BLM.from_pretrained(config.weights, pick_device(config.device))
+    asyncio.run(PolicyServer(blm, config).run(listener))
+
+
+if __name__ == "__main__":
+    run(main)
