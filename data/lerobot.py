@@ -1,0 +1,261 @@
+"""LeRobotDatasets: other people's robots in, our demonstrations out, and a look before the night.
+
+    python -m data.lerobot check FOLDER             a table of what may be wrong, and a contact sheet
+    python -m data.lerobot import FOLDER out/mine --cameras front=observation.images.top,wrist=...
+    python -m data.lerobot export out/demos out/nanoblm-v3
+
+FOLDER is a folder, or user/name on the hub; versions 2.0, 2.1 and 3.0 are read, 3.0 is written.
+`import` decodes every picture once, into episodes as data/record.py keeps them, so that training
+never touches a film. Needs `pip install -r requirements-lerobot.txt`.
+
+Not supported: one camera (name it twice), three or more (choose two), more action than state numbers,
+several instructions in one episode, numbers of 1,000 and above.
+"""
+
+import re
+import sys
+from argparse import RawDescriptionHelpFormatter
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from cli import Parser, UserError, choose, run
+from data.expert import Demonstration
+from data.lerobot_check import check
+from data.lerobot_read import Dataset, film_frames, find_dataset, names_of
+from data.lerobot_write import export
+from data.record import LARGEST, write_episode
+from files import atomic_folder
+
+VIEWS = ("front", "wrist")  # what the policy sees, in this order
+SIZE = 224  # pixels: what most vision towers take; weights/nano shrinks it to 128
+
+
+# ---- importing
+
+
+def camera_map(text, cameras):
+    """{"front": camera, "wrist": camera} from "front=...,wrist=...". UserError names the cameras."""
+    have = f"the cameras are {', '.join(cameras) or 'none'}"
+    chosen = {}
+    for part in text.split(","):
+        view, equals, camera = part.strip().partition("=")
+        if not equals:
+            raise UserError(f"--cameras front=...,wrist=... says which is which; {have}")
+        choose(view, VIEWS, "view in --cameras")
+        if view in chosen:
+            raise UserError(f"--cameras names two for {view}: only front and wrist are supported")
+        chosen[view] = choose(camera, cameras, "camera")
+    for view in VIEWS:
+        if view not in chosen:
+            advice = "with only one camera name it for both"
+            raise UserError(f"--cameras lacks {view}=...: {advice}; {have}")
+    return {view: chosen[view] for view in VIEWS}
+
+
+def to_picture(pixels, size):
+    """The middle square of (height, width, 3) uint8, as `BLM.act` crops it, at most `size` wide."""
+    height, width, _ = pixels.shape
+    side = min(height, width)
+    top = (height - side) // 2
+    left = (width - side) // 2
+    square = pixels[top : top + side, left : left + side]
+    if side <= size:
+        return square
+    return np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC))
+
+
+@contextmanager
+def of_episode(entry):
+    """Name the episode in whatever goes wrong in the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"episode {entry.index}: {error}") from None
+
+
+def check_numbers(entry, recording):
+    """UserError names the first number that no robot can have meant."""
+    for name in ("state", "action", "timestamp"):
+        values = getattr(recording, name)
+        # NaN is not smaller either
+        strange = np.argwhere(~(np.abs(values) < LARGEST)) if name != "timestamp" else ()
+        if name == "timestamp":
+            strange = np.argwhere(~np.isfinite(values))
+        for place in strange:
+            value = values[tuple(place)]
+            where = f"{name} at frame {place[0]}"
+            raise UserError(f"{entry.data}: {where} holds {value}; allowed is up to {LARGEST:g}")
+
+
+def instruction_of(entry, recording, given):
+    """The one sentence of an episode; `given` stands for it if there is any."""
+    if given:
+        return given
+    for frame, sentence in enumerate(recording.tasks):
+        if not (isinstance(sentence, str) and sentence.strip()):
+            raise UserError(f"{entry.data}: frame {frame} has no instruction; give one with --task")
+        if sentence != recording.tasks[0]:
+            both = f"{recording.tasks[0]!r}, at frame {frame} {sentence!r}"
+            raise UserError(f"{entry.data}: it begins with {both}: give one sentence with --task")
+    return recording.tasks[0].strip()
+
+
+def check_clips(dataset, entry, cameras):
+    """UserError if a film has more or fewer pictures of the episode than there are numbers.
+
+    lerobot's recorder can drop pictures and keep their rows: all later ones would be shifted.
+    """
+    for camera in cameras:
+        clip = entry.clips.get(camera)
+        if clip is None:  # pictures are in the rows themselves
+            continue
+        if clip.stop is None:
+            frames = film_frames(clip) or entry.length
+        else:
+            frames = (clip.stop - clip.start) * dataset.fps
+        if abs(frames - entry.length) > 0.5:
+            differ = f"{frames:.4g} pictures of {camera}, {entry.length} rows of numbers"
+            raise UserError(f"{clip.path}: {differ}: frames were dropped, or the download is not whole")
+
+
+def demonstration_of(dataset, entry, views, task, size):
+    """The Demonstration of an Entry; its pictures are decoded as they are asked for."""
+    recording = dataset.recording(entry)
+    check_numbers(entry, recording)
+    instruction = instruction_of(entry, recording, task)
+    check_clips(dataset, entry, views.values())
+
+    def images():
+        times = recording.timestamp
+        films = [dataset.pictures(entry, camera, times) for camera in views.values()]
+        for pictures in zip(*films, strict=True):
+            squares = [to_picture(pixels, size) for pixels in pictures]
+            yield dict(zip(VIEWS, squares, strict=True))
+
+    return Demonstration(
+        states=recording.state.astype(np.float32),
+        actions=recording.action.astype(np.float32),
+        phases=["teleoperation"] * entry.length,
+        images=images(),
+        success=True,
+        instruction=instruction,
+    )
+
+
+def robot_name(given, dataset):
+    """What the embodiment will be called."""
+    name = given or dataset.robot
+    if not name or name == "unknown":
+        raise UserError(f"{dataset.about} names no robot: give a name with --robot")
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"the robot's name {name!r} becomes a file's: give another with --robot")
+    return name
+
+
+def chosen_entries(dataset, text):
+    """The entries whose indices lie in "START:STOP", all if it is empty."""
+    if not text:
+        return dataset.entries
+    span = re.fullmatch(r"(\d*):(\d*)", text)
+    if not span:
+        raise UserError(f"--episodes {text}: type START:STOP, such as 0:50, or :10")
+    start = int(span[1] or 0)
+    stop = int(span[2] or len(dataset.entries))
+    chosen = [entry for entry in dataset.entries if start <= entry.index < stop]
+    if not chosen:
+        raise UserError(f"--episodes {text}: there are {len(dataset.entries)}, from 0 on")
+    return chosen
+
+
+def import_dataset(options):
+    """Write an episode file for each episode of a LeRobotDataset: options as `arguments` has them.
+
+    The folder appears whole or not at all. UserError names file and episode.
+    """
+    cameras = [part.partition("=")[2].strip() for part in options.cameras.split(",")]
+    folder = find_dataset(options.source, cameras)
+    dataset = Dataset(folder, options.state, options.action)
+    print("\n".join(dataset.describe()))
+    dataset.entries = chosen_entries(dataset, options.episodes)
+    views = camera_map(options.cameras, dataset.cameras)
+    robot = robot_name(options.robot, dataset)
+    if not 16 <= options.size <= 1024:
+        raise UserError(f"--size {options.size}: from 16 to 1024 pixels")
+    missing = dataset.missing_files(views.values())
+    if missing:
+        advice = "download the rest, or take a part with --episodes START:STOP"
+        raise UserError(f"{missing[0]} is not there ({len(missing)} files are missing): {advice}")
+    name = str(options.source).rstrip("/").rpartition("/")[2] or dataset.name
+    name = re.sub(r"[^\w.-]", "_", name)
+    about = {"robot": robot, "scene": name, "command": 0, "noise": 0.0, "maker": "lerobot"}
+    about |= {"dataset": str(options.source), "fps": dataset.fps, "cameras": views}
+    about["state_names"] = names_of(dataset.features[dataset.state])
+    about["action_names"] = names_of(dataset.features[dataset.action])
+    with atomic_folder(options.out) as out:
+        for entry in tqdm(dataset.entries, unit="episode"):
+            with of_episode(entry):
+                demonstration = demonstration_of(dataset, entry, views, options.task, options.size)
+                S = demonstration.states.shape[1]
+                A = demonstration.actions.shape[1]
+                if A > S:
+                    raise UserError(f"{entry.data}: more numbers of action ({A}) than of state ({S})")
+                own = {"task": demonstration.instruction, "seed": entry.index}
+                path = out / f"{robot}-{name}-{entry.index:06d}.safetensors"
+                write_episode(path, demonstration, about | own)
+    print(f"{len(dataset.entries)} episodes of {robot} in {options.out}; train on them:")
+    print(f"python train_policy.py --data {options.out} --start weights/nano --out out/{robot}")
+
+
+# ---- the command line
+
+
+def arguments(argv=None):
+    """The command and its options, from argv."""
+    parser = Parser(
+        prog="python -m data.lerobot",
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    source = "folder of a LeRobotDataset, or user/name on the hub"
+
+    reader = commands.add_parser("import", help="a LeRobotDataset to episodes to train on")
+    reader.add_argument("source", help=source)
+    reader.add_argument("out", help="new folder of episodes")
+    reader.add_argument("--cameras", required=True, help="front=CAMERA,wrist=CAMERA")
+    reader.add_argument("--robot", default="", help="name of the robot; else the dataset's own")
+    reader.add_argument("--task", default="", help="instruction of all episodes; else their own")
+    reader.add_argument("--size", type=int, default=SIZE, help="most pixels of a picture's side")
+    reader.add_argument("--episodes", default="", help="START:STOP, a part of the dataset")
+
+    checker = commands.add_parser("check", help="what may be wrong with a LeRobotDataset")
+    checker.add_argument("source", help=source)
+    checker.add_argument("--sheet", default="", help="contact sheet; default: FOLDER.png")
+    for command in (reader, checker):
+        command.add_argument("--state", default="observation.state", help="feature that is the state")
+        command.add_argument("--action", default="action", help="feature that is the action")
+
+    writer = commands.add_parser("export", help="our episodes to a LeRobotDataset v3.0")
+    writer.add_argument("source", help="folder of episodes, such as out/demos")
+    writer.add_argument("out", help="new folder of the dataset")
+    writer.add_argument("--robot", default="", help="the robot, if there are several")
+    return parser.parse_args(argv)
+
+
+def main():
+    options = arguments(sys.argv[1:])
+    if options.command == "import":
+        import_dataset(options)
+    elif options.command == "export":
+        export(options.source, options.out, options.robot)
+    else:
+        dataset = Dataset(find_dataset(options.source), options.state, options.action)
+        check(dataset, options.sheet or f"{dataset.folder}.png")
+
+
+if __name__ == "__main__":
+    run(main)
