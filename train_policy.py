@@ -176,7 +176,9 @@ def load_demonstrations(cfg, config, blm, start, backbone):
     new = {episode.robot for episode in episodes} - set(known)
     imported = {episode.robot for episode in episodes} - set(ROBOTS)
     if cfg.waypoint_loss and imported:
-        raise UserError(f"--waypoint_loss: where the tool of {min(imported)} is, its state does not say")
+        raise UserError(
+            f"--waypoint_loss: where the tool of {min(imported)} is, its state does not say"
+        )
     if start and new and start.policy.config.intent_layer != config.intent_layer:
         k = start.policy.config.intent_layer
         raise UserError(f"--start {cfg.start} reads block {k}: add --intent_layer {k}")

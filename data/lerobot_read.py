@@ -72,7 +72,9 @@ class Recording:
 def extra(module):
     """A module of requirements-lerobot.txt. UserError says how to install it."""
     package = module.partition(".")[0]
-    with reading(f"a LeRobotDataset without {package}", "`pip install -r requirements-lerobot.txt`"):
+    with reading(
+        f"a LeRobotDataset without {package}", "`pip install -r requirements-lerobot.txt`"
+    ):
         return importlib.import_module(module)
 
 
@@ -137,7 +139,9 @@ class Dataset:
         self.about = self.folder / "meta" / "info.json"
         if not self.folder.is_dir():
             raise UserError(f"{folder}: there is no such folder, and a hub name is user/name")
-        info = self.info = read_json(self.about, "is this a LeRobotDataset, and the download whole?")
+        info = self.info = read_json(
+            self.about, "is this a LeRobotDataset, and the download whole?"
+        )
         with reading(self.about):
             self.version = choose(info["codebase_version"], VERSIONS, "version of LeRobotDataset")
             self.fps = float(info["fps"])
@@ -229,7 +233,9 @@ class Dataset:
         """Lines for people: what is in it, with the names that the dataset itself gives."""
         frames = sum(entry.length for entry in self.entries)
         size = f"{len(self.entries)} episodes, {frames:,} frames at {self.fps:g} fps"
-        lines = [f"{self.folder}: LeRobotDataset {self.version}, {self.robot or 'no robot'}, {size}"]
+        lines = [
+            f"{self.folder}: LeRobotDataset {self.version}, {self.robot or 'no robot'}, {size}"
+        ]
         for name in (self.state, self.action):
             names = names_of(self.features[name])
             count = int(np.prod(self.features[name]["shape"]))
@@ -251,6 +257,23 @@ class Dataset:
             paths += [entry.clips[camera].path for entry in self.entries if camera in entry.clips]
         return [path for path in dict.fromkeys(paths) if not path.is_file()]
 
+    def check_clips(self, entry, cameras):
+        """UserError if a film has more or fewer pictures of the episode than there are numbers.
+
+        lerobot's recorder can drop pictures and keep their rows: all later ones would be shifted.
+        """
+        for camera in cameras:
+            clip = entry.clips.get(camera)
+            if clip is None:  # pictures are in the rows themselves
+                continue
+            if clip.stop is None:
+                frames = film_frames(clip) or entry.length
+            else:
+                frames = (clip.stop - clip.start) * self.fps
+            if abs(frames - entry.length) > 0.5:
+                differ = f"{frames:.4g} pictures of {camera}, {entry.length} rows of numbers"
+                raise UserError(f"{clip.path}: {differ}: were frames dropped? {ADVICE}")
+
     def recording(self, entry):
         """The Recording of an Entry. UserError if columns or rows are missing, or not numbers."""
         if self.opened[0] != entry.data:
@@ -260,7 +283,9 @@ class Dataset:
         with reading(entry.data):
             rows = np.flatnonzero(table["episode_index"].to_numpy() == entry.index)
             own = table.take(rows)
-            assert len(own) == entry.length, f"{len(own)} rows, not {entry.length} as the metadata say"
+            assert len(own) == entry.length, (
+                f"{len(own)} rows, not {entry.length} as the metadata say"
+            )
             tasks = [self.tasks.get(index) for index in own["task_index"].to_pylist()]
             return Recording(
                 entry.index,

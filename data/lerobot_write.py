@@ -223,7 +223,9 @@ def chosen_episodes(folder, robot):
     first = shape_of(episodes[0])
     for episode in episodes:
         if shape_of(episode) != first:
-            raise UserError(f"{episode.path}: {shape_of(episode)}, not {first} as the first episode")
+            raise UserError(
+                f"{episode.path}: {shape_of(episode)}, not {first} as the first episode"
+            )
     if any(side % 2 for side in episodes[0].images(0)[0].shape[:2]):
         raise UserError(f"{folder}: pictures of an odd number of pixels do not go into a film")
     return episodes
@@ -314,7 +316,9 @@ def export(folder, out, robot=""):
         rows, samples, sentences = write_rows(new, episodes, fps)
         write_tasks(meta / "tasks.parquet", sentences)
         table = arrow.Table.from_pylist(rows)
-        extra("pyarrow.parquet").write_table(table, meta / "episodes" / f"{CHUNK.format(0)}.parquet")
+        extra("pyarrow.parquet").write_table(
+            table, meta / "episodes" / f"{CHUNK.format(0)}.parquet"
+        )
         whole = {feature: np.concatenate(parts) for feature, parts in samples.items()}
         write_json(meta / "stats.json", all_statistics(whole))
         info = {
@@ -333,4 +337,6 @@ def export(folder, out, robot=""):
             "features": feature_table(episodes[0], fps),
         }
         write_json(meta / "info.json", info)
-    print(f"{len(episodes)} episodes of {episodes[0].robot}, {len(sentences)} instructions, in {out}")
+    print(
+        f"{len(episodes)} episodes of {episodes[0].robot}, {len(sentences)} instructions, in {out}"
+    )
