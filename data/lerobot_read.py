@@ -31,7 +31,7 @@ from files import inside, read_json, read_text, reading, whole_files
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 # columns that are no feature of the robot
-INDEX = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+INDEX = ("timestamp", "frame_index", "episode_index", "task_index")
 ADVICE = "is the download whole?"
 
 
@@ -244,7 +244,7 @@ class Dataset:
         for camera in self.cameras:
             feature = self.features[camera]
             lines.append(f"{camera}, {feature['dtype']} {'x'.join(map(str, feature['shape']))}")
-        used = {self.state, self.action, *self.cameras, *INDEX}
+        used = {self.state, self.action, *self.cameras, *INDEX, "index"}
         unused = [name for name in self.features if name not in used]
         return [*lines, f"not read: {', '.join(unused)}"] if unused else lines
 
@@ -277,8 +277,8 @@ class Dataset:
     def recording(self, entry):
         """The Recording of an Entry. UserError if columns or rows are missing, or not numbers."""
         if self.opened[0] != entry.data:
-            wanted = [self.state, self.action, "timestamp", "frame_index", "episode_index"]
-            self.opened = entry.data, read_table(entry.data, [*wanted, "task_index"])
+            wanted = [self.state, self.action, *INDEX]
+            self.opened = entry.data, read_table(entry.data, list(dict.fromkeys(wanted)))
         table = self.opened[1]
         with reading(entry.data):
             rows = np.flatnonzero(table["episode_index"].to_numpy() == entry.index)
@@ -353,6 +353,11 @@ def film_pictures(clip, timestamps, fps):
         film.seek(int(max(0.0, times[0] - half) / stream.time_base), stream=stream)
         last = None
         for frame in film.decode(stream):
+            # the film goes on before and after with other episodes
+            if frame.time < clip.start - half:
+                continue
+            if clip.stop is not None and frame.time > clip.stop - half:
+                break
             # what is nearer to the picture before this one
             while last and waiting and waiting[-1] - last.time < frame.time - waiting[-1]:
                 yield at_time(last)
