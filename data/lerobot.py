@@ -16,12 +16,14 @@ import re
 import sys
 from argparse import RawDescriptionHelpFormatter
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from cli import Parser, UserError, choose, run
+from data.env import VIEWS
 from data.expert import Demonstration
 from data.lerobot_check import check
 from data.lerobot_read import Dataset, find_dataset, names_of
@@ -29,7 +31,6 @@ from data.lerobot_write import export
 from data.record import LARGEST, write_episode
 from files import atomic_folder
 
-VIEWS = ("front", "wrist")  # what the policy sees, in this order
 SIZE = 224  # pixels: what most vision towers take; weights/nano shrinks it to 128
 
 
@@ -42,6 +43,7 @@ def camera_map(text, cameras):
     chosen = {}
     for part in text.split(","):
         view, equals, camera = part.strip().partition("=")
+        # a bare camera would have to be guessed
         if not equals:
             raise UserError(f"--cameras front=...,wrist=... says which is which; {have}")
         choose(view, VIEWS, "view in --cameras")
@@ -58,10 +60,12 @@ def camera_map(text, cameras):
 def to_picture(pixels, size):
     """The middle square of (height, width, 3) uint8, as `BLM.act` crops it, at most `size` wide."""
     height, width, _ = pixels.shape
+    # cropped and not squeezed: a policy that was trained on squares sees the same things then
     side = min(height, width)
     top = (height - side) // 2
     left = (width - side) // 2
     square = pixels[top : top + side, left : left + side]
+    # never enlarged: that is the processor's business, and costs disk
     if side <= size:
         return square
     return np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC))
@@ -81,18 +85,21 @@ def check_numbers(entry, recording):
     for name in ("state", "action"):
         values = getattr(recording, name)
         strange = np.argwhere(~(np.abs(values) < LARGEST))  # NaN is not smaller either
-        for frame, number in strange:
+        for frame, number in strange:  # the first is enough
             said = f"{name} at frame {frame} holds {values[frame, number]}"
             raise UserError(f"{entry.data}: {said}; it must be below {LARGEST:g}")
 
 
 def instruction_of(entry, recording, given):
     """The one sentence of an episode; `given` stands for it if there is any."""
+    # somebody's own word needs no other
     if given:
         return given
+    # a frame's own task_index decides: the table of episodes may say nothing, or too much
     for frame, sentence in enumerate(recording.tasks):
         if not (isinstance(sentence, str) and sentence.strip()):
             raise UserError(f"{entry.data}: frame {frame} has no instruction; give one with --task")
+        # our episodes have one instruction, and the language model's states depend on it
         if sentence != recording.tasks[0]:
             both = f"{recording.tasks[0]!r}, at frame {frame} {sentence!r}"
             raise UserError(f"{entry.data}: it begins with {both}: give one sentence with --task")
@@ -106,6 +113,7 @@ def demonstration_of(dataset, entry, views, task, size):
     instruction = instruction_of(entry, recording, task)
     dataset.check_clips(entry, views.values())
 
+    # one frame of both cameras at a time: an hour of pictures does not fit into memory
     def images():
         times = recording.timestamp
         films = [dataset.pictures(entry, camera, times) for camera in views.values()]
@@ -126,6 +134,7 @@ def demonstration_of(dataset, entry, views, task, size):
 def robot_name(given, dataset):
     """What the embodiment will be called."""
     name = given or dataset.robot
+    # lerobot's converters write "unknown"
     if not name or name == "unknown":
         raise UserError(f"{dataset.about} names no robot: give a name with --robot")
     if not re.fullmatch(r"[\w.-]+", name):
@@ -153,6 +162,7 @@ def import_dataset(options):
 
     The folder appears whole or not at all. UserError names file and episode.
     """
+    # read before the map is checked: a hub's films of other cameras are not worth the wait
     cameras = [part.partition("=")[2].strip() for part in options.cameras.split(",")]
     folder = find_dataset(options.source, cameras)
     dataset = Dataset(folder, options.state, options.action)
@@ -162,12 +172,16 @@ def import_dataset(options):
     robot = robot_name(options.robot, dataset)
     if not 16 <= options.size <= 1024:
         raise UserError(f"--size {options.size}: from 16 to 1024 pixels")
+    # told before the work, since lerobot downloads single episodes too
     missing = dataset.missing_files(views.values())
     if missing:
         advice = "download the rest, or take a part with --episodes START:STOP"
         raise UserError(f"{missing[0]} is not there ({len(missing)} files are missing): {advice}")
-    name = str(options.source).rstrip("/").rpartition("/")[2] or dataset.name
+    # a folder of the hub's cache is called by a hash
+    here = Path(options.source).is_dir()
+    name = folder.resolve().name if here else options.source.rpartition("/")[2]
     name = re.sub(r"[^\w.-]", "_", name)
+    # "dataset" tells data/record.py that robot and task are not the simulator's
     about = {"robot": robot, "scene": name, "command": 0, "noise": 0.0, "maker": "lerobot"}
     about |= {"dataset": str(options.source), "fps": dataset.fps, "cameras": views}
     about["state_names"] = names_of(dataset.features[dataset.state])
@@ -178,10 +192,12 @@ def import_dataset(options):
                 demonstration = demonstration_of(dataset, entry, views, options.task, options.size)
                 S = demonstration.states.shape[1]
                 A = demonstration.actions.shape[1]
+                # targets are relative to the state's first numbers
                 if A > S:
                     raise UserError(
                         f"{entry.data}: more numbers of action ({A}) than of state ({S})"
                     )
+                # the seed orders episodes, and sets every 25th aside
                 own = {"task": demonstration.instruction, "seed": entry.index}
                 path = out / f"{robot}-{name}-{entry.index:06d}.safetensors"
                 write_episode(path, demonstration, about | own)
@@ -200,6 +216,7 @@ def arguments(argv=None):
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    # each command has flags of its own
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     source = "folder of a LeRobotDataset, or user/name on the hub"
 
@@ -235,6 +252,7 @@ def main():
     elif options.command == "export":
         export(options.source, options.out, options.robot)
     else:
+        # all cameras: which of them are any good is the question
         dataset = Dataset(find_dataset(options.source), options.state, options.action)
         check(dataset, options.sheet or f"{dataset.folder}.png")
 

@@ -8,6 +8,7 @@ L frames of an episode, S and A numbers of state and action, C cameras.
 """
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -108,7 +109,7 @@ def longest_freeze(thumbs, state, span):
     changes = np.flatnonzero(~same) + 1
     borders = [0, *changes, len(thumbs)]
     best = (0, 0)
-    for start, stop in zip(borders, borders[1:]):
+    for start, stop in pairwise(borders):
         if stop - start > best[1] and first_movement(state[start:stop], span) < stop - start:
             best = (start, stop - start)
     return best
@@ -136,6 +137,7 @@ def camera_faults(thumbs, recording, span, fps):
     """{question: what is wrong with one of the cameras}."""
     found = {}
     for camera, small in thumbs.items():
+        # even one dark frame: a cable, or a film that begins before the camera
         dark = np.flatnonzero(small.mean((1, 2)) < BLACK)
         if len(dark):
             found["black camera"] = f"{camera}, {len(dark)} frames from {dark[0]} on"
@@ -159,6 +161,7 @@ def number_faults(values, names, what):
     low = values.min(0)
     high = values.max(0)
     span = high - low
+    # a number that stays at an end is a joint at its stop, or a clipped command
     for number in range(values.shape[1]):
         name = f"{what} {label(names, number)}"
         if not span[number] > FLAT:
@@ -187,6 +190,7 @@ def best_lag(recordings, pairs, fps):
     Changes of action and state from frame to frame are compared, at up to a second either way.
     """
     farthest = round(fps)
+    # sums over all episodes: a short one alone would decide by chance
     products = np.zeros(2 * farthest + 1)
     squares = np.zeros((2 * farthest + 1, 2))
     states, actions = zip(*pairs)
@@ -218,6 +222,7 @@ def action_faults(dataset, recordings):
         return "not compared: no name is in both, or no episode is whole", False
     lag, correlation = best_lag(recordings, pairs, dataset.fps)
     how = f"correlation {correlation:.2f}"
+    # a joint target and its angle change together; a relative action is the change itself
     if correlation < TOGETHER:
         return f"they hardly go together, {how}: are actions relative?", True
     states, actions = map(list, zip(*pairs))
@@ -251,9 +256,11 @@ def ask_numbers(dataset, recordings, faults):
         whole = values[np.isfinite(values).all(1)]
         for question, what in number_faults(whole, names_of(dataset.features[name]), name):
             faults[question].append((None, what))
+    # told even if it is well: the number is worth knowing
     text, bad = action_faults(dataset, recordings)
     if bad:
         faults["action and movement"].append((None, text))
+    # a policy seldom learns a sentence that it saw once
     counts = Counter(recording.tasks[0] for recording in recordings)
     for task, count in counts.items():
         if count < FEW:
@@ -273,6 +280,7 @@ def ask_pictures(dataset, recordings, faults, sheet_episodes):
         moments = set()
         if entry.index in sheet_episodes:
             moments = set(np.linspace(0, entry.length - 1, MOMENTS).astype(int).tolist())
+        # one broken film is no reason not to look at the others
         try:
             dataset.check_clips(entry, dataset.cameras)
             thumbs, tiles = look(dataset, recording, entry, moments)
@@ -312,6 +320,7 @@ def check(dataset, sheet):
         dataset.entries = [entry for entry in dataset.entries if entry.data not in missing]
         if not dataset.entries:
             raise UserError(f"{dataset.folder}: no numbers of any episode are there")
+    # spread over the dataset: people change the scene as the day goes on
     places = np.linspace(0, len(dataset.entries) - 1, min(ROWS, len(dataset.entries)))
     chosen = {dataset.entries[int(place)].index for place in places}
     recordings = [dataset.recording(entry) for entry in dataset.entries]

@@ -84,6 +84,7 @@ def find_dataset(source, cameras=()):
     UserError if there is neither.
     """
     folder = Path(source)
+    # what begins like a folder that is here is a mistyped folder, not a hub name
     on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(source)) and not Path(folder.parts[0]).exists()
     if folder.exists() or not on_hub:
         return folder
@@ -99,12 +100,15 @@ def find_dataset(source, cameras=()):
 def names_of(feature):
     """The names of a feature's numbers, [] if it gives none: a list, or lists by kind in a dict."""
     names = feature.get("names") or []
+    # {"motors": [...]}, or a dict whose keys are the names
     if isinstance(names, dict):
         lists = [part for part in names.values() if isinstance(part, list)]
         names = list(chain(*lists)) or list(names)
     if len(names) == 1 and isinstance(names[0], list):
         names = names[0]
-    return [str(name) for name in names]
+    # names that do not fit are worse than none
+    fits = len(names) == np.prod(feature.get("shape", len(names)))
+    return [str(name) for name in names] if fits else []
 
 
 def read_lines(path):
@@ -135,7 +139,6 @@ class Dataset:
 
     def __init__(self, folder, state="observation.state", action="action"):
         self.folder = Path(folder)
-        self.name = self.folder.resolve().name
         self.about = self.folder / "meta" / "info.json"
         if not self.folder.is_dir():
             raise UserError(f"{folder}: there is no such folder, and a hub name is user/name")
@@ -146,18 +149,21 @@ class Dataset:
             self.version = choose(info["codebase_version"], VERSIONS, "version of LeRobotDataset")
             self.fps = float(info["fps"])
             assert 0 < self.fps < 1000, f"fps is {info['fps']}"
-            self.robot = info.get("robot_type") or ""
+            self.robot = info.get("robot_type") or ""  # null in many
             self.features = info["features"]
             numbers = [name for name in self.features if self.features[name]["dtype"][:3] != "str"]
+            # strict: what merely looks like it may be the gripper's alone
             self.state = choose(state, numbers, "feature")
             self.action = choose(action, numbers, "feature")
             kinds = {name: feature["dtype"] for name, feature in self.features.items()}
             self.cameras = [name for name, kind in kinds.items() if kind in ("image", "video")]
             self.films = [name for name in self.cameras if kinds[name] == "video"]
+        # v2.1 differs from v2.0 in its statistics alone, which nobody reads here
         self.old = self.version != "v3.0"
         self.tasks = self.read_tasks()
         self.entries = self.read_old_entries() if self.old else self.read_entries()
         with reading(self.about, ADVICE):
+            # a download that broke off leaves the first files of a table
             there = [entry.index for entry in self.entries]
             promised = info.get("total_episodes", len(there))
             assert promised == len(there) > 0, f"{promised} episodes, but {len(there)} are listed"
@@ -182,6 +188,7 @@ class Dataset:
 
     def place(self, template, **indices):
         """The file that a template of info.json names, which may not leave the folder."""
+        # a template is somebody else's text: it could lead to any file
         with reading(self.about):
             return inside(self.folder, self.info[template].format(**indices))
 
@@ -239,7 +246,7 @@ class Dataset:
         for name in (self.state, self.action):
             names = names_of(self.features[name])
             count = int(np.prod(self.features[name]["shape"]))
-            said = ", ".join(names) if len(names) == count else "it does not name them"
+            said = ", ".join(names) or "it does not name them"
             lines.append(f"{name}, {count} numbers: {said}")
         for camera in self.cameras:
             feature = self.features[camera]
@@ -266,7 +273,7 @@ class Dataset:
             clip = entry.clips.get(camera)
             if clip is None:  # pictures are in the rows themselves
                 continue
-            if clip.stop is None:
+            if clip.stop is None:  # v2: the film is the episode
                 frames = film_frames(clip) or entry.length
             else:
                 frames = (clip.stop - clip.start) * self.fps
@@ -277,15 +284,18 @@ class Dataset:
     def recording(self, entry):
         """The Recording of an Entry. UserError if columns or rows are missing, or not numbers."""
         if self.opened[0] != entry.data:
+            # not the pictures, which may be in it and are read an episode at a time
             wanted = [self.state, self.action, *INDEX]
             self.opened = entry.data, read_table(entry.data, list(dict.fromkeys(wanted)))
         table = self.opened[1]
         with reading(entry.data):
+            # by number, not by dataset_from_index: after a merge that counts through all files
             rows = np.flatnonzero(table["episode_index"].to_numpy() == entry.index)
             own = table.take(rows)
             assert len(own) == entry.length, (
                 f"{len(own)} rows, not {entry.length} as the metadata say"
             )
+            # joined by task_index: the rows of tasks.parquet are in any order
             tasks = [self.tasks.get(index) for index in own["task_index"].to_pylist()]
             return Recording(
                 entry.index,
@@ -309,6 +319,7 @@ class Dataset:
         assert len(cells) == len(timestamps)
         for cell in cells:
             with reading(entry.data):
+                # nearly always the bytes; a path is below the folder or nothing that we open
                 picture = cell.as_py()  # {"bytes": an encoded picture, or None, "path": its file}
                 body = picture["bytes"]
                 source = BytesIO(body) if body else inside(self.folder, picture["path"])
@@ -322,6 +333,7 @@ def indices_of(row, prefix):
 
 def matrix(column):
     """An arrow column of numbers or lists of numbers as (L, n) float64; missing ones are NaN."""
+    # None becomes NaN, and lists of different lengths an error
     values = np.array(column.to_pylist(), np.float64)
     return values.reshape(len(values), -1)  # a feature of shape (1,) is a column of plain numbers
 
@@ -348,7 +360,7 @@ def film_pictures(clip, timestamps, fps):
     with reading(clip.path, ADVICE), av.open(str(clip.path)) as film:
         assert (np.diff(times) > 0).all(), "the episode's timestamps do not grow"
         stream = film.streams.video[0]
-        stream.thread_type = "AUTO"
+        stream.thread_type = "AUTO"  # pictures and parts of pictures at the same time
         # to the key picture before the first, with room for rounding
         film.seek(int(max(0.0, times[0] - half) / stream.time_base), stream=stream)
         last = None
@@ -361,7 +373,7 @@ def film_pictures(clip, timestamps, fps):
             # what is nearer to the picture before this one
             while last and waiting and waiting[-1] - last.time < frame.time - waiting[-1]:
                 yield at_time(last)
-            if not waiting:
+            if not waiting:  # the rest is other episodes'
                 return
             last = frame
         assert last is not None, f"no pictures from {times[0]:.3f} s on"

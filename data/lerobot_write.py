@@ -41,6 +41,7 @@ SCALARS = {  # a column of numbers each
 def names_in(episode):
     """(names of the state's S numbers, of the action's A); [] where nobody said."""
     about = episode.about
+    # imported: as its dataset called them
     if "dataset" in about:
         return about["state_names"], about["action_names"]
     robot = get_robot(episode.robot)
@@ -71,11 +72,13 @@ class Film:
         path = self.folder / f"{CHUNK.format(self.number)}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = av.open(str(path), "w")
+        # H.264, though lerobot's default is AV1: every decoder has it
         self.stream = self.file.add_stream("libx264", rate=self.fps, options=CODEC)
         self.stream.pix_fmt = "yuv420p"
 
     def add(self, picture):
         av = extra("av")
+        # the encoder opens with the first picture
         if not self.frames:
             self.stream.height, self.stream.width = picture.shape[:2]
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
@@ -90,11 +93,13 @@ class Film:
             self.file.mux(packet)
 
     def close(self):
+        # what the encoder still holds back
         self.write(self.stream.encode())
         self.file.close()
 
     def make_room(self):
         """Go on in another file if this one is full; called between episodes."""
+        # an episode is never split: its row names one file
         if self.bytes > FILM_BYTES:
             self.close()
             self.open_next()
@@ -105,6 +110,7 @@ class Film:
 
 def statistics(values):
     """{name: list} of values (n, d), each of d numbers: what lerobot keeps of a feature."""
+    # double: sums over millions of pixels
     values = np.asarray(values, np.float64)
     table = {
         "min": values.min(0),
@@ -139,6 +145,7 @@ def pixels_of(pictures):
 def data_columns(episode, number, first, task_index, fps):
     """{feature: (L,) or (L, n)}: an episode's rows; first is the number of its first row."""
     frames = np.arange(len(episode))
+    # in the order in which lerobot writes them
     return {
         "observation.state": episode.state,
         "action": episode.action,
@@ -157,6 +164,7 @@ def to_table(columns):
     for name, values in columns.items():
         flat = arrow.array(values.ravel())
         width = values.size // len(values)
+        # lerobot reads a feature of shape (1,) as a plain number
         arrays[name] = flat if width == 1 else arrow.FixedSizeListArray.from_arrays(flat, width)
     return arrow.table(arrays)
 
@@ -175,6 +183,7 @@ def write_tasks(path, sentences):
     ):
         column = {"name": name, "field_name": field, "pandas_type": kind, "numpy_type": type_}
         columns.append(column | {"metadata": None})
+    # without this pandas would number the rows, and lerobot take a number for the sentence
     about = {"index_columns": [index], "column_indexes": [], "columns": columns}
     table = arrow.table({"task_index": range(len(sentences)), index: sentences})
     table = table.replace_schema_metadata({"pandas": json.dumps(about)})
@@ -214,6 +223,7 @@ def feature_table(episode, fps):
 def chosen_episodes(folder, robot):
     """The episodes of one robot, all alike. UserError if there are several robots, sizes or rates."""
     episodes = load_episodes(folder)
+    # the shapes in info.json are those of all episodes
     robots = sorted({episode.robot for episode in episodes})
     if len(robots) > 1 and not robot:
         advice = "a LeRobotDataset has one: choose it with --robot"
@@ -226,6 +236,7 @@ def chosen_episodes(folder, robot):
             raise UserError(
                 f"{episode.path}: {shape_of(episode)}, not {first} as the first episode"
             )
+    # colors have half the resolution in 4:2:0
     if any(side % 2 for side in episodes[0].images(0)[0].shape[:2]):
         raise UserError(f"{folder}: pictures of an odd number of pixels do not go into a film")
     return episodes
@@ -246,6 +257,7 @@ def rate_of(episode):
 def film_episode(films, episode):
     """Append an episode to {camera: Film}: ({camera: pixels (n, 3)}, what its row says of films)."""
     starts = {}
+    # where it begins, now that it is known in which file
     for camera, film in films.items():
         film.make_room()
         starts[camera] = film.frames
@@ -253,6 +265,7 @@ def film_episode(films, episode):
     for t in range(len(episode)):
         for (camera, film), picture in zip(films.items(), episode.images(t), strict=True):
             film.add(picture)
+            # neighbors look alike
             if t % STRIDE == 0:
                 kept[camera].append(picture)
     row = {}
@@ -267,6 +280,7 @@ def film_episode(films, episode):
 
 def write_rows(out, episodes, fps):
     """Data and films of all episodes: (rows of meta/episodes, {feature: [values of each]})."""
+    # task_index is a sentence's place here
     sentences = list(dict.fromkeys(episode.instruction for episode in episodes))
     cameras = [f"observation.images.{view}" for view in VIEWS]
     films = {camera: Film(out / "videos" / camera, fps) for camera in cameras}
@@ -280,6 +294,7 @@ def write_rows(out, episodes, fps):
         task_index = sentences.index(episode.instruction)
         columns = data_columns(episode, number, first, task_index, fps)
         table = to_table(columns)
+        # the schema is the first episode's
         writer = writer or extra("pyarrow.parquet").ParquetWriter(path, table.schema)
         writer.write_table(table)
         pixels, clips = film_episode(films, episode)
@@ -289,6 +304,7 @@ def write_rows(out, episodes, fps):
         row |= {"dataset_from_index": first, "dataset_to_index": first + len(episode)}
         row |= clips
         row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
+        # lerobot merges and edits datasets by these
         for feature, table in all_statistics(own).items():
             row |= {f"stats/{feature}/{name}": values for name, values in table.items()}
         rows.append(row)
@@ -309,7 +325,7 @@ def export(folder, out, robot=""):
     arrow = extra("pyarrow")
     episodes = chosen_episodes(folder, robot)
     fps = rate_of(episodes[0])
-    fps = int(fps) if fps == int(fps) else fps
+    fps = int(fps) if fps == int(fps) else fps  # lerobot's info.json has an integer
     with atomic_folder(out) as new:
         meta = new / "meta"
         (meta / "episodes" / "chunk-000").mkdir(parents=True)
@@ -336,6 +352,7 @@ def export(folder, out, robot=""):
             "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
             "features": feature_table(episodes[0], fps),
         }
+        # last, as lerobot does: a folder without it is no dataset
         write_json(meta / "info.json", info)
     print(
         f"{len(episodes)} episodes of {episodes[0].robot}, {len(sentences)} instructions, in {out}"

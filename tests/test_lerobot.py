@@ -42,7 +42,9 @@ def edit(path, **changes):
     for name, change in changes.items():
         place = table.schema.get_field_index(name)
         field = table.schema.field(name)
-        table = table.set_column(place, field, pa.array(change(table[name].to_pylist()), field.type))
+        table = table.set_column(
+            place, field, pa.array(change(table[name].to_pylist()), field.type)
+        )
     pq.write_table(table, path)
 
 
@@ -450,7 +452,9 @@ def demonstration(seed, length=12, size=64):
         states=draws.normal(size=(length, 16)).astype(np.float32),
         actions=draws.normal(size=(length, 7)).astype(np.float32),
         phases=["reach"] * length,
-        images=[{"front": pictures[0] + 6 * t, "wrist": pictures[1] + 8 * t} for t in range(length)],
+        images=[
+            {"front": pictures[0] + 6 * t, "wrist": pictures[1] + 8 * t} for t in range(length)
+        ],
         success=True,
         instruction=["push it", "lift it"][seed % 2],
     )
