@@ -14,15 +14,15 @@ several instructions in one episode, numbers of 1,000 and above.
 
 import re
 import sys
-from argparse import RawDescriptionHelpFormatter
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from cli import Parser, UserError, choose, run
+from cli import UserError, choose, parse, run
 from data.env import VIEWS
 from data.expert import Demonstration
 from data.lerobot_check import check
@@ -31,7 +31,28 @@ from data.lerobot_write import export
 from data.record import LARGEST, write_episode
 from files import atomic_folder
 
-SIZE = 224  # pixels: what most vision towers take; weights/nano shrinks it to 128
+
+@dataclass
+class ImportFlags:
+    cameras: str = ""  # front=CAMERA,wrist=CAMERA: which camera the policy sees as which
+    robot: str = ""  # name of the robot; empty: the dataset's own
+    task: str = ""  # one instruction for all episodes; empty: their own
+    size: int = 224  # most pixels of a picture's side; weights/nano shrinks pictures to 128
+    episodes: str = ""  # START:STOP, a part of the dataset; empty: all
+    state: str = "observation.state"  # the feature that is the state
+    action: str = "action"  # the feature that is the action
+
+
+@dataclass
+class CheckFlags:
+    sheet: str = ""  # file of the contact sheet; empty: FOLDER.png
+    state: str = "observation.state"  # the feature that is the state
+    action: str = "action"  # the feature that is the action
+
+
+@dataclass
+class ExportFlags:
+    robot: str = ""  # the robot, if there are episodes of several
 
 
 # ---- importing
@@ -106,11 +127,11 @@ def instruction_of(entry, recording, given):
     return recording.tasks[0].strip()
 
 
-def demonstration_of(dataset, entry, views, task, size):
+def demonstration_of(dataset, entry, views, flags):
     """The Demonstration of an Entry; its pictures are decoded as they are asked for."""
     recording = dataset.recording(entry)
     check_numbers(entry, recording)
-    instruction = instruction_of(entry, recording, task)
+    instruction = instruction_of(entry, recording, flags.task)
     dataset.check_clips(entry, views.values())
 
     # one frame of both cameras at a time: an hour of pictures does not fit into memory
@@ -118,7 +139,7 @@ def demonstration_of(dataset, entry, views, task, size):
         times = recording.timestamp
         films = [dataset.pictures(entry, camera, times) for camera in views.values()]
         for pictures in zip(*films, strict=True):
-            squares = [to_picture(pixels, size) for pixels in pictures]
+            squares = [to_picture(pixels, flags.size) for pixels in pictures]
             yield dict(zip(VIEWS, squares, strict=True))
 
     return Demonstration(
@@ -157,39 +178,41 @@ def chosen_entries(dataset, text):
     return chosen
 
 
-def import_dataset(options):
-    """Write an episode file for each episode of a LeRobotDataset: options as `arguments` has them.
+def import_dataset(source, out, flags):
+    """Write an episode file for each episode of a LeRobotDataset into the new folder `out`.
+
+    source: a folder, or user/name on the hub; flags: ImportFlags.
 
     The folder appears whole or not at all. UserError names file and episode.
     """
     # read before the map is checked: a hub's films of other cameras are not worth the wait
-    cameras = [part.partition("=")[2].strip() for part in options.cameras.split(",")]
-    folder = find_dataset(options.source, cameras)
-    dataset = Dataset(folder, options.state, options.action)
+    named = [part.partition("=")[2].strip() for part in flags.cameras.split(",")]
+    folder = find_dataset(source, [camera for camera in named if camera])
+    dataset = Dataset(folder, flags.state, flags.action)
     print("\n".join(dataset.describe()))
-    dataset.entries = chosen_entries(dataset, options.episodes)
-    views = camera_map(options.cameras, dataset.cameras)
-    robot = robot_name(options.robot, dataset)
-    if not 16 <= options.size <= 1024:
-        raise UserError(f"--size {options.size}: from 16 to 1024 pixels")
+    dataset.entries = chosen_entries(dataset, flags.episodes)
+    views = camera_map(flags.cameras, dataset.cameras)
+    robot = robot_name(flags.robot, dataset)
+    if not 16 <= flags.size <= 1024:
+        raise UserError(f"--size {flags.size}: from 16 to 1024 pixels")
     # told before the work, since lerobot downloads single episodes too
     missing = dataset.missing_files(views.values())
     if missing:
         advice = "download the rest, or take a part with --episodes START:STOP"
         raise UserError(f"{missing[0]} is not there ({len(missing)} files are missing): {advice}")
     # a folder of the hub's cache is called by a hash
-    here = Path(options.source).is_dir()
-    name = folder.resolve().name if here else options.source.rpartition("/")[2]
+    here = Path(source).is_dir()
+    name = folder.resolve().name if here else source.rpartition("/")[2]
     name = re.sub(r"[^\w.-]", "_", name)
     # "dataset" tells data/record.py that robot and task are not the simulator's
     about = {"robot": robot, "scene": name, "command": 0, "noise": 0.0, "maker": "lerobot"}
-    about |= {"dataset": str(options.source), "fps": dataset.fps, "cameras": views}
+    about |= {"dataset": str(source), "fps": dataset.fps, "cameras": views}
     about["state_names"] = names_of(dataset.features[dataset.state])
     about["action_names"] = names_of(dataset.features[dataset.action])
-    with atomic_folder(options.out) as out:
+    with atomic_folder(out) as new:
         for entry in tqdm(dataset.entries, unit="episode"):
             with of_episode(entry):
-                demonstration = demonstration_of(dataset, entry, views, options.task, options.size)
+                demonstration = demonstration_of(dataset, entry, views, flags)
                 S = demonstration.states.shape[1]
                 A = demonstration.actions.shape[1]
                 # targets are relative to the state's first numbers
@@ -199,62 +222,43 @@ def import_dataset(options):
                     )
                 # the seed orders episodes, and sets every 25th aside
                 own = {"task": demonstration.instruction, "seed": entry.index}
-                path = out / f"{robot}-{name}-{entry.index:06d}.safetensors"
+                path = new / f"{robot}-{name}-{entry.index:06d}.safetensors"
                 write_episode(path, demonstration, about | own)
-    print(f"{len(dataset.entries)} episodes of {robot} in {options.out}; train on them:")
-    print(f"python train_policy.py --data {options.out} --start weights/nano --out out/{robot}")
+    print(f"{len(dataset.entries)} episodes of {robot} in {out}; train on them:")
+    print(f"python train_policy.py --data {out} --start weights/nano --out out/{robot}")
 
 
 # ---- the command line
 
-
-def arguments(argv=None):
-    """The command and its options, from argv."""
-    parser = Parser(
-        prog="python -m data.lerobot",
-        description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    # each command has flags of its own
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    source = "folder of a LeRobotDataset, or user/name on the hub"
-
-    reader = commands.add_parser("import", help="a LeRobotDataset to episodes to train on")
-    reader.add_argument("source", help=source)
-    reader.add_argument("out", help="new folder of episodes")
-    reader.add_argument("--cameras", required=True, help="front=CAMERA,wrist=CAMERA")
-    reader.add_argument("--robot", default="", help="name of the robot; else the dataset's own")
-    reader.add_argument("--task", default="", help="instruction of all episodes; else their own")
-    reader.add_argument("--size", type=int, default=SIZE, help="most pixels of a picture's side")
-    reader.add_argument("--episodes", default="", help="START:STOP, a part of the dataset")
-
-    checker = commands.add_parser("check", help="what may be wrong with a LeRobotDataset")
-    checker.add_argument("source", help=source)
-    checker.add_argument("--sheet", default="", help="contact sheet; default: FOLDER.png")
-    for command in (reader, checker):
-        command.add_argument(
-            "--state", default="observation.state", help="feature that is the state"
-        )
-        command.add_argument("--action", default="action", help="feature that is the action")
-
-    writer = commands.add_parser("export", help="our episodes to a LeRobotDataset v3.0")
-    writer.add_argument("source", help="folder of episodes, such as out/demos")
-    writer.add_argument("out", help="new folder of the dataset")
-    writer.add_argument("--robot", default="", help="the robot, if there are several")
-    return parser.parse_args(argv)
+# {command: (its flags, the folders that come before them)}
+COMMANDS = {
+    "check": (CheckFlags, ["FOLDER"]),
+    "import": (ImportFlags, ["FOLDER", "OUT"]),
+    "export": (ExportFlags, ["EPISODES", "OUT"]),
+}
 
 
 def main():
-    options = arguments(sys.argv[1:])
-    if options.command == "import":
-        import_dataset(options)
-    elif options.command == "export":
-        export(options.source, options.out, options.robot)
+    what = sys.argv[1] if sys.argv[1:] else ""
+    if what in ("-h", "--help"):
+        print(f"{__doc__}\npython -m data.lerobot <command> --help lists the flags")
+        return
+    flags_class, places = COMMANDS[choose(what, COMMANDS, "command")]
+    argv = sys.argv[2:]
+    # folders first, so that a flag's value is none of them
+    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    folders = argv[:count]
+    flags = parse(flags_class, description=__doc__.split("\n")[0], argv=argv[count:])
+    if count != len(places):
+        raise UserError(f"type python -m data.lerobot {what} {' '.join(places)}, then the flags")
+    if what == "import":
+        import_dataset(*folders, flags)
+    elif what == "export":
+        export(*folders, flags.robot)
     else:
         # all cameras: which of them are any good is the question
-        dataset = Dataset(find_dataset(options.source), options.state, options.action)
-        check(dataset, options.sheet or f"{dataset.folder}.png")
+        dataset = Dataset(find_dataset(folders[0]), flags.state, flags.action)
+        check(dataset, flags.sheet or f"{dataset.folder}.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """LeRobotDatasets: what lerobot wrote is read exactly, what we write reads back, faults are named."""
 
 import json
+import re
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cli import UserError
+from cli import UserError, parse, run
 from data.expert import Demonstration
 from data.record import Episode, load_episodes, write_episode
 
@@ -20,7 +21,7 @@ pq = pytest.importorskip("pyarrow.parquet", reason="pip install -r requirements-
 pytest.importorskip("av", minversion="18", reason="pip install -r requirements-lerobot.txt")
 
 from data import lerobot_check, lerobot_read
-from data.lerobot import arguments, import_dataset
+from data.lerobot import ImportFlags, import_dataset, main
 from data.lerobot_check import check
 from data.lerobot_read import Clip, Dataset, Recording, film_pictures, find_dataset, names_of
 from data.lerobot_write import export
@@ -32,7 +33,7 @@ CAMERAS = f"front={TOP},wrist={WRIST}"
 
 
 def run_import(folder, out, *flags, cameras=CAMERAS):
-    import_dataset(arguments(["import", str(folder), str(out), "--cameras", cameras, *flags]))
+    import_dataset(folder, out, parse(ImportFlags, argv=["--cameras", cameras, *flags]))
     return load_episodes(out)
 
 
@@ -431,6 +432,27 @@ def test_wrong_flags_are_told(flags, says, tmp_path):
     with pytest.raises(UserError, match=says):
         run_import(FIXTURES / "v21", tmp_path / "mine", *flags)
     assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("", "unknown command '', choose from: check, import, export"),
+        ("imprt", "did you mean import"),
+        ("import onlyone --cameras front=a,wrist=b", "data.lerobot import FOLDER OUT"),
+        ("check nowhere", "nowhere: there is no such folder"),
+        ("import {fixture} {tmp}/mine", f"front=...,wrist=.*the cameras are {TOP}"),
+        ("import {fixture} {tmp}/mine --camera x", "did you mean --cameras"),
+    ],
+)
+def test_a_wrong_command_ends_in_one_line(words, says, tmp_path, monkeypatch, capsys):
+    words = words.format(fixture=FIXTURES / "v21", tmp=tmp_path)
+    monkeypatch.setattr("sys.argv", ["lerobot.py", *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and re.search(says, said) and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
