@@ -85,7 +85,7 @@ def to_picture(pixels, size):
     side = min(height, width)
     top = (height - side) // 2
     left = (width - side) // 2
-    square = pixels[top : top + side, left : left + side]
+    square = pixels[top : top + side, left : left + side]  # (side, side, 3)
     # never enlarged: that is the processor's business, and costs disk
     if side <= size:
         return square
@@ -143,9 +143,9 @@ def demonstration_of(dataset, entry, views, flags):
             yield dict(zip(VIEWS, squares, strict=True))
 
     return Demonstration(
-        states=recording.state.astype(np.float32),
-        actions=recording.action.astype(np.float32),
-        phases=["teleoperation"] * entry.length,
+        states=recording.state.astype(np.float32),  # (L, S)
+        actions=recording.action.astype(np.float32),  # (L, A)
+        phases=["teleoperation"] * entry.length,  # nobody knows what the hand was about to do
         images=images(),
         success=True,
         instruction=instruction,
@@ -158,7 +158,8 @@ def robot_name(given, dataset):
     # lerobot's converters write "unknown"
     if not name or name == "unknown":
         raise UserError(f"{dataset.about} names no robot: give a name with --robot")
-    if not re.fullmatch(r"[\w.-]+", name):
+    # no "/": a dataset would say where we write; no dot first: hidden files are passed over
+    if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"the robot's name {name!r} becomes a file's: give another with --robot")
     return name
 
@@ -170,6 +171,7 @@ def chosen_entries(dataset, text):
     span = re.fullmatch(r"(\d*):(\d*)", text)
     if not span:
         raise UserError(f"--episodes {text}: type START:STOP, such as 0:50, or :10")
+    # as Python slices: without STOP to the end
     start = int(span[1] or 0)
     stop = int(span[2] or len(dataset.entries))
     chosen = [entry for entry in dataset.entries if start <= entry.index < stop]

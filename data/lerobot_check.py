@@ -107,7 +107,7 @@ def longest_freeze(thumbs, state, span):
     same = np.abs(np.diff(thumbs, axis=0)).max((1, 2)) < FROZEN  # (L - 1,)
     # frames at which it is not the same any more, and both ends
     changes = np.flatnonzero(~same) + 1
-    borders = [0, *changes, len(thumbs)]
+    borders = [0, *changes, len(thumbs)]  # a film that never changes is one span
     best = (0, 0)
     for start, stop in pairwise(borders):
         if stop - start > best[1] and first_movement(state[start:stop], span) < stop - start:
@@ -180,6 +180,7 @@ def common_numbers(state_names, action_names, sizes):
     """[(index in the state, in the action)] of what has the same name; by place if none has any."""
     if not state_names and not action_names and sizes[0] == sizes[1]:
         return [(i, i) for i in range(sizes[0])]
+    # a state often has more: velocities, or the pose of the hand
     both = [name for name in action_names if name in state_names]
     return [(state_names.index(name), action_names.index(name)) for name in both]
 
@@ -202,6 +203,7 @@ def best_lag(recordings, pairs, fps):
         for place, lag in enumerate(range(-farthest, farthest + 1)):
             if abs(lag) >= len(moved):  # a short episode
                 continue
+            # (L - 1 - |lag|, n) each
             later = moved[max(0, lag) : len(moved) + min(0, lag)]
             before = asked[max(0, -lag) : len(asked) + min(0, -lag)]
             products[place] += (later * before).sum()

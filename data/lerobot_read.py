@@ -88,6 +88,7 @@ def find_dataset(source, cameras=()):
     on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(source)) and not Path(folder.parts[0]).exists()
     if folder.exists() or not on_hub:
         return folder
+    # the newest version, not lerobot's tag of a format: older ones are read too
     from huggingface_hub import snapshot_download  # slow to load, and rarely needed
 
     # both layouts: videos/<camera>/chunk-000/ and videos/chunk-000/<camera>/
@@ -182,6 +183,7 @@ class Dataset:
         with reading(path, ADVICE):
             # the sentence is pandas' index, which has a name of its own only in some versions
             others = [name for name in table.column_names if name != "task_index"]
+            # other converters write a column "task" beside it
             named = [name for name in ("task", "__index_level_0__") if name in others]
             sentences = table[(named or others)[0]].to_pylist()
             return dict(zip(table["task_index"].to_pylist(), sentences, strict=True))
@@ -215,6 +217,7 @@ class Dataset:
     def clip(self, row, camera):
         prefix = f"videos/{camera}"
         path = self.place("video_path", video_key=camera, **indices_of(row, prefix))
+        # s in the film, where other episodes come before and after
         start = float(row[f"{prefix}/from_timestamp"])
         stop = float(row[f"{prefix}/to_timestamp"])
         return Clip(path, start, stop)
@@ -226,6 +229,7 @@ class Dataset:
         for row in read_lines(path):
             with reading(path, ADVICE):
                 index = int(row["episode_index"])
+                # 1,000 episodes a folder, whatever is in them
                 chunk = index // int(self.info["chunks_size"])
                 indices = {"episode_chunk": chunk, "episode_index": index}
                 clips = {}
@@ -252,6 +256,7 @@ class Dataset:
             feature = self.features[camera]
             lines.append(f"{camera}, {feature['dtype']} {'x'.join(map(str, feature['shape']))}")
         used = {self.state, self.action, *self.cameras, *INDEX, "index"}
+        # such as rewards, and the language columns since lerobot 0.6
         unused = [name for name in self.features if name not in used]
         return [*lines, f"not read: {', '.join(unused)}"] if unused else lines
 

@@ -45,6 +45,7 @@ def names_in(episode):
     if "dataset" in about:
         return about["state_names"], about["action_names"]
     robot = get_robot(episode.robot)
+    # the unit behind the dot, for info.json has no place for it
     joints = [f"{robot.model.joint(i).name}.rad" for i in range(robot.dof)]
     fingers = [*joints, "finger.m"]
     places = [f"tcp_{axis}.m" for axis in "xyz"]
@@ -82,6 +83,7 @@ class Film:
         if not self.frames:
             self.stream.height, self.stream.width = picture.shape[:2]
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        # whole numbers of 1 / fps: lerobot wants a picture within 0.1 ms of its row
         frame.pts = self.frames
         frame.time_base = 1 / self.fps
         self.write(self.stream.encode(frame))
@@ -118,6 +120,7 @@ def statistics(values):
         "mean": values.mean(0),
         "std": values.std(0),
     }
+    # of all numbers, not the mean of the episodes' quantiles
     for quantile in QUANTILES:
         table[f"q{100 * quantile:02.0f}"] = np.quantile(values, quantile, axis=0)
     return {name: part.tolist() for name, part in table.items()} | {"count": [len(values)]}
@@ -162,7 +165,7 @@ def to_table(columns):
     arrow = extra("pyarrow")
     arrays = {}
     for name, values in columns.items():
-        flat = arrow.array(values.ravel())
+        flat = arrow.array(values.ravel())  # (L n,)
         width = values.size // len(values)
         # lerobot reads a feature of shape (1,) as a plain number
         arrays[name] = flat if width == 1 else arrow.FixedSizeListArray.from_arrays(flat, width)
@@ -185,6 +188,7 @@ def write_tasks(path, sentences):
         columns.append(column | {"metadata": None})
     # without this pandas would number the rows, and lerobot take a number for the sentence
     about = {"index_columns": [index], "column_indexes": [], "columns": columns}
+    # row i is task i
     table = arrow.table({"task_index": range(len(sentences)), index: sentences})
     table = table.replace_schema_metadata({"pandas": json.dumps(about)})
     extra("pyarrow.parquet").write_table(table, path)
@@ -271,6 +275,7 @@ def film_episode(films, episode):
     row = {}
     for camera, film in films.items():
         prefix = f"videos/{camera}"
+        # a camera's own, which may differ from the data's and the other camera's
         row[f"{prefix}/chunk_index"] = 0
         row[f"{prefix}/file_index"] = film.number
         row[f"{prefix}/from_timestamp"] = float(starts[camera] / film.fps)
@@ -288,7 +293,7 @@ def write_rows(out, episodes, fps):
     path.parent.mkdir(parents=True)
     rows = []
     samples = {}
-    first = 0
+    first = 0  # row of the dataset
     writer = None
     for number, episode in enumerate(tqdm(episodes, unit="episode")):
         task_index = sentences.index(episode.instruction)
