@@ -2,6 +2,7 @@
 
 reading(path)         whatever goes wrong while a file is read becomes one line with its path
 atomic(path)          a file appears whole or not at all
+atomic_folder(path)   the same for a folder and all that is in it
 save_tensors(path)    safetensors with a JSON header and a checksum of every byte
 Tensors(path)         the same read back, memory-mapped; `check()` compares the checksum
 inside(root, name)    a path that comes from a file may not leave its folder
@@ -13,6 +14,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import tempfile
 import zlib
 from contextlib import contextmanager, suppress
@@ -112,6 +114,25 @@ def atomic(path):
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path):
+    """Yield a temporary folder beside `path`, renamed to it if the block succeeds, else removed.
+
+    UserError if something is in `path` already, or nothing can be written there.
+    """
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()) or path.is_file():
+        raise UserError(f"{path} is there already: delete it, or choose another folder")
+    temporary = path.with_name(f".part-{os.getpid()}-{path.name[-60:]}")
+    with made(path.parent), writing(path, "nothing was written"):
+        try:
+            temporary.mkdir()
+            yield temporary
+            temporary.replace(path)  # an empty folder gives way
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path, content):

@@ -169,6 +169,8 @@ class Normalizer(nn.Module):
         """Places of the tool (B, W, 3) m in deviations of those in the state."""
         first = self.action_mask[embodiment].sum(1)  # they stand behind joints and finger
         columns = first[:, None] + torch.arange(3, device=first.device)  # (B, 3)
+        # a robot outside the simulator has none; its waypoints are zeros of no weight
+        columns = columns.clamp(max=self.state_mean.shape[1] - 1)
         mean = self.state_mean[embodiment].gather(1, columns)
         std = self.state_std[embodiment].gather(1, columns)
         return (waypoints - mean[:, None]) / std[:, None]

@@ -28,6 +28,7 @@ from checkpoint import stored_dtype
 from cli import UserError, at_least, choose, parse, run
 from data import record
 from data.demonstrations import Demonstrations, cache_hidden_states, open_cache, select_episodes
+from data.robots import ROBOTS
 from files import find_folder, write_json
 from model import BLM, backbone_hash
 from policy import PRESETS, EmbodimentLinear, Policy
@@ -174,6 +175,11 @@ def load_demonstrations(cfg, config, blm, start, backbone):
     trainer.barrier()
     episodes = select_episodes(cfg, known)
     new = {episode.robot for episode in episodes} - set(known)
+    imported = {episode.robot for episode in episodes} - set(ROBOTS)
+    if cfg.waypoint_loss and imported:
+        raise UserError(
+            f"--waypoint_loss: where the tool of {min(imported)} is, its state does not say"
+        )
     if start and new and start.policy.config.intent_layer != config.intent_layer:
         k = start.policy.config.intent_layer
         raise UserError(f"--start {cfg.start} reads block {k}: add --intent_layer {k}")

@@ -36,10 +36,14 @@ def select_episodes(cfg, known):
 
     If some are of robots that are not among `known`, only theirs: the others' layers will not train.
     """
-    robots = choose_many(cfg.robots, ROBOTS, "robot")
-    scenes = choose_many(cfg.tasks, [*TASKS, *FAMILIES], "task")
+    recorded = load_episodes(cfg.data)
+    # of an imported dataset both are its own
+    known_robots = [*ROBOTS, *(e.robot for e in recorded)]
+    robots = choose_many(cfg.robots, dict.fromkeys(known_robots), "robot")
+    known_scenes = [*TASKS, *FAMILIES, *(e.scene for e in recorded)]
+    scenes = choose_many(cfg.tasks, dict.fromkeys(known_scenes), "task")
     # sorted by cell and seed already
-    wanted = [e for e in load_episodes(cfg.data) if e.robot in robots and e.scene in scenes]
+    wanted = [e for e in recorded if e.robot in robots and e.scene in scenes]
     # the first robots' layers will be frozen
     new = {episode.robot for episode in wanted} - set(known)
     episodes = []
@@ -189,7 +193,10 @@ class Demonstrations:
             episode = self.episodes[i]
             steps = (frame * FRAME_STRIDE + ahead).clip(max=len(episode) - 1)
             first = episode.action.shape[1]  # it stands behind joints and finger
-            places.append(episode.state[steps, first : first + 3])
+            if episode.robot in ROBOTS:
+                places.append(episode.state[steps, first : first + 3])
+            else:  # nobody says where an imported state has the tool
+                places.append(np.zeros((len(steps), 3), np.float32))
         return np.array(places)
 
     def fit_statistics(self, normalizer):

@@ -189,7 +189,8 @@ class Episode:
     """One file: state (L, S), action (L, A) float32, phases [L], images(t); `about`, its header.
 
     Also robot, task, seed, instruction, and the checksum of all. UserError if a byte is
-    not as it was written, or a number cannot be.
+    not as it was written, or a number cannot be. Of an imported one the robot has any name, the
+    task is its sentence and the scene the dataset's name.
     """
 
     def __init__(self, path):
@@ -198,10 +199,14 @@ class Episode:
         self.checksum = file.checksum
         self.about = file.about
         with reading(path, ADVICE):
-            self.robot = choose(self.about["robot"], ROBOTS, "robot")
-            self.task = choose(self.about["task"], TASKS, "task")
-            scene = self.about.get("scene", self.task)  # older episodes are of one task alone
-            self.scene = choose(scene, [*TASKS, *FAMILIES], "scene")
+            self.robot = self.about["robot"]
+            self.task = self.about["task"]
+            self.scene = self.about.get("scene", self.task)  # older episodes are of one task alone
+            # a dataset of other people's (data/lerobot.py) has a robot and tasks of its own
+            if "dataset" not in self.about:
+                choose(self.robot, ROBOTS, "robot")
+                choose(self.task, TASKS, "task")
+                choose(self.scene, [*TASKS, *FAMILIES], "scene")
             self.command = int(self.about.get("command", 0))
             self.seed = int(self.about["seed"])
             self.instruction = str(self.about["instruction"])
@@ -224,7 +229,7 @@ class Episode:
         return len(self.state)
 
     def images(self, t):
-        """[front, wrist] (128, 128, 3) uint8 of step t."""
+        """[front, wrist] (128, 128, 3) uint8 of step t; of an imported episode any square."""
         pictures = []
         with reading(self.path, ADVICE):
             # opened anew: thousands of open maps would not do

@@ -1,0 +1,267 @@
+"""LeRobotDatasets: other people's robots in, our demonstrations out, and a look before the night.
+
+    python -m data.lerobot check FOLDER             a table of what may be wrong, and a contact sheet
+    python -m data.lerobot import FOLDER out/mine --cameras front=observation.images.top,wrist=...
+    python -m data.lerobot export out/demos out/nanoblm-v3
+
+FOLDER is a folder, or user/name on the hub; versions 2.0, 2.1 and 3.0 are read, 3.0 is written.
+`import` decodes every picture once, into episodes as data/record.py keeps them, so that training
+never touches a film. Needs `pip install -r requirements-lerobot.txt`.
+
+Not supported: one camera (name it twice), three or more (choose two), more action than state numbers,
+several instructions in one episode, numbers of 1,000 and above.
+"""
+
+import re
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from cli import UserError, choose, parse, run
+from data.env import VIEWS
+from data.expert import Demonstration
+from data.lerobot_check import check
+from data.lerobot_read import Dataset, find_dataset, names_of
+from data.lerobot_write import export
+from data.record import LARGEST, write_episode
+from files import atomic_folder
+
+
+@dataclass
+class ImportFlags:
+    cameras: str = ""  # front=CAMERA,wrist=CAMERA: which camera the policy sees as which
+    robot: str = ""  # name of the robot; empty: the dataset's own
+    task: str = ""  # one instruction for all episodes; empty: their own
+    size: int = 224  # most pixels of a picture's side; weights/nano shrinks pictures to 128
+    episodes: str = ""  # START:STOP, a part of the dataset; empty: all
+    state: str = "observation.state"  # the feature that is the state
+    action: str = "action"  # the feature that is the action
+
+
+@dataclass
+class CheckFlags:
+    sheet: str = ""  # file of the contact sheet; empty: FOLDER.png
+    state: str = "observation.state"  # the feature that is the state
+    action: str = "action"  # the feature that is the action
+
+
+@dataclass
+class ExportFlags:
+    robot: str = ""  # the robot, if there are episodes of several
+
+
+# ---- importing
+
+
+def camera_map(text, cameras):
+    """{"front": camera, "wrist": camera} from "front=...,wrist=...". UserError names the cameras."""
+    have = f"the cameras are {', '.join(cameras) or 'none'}"
+    chosen = {}
+    for part in text.split(","):
+        view, equals, camera = part.strip().partition("=")
+        # a bare camera would have to be guessed
+        if not equals:
+            raise UserError(f"--cameras front=...,wrist=... says which is which; {have}")
+        choose(view, VIEWS, "view in --cameras")
+        if view in chosen:
+            raise UserError(f"--cameras names two for {view}: only front and wrist are supported")
+        chosen[view] = choose(camera, cameras, "camera")
+    for view in VIEWS:
+        if view not in chosen:
+            advice = "with only one camera name it for both"
+            raise UserError(f"--cameras lacks {view}=...: {advice}; {have}")
+    return {view: chosen[view] for view in VIEWS}
+
+
+def to_picture(pixels, size):
+    """The middle square of (height, width, 3) uint8, as `BLM.act` crops it, at most `size` wide."""
+    height, width, _ = pixels.shape
+    # cropped and not squeezed: a policy that was trained on squares sees the same things then
+    side = min(height, width)
+    top = (height - side) // 2
+    left = (width - side) // 2
+    square = pixels[top : top + side, left : left + side]  # (side, side, 3)
+    # never enlarged: that is the processor's business, and costs disk
+    if side <= size:
+        return square
+    return np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC))
+
+
+@contextmanager
+def of_episode(entry):
+    """Name the episode in whatever goes wrong in the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"episode {entry.index}: {error}") from None
+
+
+def check_numbers(entry, recording):
+    """UserError names the first number that no robot can have meant."""
+    for name in ("state", "action"):
+        values = getattr(recording, name)
+        strange = np.argwhere(~(np.abs(values) < LARGEST))  # NaN is not smaller either
+        for frame, number in strange:  # the first is enough
+            said = f"{name} at frame {frame} holds {values[frame, number]}"
+            raise UserError(f"{entry.data}: {said}; it must be below {LARGEST:g}")
+
+
+def instruction_of(entry, recording, given):
+    """The one sentence of an episode; `given` stands for it if there is any."""
+    # somebody's own word needs no other
+    if given:
+        return given
+    # a frame's own task_index decides: the table of episodes may say nothing, or too much
+    for frame, sentence in enumerate(recording.tasks):
+        if not (isinstance(sentence, str) and sentence.strip()):
+            raise UserError(f"{entry.data}: frame {frame} has no instruction; give one with --task")
+        # our episodes have one instruction, and the language model's states depend on it
+        if sentence != recording.tasks[0]:
+            both = f"{recording.tasks[0]!r}, at frame {frame} {sentence!r}"
+            raise UserError(f"{entry.data}: it begins with {both}: give one sentence with --task")
+    return recording.tasks[0].strip()
+
+
+def demonstration_of(dataset, entry, views, flags):
+    """The Demonstration of an Entry; its pictures are decoded as they are asked for."""
+    recording = dataset.recording(entry)
+    check_numbers(entry, recording)
+    instruction = instruction_of(entry, recording, flags.task)
+    dataset.check_clips(entry, views.values())
+
+    # one frame of both cameras at a time: an hour of pictures does not fit into memory
+    def images():
+        times = recording.timestamp
+        films = [dataset.pictures(entry, camera, times) for camera in views.values()]
+        for pictures in zip(*films, strict=True):
+            squares = [to_picture(pixels, flags.size) for pixels in pictures]
+            yield dict(zip(VIEWS, squares, strict=True))
+
+    return Demonstration(
+        states=recording.state.astype(np.float32),  # (L, S)
+        actions=recording.action.astype(np.float32),  # (L, A)
+        phases=["teleoperation"] * entry.length,  # nobody knows what the hand was about to do
+        images=images(),
+        success=True,
+        instruction=instruction,
+    )
+
+
+def robot_name(given, dataset):
+    """What the embodiment will be called."""
+    name = given or dataset.robot
+    # lerobot's converters write "unknown"
+    if not name or name == "unknown":
+        raise UserError(f"{dataset.about} names no robot: give a name with --robot")
+    # no "/": a dataset would say where we write; no dot first: hidden files are passed over
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"the robot's name {name!r} becomes a file's: give another with --robot")
+    return name
+
+
+def chosen_entries(dataset, text):
+    """The entries whose indices lie in "START:STOP", all if it is empty."""
+    if not text:
+        return dataset.entries
+    span = re.fullmatch(r"(\d*):(\d*)", text)
+    if not span:
+        raise UserError(f"--episodes {text}: type START:STOP, such as 0:50, or :10")
+    # as Python slices: without STOP to the end
+    start = int(span[1] or 0)
+    stop = int(span[2] or len(dataset.entries))
+    chosen = [entry for entry in dataset.entries if start <= entry.index < stop]
+    if not chosen:
+        raise UserError(f"--episodes {text}: there are {len(dataset.entries)}, from 0 on")
+    return chosen
+
+
+def import_dataset(source, out, flags):
+    """Write an episode file for each episode of a LeRobotDataset into the new folder `out`.
+
+    source: a folder, or user/name on the hub; flags: ImportFlags.
+
+    The folder appears whole or not at all. UserError names file and episode.
+    """
+    # read before the map is checked: a hub's films of other cameras are not worth the wait
+    named = [part.partition("=")[2].strip() for part in flags.cameras.split(",")]
+    folder = find_dataset(source, [camera for camera in named if camera])
+    dataset = Dataset(folder, flags.state, flags.action)
+    print("\n".join(dataset.describe()))
+    dataset.entries = chosen_entries(dataset, flags.episodes)
+    views = camera_map(flags.cameras, dataset.cameras)
+    robot = robot_name(flags.robot, dataset)
+    if not 16 <= flags.size <= 1024:
+        raise UserError(f"--size {flags.size}: from 16 to 1024 pixels")
+    # told before the work, since lerobot downloads single episodes too
+    missing = dataset.missing_files(views.values())
+    if missing:
+        advice = "download the rest, or take a part with --episodes START:STOP"
+        raise UserError(f"{missing[0]} is not there ({len(missing)} files are missing): {advice}")
+    # a folder of the hub's cache is called by a hash
+    here = Path(source).is_dir()
+    name = folder.resolve().name if here else source.rpartition("/")[2]
+    name = re.sub(r"[^\w.-]", "_", name)
+    # "dataset" tells data/record.py that robot and task are not the simulator's
+    about = {"robot": robot, "scene": name, "command": 0, "noise": 0.0, "maker": "lerobot"}
+    about |= {"dataset": str(source), "fps": dataset.fps, "cameras": views}
+    about["state_names"] = names_of(dataset.features[dataset.state])
+    about["action_names"] = names_of(dataset.features[dataset.action])
+    with atomic_folder(out) as new:
+        for entry in tqdm(dataset.entries, unit="episode"):
+            with of_episode(entry):
+                demonstration = demonstration_of(dataset, entry, views, flags)
+                S = demonstration.states.shape[1]
+                A = demonstration.actions.shape[1]
+                # targets are relative to the state's first numbers
+                if A > S:
+                    raise UserError(
+                        f"{entry.data}: more numbers of action ({A}) than of state ({S})"
+                    )
+                # the seed orders episodes, and sets every 25th aside
+                own = {"task": demonstration.instruction, "seed": entry.index}
+                path = new / f"{robot}-{name}-{entry.index:06d}.safetensors"
+                write_episode(path, demonstration, about | own)
+    print(f"{len(dataset.entries)} episodes of {robot} in {out}; train on them:")
+    print(f"python train_policy.py --data {out} --start weights/nano --out out/{robot}")
+
+
+# ---- the command line
+
+# {command: (its flags, the folders that come before them)}
+COMMANDS = {
+    "check": (CheckFlags, ["FOLDER"]),
+    "import": (ImportFlags, ["FOLDER", "OUT"]),
+    "export": (ExportFlags, ["EPISODES", "OUT"]),
+}
+
+
+def main():
+    what = sys.argv[1] if sys.argv[1:] else ""
+    if what in ("-h", "--help"):
+        print(f"{__doc__}\npython -m data.lerobot <command> --help lists the flags")
+        return
+    flags_class, places = COMMANDS[choose(what, COMMANDS, "command")]
+    argv = sys.argv[2:]
+    # folders first, so that a flag's value is none of them
+    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    folders = argv[:count]
+    flags = parse(flags_class, description=__doc__.split("\n")[0], argv=argv[count:])
+    if count != len(places):
+        raise UserError(f"type python -m data.lerobot {what} {' '.join(places)}, then the flags")
+    if what == "import":
+        import_dataset(*folders, flags)
+    elif what == "export":
+        export(*folders, flags.robot)
+    else:
+        # all cameras: which of them are any good is the question
+        dataset = Dataset(find_dataset(folders[0]), flags.state, flags.action)
+        check(dataset, flags.sheet or f"{dataset.folder}.png")
+
+
+if __name__ == "__main__":
+    run(main)
