@@ -5,6 +5,7 @@
     python eval.py perturbations    the policy again, with one thing of the scene changed at a time
     python eval.py told             scenes with several things to do, played with different commands
     python eval.py plan             goals of two and three commands: written down, carried out, judged
+    python eval.py replay           recordings it was not trained on: what it would have done instead
     python eval.py digital          questions about pictures, beside chance and beside noise
 
 Layout seeds start beyond those of every demonstration; the same seeds give the same table. Results
@@ -37,6 +38,7 @@ from data.tasks import TASKS
 from files import read_json, reading, writable, write_json
 from goal import carry_out, pictures, write_plan
 from jobs import run_jobs
+from replay import ReplayConfig, replay
 from rollout import EXECUTE_STEPS, jerk, robots_of, rollout
 
 # BLM1's own table (arXiv 2510.24161)
@@ -474,6 +476,7 @@ def print_table(head, rows):
 KINDS = {kind: (physical, PhysicalConfig) for kind in ("expert", "physical", "perturbations")}
 KINDS["told"] = (told, ToldConfig)
 KINDS["plan"] = (plan_goals, PlanConfig)
+KINDS["replay"] = (replay, ReplayConfig)
 KINDS["digital"] = (digital, DigitalConfig)
 
 

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from checkpoint import config_fields, hub_weights, stored_dtype
 from cli import UserError, choose
 from data.media import to_rgb
+from data.robots import ROBOTS
 from files import atomic, find_folder, read_json, reading, write_json
 from policy import Policy, PolicyConfig, waypoint_head
 from processor import Processor
@@ -40,6 +41,7 @@ from vlm import VLM
 VIEWS = ("front", "wrist")  # in the order of the prompt
 VERSION = 4  # of policy.json; 2 had no waypoint head, 2 and 3 read pictures before words
 LARGEST_STATE = 10  # rad, m: no joint turns so far, but a state in degrees does
+LARGEST_FOREIGN_STATE = 1e6  # of robots outside the simulator, whose units are their dataset's
 # for whoever reads policy.json; the frames are in data/robots.py
 STATE = "joint angles (rad), finger (m), TCP position (m), first two columns of its rotation"
 ACTION = "joint targets (rad), finger target (m)"
@@ -124,7 +126,8 @@ class BLM:
         names = list(policy.embodiments)
         index = names.index(choose(robot, names, "robot"))
         state_dim, action_dim = policy.embodiments[robot]
-        images, numbers, instruction = read_observation(observation, state_dim)
+        largest = LARGEST_STATE if robot in ROBOTS else LARGEST_FOREIGN_STATE
+        images, numbers, instruction = read_observation(observation, state_dim, largest)
         hidden, mask = self.intent_states([images], [instruction])
 
         state = torch.zeros(1, policy.state_dim)  # padded to S
@@ -260,11 +263,12 @@ def to_square(picture):
     return picture[top : top + side, left : left + side]
 
 
-def read_observation(observation, state_dim):
+def read_observation(observation, state_dim, largest=LARGEST_STATE):
     """([front, wrist], state (S,) float64, instruction) of an observation, checked.
 
     {"images": {"front", "wrist": see `to_square`}, "state": S numbers in rad and m, in the order of
-    policy.json, "instruction": str}; arrays, lists or tensors. UserError says what is wrong.
+    policy.json, "instruction": str}; arrays, lists or tensors. No number of the state may be larger
+    than `largest`. UserError says what is wrong.
     """
     form = f'"state": {state_dim} numbers in rad and m, "instruction": text'
     with reading("the observation", f'it must be {{"images": {{"front", "wrist"}}, {form}}}'):
@@ -275,7 +279,7 @@ def read_observation(observation, state_dim):
         state = to_array(observation["state"], 1).astype(np.float64, casting="same_kind")
         assert state.shape == (state_dim,), f"the state has the shape {state.shape}"
         # NaN is not below anything
-        fine = np.abs(state) <= LARGEST_STATE
+        fine = np.abs(state) <= largest
         assert fine.all(), f"the state is not finite, or too large: {state[~fine]}"
     squares = []
     for view, picture in images.items():

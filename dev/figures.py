@@ -3,6 +3,7 @@
     python -m dev.figures success      success in every cell, as a heat map
     python -m dev.figures digital      accuracy by category, beside chance and noise for pictures
     python -m dev.figures told         which of a scene's commands is done, beside the controls
+    python -m dev.figures replay       predicted beside recorded, a panel a joint, of each robot
     python -m dev.figures losses       losses over the steps of a training, from its log.jsonl
     python -m dev.figures intent       where in both pictures the intent queries look
     python -m dev.figures denoising    noise becoming a chunk of joint targets in four Euler steps
@@ -129,6 +130,28 @@ def told(config):
     axes.set_xticks(np.arange(len(families)) + 0.4 - width / 2, families)
     axes.set_ylim(0, 1)
     axes.legend(ncols=len(TOLD), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    return figure
+
+
+def replay(config):
+    """A row of panels for each robot: what was recorded, and the policy's chunks one after another."""
+    path = config.source or "results/replay.json"
+    with reading(path, "make it with `python eval.py replay`"):
+        robots = read_json(path)["robots"]
+        most = max(len(robot["joints"]) for robot in robots.values())
+    figure, grid = plt.subplots(
+        len(robots), most, figsize=(2.4 * most, 2.2 * len(robots)), squeeze=False
+    )
+    for row, (name, robot) in zip(grid, robots.items()):
+        recorded = np.array(robot["recorded"])
+        predicted = np.concatenate(robot["chunks"])
+        for axes in row[len(robot["joints"]) :]:
+            axes.axis("off")
+        for i, (axes, joint, unit) in enumerate(zip(row, robot["joints"], robot["units"])):
+            axes.plot(recorded[:, i], color="#bbbbbb", label="recorded")
+            axes.plot(predicted[:, i], color=COLORS["model"], label="predicted")
+            axes.set_title(f"{name} {joint} ({unit})", fontsize=7)
+    grid[0, 0].legend(fontsize=6, frameon=False)
     return figure
 
 
@@ -288,7 +311,7 @@ def mosaic(config):
     return frames
 
 
-FIGURES = {f.__name__: f for f in (success, digital, told, losses, intent, denoising, mosaic)}
+FIGURES = {f.__name__: f for f in (success, digital, told, replay, losses, intent, denoising, mosaic)}
 
 
 def main():

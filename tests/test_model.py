@@ -526,6 +526,15 @@ def test_mistakes_in_an_observation_are_told(blm, changes, word):
     assert word in refusal(blm.act, {**observation(), **changes}, "panda")
 
 
+def test_a_robot_outside_the_simulator_may_have_its_state_in_degrees(blm, monkeypatch):
+    sizes = blm.policy.embodiments["panda"]
+    monkeypatch.setattr(blm.policy, "embodiments", {"so101": sizes})
+    seen = observation()
+    blm.act({**seen, "state": STATE + 170}, "so101")
+    for state in (STATE + 1e300, STATE * np.nan):
+        assert "too large" in refusal(blm.act, {**seen, "state": state}, "so101")
+
+
 @pytest.mark.parametrize("front, word", FRONTS, ids=lambda value: str(value)[:20])
 def test_mistakes_in_a_picture_are_told(blm, front, word):
     seen = observation()

@@ -1,0 +1,80 @@
+"""The simulator as gymnasium environments: a name for every task and every family of scenes.
+
+    import gymnasium
+    import data.gym
+
+    env = gymnasium.make("nanoblm/PickCube-v0", robot="widowx")
+    observation, info = env.reset(seed=3, options={"instruction": "Pick up the red cube."})
+
+Needs `pip install -r requirements-gym.txt`.
+"""
+
+import numpy as np
+
+from cli import UserError
+from data.env import IMAGE_SIZE, VIEWS, TabletopEnv
+from data.families import FAMILIES
+from data.robots import SQUEEZE
+from data.tasks import TASKS
+from files import reading
+
+with reading("gymnasium", "`pip install -r requirements-gym.txt`"):
+    import gymnasium
+    from gymnasium import spaces
+
+LONGEST = 1000  # characters of an instruction
+OPTIONS = ("command", "instruction")
+
+
+def action_space(robot):
+    """Joint targets rad inside the arm's limits, and the finger's target m."""
+    low, high = robot.joint_range.T
+    low = np.array([*low, SQUEEZE], np.float32)
+    high = np.array([*high, robot.travel], np.float32)
+    return spaces.Box(low, high)
+
+
+def observation_space():
+    """What `TabletopEnv.observe` gives, without the state, which is the robot's own."""
+    pixels = spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    printable = "".join(map(chr, range(32, 127)))
+    words = spaces.Text(LONGEST, charset=printable)
+    return {"images": spaces.Dict(dict.fromkeys(VIEWS, pixels)), "instruction": words}
+
+
+class GymEnv(gymnasium.Env):
+    """A TabletopEnv with spaces; its other options, such as perturbation, are passed on."""
+
+    metadata = {"render_modes": []}
+
+    def __init__(self, scene, robot="widowx", **options):
+        self.table = TabletopEnv(robot, scene, **options)
+        arm = self.table.robot
+        self.action_space = action_space(arm)
+        # contacts push joints a little beyond their limits, and nothing bounds where the tool is
+        # but the arm's length: only a rotation's columns have bounds of their own
+        state = np.full(arm.state_dim, np.inf, np.float32)
+        state[-6:] = 1 + 1e-5  # rounding
+        space = {**observation_space(), "state": spaces.Box(-state, state)}
+        self.observation_space = spaces.Dict(space)
+
+    def reset(self, *, seed=None, options=None):
+        """seed draws the layout; without one the next is drawn. options: see OPTIONS."""
+        super().reset(seed=seed)
+        options = options or {}
+        if unknown := options.keys() - set(OPTIONS):
+            raise UserError(f"options {sorted(unknown)}: there are {', '.join(OPTIONS)}")
+        layout = int(self.np_random.integers(2**31)) if seed is None else seed
+        return self.table.reset(layout, **options)
+
+    def step(self, action):
+        """Terminated: it is done, reward 1. Truncated: out of time."""
+        return self.table.step(action)
+
+    def close(self):
+        self.table.close()
+
+
+for name in (*TASKS, *FAMILIES):
+    # the table ends its episodes itself
+    gymnasium.register(f"nanoblm/{name}-v0", f"{__name__}:GymEnv", kwargs={"scene": name})
