@@ -38,7 +38,6 @@ from data.tasks import TASKS
 from files import read_json, reading, writable, write_json
 from goal import carry_out, pictures, write_plan
 from jobs import run_jobs
-from replay import ReplayConfig, replay
 from rollout import EXECUTE_STEPS, jerk, robots_of, rollout
 
 # BLM1's own table (arXiv 2510.24161)
@@ -87,6 +86,17 @@ class PlanConfig:
     weights: str = "weights/nano"  # checkpoint folder
     device: str = "auto"  # auto, cpu, cuda or mps
     out: str = ""  # result file; default out/results/plan.json
+
+
+@dataclass
+class ReplayConfig:
+    data: str = "out/demos"  # folder of episodes, recorded or imported
+    weights: str = "weights/nano"  # checkpoint folder
+    robots: str = "all"  # comma-separated robots, or all
+    tasks: str = "all"  # comma-separated tasks, or datasets, or all
+    demonstrations: int = 0  # of each cell, as in training; 0: all
+    device: str = "auto"  # auto, cpu, cuda or mps
+    out: str = ""  # result file; default out/results/replay.json
 
 
 @dataclass
@@ -367,6 +377,16 @@ def plan_goals(what, config):
 
 def percent(figure):
     return "" if figure["rate"] is None else f"{100 * figure['rate']:.1f}"
+
+
+# ---- recordings
+
+
+def replay(what, config):
+    """Errors by joint beside those of two controls; the result as a dict."""
+    from replay import compare  # loads torch, and the expert needs none
+
+    return compare(load(config.weights, str(pick_device(config.device))), config)
 
 
 # ---- answering

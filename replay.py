@@ -6,30 +6,18 @@ whose state is nearest. Letters as in data/demonstrations.py: T steps of a chunk
 action, n rows of a robot.
 """
 
+import copy
 from collections import defaultdict
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import choose, pick_device
+from cli import choose
 from data.demonstrations import FRAME_STRIDE, Demonstrations, select_episodes
 from data.env import VIEWS
 from data.lerobot_write import names_in
 from data.robots import ROBOTS
-from model import BLM
-
-
-@dataclass
-class ReplayConfig:
-    data: str = "out/demos"  # folder of episodes, recorded or imported
-    weights: str = "weights/nano"  # checkpoint folder
-    robots: str = "all"  # comma-separated robots, or all
-    tasks: str = "all"  # comma-separated tasks, or datasets, or all
-    demonstrations: int = 0  # of each cell, as in training; 0: all
-    device: str = "auto"  # auto, cpu, cuda or mps
-    out: str = ""  # result file; default out/results/replay.json
 
 
 def predict(blm, episode, step):
@@ -68,23 +56,22 @@ def joints_of(episode):
     """Name and unit of every number of an action. Of an imported robot only the names are known."""
     _, names = names_in(episode)
     size = episode.action.shape[1]
-    names = list(names or range(size))
+    names = [str(name).removesuffix(".rad").removesuffix(".m") for name in names or range(size)]
     units = ["the dataset's"] * size
     if episode.robot in ROBOTS:
         units = [*["rad"] * (size - 1), "m"]
     return names, units
 
 
-def replay(what, config):
+def compare(blm, config):
     """Mean absolute error by joint, in its unit, of a policy and of the controls, as a dict."""
-    blm = BLM.from_pretrained(config.weights, pick_device(config.device))
     policy = blm.require_policy()
     horizon = policy.config.action_horizon
     episodes = select_episodes(config, policy.embodiments)
     for episode in episodes:
         choose(episode.robot, policy.embodiments, "robot of this policy")
     demonstrations = Demonstrations(episodes, None, horizon, 0, policy.embodiments)
-    normalizer = policy.normalizer.cpu()  # numbers() are there too
+    normalizer = copy.deepcopy(policy.normalizer).cpu()  # where demonstrations are
     rows = np.concatenate(demonstrations.held_out)
     nearest = {}
     errors = defaultdict(lambda: defaultdict(list))
