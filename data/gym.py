@@ -69,7 +69,10 @@ class GymEnv(gymnasium.Env):
 
     def step(self, action):
         """Terminated: it is done, reward 1. Truncated: out of time."""
-        return self.table.step(action)
+        *result, info = self.table.step(action)
+        # the table goes on counting in its own
+        info["clipped"] = dict(info["clipped"])
+        return *result, info
 
     def close(self):
         self.table.close()
