@@ -108,5 +108,7 @@ def compare(blm, config):
         robots[robot]["recorded"] = trace["episode"].action.tolist()
         for line in zip(names, units, *means.values()):
             name, unit, *numbers = line
-            print(f"| {robot} | {name} ({unit}) | " + " | ".join(f"{x:.4f}" for x in numbers) + " |")
+            print(
+                f"| {robot} | {name} ({unit}) | " + " | ".join(f"{x:.4f}" for x in numbers) + " |"
+            )
     return {"robots": robots}

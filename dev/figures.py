@@ -311,7 +311,9 @@ def mosaic(config):
     return frames
 
 
-FIGURES = {f.__name__: f for f in (success, digital, told, replay, losses, intent, denoising, mosaic)}
+FIGURES = {
+    f.__name__: f for f in (success, digital, told, replay, losses, intent, denoising, mosaic)
+}
 
 
 def main():
