@@ -273,3 +273,14 @@ def test_what_holds_no_questions_is_told(record, says, tmp_path, monkeypatch):
     config = evaluation.DigitalConfig(weights=NANO, data=str(tmp_path / "q.jsonl"), device="cpu")
     with pytest.raises(UserError, match=says):
         evaluation.digital("digital", config)
+
+
+def test_replay_repeats_the_last_action_or_the_joints():
+    from types import SimpleNamespace
+
+    from replay import repeat_last
+
+    state = np.arange(12.0).reshape(3, 4)
+    episode = SimpleNamespace(state=state, action=-state[:, :2])
+    assert repeat_last(episode, 0, 5).tolist() == [[0, 1]] * 5
+    assert repeat_last(episode, 2, 5).tolist() == [[-4, -5]] * 5
