@@ -4,14 +4,14 @@
     python -m nano.train --resume              goes on where it was stopped
     python -m nano.train --preset base         no further than this stage
 
-    look       pictures, and commands before them, through k blocks: several times as fast as with
-               answers
+    look       pictures alone, through k blocks: several times as fast as with text
     base       stands in for Qwen's pretraining: the model points, and follows instructions
     scenes     Stage I: all of the model, on all questions
     embodied   Stage I goes on above block k, in half the time a step: what policies read is there
 
-Rows, losses and loop are those of train_sft.py, with scenes.py's and commands.py's pictures,
-instructions.py's replay and grounding.py's heads; all are made if they are not there.
+Rows, losses and loop are those of train_sft.py, with scenes.py's pictures, instructions.py's
+replay and grounding.py's heads; all are made if they are not there. --told and --asked add the
+scenes of commands.py, from which a policy that listens learns (runs/listen.sh).
 """
 
 import dataclasses
@@ -60,10 +60,10 @@ class StageConfig(RunConfig):
     told: float = (
         0.0  # rows where a command stands before pictures, as a policy reads them, likewise
     )
-    asked: float = 1.0  # rows that ask about commands, likewise
+    asked: float = 0.0  # rows that ask about commands, likewise
     pictures_only: bool = False  # ask nothing, and run k blocks alone
-    intent_layer: int = 4  # k: the LLM block that the second head, and later the policy, reads
-    frozen_blocks: int = 4  # LLM blocks, with the ViT: a policy that reads them stays valid
+    intent_layer: int = 3  # k: the LLM block that the second head, and later the policy, reads
+    frozen_blocks: int = 3  # LLM blocks, with the ViT: a policy that reads them stays valid
     micro_batch: int = 32  # rows in memory at once
 
     # what train_sft.py lets people choose, and this recipe does not
@@ -76,12 +76,11 @@ class StageConfig(RunConfig):
 SIMPLE = "attribute,existence,point,box"
 YOUNG = StageConfig(categories=SIMPLE, questions=8, blind=0.05, lr=4e-3, frozen_blocks=0)
 YOUNG.eval_every = 300
-YOUNG.told = 2.0
 STAGES = {
     "embodied": StageConfig(),
     "scenes": StageConfig(
         out="out/scenes", backbone="out/base", steps=2200, questions=4, blind=0.05, share=3.0,
-        told=2.0, frozen_blocks=0, eval_every=300,
+        frozen_blocks=0, eval_every=300,
     ),
     "base": dataclasses.replace(YOUNG, out="out/base", backbone="out/look", steps=1500),
     "look": dataclasses.replace(YOUNG, out="out/look", backbone="", steps=900, pictures_only=True),
@@ -94,7 +93,8 @@ def make_data(cfg):
         scenes.make(ScenesConfig(out=cfg.scenes, workers=os.cpu_count() or 1))
     if not (Path(cfg.instructions) / "probes.jsonl").exists():
         instructions.make(InstructionsConfig(out=cfg.instructions))
-    if not (Path(cfg.commands) / "val.jsonl").exists():
+    told = cfg.told or cfg.asked
+    if told and not (Path(cfg.commands) / "val.jsonl").exists():
         commands.make(CommandsConfig(out=cfg.commands, workers=os.cpu_count() or 1))
 
 
