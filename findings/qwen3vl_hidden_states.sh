@@ -83,7 +83,7 @@ for i, read in enumerate(inputs):
     apart.append(difference[is_image].max().item())
     words = difference[~is_image].max().item()
     print(f"hidden_states[{i}] against what block {i} reads:", end=" ")
-    print(f"picture {apart[i]:.4f}, words {words:.4f}, size of either {read.abs().mean():.4f}")
+    print(f"picture {apart[i]:.4f}, words {words:.4f}, mean size {read.abs().mean():.4f}")
     assert words == 0
 assert apart[0] == apart[3] == 0
 assert min(apart[1:3]) > 0.01, "the features are in now: this finding is out of date"
