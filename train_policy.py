@@ -56,7 +56,7 @@ class TrainConfig(RunConfig):
     demonstrations: int = 0  # episodes of each robot and task, those of the lowest seeds; 0: all
     sizes: str = "nano"  # of the policy: nano or gr00t (policy.py)
     intent_layer: int = 0  # LLM block whose hidden states carry the intent; 0: that of --sizes
-    text_first: bool = False  # instruction before the pictures, as nano.train --told teaches it
+    text_first: bool = False  # instruction before the pictures, as runs/listen.sh teaches it
     use_intent: bool = True  # off: what a robot can do by its state alone, for comparison
     future_loss: bool = True  # off: without it, for comparison
     waypoint_loss: bool = False  # the intent must say where the tool goes: for several commands

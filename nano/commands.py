@@ -1,6 +1,6 @@
 """nano's pictures for acting: scenes with commands, and which patches show what each command means.
 
-    python -m nano.commands --scenes 24000 --workers 2        writes out/commands in about 10 minutes
+    python -m nano.commands --scenes 24000 --workers 2        writes out/corpus/commands in about 10 minutes
 
 A policy reads a command and two pictures, and no answer is ever written there. So these rows have
 no answer either: Stage I learns from them what each patch shows *for this command*, in the hidden
@@ -53,7 +53,7 @@ class CommandsConfig:
     scenes: int = 24000  # pairs of pictures, spread over all robots, tasks and families
     seed: int = 0  # first layout seed
     workers: int = 2  # processes
-    out: str = "out/commands"  # folder
+    out: str = "out/corpus/commands"  # folder
 
 
 # ---- scenes

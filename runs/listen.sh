@@ -13,11 +13,12 @@ families=which_cube,which_way,which_stack,which_bin,peg_or_cube,mixed
 python -m nano.scenes --scenes 12000 --workers "$workers"
 python -m nano.commands --scenes 14400 --workers "$workers"
 $two -m nano.train --preset look --backbone weights/nano --out out/listen \
-    --intent_layer 4 --told 4 --steps 1000 --lr 3e-3 --batch_size 64 --dtype bfloat16
+    --mixture scenes:1,commands:4 --intent_layer 4 --steps 1000 --lr 3e-3 --batch_size 64 --dtype bfloat16
 
 # Stage I, blocks 5 to 7: answers again, now about commands too
 $two -m nano.train --backbone out/listen --out out/sft \
-    --intent_layer 4 --frozen_blocks 4 --asked 1 --steps 1000 --eval_every 500 --dtype bfloat16
+    --mixture scenes:1,command_questions:1,instructions:1 --intent_layer 4 --frozen_blocks 4 \
+    --steps 1000 --eval_every 500 --dtype bfloat16
 
 # Stage II: each layout of a family is played with two of its commands
 python -m data.record --tasks "$families" --episodes 280 --workers "$workers"
