@@ -41,20 +41,24 @@ def pictures(env):
 def write_plan(blm, images, goal):
     """The commands [str] that a goal takes, as the model lists them; [] if it lists none."""
     reply = blm.answer(images, LISTED.format(goal))
+    # "1. put ... 2. stack ...": a number inside a step has no full stop behind it
     return [step.strip() for step in re.split(r"\s*\d+\.\s+", reply) if step.strip()]
 
 
 def why_not(blm, images, command):
     """Why a command cannot be done here, in the model's words, or ""."""
     reply = blm.answer(images, POSSIBLE.format(command))
-    return reply.removeprefix("no").lstrip(":, ") or "no" if reply.startswith("no") else ""
+    if not reply.startswith("no"):
+        return ""
+    # "no: there is no yellow ball"
+    return reply.removeprefix("no").lstrip(":, ") or "no"
 
 
 def go_home(env):
     """Open the hand, then move to the rest pose: from there the policy knows how to begin."""
     robot = env.robot
     start = env.data.ctrl[: robot.dof].copy()
-    wait = np.zeros(6)  # first the fingers alone
+    wait = np.zeros(6)  # first the fingers alone: what they hold is set free where it is
     for part in [*wait, *np.linspace(0, 1, HOME_STEPS)]:
         joints = start + part * (robot.home - start)
         env.step([*joints, robot.travel])
@@ -69,6 +73,7 @@ def attempt(blm, env, command, execute_steps, after_step):
         for action in chunk[:execute_steps]:
             env.step(action)
             after_step()
+        # the same weights that act look at what came of it
         if blm.answer(pictures(env), DONE.format(command)).startswith("yes"):
             return True, env.steps
     return False, env.steps
@@ -80,6 +85,7 @@ def carry_out(blm, env, commands, execute_steps=EXECUTE_STEPS, after_step=lambda
     after_step() is called behind every control step, for whoever draws or watches.
     """
     for number, command in enumerate(commands):
+        # asked at its turn: an earlier step may have changed what is possible
         reason = why_not(blm, pictures(env), command)
         if reason:
             yield Step(command, reason)

@@ -39,7 +39,7 @@ from processor import Processor
 from vlm import VLM
 
 VIEWS = ("front", "wrist")  # in the order of the prompt
-VERSION = 4  # of policy.json; 2 had no waypoint head, 2 and 3 read pictures before words
+VERSION = 4  # of policy.json; 2 had no waypoint head, 2 and 3 no text_first
 LARGEST_STATE = 10  # rad, m: no joint turns so far, but a state in degrees does
 LARGEST_FOREIGN_STATE = 1e6  # of robots outside the simulator, whose units are their dataset's
 # for whoever reads policy.json; the frames are in data/robots.py
@@ -97,15 +97,16 @@ class BLM:
         return self.policy
 
     @torch.no_grad()
-    def intent_states(self, images, instructions, num_layers=None):
+    def intent_states(self, images, instructions, num_layers=None, text_first=False):
         """[[front, wrist], ...] and an instruction each: what the language model says of them.
 
         Hidden states (B, L, Dc) behind block k and their mask (B, L) bool; later blocks do not run.
         The one place where the prompt for acting is made: `act` and data/demonstrations.py
-        call it. num_layers is k where there is no policy yet. The instruction comes first:
-        attention is causal, and what a patch shows matters less than what it is for.
+        call it. num_layers, k, and text_first are for where there is no policy yet. With the
+        instruction first, patches know what it names: attention is causal.
         """
-        text_first = self.policy is None or self.policy.config.text_first
+        if self.policy is not None:
+            text_first = self.policy.config.text_first
         batch = self.prompt(images, instructions, text_first=text_first)
         if self.policy is not None:  # before the network runs
             self.policy.check_length(batch["input_ids"].shape[1])

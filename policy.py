@@ -52,8 +52,8 @@ STATE_LIMIT = 5.0  # deviations: a reading far outside the demonstrations says n
 class PolicyConfig:
     """The action side, as it stands in policy.json. PRESETS names the sizes."""
 
-    intent_layer: int = 4  # k: the LLM block whose hidden states carry the intent
-    text_first: bool = True  # the command stands before the pictures; older policies: behind them
+    intent_layer: int = 3  # k: the LLM block whose hidden states carry the intent
+    text_first: bool = False  # the instruction stands before the pictures, not behind them
     num_intent_queries: int = 16  # N
     perceiver_layers: int = 2  # each: attention to the hidden states, MLP
     max_condition_tokens: int = 256  # longest prompt, pictures included, in tokens

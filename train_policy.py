@@ -56,6 +56,7 @@ class TrainConfig(RunConfig):
     demonstrations: int = 0  # episodes of each robot and task, those of the lowest seeds; 0: all
     sizes: str = "nano"  # of the policy: nano or gr00t (policy.py)
     intent_layer: int = 0  # LLM block whose hidden states carry the intent; 0: that of --sizes
+    text_first: bool = False  # instruction before the pictures, as runs/listen.sh teaches it
     use_intent: bool = True  # off: what a robot can do by its state alone, for comparison
     future_loss: bool = True  # off: without it, for comparison
     waypoint_loss: bool = False  # the intent must say where the tool goes: for several commands
@@ -75,6 +76,7 @@ def policy_config(cfg):
         config,
         use_intent=cfg.use_intent,
         intent_layer=cfg.intent_layer or config.intent_layer,
+        text_first=cfg.text_first,
         future_loss_weight=config.future_loss_weight * cfg.future_loss,
         waypoint_loss_weight=config.waypoint_loss_weight * cfg.waypoint_loss,
     )
@@ -137,7 +139,7 @@ def evaluate(policy, demos, cfg, device):
 
 def sizes(config):
     """A PolicyConfig without what changes no weight's shape: a policy may move to another block."""
-    free = {"intent_layer": 0, "text_first": True}
+    free = {"intent_layer": 0, "text_first": False}
     return vars(config) | free | {"future_loss_weight": 0.0, "waypoint_loss_weight": 0.0}
 
 
@@ -183,6 +185,9 @@ def load_demonstrations(cfg, config, blm, start, backbone):
     if start and new and start.policy.config.intent_layer != config.intent_layer:
         k = start.policy.config.intent_layer
         raise UserError(f"--start {cfg.start} reads block {k}: add --intent_layer {k}")
+    if start and new and start.policy.config.text_first != config.text_first:
+        advice = "leave out --text_first" if config.text_first else "add --text_first"
+        raise UserError(f"--start {cfg.start} reads the prompt in the other order: {advice}")
     # layers that stay frozen would read hidden states that they do not know
     if start and new and backbone_hash(start.vlm, start.processor, config.intent_layer) != backbone:
         raise UserError(f"--start {cfg.start} reads another language model than {cfg.backbone}")
@@ -190,9 +195,9 @@ def load_demonstrations(cfg, config, blm, start, backbone):
         blocks = [*blm.vlm.visual.blocks, *blm.vlm.model.layers]
         trainer.shard(blm.vlm, blocks, blm.device)
     folder = Path(cfg.cache) / f"{backbone}-k{config.intent_layer}"
-    cache_hidden_states(blm, episodes, config.intent_layer, folder, rank, world, cfg.fsdp)
+    cache_hidden_states(blm, episodes, config, folder, rank, world, cfg.fsdp)
     trainer.barrier()
-    hidden = [open_cache(folder, episode) for episode in episodes]
+    hidden = [open_cache(folder, episode, config.text_first) for episode in episodes]
     return Demonstrations(episodes, hidden, config.action_horizon, config.num_waypoints, known)
 
 

@@ -69,30 +69,30 @@ def frames_of(episode):
     return range(0, len(episode), FRAME_STRIDE)
 
 
-def cache_path(folder, episode):
+def cache_path(folder, episode, text_first):
     """A name made of all that an episode's hidden states depend on, but for the model."""
     # the checksum covers the pictures too: a mended episode is another one
     words = f"{episode.path.name} {episode.instruction} {episode.checksum} {FRAME_STRIDE}"
-    words += " text first"  # older files were of prompts with the pictures first
+    words += " text first" * text_first
     digest = hashlib.sha256(words.encode()).hexdigest()
     return folder / f"{digest[:16]}.safetensors"
 
 
-def open_cache(folder, episode):
+def open_cache(folder, episode, text_first):
     """Hidden states (frames, L, Dc) float16, read as they are asked for. UserError if damaged."""
-    return Tensors(cache_path(folder, episode)).check().slice("hidden")
+    return Tensors(cache_path(folder, episode, text_first)).check().slice("hidden")
 
 
-def cache_hidden_states(blm, episodes, intent_layer, folder, rank=0, world=1, fsdp=False):
-    """Compute what is missing in `folder`; rank r of `world` processes computes its share."""
+def cache_hidden_states(blm, episodes, config, folder, rank=0, world=1, fsdp=False):
+    """Compute what is missing in `folder` for a PolicyConfig; rank r of `world` computes its share."""
     missing = []
     for episode in tqdm(episodes, "hidden states: looking", disable=rank > 0, leave=False):
         try:
-            open_cache(folder, episode)
+            open_cache(folder, episode, config.text_first)
         except UserError as error:
             missing.append(episode)
             # nothing to tell of what was never there
-            if cache_path(folder, episode).exists():
+            if cache_path(folder, episode, config.text_first).exists():
                 tqdm.write(f"{error}; it is made again")
     share = missing[rank::world]
     # shards work together, so every process does as many
@@ -102,10 +102,11 @@ def cache_hidden_states(blm, episodes, intent_layer, folder, rank=0, world=1, fs
         # all at once: an episode of 200 steps is 51 prompts of one length, without padding
         images = [episode.images(t) for t in frames_of(episode)]
         texts = [episode.instruction] * len(images)
-        hidden, _ = blm.intent_states(images, texts, intent_layer)
+        order = config.text_first
+        hidden, _ = blm.intent_states(images, texts, config.intent_layer, order)
         # float16 has no larger numbers
         hidden = hidden.clamp(-65504, 65504).half().cpu()
-        save_tensors(cache_path(folder, episode), {"hidden": hidden}, {})
+        save_tensors(cache_path(folder, episode, order), {"hidden": hidden}, {})
 
 
 # ---- rows

@@ -1,6 +1,6 @@
 """nano's pictures for acting: scenes with commands, and which patches show what each command means.
 
-    python -m nano.commands --scenes 24000 --workers 2        writes out/commands in about 10 minutes
+    python -m nano.commands --scenes 24000 --workers 2        writes out/corpus/commands in about 10 minutes
 
 A policy reads a command and two pictures, and no answer is ever written there. So these rows have
 no answer either: Stage I learns from them what each patch shows *for this command*, in the hidden
@@ -20,6 +20,7 @@ of training (data/new_combinations.json). questions.jsonl asks about the command
 
 import itertools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from data.tasks import MAX_STEPS, RGBA, TASKS
 from files import atomic, read_json, reading, write_json
 from jobs import run_jobs
 from nano.command_questions import Asker
-from nano.scenes import classes_of, look, patches_of, pose_arm, project
+from nano.scenes import classes_of, look, patches_of, pose_arm, project, write_scenes
 
 SHARD = 100  # scenes of one job
 MOMENTS = 3  # pictures of one attempt of the expert
@@ -52,7 +53,7 @@ class CommandsConfig:
     scenes: int = 24000  # pairs of pictures, spread over all robots, tasks and families
     seed: int = 0  # first layout seed
     workers: int = 2  # processes
-    out: str = "out/commands"  # folder
+    out: str = "out/corpus/commands"  # folder
 
 
 # ---- scenes
@@ -76,6 +77,7 @@ def labels_of(env):
 def moments(env, seed, rng):
     """Bring the env to a few moments of a layout: yields once at each."""
     env.reset(seed)
+    # at the beginning, where everything still lies, from wherever the hand may look
     if rng.random() < 0.5:
         bodies = {label: body for body, label in labels_of(env).items()}
         for _ in range(MOMENTS):
@@ -83,6 +85,7 @@ def moments(env, seed, rng):
             pose_arm(env, bodies, rng)
             yield
         return
+    # or while a command is carried out: things are held, moved and stacked
     env.reset(seed, command=int(rng.integers(len(env.table.commands))))
     path = [env.data.qpos.copy()]
     try:
@@ -93,6 +96,7 @@ def moments(env, seed, rng):
                 break
     except Infeasible:  # what it did so far will do
         pass
+    # the end is always there: most questions whether something is done are answered "no"
     last = len(path) - 1
     for t in [*rng.integers(last, size=MOMENTS - 1), last]:
         env.data.qpos[:] = path[t]
@@ -106,10 +110,12 @@ def ask(env, command, views, words):
     bodies = list(command.roles.values())
     labels = labels_of(env)
     numbers = {env.model.body(body).id: i for i, body in enumerate(bodies, start=1)}
+    # patches that show both belong to what covers more of them
     roles = []
     for geoms in views.values():
         classes = classes_of(env, geoms, numbers)
         roles.append(patches_of(classes, 1 + len(bodies), first=1))
+    # from here on the env's roles, task and success are this command's
     env.give(env.table.commands.index(command))
     places = [np.round(project(env, "front", env.position(role)), 4).tolist() for role in env.roles]
     return {
@@ -129,6 +135,7 @@ def scenes_of(env, seed):
     for _ in moments(env, seed, rng):
         labels = labels_of(env)
         shots = [look(env, view, labels) for view in VIEWS]
+        # once for all commands
         views = {view: env.draw(view, segmentation=True) for view in VIEWS}
         order = rng.permutation(len(env.table.commands))[:ASKED]
         commands = [ask(env, env.table.commands[i], views, rng) for i in order]
@@ -145,8 +152,9 @@ def scenes_of(env, seed):
 def make_shard(job):
     """Write the pictures of a shard, then its lines; returns how many they are."""
     part, robot, scene, first, count = job
-    if part.exists():
+    if part.exists():  # whole, of a rendering that was stopped
         return count
+    # looks, camera and spare cubes vary as in the demonstrations that a policy learns from
     env = TabletopEnv(robot, scene, render=False, varied="all")
     records = []
     for seed in itertools.count(first):
@@ -154,15 +162,7 @@ def make_shard(job):
         if len(records) >= count:
             break
     env.close()
-    folder = part.parent.parent
-    with atomic(part) as lines, open(lines, "w") as file:
-        for number, record in enumerate(records[:count]):
-            paths = [part.with_suffix("") / f"{number}-{i}.png" for i in range(len(VIEWS))]
-            for path, image in zip(paths, record["images"]):
-                with atomic(path) as temporary:
-                    Image.fromarray(image).save(temporary, compress_level=1)
-            record["images"] = [str(path.relative_to(folder)) for path in paths]
-            file.write(json.dumps(record) + "\n")
+    write_scenes(part, records[:count])
     return count
 
 
@@ -170,9 +170,11 @@ def jobs_of(config):
     """{split: [(part, robot, scene, first seed, scenes)]}, as many of each cell."""
     jobs = {"train": [], "val": []}
     cells = list(itertools.product(SCENES, ROBOTS))
-    each = -(-config.scenes // len(cells))
+    # rounded up, so that a small folder has each cell
+    each = math.ceil(config.scenes / len(cells))
     for scene, robot in cells:
-        for i in range(-(-each // SHARD)):
+        # a seed gives MOMENTS scenes, so shards share none
+        for i in range(math.ceil(each / SHARD)):
             part = Path(config.out, "train", f"{robot}-{scene}-{i:03d}.jsonl")
             count = min(SHARD, each - SHARD * i)
             jobs["train"].append((part, robot, scene, config.seed + SHARD * i, count))
@@ -193,6 +195,7 @@ def make(config):
             raise UserError(f"{path.parent} holds other scenes: choose another --out, or delete it")
         if before.get("finished"):
             return
+    # now, so that nobody goes on with other settings
     write_json(path, settings)
     jobs = jobs_of(config)
     shards = list(itertools.chain(*jobs.values()))

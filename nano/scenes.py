@@ -404,10 +404,15 @@ def make_shard(job):
         if len(scenes) >= count:
             break
     env.close()
-    # a part that is there has all its pictures
+    write_scenes(part, scenes[:count])
+    return count
+
+
+def write_scenes(part, records):
+    """Write the images of records, then their lines: a part that is there has all its pictures."""
     folder = part.parent.parent
     with atomic(part) as lines, open(lines, "w") as file:
-        for number, record in enumerate(scenes[:count]):
+        for number, record in enumerate(records):
             names = [f"{number}-{i}.png" for i in range(len(record["images"]))]
             paths = [part.with_suffix("") / name for name in names]
             for path, image in zip(paths, record["images"]):
@@ -415,7 +420,6 @@ def make_shard(job):
                     Image.fromarray(image).save(temporary, compress_level=1)
             record["images"] = [str(path.relative_to(folder)) for path in paths]
             file.write(json.dumps(record) + "\n")
-    return count
 
 
 def jobs_of(config):

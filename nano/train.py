@@ -4,14 +4,14 @@
     python -m nano.train --resume              goes on where it was stopped
     python -m nano.train --preset base         no further than this stage
 
-    look       pictures, and commands before them, through k blocks: several times as fast as with
-               answers
+    look       pictures alone, through k blocks: several times as fast as with text
     base       stands in for Qwen's pretraining: the model points, and follows instructions
     scenes     Stage I: all of the model, on all questions
     embodied   Stage I goes on above block k, in half the time a step: what policies read is there
 
-Rows, losses and loop are those of train_sft.py, with scenes.py's and commands.py's pictures,
-instructions.py's replay and grounding.py's heads; all are made if they are not there.
+Rows, losses and loop are those of train_sft.py, with scenes.py's pictures, instructions.py's
+replay and grounding.py's heads; all are made if they are not there. --mixture can add the scenes of
+commands.py, from which a policy learns to listen (runs/listen.sh).
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 import trainer
-from cli import UserError, at_least, parse, run
+from cli import UserError, at_least, choose, parse, run
 from data.conversations import Conversations
 from data.mixture import Source
 from files import read_json, reading
@@ -46,7 +46,6 @@ class StageConfig(RunConfig):
     """The flags of one stage."""
 
     scenes: str = "out/corpus"  # folder of scenes
-    commands: str = "out/commands"  # folder of scenes with commands
     instructions: str = "out/general"  # folder of instructions
     out: str = "out/sft"  # folder for the model
     backbone: str = "out/scenes"  # start from this folder; empty: from nothing
@@ -56,14 +55,10 @@ class StageConfig(RunConfig):
     categories: str = "all"  # of questions about scenes, comma-separated, or all
     questions: int = 5  # at most so many questions of a scene in a step, drawn anew each time
     blind: float = 0.15  # share of scenes with noise for pictures
-    share: float = 1.0  # rows of scenes for each of instructions
-    told: float = (
-        0.0  # rows where a command stands before pictures, as a policy reads them, likewise
-    )
-    asked: float = 1.0  # rows that ask about commands, likewise
+    mixture: str = "scenes:1,instructions:1"  # rows of each; also commands and command_questions
     pictures_only: bool = False  # ask nothing, and run k blocks alone
-    intent_layer: int = 4  # k: the LLM block that the second head, and later the policy, reads
-    frozen_blocks: int = 4  # LLM blocks, with the ViT: a policy that reads them stays valid
+    intent_layer: int = 3  # k: the LLM block that the second head, and later the policy, reads
+    frozen_blocks: int = 3  # LLM blocks, with the ViT: a policy that reads them stays valid
     micro_batch: int = 32  # rows in memory at once
 
     # what train_sft.py lets people choose, and this recipe does not
@@ -73,50 +68,80 @@ class StageConfig(RunConfig):
     checkpointing = False
 
 
+SOURCES = ("scenes", "commands", "command_questions", "instructions")
 SIMPLE = "attribute,existence,point,box"
 YOUNG = StageConfig(categories=SIMPLE, questions=8, blind=0.05, lr=4e-3, frozen_blocks=0)
 YOUNG.eval_every = 300
-YOUNG.told = 2.0
 STAGES = {
     "embodied": StageConfig(),
     "scenes": StageConfig(
-        out="out/scenes", backbone="out/base", steps=2200, questions=4, blind=0.05, share=3.0,
-        told=2.0, frozen_blocks=0, eval_every=300,
+        out="out/scenes", backbone="out/base", steps=2200, questions=4, blind=0.05,
+        mixture="scenes:3,instructions:1", frozen_blocks=0, eval_every=300,
     ),
     "base": dataclasses.replace(YOUNG, out="out/base", backbone="out/look", steps=1500),
-    "look": dataclasses.replace(YOUNG, out="out/look", backbone="", steps=900, pictures_only=True),
+    "look": dataclasses.replace(
+        YOUNG, out="out/look", backbone="", steps=900, pictures_only=True, mixture="scenes:1",
+    ),
 }  # fmt: skip
 
 
+def weights_of(cfg):
+    """{source: its weight} of --mixture. UserError on what it cannot be."""
+    weights = {}
+    for part in cfg.mixture.split(","):
+        name, _, weight = part.partition(":")
+        with reading(f"--mixture {cfg.mixture}", "such as scenes:3,instructions:1"):
+            weights[choose(name, SOURCES, "source")] = float(weight or 1)
+    answers = weights.keys() & {"command_questions", "instructions"}
+    if cfg.pictures_only and answers:
+        raise UserError(f"--pictures_only asks nothing: leave {answers.pop()} out of --mixture")
+    return weights
+
+
+def commands_of(cfg):
+    """The folder of scenes with commands, inside that of the other scenes."""
+    return str(Path(cfg.scenes) / "commands")
+
+
 def make_data(cfg):
-    """Make the default scenes and instructions where they are not there."""
+    """Make the scenes and instructions of a stage where they are not there."""
+    weights = weights_of(cfg)
+    workers = os.cpu_count() or 1
     if not (Path(cfg.scenes) / "val.jsonl").exists():
-        scenes.make(ScenesConfig(out=cfg.scenes, workers=os.cpu_count() or 1))
+        scenes.make(ScenesConfig(out=cfg.scenes, workers=workers))
     if not (Path(cfg.instructions) / "probes.jsonl").exists():
         instructions.make(InstructionsConfig(out=cfg.instructions))
-    if not (Path(cfg.commands) / "val.jsonl").exists():
-        commands.make(CommandsConfig(out=cfg.commands, workers=os.cpu_count() or 1))
+    told = weights.keys() & {"commands", "command_questions"}
+    if told and not (Path(commands_of(cfg)) / "val.jsonl").exists():
+        commands.make(CommandsConfig(out=commands_of(cfg), workers=workers))
 
 
 def open_sources(cfg):
     """The rows of a stage. UserError on what they lack."""
-    rows = Scenes(cfg.scenes, "train", cfg.categories, cfg.questions, cfg.blind, cfg.pictures_only)
-    sources = [Source("scenes", rows, cfg.share, rows.validation())]
-    if cfg.told:
-        told = Commands(cfg.commands)
-        sources.append(Source("commands", told, cfg.told, told.validation()))
-    if cfg.pictures_only:
-        return sources
-    if cfg.asked:
-        asked = CommandQuestions(cfg.commands)
-        sources.append(Source("command_questions", asked, cfg.asked, asked.validation()))
-    replay = Conversations(Path(cfg.instructions) / "train.jsonl")
-    return [*sources, Source("instructions", replay)]
+    sources = []
+    for name, weight in weights_of(cfg).items():
+        validation = None
+        match name:
+            case "scenes":
+                kinds = (cfg.categories, cfg.questions, cfg.blind, cfg.pictures_only)
+                rows = Scenes(cfg.scenes, "train", *kinds)
+                validation = rows.validation()
+            case "commands":
+                rows = Commands(commands_of(cfg))
+                validation = rows.validation()
+            case "command_questions":
+                rows = CommandQuestions(commands_of(cfg))
+                validation = rows.validation()
+            case "instructions":
+                rows = Conversations(Path(cfg.instructions) / "train.jsonl")
+        sources.append(Source(name, rows, weight, validation))
+    return sources
 
 
 def learn_tokenizer(cfg):
     """A Tokenizer of all texts that the stages from nothing show."""
-    sources = open_sources(dataclasses.replace(cfg, pictures_only=False))
+    everything = dataclasses.replace(cfg, pictures_only=False, mixture=StageConfig.mixture)
+    sources = open_sources(everything)
     texts = [text for source in sources for text in source.rows.texts()]
     frame = f"system\n{SYSTEM_PROMPT}\nuser\nassistant\n"  # in every row, so worth whole tokens
     return train_tokenizer([*texts[:: 1 + len(texts) // MOST_TEXTS], *[frame] * 1000], VOCAB_SIZE)
@@ -158,7 +183,7 @@ def finished(folder):
 def missing_stages(cfg):
     """The stages to train, cfg last: those before it whose folders hold no finished model."""
     same = {"batch_size", "seed", "device", "dtype", "fsdp", "micro_batch", "scenes"}
-    same |= {"commands", "instructions", "intent_layer"}
+    same |= {"instructions", "intent_layer"}
     same = {name: getattr(cfg, name) for name in same}
     stages = {stage.out: dataclasses.replace(stage, **same) for stage in STAGES.values()}
     missing = [cfg]
@@ -178,7 +203,7 @@ def check(cfg):
     trainer.check(cfg)
     blocks = PRESETS["nano"].num_hidden_layers
     at_least(cfg, 1, "questions", "micro_batch", "intent_layer")
-    at_least(cfg, 0, "blind", "share", "told", "asked", "frozen_blocks")
+    at_least(cfg, 0, "blind", "frozen_blocks")
     if cfg.fsdp:
         raise UserError("--fsdp: nano is small enough for every machine, leave it out")
     if cfg.blind > 1:

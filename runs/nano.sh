@@ -11,7 +11,6 @@ two="torchrun --nproc_per_node 2"
 
 # Stage I: questions about scenes, instructions, then four stages; `base` is kept in weights/base
 python -m nano.scenes --workers "$workers"
-python -m nano.commands --workers "$workers"
 python -m nano.instructions
 $two -m nano.train --dtype bfloat16
 

@@ -90,6 +90,16 @@ def row_of(question, grounding, processor):
     return batch, batch["answer_number"].numpy(), batch["input_ids"][0].tolist()
 
 
+def command_row(roles, places):
+    """A row of one picture with a command before it."""
+    text = {"type": "text", "text": "bin"}
+    media = [("image", np.zeros((128, 128, 3), np.uint8))]
+    command = {"roles": [roles], "places": places}
+    return Row(
+        [[{"role": "user", "content": [text, {"type": "image"}]}]], media, {"command": command}
+    )
+
+
 def test_places_are_where_the_centers_lead(corpus, processor):
     row = corpus.row(3)
     batch = batch_of([row], processor)
@@ -217,6 +227,7 @@ def test_the_token_head_lays_its_patches_where_the_pixels_are(processor):
 
 def test_every_head_learns_and_shares_of_a_step_add_up(corpus, processor):
     rows = [corpus.row(i) for i in range(4)]
+    rows.append(command_row("B" + "A" * 62 + "C", [[8, 8, 0.6], [120, 120, 0.7]]))
     heads = heads_of(processor)
     totals = heads.count(batch_of(rows, processor))
     sums = []
@@ -248,17 +259,11 @@ def test_pictures_of_another_size_are_told(processor):
 def test_shipped_heads_load(name, processor):
     folder = ROOT / "weights" / name
     heads = Grounding(VLM.from_pretrained(folder).config, processor.tokenizer, intent_layer=3)
-    heads.load_state_dict(load_file(folder / "heads.safetensors"))
-
-
-def command_row(roles, places):
-    """A row of one picture with a command before it."""
-    text = {"type": "text", "text": "bin"}
-    media = [("image", np.zeros((128, 128, 3), np.uint8))]
-    command = {"roles": [roles], "places": places}
-    return Row(
-        [[{"role": "user", "content": [text, {"type": "image"}]}]], media, {"command": command}
-    )
+    stored = load_file(folder / "heads.safetensors")
+    heads.load(stored)
+    known = stored["vit.1.bias"]
+    assert torch.equal(heads.vit[1].bias[: len(known) - 3], known[:-3])
+    assert torch.equal(heads.vit[1].bias[-3:], known[-3:])
 
 
 def test_patches_know_their_role_in_a_command_and_other_rows_teach_none(corpus, processor):

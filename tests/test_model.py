@@ -309,7 +309,7 @@ def test_a_changed_description_loads_or_is_told(folder):
 
 
 DESCRIPTIONS = [
-    ({"version": 1}, "format version 1, this code reads 3"),
+    ({"version": 1}, "format version 1, this code reads 4"),
     ({"version": None}, "format version None"),
     ({"views": ["wrist", "front"]}, "views"),
     ({"embodiments": {"panda": {"state_dim": 17, "action_dim": 8}}}, "lacks 'index'"),
@@ -327,6 +327,35 @@ def test_mistakes_in_a_description_are_told(folder, changes, word):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     told = refusal(BLM.from_pretrained, folder)
     assert word in told and "python train_policy.py" in told
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_older_policies_act_as_before(folder, version):
+    blm = BLM.from_pretrained(folder)
+    path = folder / "policy.json"
+    about = json.loads(path.read_text())
+    del about["config"]["text_first"]
+    path.write_text(json.dumps({**about, "version": version}))
+    if version == 2:  # it had no waypoint head
+        for name in ("num_waypoints", "waypoint_loss_weight"):
+            del about["config"][name]
+        path.write_text(json.dumps({**about, "version": version}))
+        weights = load_file(folder / "policy.safetensors")
+        kept = {name: weights[name] for name in weights if not name.startswith("waypoint_head")}
+        save_file(kept, folder / "policy.safetensors")
+    old = BLM.from_pretrained(folder)
+    assert np.array_equal(
+        old.act(observation("widowx"), "widowx"), blm.act(observation("widowx"), "widowx")
+    )
+
+
+def test_a_policy_may_read_the_instruction_first(blm):
+    seen = observation("widowx")
+    chunk = blm.act(seen, "widowx")
+    blm.policy.config.text_first = True
+    assert not np.array_equal(blm.act(seen, "widowx"), chunk)
+    blm.policy.config.text_first = False
+    assert np.array_equal(blm.act(seen, "widowx"), chunk)
 
 
 # ---- acting

@@ -45,7 +45,7 @@ def log_of(out):
 
 
 def test_looking_stops_at_block_k(tmp_path, data):
-    cfg = config(tmp_path, data, pictures_only=True, steps=2)
+    cfg = config(tmp_path, data, pictures_only=True, mixture="scenes", steps=2)
     train_stage(cfg)
     torch.manual_seed(0)
     tokenizer = recipe.learn_tokenizer(cfg)
@@ -62,11 +62,15 @@ def test_looking_stops_at_block_k(tmp_path, data):
 
 
 def test_it_overfits_a_few_scenes(tmp_path, data):
-    look = config(tmp_path / "look", data, pictures_only=True, steps=50, lr=5e-3)
+    look = config(tmp_path / "look", data, pictures_only=True, mixture="scenes", steps=50, lr=5e-3)
     look.eval_every = 1000
     train_stage(look)
     changes = {"backbone": look.out, "steps": 320, "batch_size": 6, "lr": 5e-3, "blind": 0.0}
-    figures = train_stage(config(tmp_path / "base", data, **changes, share=3.0, eval_every=1000))
+    figures = train_stage(
+        config(
+            tmp_path / "base", data, **changes, mixture="scenes:3,instructions:1", eval_every=1000
+        )
+    )
     answers = [line["answer"] for line in log_of(tmp_path / "base")]
     assert np.mean(answers[-9:]) < 0.3 * answers[0]
     assert figures["object_accuracy_llm"] > 0.9 and figures["exact_scenes"] > 0.6
@@ -77,7 +81,7 @@ def test_stages_that_are_missing_are_trained_and_stopped_ones_go_on(tmp_path, da
     stages = {
         "scenes": config(out["scenes"], data, backbone=out["base"], steps=2),
         "base": config(out["base"], data, backbone=out["look"], steps=2),
-        "look": config(out["look"], data, pictures_only=True, steps=2),
+        "look": config(out["look"], data, pictures_only=True, mixture="scenes", steps=2),
     }
     monkeypatch.setattr(recipe, "STAGES", stages)
 
@@ -106,7 +110,7 @@ def test_stages_that_are_missing_are_trained_and_stopped_ones_go_on(tmp_path, da
     main("--resume")
     assert finished(out["scenes"])
     heads = load_file(tmp_path / "scenes" / "heads.safetensors")
-    assert {name.split(".")[0] for name in heads} == {"vit", "llm", "answer"}
+    assert {name.split(".")[0] for name in heads} == {"vit", "llm", "answer", "role", "place"}
 
 
 def test_resuming_changes_nothing(tmp_path, data, monkeypatch):
@@ -143,6 +147,10 @@ def test_mistakes_are_told_before_any_work(tmp_path, data, monkeypatch):
         told(backbone=str(tmp_path / "o"))
     for changes, words in (
         ({"blind": 2.0}, "--blind 2.0 is a share"),
+        ({"mixture": "scene:1"}, "did you mean scenes"),
+        ({"mixture": "scenes:many"}, "--mixture scenes:many"),
+        ({"pictures_only": True}, "leave instructions out"),
+        ({"mixture": "commands:1"}, "python -m nano.commands"),
         ({"intent_layer": 9}, "--intent_layer.*3 blocks"),
         ({"frozen_blocks": 3}, "--frozen_blocks.*3 blocks"),
         ({"categories": "points"}, "did you mean point"),

@@ -149,19 +149,21 @@ def test_figures_of_experts_and_of_no_words_come_from_the_result_files():
     assert row(RESULTS, *rates) == [*rates, mean]
 
 
-TOLD = ("done", "pairs", "new_wordings", "new_combination", "neutral", "no_words", "other")
+TOLD = ("done", "pairs", "seen_wordings", "new_wordings", "off_template", "new_combination")
+TOLD += ("neutral", "no_words", "other")
 
 
 def test_figures_of_scenes_with_several_commands_come_from_the_result_files():
     shipped = result("told.json")
-    listening = result("told-block-5.json")
-    rows = {"shipped": shipped, "block 5": listening, **listening["families"]}
+    listening = result("told-text-first.json")
+    rows = {"shipped": shipped, "text first": listening, **listening["families"]}
     for name, figures in rows.items():
         texts = [percent(figures[figure]["rate"], 1) for figure in TOLD]
         assert row(RESULTS, name) == [name, *texts]
     done = shipped["done"]
     assert f"does {percent(done['rate'], 1)}% of {done['n']} commands" in " ".join(README.split())
-    cells = result("physical-block-5.json")
+    assert f"does {percent(listening['done']['rate'], 1)}% and is not" in " ".join(README.split())
+    cells = result("physical-text-first.json")
     assert f"{percent(cells['mean'], 1)}% of {cells['episodes']} episodes" in RESULTS
 
 

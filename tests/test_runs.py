@@ -45,7 +45,7 @@ def go(tmp_path):
 
 def parsed(line, monkeypatch):
     """The configuration that the script of a command would read from its flags."""
-    line = line.replace("torchrun --nproc_per_node 2", "python")
+    line = line.replace("torchrun --nproc_per_node 2", "python").replace("python -- ", "python ")
     words = shlex.split(line)[1:]
     if words[0] == "-m":
         words = words[1:]
@@ -107,7 +107,7 @@ def test_other_flags_of_the_speedrun_are_one_line(go, flags, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# ---- nano.sh and ablations.sh
+# ---- nano.sh, listen.sh and ablations.sh
 
 
 def test_the_recipe_of_the_shipped_weights_has_flags_that_exist(go, monkeypatch):
@@ -116,6 +116,21 @@ def test_the_recipe_of_the_shipped_weights_has_flags_that_exist(go, monkeypatch)
     configs = [parsed(line, monkeypatch) for line in ran]
     lengths = [config.steps for line, config in zip(ran, configs) if "train_policy" in line]
     assert lengths == [7000, 12000, 16000, 19000]
+
+
+def test_the_recipe_of_a_policy_that_listens_fits_together(go, monkeypatch):
+    code, ran, _ = go("listen.sh")
+    assert code == 0
+    configs = {line: parsed(line, monkeypatch) for line in ran}
+    look, answer = [config for line, config in configs.items() if "nano.train" in line]
+    assert (look.pictures_only, look.out) == (True, answer.backbone)
+    [policy] = [config for line, config in configs.items() if "train_policy" in line]
+    assert policy.backbone == answer.out
+    # what the policy reads is what Stage I taught, and stays as it was taught
+    assert policy.intent_layer == look.intent_layer == answer.frozen_blocks
+    assert policy.text_first and "commands:4" in look.mixture
+    recorded = [config.tasks for line, config in configs.items() if "data.record" in line]
+    assert sorted(",".join(recorded).split(",")) == sorted(policy.tasks.split(","))
 
 
 def test_every_ablation_is_trained_once_and_evaluated(go, monkeypatch):

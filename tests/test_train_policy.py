@@ -203,9 +203,23 @@ def load_rows(folder, cache="intents"):
     blm = BLM.from_pretrained(folder / "backbone")
     episodes = load_episodes(folder / "demos")
     place = folder / cache / "model-k2"
-    demonstrations.cache_hidden_states(blm, episodes, 2, place)
-    hidden = [demonstrations.open_cache(place, episode) for episode in episodes]
+    demonstrations.cache_hidden_states(blm, episodes, SMALL, place)
+    hidden = [demonstrations.open_cache(place, episode, False) for episode in episodes]
     return blm, episodes, demonstrations.Demonstrations(episodes, hidden, 4, 2)
+
+
+def test_the_order_of_the_prompt_has_hidden_states_of_its_own(folder):
+    blm, episodes, _ = load_rows(folder)
+    place = folder / "intents" / "model-k2"
+    config = dataclasses.replace(SMALL, text_first=True)
+    demonstrations.cache_hidden_states(blm, episodes[:1], config, place)
+    first = demonstrations.open_cache(place, episodes[0], True)[0]
+    behind = demonstrations.open_cache(place, episodes[0], False)[0]
+    assert first.shape[1] == behind.shape[1] and (first != behind).any()
+    images = [episodes[0].images(0)]
+    texts = [episodes[0].instruction]
+    hidden, _ = blm.intent_states(images, texts, 2, text_first=True)
+    assert np.allclose(hidden[0], first, atol=1e-2)
 
 
 def test_rows_hold_what_the_episode_holds(folder):
