@@ -383,10 +383,19 @@ def percent(figure):
 
 
 def replay(what, config):
-    """Errors by joint beside those of two controls; the result as a dict."""
+    """Mean absolute errors by joint, in its unit, beside those of two controls. As a dict."""
     from replay import compare  # loads torch, and the expert needs none
 
-    return compare(load(config.weights, str(pick_device(config.device))), config)
+    blm = load(config.weights, str(pick_device(config.device)))
+    robots = compare(blm, config)
+    rows = []
+    for robot, result in robots.items():
+        joints = zip(result["joints"], result["units"], *result["error"].values())
+        for name, unit, *errors in joints:
+            rows.append([robot, f"{name} ({unit})", *(f"{error:.4f}" for error in errors)])
+        kinds = list(result["error"])
+    print_table(["robot", "joint", *kinds], rows)
+    return {"robots": robots}
 
 
 # ---- answering

@@ -32,7 +32,6 @@ from safetensors.torch import load_file, save_file
 from checkpoint import config_fields, hub_weights, stored_dtype
 from cli import UserError, choose
 from data.media import to_rgb
-from data.robots import ROBOTS
 from files import atomic, find_folder, read_json, reading, write_json
 from policy import Policy, PolicyConfig, waypoint_head
 from processor import Processor
@@ -41,7 +40,7 @@ from vlm import VLM
 VIEWS = ("front", "wrist")  # in the order of the prompt
 VERSION = 4  # of policy.json; 2 had no waypoint head, 2 and 3 no text_first
 LARGEST_STATE = 10  # rad, m: no joint turns so far, but a state in degrees does
-LARGEST_FOREIGN_STATE = 1e6  # of robots outside the simulator, whose units are their dataset's
+FARTHEST = 5.0  # times what is usual: for robots whose states are in degrees themselves
 # for whoever reads policy.json; the frames are in data/robots.py
 STATE = "joint angles (rad), finger (m), TCP position (m), first two columns of its rotation"
 ACTION = "joint targets (rad), finger target (m)"
@@ -127,7 +126,8 @@ class BLM:
         names = list(policy.embodiments)
         index = names.index(choose(robot, names, "robot"))
         state_dim, action_dim = policy.embodiments[robot]
-        largest = LARGEST_STATE if robot in ROBOTS else LARGEST_FOREIGN_STATE
+        usual = policy.normalizer.state_mean[index].abs() + policy.normalizer.state_std[index]
+        largest = max(LARGEST_STATE, FARTHEST * float(usual.max()))
         images, numbers, instruction = read_observation(observation, state_dim, largest)
         hidden, mask = self.intent_states([images], [instruction])
 

@@ -3,7 +3,7 @@
 Open loop: it sees a recorded frame and says the next steps, and what was done instead is known. Two
 controls say what that is worth: the last action said again, and what was done in the training frame
 whose state is nearest. Letters as in data/demonstrations.py: T steps of a chunk, A numbers of an
-action, n rows of a robot.
+action, S of a state, n rows of a robot.
 """
 
 import copy
@@ -17,7 +17,6 @@ from cli import choose
 from data.demonstrations import FRAME_STRIDE, Demonstrations, select_episodes
 from data.env import VIEWS
 from data.lerobot_write import names_in
-from data.robots import ROBOTS
 
 
 def predict(blm, episode, step):
@@ -38,47 +37,56 @@ class Nearest:
     """The training rows of a robot (its index), to be looked up by state."""
 
     def __init__(self, demonstrations, normalizer, robot):
-        rows = demonstrations.train[demonstrations.embodiment[demonstrations.train] == robot]
+        own = demonstrations.embodiment[demonstrations.train] == robot
+        rows = demonstrations.train[own]
+        sizes = list(demonstrations.embodiments.values())
+        self.action_dim = sizes[robot][1]
         self.normalizer = normalizer
         self.robot = torch.tensor([robot])
-        self.size = list(demonstrations.embodiments.values())[robot][1]
         state, self.action = demonstrations.numbers(rows)
+        # joints in rad and places in m count alike only in deviations
         self.state = normalizer.normalize_state(state, self.robot.expand(len(rows)))  # (n, S)
 
     def chunk(self, state):
         """What was done (T, A) where the normalized state was nearest to this one (1, S)."""
         state = self.normalizer.normalize_state(state, self.robot)
         row = (self.state - state).norm(dim=1).argmin()
-        return self.action[row, :, : self.size].numpy()
+        return self.action[row, :, : self.action_dim].numpy()
 
 
 def joints_of(episode):
-    """Name and unit of every number of an action. Of an imported robot only the names are known."""
-    _, names = names_in(episode)
+    """(names, units) of the numbers of an action. Of an imported robot only names are known."""
     size = episode.action.shape[1]
+    _, names = names_in(episode)
     names = [str(name).removesuffix(".rad").removesuffix(".m") for name in names or range(size)]
-    units = ["the dataset's"] * size
-    if episode.robot in ROBOTS:
-        units = [*["rad"] * (size - 1), "m"]
-    return names, units
+    if "dataset" in episode.about:
+        return names, ["the dataset's unit"] * size
+    return names, ["rad"] * (size - 1) + ["m"]
 
 
-def compare(blm, config):
-    """Mean absolute error by joint, in its unit, of a policy and of the controls, as a dict."""
-    policy = blm.require_policy()
-    horizon = policy.config.action_horizon
+def open_demonstrations(config, policy):
+    """Demonstrations of what a config asks for, without hidden states: `act` makes its own."""
     episodes = select_episodes(config, policy.embodiments)
     for episode in episodes:
         choose(episode.robot, policy.embodiments, "robot of this policy")
-    demonstrations = Demonstrations(episodes, None, horizon, 0, policy.embodiments)
+    return Demonstrations(episodes, None, policy.config.action_horizon, 0, policy.embodiments)
+
+
+def compare(blm, config):
+    """{robot: errors by joint of the policy and of both controls, and an episode to draw}.
+
+    Over the held-out frames of --data. UserError on a robot that the policy does not know.
+    """
+    policy = blm.require_policy()
+    demonstrations = open_demonstrations(config, policy)
+    horizon = demonstrations.horizon
     normalizer = copy.deepcopy(policy.normalizer).cpu()  # where demonstrations are
-    rows = np.concatenate(demonstrations.held_out)
-    nearest = {}
+    nearest = {}  # {robot: its training rows}
     errors = defaultdict(lambda: defaultdict(list))
-    traces = {}
-    for row in tqdm(rows, unit="frame"):
+    drawn = {}  # {robot: the episode that is drawn, and the policy's chunks one after another}
+    for row in tqdm(np.concatenate(demonstrations.held_out), unit="frame"):
         number, frame = demonstrations.frame[row]
-        episode = episodes[number]
+        episode = demonstrations.episodes[number]
         step = int(frame) * FRAME_STRIDE
         robot = int(demonstrations.embodiment[row])
         if robot not in nearest:
@@ -86,29 +94,30 @@ def compare(blm, config):
         state, _ = demonstrations.numbers([row])
         chunks = {
             "policy": predict(blm, episode, step),
-            "repeat": repeat_last(episode, step, horizon),
-            "nearest": nearest[robot].chunk(state),
+            "repeat_last": repeat_last(episode, step, horizon),
+            "nearest_frame": nearest[robot].chunk(state),
         }
-        done = episode.action[step : step + horizon]  # what is past the end was never recorded
+        # what lies past the end was never recorded
+        done = episode.action[step : step + horizon]
         for name, chunk in chunks.items():
             errors[episode.robot][name].append(np.abs(chunk[: len(done)] - done))
-        # one episode of each robot is drawn, chunk behind chunk
-        trace = traces.setdefault(episode.robot, {"episode": episode, "chunks": []})
-        if trace["episode"] is episode and step % horizon == 0:
-            trace["chunks"].append(chunks["policy"][: len(done)].tolist())
+        first, parts = drawn.setdefault(episode.robot, (episode, []))
+        if first is episode and step % horizon == 0:
+            parts.append(chunks["policy"][: len(done)].tolist())
+    return {robot: figures(kinds, *drawn[robot]) for robot, kinds in errors.items()}
 
-    robots = {}
-    for robot, kinds in errors.items():
-        trace = traces[robot]
-        names, units = joints_of(trace["episode"])
-        means = {name: np.concatenate(parts).mean(0).tolist() for name, parts in kinds.items()}
-        robots[robot] = {"frames": len(kinds["policy"]), "joints": names, "units": units}
-        robots[robot] |= {"error": means, "chunks": trace["chunks"]}
-        robots[robot] |= {"episode": trace["episode"].path.name}
-        robots[robot]["recorded"] = trace["episode"].action.tolist()
-        for line in zip(names, units, *means.values()):
-            name, unit, *numbers = line
-            print(
-                f"| {robot} | {name} ({unit}) | " + " | ".join(f"{x:.4f}" for x in numbers) + " |"
-            )
-    return {"robots": robots}
+
+def figures(kinds, episode, chunks):
+    """What is kept of a robot: kinds {policy or control: errors (steps, A) of each frame}."""
+    names, units = joints_of(episode)
+    # every step counts as much as another
+    means = {name: np.concatenate(parts).mean(0).tolist() for name, parts in kinds.items()}
+    return {
+        "frames": len(kinds["policy"]),
+        "joints": names,
+        "units": units,
+        "error": means,
+        "episode": episode.path.name,
+        "recorded": episode.action.tolist(),
+        "chunks": chunks,
+    }

@@ -34,29 +34,32 @@ def action_space(robot):
     return spaces.Box(low, high)
 
 
-def observation_space():
-    """What `TabletopEnv.observe` gives, without the state, which is the robot's own."""
+def observation_space(robot):
+    """What `TabletopEnv.observe` gives."""
     pixels = spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    # contacts push joints a little beyond their limits, and nothing but the arm's length bounds
+    # where the tool is: only the columns of its rotation have bounds of their own
+    state = np.full(robot.state_dim, np.inf, np.float32)
+    state[-6:] = 1 + 1e-5  # rounding
     printable = "".join(map(chr, range(32, 127)))
-    words = spaces.Text(LONGEST, charset=printable)
-    return {"images": spaces.Dict(dict.fromkeys(VIEWS, pixels)), "instruction": words}
+    return spaces.Dict(
+        {
+            "images": spaces.Dict(dict.fromkeys(VIEWS, pixels)),
+            "state": spaces.Box(-state, state),
+            "instruction": spaces.Text(LONGEST, charset=printable),
+        }
+    )
 
 
 class GymEnv(gymnasium.Env):
     """A TabletopEnv with spaces; its other options, such as perturbation, are passed on."""
 
-    metadata = {"render_modes": []}
+    metadata = {"render_modes": []}  # noqa: RUF012, gymnasium reads it from the class
 
     def __init__(self, scene, robot="widowx", **options):
         self.table = TabletopEnv(robot, scene, **options)
-        arm = self.table.robot
-        self.action_space = action_space(arm)
-        # contacts push joints a little beyond their limits, and nothing bounds where the tool is
-        # but the arm's length: only a rotation's columns have bounds of their own
-        state = np.full(arm.state_dim, np.inf, np.float32)
-        state[-6:] = 1 + 1e-5  # rounding
-        space = {**observation_space(), "state": spaces.Box(-state, state)}
-        self.observation_space = spaces.Dict(space)
+        self.action_space = action_space(self.table.robot)
+        self.observation_space = observation_space(self.table.robot)
 
     def reset(self, *, seed=None, options=None):
         """seed draws the layout; without one the next is drawn. options: see OPTIONS."""

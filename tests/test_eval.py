@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from PIL import Image
 import eval as evaluation
 from cli import UserError
 from data.env import CONTROL_HZ, PERTURBATIONS, TabletopEnv
-from data.expert import demonstrate
+from data.expert import Demonstration, demonstrate
+from data.record import write_episode
 from data.robots import ROBOTS
 from data.tasks import TASKS
+from replay import repeat_last
 from rollout import jerk, rollout
 
 NANO = str(ROOT / "weights" / "nano")
@@ -276,11 +279,38 @@ def test_what_holds_no_questions_is_told(record, says, tmp_path, monkeypatch):
 
 
 def test_replay_repeats_the_last_action_or_the_joints():
-    from types import SimpleNamespace
-
-    from replay import repeat_last
-
     state = np.arange(12.0).reshape(3, 4)
     episode = SimpleNamespace(state=state, action=-state[:, :2])
     assert repeat_last(episode, 0, 5).tolist() == [[0, 1]] * 5
     assert repeat_last(episode, 2, 5).tolist() == [[-4, -5]] * 5
+
+
+def write_line(folder, seed, robot="widowx"):
+    """An episode in which every joint follows a line of its own, a state a step behind its action."""
+    steps = np.arange(9)[:, None]
+    states = np.zeros((9, 16), np.float32)
+    states[:, :7] = 0.01 * seed + 0.01 * steps * np.arange(7)
+    actions = states[:, :7] + 0.01 * np.arange(7, dtype=np.float32)
+    image = np.zeros((128, 128, 3), np.uint8)
+    images = [{"front": image, "wrist": image}] * 9
+    shown = Demonstration(states, actions, ["lift"] * 9, images, True, "lift it")
+    about = {"robot": robot, "scene": "PickCube", "task": "PickCube", "seed": seed}
+    write_episode(folder / f"{robot}-PickCube-{seed}.safetensors", shown, about)
+
+
+def test_replay_compares_with_both_controls_on_held_out_episodes_alone(tmp_path, capsys):
+    write_line(tmp_path, 0)
+    write_line(tmp_path, 1)  # the last one of a small cell is held out
+    config = evaluation.ReplayConfig(data=str(tmp_path), weights=NANO, device="cpu")
+    [result] = evaluation.replay("replay", config)["robots"].values()
+    assert result["frames"] == 3 and result["episode"] == "widowx-PickCube-1.safetensors"
+    assert result["units"] == ["rad"] * 6 + ["m"]
+    error = result["error"]
+    # the other episode's joints lie 0.01 lower, and nothing else differs
+    assert np.allclose(error["nearest_frame"], 0.01, atol=1e-6)
+    # frames 0, 4 and 8 with 9, 5 and 1 steps left: how far a line is on average from where it was
+    ahead = [*range(1, 10), *range(1, 6), 1]
+    assert np.allclose(error["repeat_last"], 0.01 * np.mean(ahead) * np.arange(7), atol=1e-6)
+    assert error["policy"][0] > 0
+    printed = capsys.readouterr().out
+    assert "| robot | joint | policy | repeat_last | nearest_frame |" in printed

@@ -12,7 +12,7 @@ gymnasium = pytest.importorskip("gymnasium", reason="requirements-gym.txt")
 
 
 def make(scene, **options):
-    import data.gym  # registers the names
+    import data.gym  # noqa: F401, registers the names
 
     return gymnasium.make(f"nanoblm/{scene}-v0", **options)
 

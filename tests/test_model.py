@@ -555,13 +555,15 @@ def test_mistakes_in_an_observation_are_told(blm, changes, word):
     assert word in refusal(blm.act, {**observation(), **changes}, "panda")
 
 
-def test_a_robot_outside_the_simulator_may_have_its_state_in_degrees(blm, monkeypatch):
-    sizes = blm.policy.embodiments["panda"]
-    monkeypatch.setattr(blm.policy, "embodiments", {"so101": sizes})
+def test_a_robot_trained_in_degrees_acts_in_degrees(blm, monkeypatch):
     seen = observation()
-    blm.act({**seen, "state": STATE + 170}, "so101")
-    for state in (STATE + 1e300, STATE * np.nan):
-        assert "too large" in refusal(blm.act, {**seen, "state": state}, "so101")
+    assert "too large" in refusal(blm.act, {**seen, "state": STATE + 170}, "panda")
+    normalizer = blm.policy.normalizer
+    usual = torch.full_like(normalizer.state_std, 60.0)
+    monkeypatch.setattr(normalizer, "state_std", usual)
+    blm.act({**seen, "state": STATE + 170}, "panda")
+    for state in (STATE + 1000, STATE * np.nan):
+        assert "too large" in refusal(blm.act, {**seen, "state": state}, "panda")
 
 
 @pytest.mark.parametrize("front, word", FRONTS, ids=lambda value: str(value)[:20])
