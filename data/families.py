@@ -297,16 +297,19 @@ def plain(table, command):
 def sequence(table, number, rng):
     """So many of a table's commands that can be carried out one after the other, or [].
 
-    None moves what another has moved or filled; what holds a thing in the air comes last.
+    None touches what another has moved or filled, but that the last one may pick up what was
+    stacked before. What is held in the air is let go before the next, so picking comes last.
     """
     for commands in rng.permutation(list(permutations(table.commands, number))).tolist():
         *early, last = commands
-        things = [body for command in commands for body in command.roles.values()]
-        if last.task == "PickCube":  # it may take what an earlier one has put on top
-            stacked = [command.roles.get("cubeA") for command in early]
-            things = [body for body in things if body not in stacked] + list(filter(None, stacked))
+        touched = [body for command in early for body in command.roles.values()]
+        own = list(last.roles.values())
+        stacked = [command.roles["cubeA"] for command in early if command.task == "StackCube"]
+        if last.task == "PickCube" and own[0] in stacked:
+            own = own[1:]
+        touched += own
         held = any(command.task == "PickCube" for command in early)
-        if not held and len(set(things)) == len(things):
+        if not held and len(set(touched)) == len(touched):
             return commands
     return []
 
