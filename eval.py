@@ -368,8 +368,9 @@ def plan_goals(what, config):
     figures = {}
     for length in (2, 3):
         own = [row for row in rows if row["length"] == length]
-        kinds = ("planned", "first", "done", "judged_right")
-        figures[length] = {kind: rate(row[kind] for row in own) for kind in kinds}
+        figures[length] = {}
+        for kind in ("planned", "first", "done", "judged_right"):
+            figures[length][kind] = rate(row[kind] for row in own)
         lines.append([f"{length} commands", len(own), *map(percent, figures[length].values())])
     print_table(["goals of", "number", *figures[2]], lines)
     return {"lengths": figures, "goals": rows}

@@ -4,6 +4,9 @@
     torchrun --nproc_per_node 8 train_policy.py              data parallel: the rows of a step shared
     torchrun --nproc_per_node 8 train_sft.py --fsdp          weights, gradients and moments sharded
 
+torchrun reads --start as a beginning of its own --start-method: with that flag, write
+`torchrun --nproc_per_node 8 -- train_policy.py --start weights/nano`.
+
 The loops are in the scripts. Rows, noise and all else that is drawn in a step depend on (seed, step)
 alone, whatever the number of processes. So a checkpoint holds no random state, and a run that was
 stopped and resumed is the run that was not: on one CPU to the bit.

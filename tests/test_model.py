@@ -555,15 +555,16 @@ def test_mistakes_in_an_observation_are_told(blm, changes, word):
     assert word in refusal(blm.act, {**observation(), **changes}, "panda")
 
 
-def test_a_robot_trained_in_degrees_acts_in_degrees(blm, monkeypatch):
+def test_a_robot_trained_in_degrees_acts_in_degrees(blm):
     seen = observation()
     assert "too large" in refusal(blm.act, {**seen, "state": STATE + 170}, "panda")
-    normalizer = blm.policy.normalizer
-    usual = torch.full_like(normalizer.state_std, 60.0)
-    monkeypatch.setattr(normalizer, "state_std", usual)
+    usual = blm.policy.normalizer.state_std
+    before = usual.clone()
+    usual.fill_(60.0)
     blm.act({**seen, "state": STATE + 170}, "panda")
     for state in (STATE + 1000, STATE * np.nan):
         assert "too large" in refusal(blm.act, {**seen, "state": state}, "panda")
+    usual.copy_(before)
 
 
 @pytest.mark.parametrize("front, word", FRONTS, ids=lambda value: str(value)[:20])
