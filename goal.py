@@ -42,6 +42,8 @@ def write_plan(blm, images, goal):
     """The commands [str] that a goal takes, as the model lists them; [] if it lists none."""
     reply = blm.answer(images, LISTED.format(goal))
     # "1. put ... 2. stack ...": a number inside a step has no full stop behind it
+    if not reply.startswith("1. "):
+        return []
     return [step.strip() for step in re.split(r"\s*\d+\.\s+", reply) if step.strip()]
 
 

@@ -61,6 +61,7 @@ def joints_of(episode):
     names = [str(name).removesuffix(".rad").removesuffix(".m") for name in names or range(size)]
     if "dataset" in episode.about:
         return names, ["the dataset's unit"] * size
+    # recorded here: units are those of data/robots.py
     return names, ["rad"] * (size - 1) + ["m"]
 
 
@@ -85,6 +86,7 @@ def compare(blm, config):
     errors = defaultdict(lambda: defaultdict(list))
     drawn = {}  # {robot: the episode that is drawn, and the policy's chunks one after another}
     for row in tqdm(np.concatenate(demonstrations.held_out), unit="frame"):
+        # a row is a frame of an episode
         number, frame = demonstrations.frame[row]
         episode = demonstrations.episodes[number]
         step = int(frame) * FRAME_STRIDE
@@ -101,6 +103,7 @@ def compare(blm, config):
         done = episode.action[step : step + horizon]
         for name, chunk in chunks.items():
             errors[episode.robot][name].append(np.abs(chunk[: len(done)] - done))
+        # the first episode of each robot, its chunks end to end
         first, parts = drawn.setdefault(episode.robot, (episode, []))
         if first is episode and step % horizon == 0:
             parts.append(chunks["policy"][: len(done)].tolist())

@@ -12,7 +12,7 @@ One scene, two commands:
     python sample.py --task which_cube --command 0
     python sample.py --task which_cube --command 1
 
-Several commands, which the model writes down, carries out and judges itself:
+Several commands, which a model that was taught to (runs/listen.sh) lists, carries out and judges:
 
     python sample.py --task mixed --goal "put the ball into the bin, then stack the left cube on the right cube"
 
@@ -72,7 +72,7 @@ def pursue(blm, config):
     commands = write_plan(blm, pictures(env), config.goal)
     print(f"{env.robot.display_name}: {config.goal}")
     if not commands:
-        print("  the model lists no commands")
+        print(f"  {config.weights} lists no commands: was it taught to, as by runs/listen.sh?")
     frames = []
 
     def draw():

@@ -302,6 +302,7 @@ def sequence(table, number, rng):
     """
     for commands in rng.permutation(list(permutations(table.commands, number))).tolist():
         *early, last = commands
+        # bodies that earlier commands move or fill
         touched = [body for command in early for body in command.roles.values()]
         own = list(last.roles.values())
         stacked = [command.roles["cubeA"] for command in early if command.task == "StackCube"]

@@ -88,6 +88,7 @@ class Asker:
         """Questions of every kind that the record allows."""
         commands = self.record["commands"]
         self.ask_done(commands)
+        # each of another command, or of the same: words alone must not give an answer away
         self.possible(self.pick(commands))
         self.meant(self.pick(commands))
         self.points(self.pick(commands))
@@ -108,6 +109,7 @@ class Asker:
 
     def possible(self, command):
         things, missing = absent(self.record, command, self.rng)
+        # what is absent is named in plain words: nothing else tells what is meant
         if missing and self.rng.random() < 0.5:
             words = plain(command["task"], things)
             self.ask("possible", words, f"no: there is no {missing}")
@@ -122,7 +124,7 @@ class Asker:
         """Where is what moves, and where does it go?"""
         kinds = zip(("where", "goes"), command["things"], command["places"])
         for kind, label, place in kinds:
-            if place:
+            if place:  # a peg goes nowhere
                 point = [int(pixel) for pixel in place[:2]]
                 answer = json.dumps({"point_2d": point, "label": label})
                 self.ask(kind, self.words_of(command), answer, "point", [label], point)
@@ -132,6 +134,7 @@ class Asker:
         number = min(len(commands), self.rng.integers(2, 4))
         order = self.rng.permutation(len(commands))[:number]
         *early, last = [commands[i] for i in order]
+        # the last one is joined in a way that may turn the order of the words round
         words = ", then ".join(self.words_of(command) for command in early)
         join = self.pick(WORDINGS["joins"][self.wordings])
         words = join.format(words, self.words_of(last))

@@ -50,7 +50,8 @@ def test_a_plan_is_read_from_a_numbered_list(env):
         "push the red cube",
         "put 2 cubes down",
     ]
-    assert write_plan(Model(env, ""), images, "x") == []
+    for reply in ("", "yes", '{"point_2d": [3, 4]}'):
+        assert write_plan(Model(env, reply), images, "x") == []
 
 
 def test_what_cannot_be_done_is_not_begun(env):
