@@ -1,6 +1,6 @@
 """What serve.py adds to `BLM.act`, and how it bears clients that never pause.
 
-    python -m dev.bench --only serve --rounds 200 --seconds 60
+    OMP_WAIT_POLICY=PASSIVE python -m dev.bench --only serve --rounds 200 --seconds 60
 
 The server is a process of its own on this machine, so what is added is packing, the loopback and
 the turns of its threads; a network comes on top.
