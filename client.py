@@ -75,7 +75,7 @@ def main():
     at_least(config, 0, "seed")
     writable(config.out)
     # the simulator is on this side, the weights on the other
-    env = TabletopEnv(config.robot, config.task, render=False, held_out=True)
+    env = TabletopEnv(config.robot, config.task, render=False, wordings="held_out")
     with connected(config.server, read_api_key(config.api_key_file)) as policy:
         for seed in range(config.seed, config.seed + config.episodes):
             path, outcome = draw_episode(policy, env, seed, config.out, execute_steps=EXECUTE_STEPS)

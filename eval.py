@@ -36,7 +36,7 @@ from data.scoring import is_degenerate, is_right, wilson
 from data.seeds import FIRST_EVALUATION, FIRST_TOLD
 from data.tasks import TASKS
 from files import read_json, reading, writable, write_json
-from goal import carry_out, pictures, write_plan
+from goal import DONE, GIVEN_UP, carry_out, go_home, pictures, pursue, write_plan
 from jobs import run_jobs
 from rollout import EXECUTE_STEPS, jerk, robots_of, rollout
 
@@ -73,19 +73,13 @@ class ToldConfig:
     workers: int = 2  # processes
     weights: str = "weights/nano"  # checkpoint folder
     device: str = "auto"  # auto, cpu, cuda or mps
-    out: str = ""  # result file; default out/results/told.json
+    out: str = ""  # result file; default out/results/<what>.json
 
 
 @dataclass
-class PlanConfig:
-    robots: str = "all"  # comma-separated robots, or all
+class PlanConfig(ToldConfig):
     families: str = "which_way,which_bin,peg_or_cube,mixed"  # whose commands can follow each other
     scenes: int = 10  # of each robot, family and number of commands
-    seed: int = FIRST_TOLD  # first layout seed
-    workers: int = 2  # processes
-    weights: str = "weights/nano"  # checkpoint folder
-    device: str = "auto"  # auto, cpu, cuda or mps
-    out: str = ""  # result file; default out/results/plan.json
 
 
 @dataclass
@@ -152,9 +146,9 @@ def choose_jobs(what, config):
 def work(job):
     """One episode, in a process of its own: (the job's number, row, task, what came of it)."""
     number, what, config, change, robot, task, seed = job
-    held_out = what != "expert"  # wordings that no policy was trained on
+    wordings = "seen" if what == "expert" else "held_out"  # no policy was trained on these
     perturbation = change if change in PERTURBATIONS else ""
-    env = make_env(robot, task, render=False, held_out=held_out, perturbation=perturbation)
+    env = make_env(robot, task, render=False, wordings=wordings, perturbation=perturbation)
     episode = {"name": f"{robot} {seed}", "reason": ""}
     if what == "expert":
         shown = demonstrate(env, seed)
@@ -237,18 +231,17 @@ def play(job):
     """A rollout of a scene, in a process of its own: (the job's number, what came of it)."""
     number, config, robot, family, seed, (kind, command, instruction) = job
     env = make_env(robot, family, render=False)
-    env.held_out = seed % 2 == 1
-    new = kind == "new combination"
+    held_out = seed % 2 == 1
+    env.wordings = "held_out" if held_out else "seen"
     if kind == "off template":
-        env.reset(seed)
-        rng = seeds.rng(seed, "command", len(PLAYS))
-        instruction = instruct(env.table, env.command, rng, off_template=True)
+        env.wordings = "off_template"
+    new = kind == "new combination"
     blm = load(config.weights, config.device)
     result = rollout(
         blm, env, seed, instruction=instruction, command=command, other=1 - command, new=new
     )
     row = {"robot": robot, "family": family, "seed": seed, "kind": kind, "command": command}
-    row["held_out"] = env.held_out
+    row["held_out"] = held_out
     return number, row | {"success": result["success"], "other": result["other"]}
 
 
@@ -322,10 +315,44 @@ def told(what, config):
 
 # ---- goals of several commands
 
+WAYS = ("plan", "whole")  # the model plans and judges; or, to compare, it is told all at once
 
-def pursue(job):
+
+def follow_plan(blm, env, goal, commands):
+    """Which of a goal's commands are done, and what else is to be known of the model's own plan."""
+    steps = write_plan(blm, pictures(env), goal)
+    walk = carry_out(blm, env, steps)
+    row = {"planned": steps == [plain(c.task, env.table.things(c)) for c in commands]}
+    row |= {"done": [], "judged_right": []}
+    for command in commands:
+        env.begin(env.table.commands.index(command))
+        step = next(walk, None)
+        if step is None:  # the plan is too short
+            break
+        row["done"].append(env.succeeded())
+        if step.outcome not in (DONE, GIVEN_UP):  # it was not begun
+            break
+        row["judged_right"].append((step.outcome == DONE) == row["done"][-1])
+        if step.outcome != DONE:
+            break
+    return row
+
+
+def follow_words(blm, env, goal, commands):
+    """The same of a policy that hears the whole goal all the time, while the simulator judges."""
+    done = []
+    for command in commands:
+        env.begin(env.table.commands.index(command))
+        done.append(pursue(blm, env, goal, env.succeeded)[0])
+        if not done[-1]:
+            break
+        go_home(env)
+    return {"done": done}
+
+
+def pursue_goal(job):
     """A goal of a scene, in a process of its own: (the job's number, what came of it, or None)."""
-    number, config, robot, family, seed, length = job
+    number, config, robot, family, seed, length, way = job
     env = make_env(robot, family, render=False)
     blm = load(config.weights, config.device)
     env.reset(seed)
@@ -334,22 +361,22 @@ def pursue(job):
     if not commands:
         return number, None
     goal = ", then ".join(instruct(env.table, command, rng) for command in commands)
-    steps = write_plan(blm, pictures(env), goal)
-    walk = carry_out(blm, env, steps)
-    done = []
-    for command in commands:
-        env.begin(env.table.commands.index(command))
-        step = next(walk, None)
-        done.append(step is not None and env.succeeded())
-        judged = step is not None and step.outcome == "done"
-        if not judged:
-            break
-    row = {"robot": robot, "family": family, "seed": seed, "length": length, "goal": goal}
-    row["planned"] = steps == [plain(env.table, command) for command in commands]
-    row["first"] = done[0]
-    row["done"] = len(done) == length and all(done)
-    row["judged_right"] = judged == done[-1]
-    return number, row
+    row = {"robot": robot, "family": family, "seed": seed, "length": length, "way": way}
+    row["goal"] = goal
+    follow = follow_plan if way == "plan" else follow_words
+    return number, row | follow(blm, env, goal, commands)
+
+
+def plan_figures(rows, length):
+    """What the rows of `pursue_goal` say of goals of so many commands, as `rate`s by name."""
+    ways = {way: [row for row in rows if row["way"] == way] for way in WAYS}
+    plans = ways["plan"]
+    judged = itertools.chain(*(row["judged_right"] for row in plans))
+    figures = {"planned": rate(row["planned"] for row in plans), "judged_right": rate(judged)}
+    for way, own in ways.items():
+        figures[f"{way}_first"] = rate(bool(row["done"][:1] == [True]) for row in own)
+        figures[f"{way}_done"] = rate(sum(row["done"]) == length for row in own)
+    return figures
 
 
 def plan_goals(what, config):
@@ -360,20 +387,20 @@ def plan_goals(what, config):
     config.device = str(pick_device(config.device))
     robots = robots_of(load(config.weights, config.device), config.robots)
     layouts = range(config.seed, config.seed + config.scenes)
-    jobs = enumerate(itertools.product([config], robots, families, layouts, (2, 3)))
+    jobs = enumerate(itertools.product([config], robots, families, layouts, (2, 3), WAYS))
     jobs = [(number, *job) for number, job in jobs]
-    done = tqdm(run_jobs(pursue, jobs, config.workers), total=len(jobs), unit="goal")
+    done = tqdm(run_jobs(pursue_goal, jobs, config.workers), total=len(jobs), unit="goal")
     rows = [row for _, row in sorted(done, key=lambda item: item[0]) if row]
     lines = []
-    figures = {}
+    lengths = {}
     for length in (2, 3):
-        own = [row for row in rows if row["length"] == length]
-        figures[length] = {}
-        for kind in ("planned", "first", "done", "judged_right"):
-            figures[length][kind] = rate(row[kind] for row in own)
-        lines.append([f"{length} commands", len(own), *map(percent, figures[length].values())])
-    print_table(["goals of", "number", *figures[2]], lines)
-    return {"lengths": figures, "goals": rows}
+        figures = plan_figures([row for row in rows if row["length"] == length], length)
+        lengths[length] = figures
+        lines.append(
+            [f"{length} commands", figures["planned"]["n"], *map(percent, figures.values())]
+        )
+    print_table(["goals of", "number", *lengths[2]], lines)
+    return {"lengths": lengths, "goals": rows}
 
 
 def percent(figure):

@@ -12,6 +12,7 @@ stays where it rests. What the simulator knows is never asked here; eval.py plan
 
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -20,14 +21,18 @@ from rollout import EXECUTE_STEPS
 
 TRIES = 2  # of a step, each as long as an episode
 HOME_STEPS = 30  # control steps back to the rest pose
-LISTED = "The goal: {}. List the commands."
-POSSIBLE = "Can this be done here: {}?"
-DONE = "Is this done: {}?"
+# questions, in wordings that Stage I asks (nano/commands.json)
+LIST = "The goal: {}. List the commands."
+IS_POSSIBLE = "Can this be done here: {}?"
+IS_DONE = "Is this done: {}?"
+# outcomes of a step, beside the reason why it was not begun
+DONE = "done"
+GIVEN_UP = "given up"
 
 
 @dataclass
 class Step:
-    """A command of a plan, and what came of it: "done", or why not; control steps that it took."""
+    """A command of a plan, what came of it, and the control steps that it took."""
 
     command: str
     outcome: str
@@ -40,7 +45,7 @@ def pictures(env):
 
 def write_plan(blm, images, goal):
     """The commands [str] that a goal takes, as the model lists them; [] if it lists none."""
-    reply = blm.answer(images, LISTED.format(goal))
+    reply = blm.answer(images, LIST.format(goal))
     # "1. put ... 2. stack ...": a number inside a step has no full stop behind it
     if not reply.startswith("1. "):
         return []
@@ -49,7 +54,7 @@ def write_plan(blm, images, goal):
 
 def why_not(blm, images, command):
     """Why a command cannot be done here, in the model's words, or ""."""
-    reply = blm.answer(images, POSSIBLE.format(command))
+    reply = blm.answer(images, IS_POSSIBLE.format(command))
     if not reply.startswith("no"):
         return ""
     # "no: there is no yellow ball"
@@ -66,25 +71,36 @@ def go_home(env):
         env.step([*joints, robot.travel])
 
 
-def attempt(blm, env, command, execute_steps, after_step):
-    """Act until the model sees the command done or the time is over: (done, control steps)."""
+def says_done(blm, env, command):
+    """The same weights that act look at what came of it."""
+    return blm.answer(pictures(env), IS_DONE.format(command)).startswith("yes")
+
+
+def pursue(blm, env, command, is_done, execute_steps=EXECUTE_STEPS, after_step=lambda: None):
+    """Act on a command until is_done(), or TRIES times as long as an episode may be.
+
+    Returns whether it is done, and the control steps that it took.
+    """
     env.instruction = command
-    env.steps = 0
-    while env.steps < MAX_STEPS:
-        chunk = blm.act(env.observe(render=True), env.robot.name, seed=[0, env.steps])
-        for action in chunk[:execute_steps]:
-            env.step(action)
-            after_step()
-        # the same weights that act look at what came of it
-        if blm.answer(pictures(env), DONE.format(command)).startswith("yes"):
-            return True, env.steps
-    return False, env.steps
+    taken = 0
+    for _ in range(TRIES):
+        env.steps = 0
+        while env.steps < MAX_STEPS:
+            chunk = blm.act(env.observe(render=True), env.robot.name, seed=[0, env.steps])
+            for action in chunk[:execute_steps]:
+                env.step(action)
+                after_step()
+            if is_done():
+                return True, taken + env.steps
+        taken += env.steps
+        go_home(env)
+    return False, taken
 
 
-def carry_out(blm, env, commands, execute_steps=EXECUTE_STEPS, after_step=lambda: None):
+def carry_out(blm, env, commands, **options):
     """Yield a Step for each command as it ends; it stops at the first that is not done.
 
-    after_step() is called behind every control step, for whoever draws or watches.
+    options of `pursue`: after_step() is called behind every control step, for whoever draws.
     """
     for number, command in enumerate(commands):
         # asked at its turn: an earlier step may have changed what is possible
@@ -92,14 +108,9 @@ def carry_out(blm, env, commands, execute_steps=EXECUTE_STEPS, after_step=lambda
         if reason:
             yield Step(command, reason)
             return
-        taken = 0
-        for _ in range(TRIES):
-            done, steps = attempt(blm, env, command, execute_steps, after_step)
-            taken += steps
-            if done:
-                break
-            go_home(env)
-        yield Step(command, "done" if done else "given up", taken)
+        is_done = partial(says_done, blm, env, command)
+        done, steps = pursue(blm, env, command, is_done, **options)
+        yield Step(command, DONE if done else GIVEN_UP, steps)
         if not done:
             return
         if number + 1 < len(commands):

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import config_fields, hub_weights, stored_dtype
 from cli import UserError, choose
-from data.media import to_rgb
+from data.media import middle_square, to_rgb
 from files import atomic, find_folder, read_json, reading, write_json
 from policy import Policy, PolicyConfig, waypoint_head
 from processor import Processor
@@ -237,10 +237,6 @@ def to_square(picture):
 
     PIL of any mode, uint8 or floats in 0..1, height x width x 3 or 3 x height x width, maybe a
     batch of one.
-
-    Cropped, since a camera of the same height sees the same middle: of 20 episodes with cameras of
-    640x480 (WidowX PickCube, Panda StackCube) 19 succeed, 18 with square ones, and none with the
-    picture padded with black or squeezed.
     """
     if not isinstance(picture, Image.Image):
         picture = to_array(picture, 3)
@@ -251,17 +247,16 @@ def to_square(picture):
             assert fine, "a picture of floats must lie in 0..1"
             picture = (picture * 255).round().astype(np.uint8)
     picture = np.asarray(to_rgb(picture))
-    height, width, _ = picture.shape
-    side = min(height, width)
-    if height != width:  # Python shows the same warning once
+    square = middle_square(picture)
+    if square.shape != picture.shape:  # Python shows the same warning once
+        height, width, _ = picture.shape
+        side = len(square)
         warnings.warn(
             f"a camera of {width}x{height} is cropped to its middle {side}x{side}: "
             "the policy knows square pictures",
             stacklevel=4,
         )
-    top = (height - side) // 2
-    left = (width - side) // 2
-    return picture[top : top + side, left : left + side]
+    return square
 
 
 def read_observation(observation, state_dim, largest=LARGEST_STATE):

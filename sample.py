@@ -57,7 +57,7 @@ class SampleConfig:
 
 def act(blm, config):
     """config.episodes episodes; a GIF and a line for each."""
-    env = TabletopEnv(config.robot, config.task, render=False, held_out=True)
+    env = TabletopEnv(config.robot, config.task, render=False, wordings="held_out")
     options = {"execute_steps": config.execute_steps, "instruction": config.instruction or None}
     options["command"] = config.command
     for seed in range(config.seed, config.seed + config.episodes):
@@ -65,7 +65,7 @@ def act(blm, config):
         print(f"{env.robot.display_name}: {env.instruction}\n  {outcome}, drawn in {path}")
 
 
-def pursue(blm, config):
+def reach_goal(blm, config):
     """Print the plan that the model makes of config.goal, and each step as it ends; draw a GIF."""
     env = TabletopEnv(config.robot, config.task, render=False)
     env.reset(config.seed)
@@ -79,7 +79,7 @@ def pursue(blm, config):
         if env.steps % FRAMES_EVERY == 0:
             frames.append(env.draw("render", GIF_SIZE, pretty=True))
 
-    for step in carry_out(blm, env, commands, config.execute_steps, draw):
+    for step in carry_out(blm, env, commands, execute_steps=config.execute_steps, after_step=draw):
         print(f"  {step.command}: {step.outcome} ({step.steps / CONTROL_HZ:.1f} s)")
     if frames:
         path = Path(config.out) / f"{config.robot}-{config.task}-{config.seed}-goal.gif"
@@ -114,7 +114,7 @@ def main():
     if config.ask:
         ask(blm, config)
     elif config.goal:
-        pursue(blm, config)
+        reach_goal(blm, config)
     else:
         act(blm, config)
 

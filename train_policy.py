@@ -194,10 +194,11 @@ def load_demonstrations(cfg, config, blm, start, backbone):
     if cfg.fsdp:
         blocks = [*blm.vlm.visual.blocks, *blm.vlm.model.layers]
         trainer.shard(blm.vlm, blocks, blm.device)
-    folder = Path(cfg.cache) / f"{backbone}-k{config.intent_layer}"
+    order = "-text-first" if config.text_first else ""
+    folder = Path(cfg.cache) / f"{backbone}-k{config.intent_layer}{order}"
     cache_hidden_states(blm, episodes, config, folder, rank, world, cfg.fsdp)
     trainer.barrier()
-    hidden = [open_cache(folder, episode, config.text_first) for episode in episodes]
+    hidden = [open_cache(folder, episode) for episode in episodes]
     return Demonstrations(episodes, hidden, config.action_horizon, config.num_waypoints, known)
 
 

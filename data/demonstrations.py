@@ -1,8 +1,8 @@
 """What Stage II reads: rows of episodes, with the frozen language model's hidden states of their frames.
 
 The language model is frozen, so a frame's hidden states after block k never change. They are computed
-once for every FRAME_STRIDE-th frame and kept in <cache>/<model>-k<k>/<episode>.safetensors. These names
-are hashes of the model and the episode, so a file of another model or episode is never read.
+once for every FRAME_STRIDE-th frame and kept in <cache>/<model>-k<k>/<episode>.safetensors, or <model>-k<k>-text-first where the instruction comes first.
+Names are hashes of the model and the episode, so a file of another model or episode is never read.
 
 A row is a frame t of an episode: hidden states at t and at t + T, state at t, actions t .. t + T - 1.
 Past the end the last action is repeated: an episode ends when its task is done, and an arm that was
@@ -69,18 +69,17 @@ def frames_of(episode):
     return range(0, len(episode), FRAME_STRIDE)
 
 
-def cache_path(folder, episode, text_first):
+def cache_path(folder, episode):
     """A name made of all that an episode's hidden states depend on, but for the model."""
     # the checksum covers the pictures too: a mended episode is another one
     words = f"{episode.path.name} {episode.instruction} {episode.checksum} {FRAME_STRIDE}"
-    words += " text first" * text_first
     digest = hashlib.sha256(words.encode()).hexdigest()
     return folder / f"{digest[:16]}.safetensors"
 
 
-def open_cache(folder, episode, text_first):
+def open_cache(folder, episode):
     """Hidden states (frames, L, Dc) float16, read as they are asked for. UserError if damaged."""
-    return Tensors(cache_path(folder, episode, text_first)).check().slice("hidden")
+    return Tensors(cache_path(folder, episode)).check().slice("hidden")
 
 
 def cache_hidden_states(blm, episodes, config, folder, rank=0, world=1, fsdp=False):
@@ -88,11 +87,11 @@ def cache_hidden_states(blm, episodes, config, folder, rank=0, world=1, fsdp=Fal
     missing = []
     for episode in tqdm(episodes, "hidden states: looking", disable=rank > 0, leave=False):
         try:
-            open_cache(folder, episode, config.text_first)
+            open_cache(folder, episode)
         except UserError as error:
             missing.append(episode)
             # nothing to tell of what was never there
-            if cache_path(folder, episode, config.text_first).exists():
+            if cache_path(folder, episode).exists():
                 tqdm.write(f"{error}; it is made again")
     share = missing[rank::world]
     # shards work together, so every process does as many
@@ -102,11 +101,11 @@ def cache_hidden_states(blm, episodes, config, folder, rank=0, world=1, fsdp=Fal
         # all at once: an episode of 200 steps is 51 prompts of one length, without padding
         images = [episode.images(t) for t in frames_of(episode)]
         texts = [episode.instruction] * len(images)
-        order = config.text_first
-        hidden, _ = blm.intent_states(images, texts, config.intent_layer, order)
+        reads = (config.intent_layer, config.text_first)
+        hidden, _ = blm.intent_states(images, texts, *reads)
         # float16 has no larger numbers
         hidden = hidden.clamp(-65504, 65504).half().cpu()
-        save_tensors(cache_path(folder, episode, order), {"hidden": hidden}, {})
+        save_tensors(cache_path(folder, episode), {"hidden": hidden}, {})
 
 
 # ---- rows

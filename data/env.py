@@ -179,7 +179,7 @@ def add_spare(robot, layout, rng):
 class TabletopEnv:
     """`robot` at the table with `task` to do. UserError on unknown names.
 
-    render=False leaves the images out; held_out takes the wordings kept for evaluation; clutter has
+    render=False leaves the images out; wordings: "seen", or "held_out" from training; clutter has
     three spare cubes below the table. perturbation: one of PERTURBATIONS; layouts and wordings are as
     without it, except for what it changes. varied, for training, draws anew for some episodes
     "looks", which is light and table, or "all", the front camera's place and one more cube too.
@@ -190,7 +190,7 @@ class TabletopEnv:
         robot="widowx",
         task="PickCube",
         render=True,
-        held_out=False,
+        wordings="seen",
         clutter=False,
         perturbation="",
         varied="",
@@ -208,7 +208,7 @@ class TabletopEnv:
                 f"perturbation {perturbation} is for a task that has its table to itself"
             )
         self.varied = varied  # "", "looks" or "all"
-        self.held_out = held_out
+        self.wordings = wordings
         # spare cubes only where they are used: without them the physics is a little faster
         may_be_crowded = varied == "all" and not self.family  # words name what lies there already
         crowded = clutter or perturbation == "distractor" or may_be_crowded
@@ -253,7 +253,7 @@ class TabletopEnv:
         words = rng
         if self.family:  # the layout's other command draws its own
             words = seeds.rng(seed, "command", command)
-        sentence = instruct(self.table, self.command, words, self.held_out)
+        sentence = instruct(self.table, self.command, words, self.wordings)
         self.instruction = instruction or sentence
         self.steps = 0  # control steps of this episode
         self.clipped = {"limits": 0, "speed": 0}

@@ -44,6 +44,12 @@ OTHER_NAMES = {"cube": "block", "ball": "sphere", "bin": "tray"}
 NEW = json.loads((Path(__file__).parent / "new_combinations.json").read_text())
 
 
+def is_new(task, things):
+    """Is this combination of a task and labels, in the order of its roles, kept out of training?"""
+    named = [thing for thing in things if thing not in ("target", "green marker")]
+    return [task, *named] in NEW
+
+
 def kind_of(body):
     """A body's name without its number: cube, ball, bin, peg, marker or target."""
     return body.rstrip("0123456789")
@@ -70,11 +76,12 @@ class Table:
         color = "green" if kind_of(body) == "marker" else self.colors.get(body)
         return f"{color} {kind_of(body)}" if color else kind_of(body)
 
+    def things(self, command):
+        """The labels of what a command is about, in the order of its roles."""
+        return [self.label(body) for body in command.roles.values()]
+
     def is_new(self, command):
-        """Is this combination kept out of training?"""
-        things = [self.label(body) for body in command.roles.values()]
-        named = [thing for thing in things if thing not in ("target", "green marker")]
-        return [command.task, *named] in NEW
+        return is_new(command.task, self.things(command))
 
 
 @dataclass(frozen=True)
@@ -288,10 +295,15 @@ def relations(table, body):
     return words
 
 
-def plain(table, command):
-    """A command in its task's first wording, things by their colors: how the steps of a plan are written."""
-    names = {role: f"the {table.label(body)}" for role, body in command.roles.items()}
-    return TASKS[command.task].commands[0].format(**names)
+def plain(task, things):
+    """A command in its task's first wording: how the steps of a plan are written.
+
+    things: their labels, in the order of the task's roles.
+    """
+    names = {}
+    for role, thing in zip(TASKS[task].labels, things):
+        names[role] = f"the {thing}"
+    return TASKS[task].commands[0].format(**names)
 
 
 def sequence(table, number, rng):
@@ -315,19 +327,13 @@ def sequence(table, number, rng):
     return []
 
 
-def instruct(table, command, rng, held_out=False, off_template=False):
-    """A sentence for a command, in one of the task's wordings.
-
-    held_out: one that training never sees; off_template: one as people write, with typing errors.
-    """
-    task = TASKS[command.task]
-    if len(table.commands) == 1:  # nothing has to be told from anything else
-        wordings = task.held_out if held_out else task.instructions + task.paraphrases
-        return wordings[rng.integers(len(wordings))]
-    wordings = task.held_out_commands if held_out else task.commands
-    if off_template:
-        wordings = task.off_template_commands
-    sentence = wordings[rng.integers(len(wordings))]
+def instruct(table, command, rng, wordings="seen"):
+    """A sentence for a command, in one of the task's wordings of a kind (data/tasks.py)."""
+    several = len(table.commands) > 1
+    sentences = TASKS[command.task].sentences(wordings, several)
+    sentence = sentences[rng.integers(len(sentences))]
+    if not several:  # nothing has to be told from anything else
+        return sentence
     names = {}
     for role, body in command.roles.items():
         choices = names_of(table, body)

@@ -28,6 +28,7 @@ from data.expert import Demonstration
 from data.lerobot_check import check
 from data.lerobot_read import Dataset, find_dataset, names_of
 from data.lerobot_write import export
+from data.media import middle_square
 from data.record import LARGEST, write_episode
 from files import atomic_folder
 
@@ -80,14 +81,9 @@ def camera_map(text, cameras):
 
 def to_picture(pixels, size):
     """The middle square of (height, width, 3) uint8, as `BLM.act` crops it, at most `size` wide."""
-    height, width, _ = pixels.shape
-    # cropped and not squeezed: a policy that was trained on squares sees the same things then
-    side = min(height, width)
-    top = (height - side) // 2
-    left = (width - side) // 2
-    square = pixels[top : top + side, left : left + side]  # (side, side, 3)
+    square = middle_square(pixels)
     # never enlarged: that is the processor's business, and costs disk
-    if side <= size:
+    if len(square) <= size:
         return square
     return np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC))
 

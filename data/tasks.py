@@ -57,6 +57,15 @@ class Task:
     held_out_commands: list
     off_template_commands: list  # as people write, for evaluation only
 
+    def sentences(self, wordings, several=False):
+        """Its "seen", "held_out" or "off_template" wordings, where a scene has several commands or one."""
+        if several:
+            choices = {"seen": self.commands, "held_out": self.held_out_commands}
+            choices["off_template"] = self.off_template_commands
+        else:
+            choices = {"seen": self.instructions + self.paraphrases, "held_out": self.held_out}
+        return choices[wordings]
+
 
 def resize(spec, robot):
     """Fit goals, targets and PickCube's cube to the arm, in an uncompiled scene."""

@@ -294,7 +294,7 @@ def mosaic(config):
     tiles = []
     for robot in robots:
         for task in TASKS:
-            env = TabletopEnv(robot, task, render=False, held_out=True)
+            env = TabletopEnv(robot, task, render=False, wordings="held_out")
             result = rollout(blm, env, SEED, frame_size=TILE)
             env.close()
             print(f"{robot:8s}{task:16s}{result['reason'] or 'success'}")

@@ -14,9 +14,10 @@ wording: so a plan is written, and so a policy is told its steps.
 import json
 from pathlib import Path
 
-from data.families import BALL_COLORS, BIN_COLORS, NEW
-from data.tasks import RGBA, TASKS
+from data.families import BALL_COLORS, BIN_COLORS, is_new, plain
+from data.tasks import RGBA
 from nano.questions import numbered
+from nano.scenes import class_of
 
 WORDINGS = json.loads((Path(__file__).parent / "commands.json").read_text())
 COLORS_OF = {"cube": list(RGBA), "ball": BALL_COLORS, "bin": BIN_COLORS}
@@ -25,24 +26,10 @@ CHANCE = {"done": 0.5, "possible": 0.5, "meant": 1 / len(RGBA)}  # of a guess; o
 NOT_DONE = 0.15  # share of scenes without a finished command that are asked whether one is done
 
 
-def plain(task, things):
-    """A command in its task's first wording, things [label, ...] in the order of its roles."""
-    names = {}
-    for role, thing in zip(TASKS[task].labels, things):
-        names[role] = f"the {thing}"
-    return TASKS[task].commands[0].format(**names)
-
-
-def is_new(task, things):
-    """Is this combination kept out of training? As families.Table.is_new, of labels."""
-    named = [thing for thing in things if thing not in ("target", "green marker")]
-    return [task, *named] in NEW
-
-
 def absent(record, command, rng):
     """(things of the command with an absent one in place of another, the absent one), or Nones."""
     present = set(record["things"])
-    if "bin" in present:  # the plain one is white
+    if "bin" in present:  # that of PlaceSphere is white
         present.add("white bin")
     choices = []
     for i, thing in enumerate(command["things"]):
@@ -72,10 +59,10 @@ class Asker:
         """Add a question as nano/questions.py describes them."""
         text = self.pick(WORDINGS[kind][self.wordings])
         question = {"question": text.format(words), "answer": answer}
-        question |= {"category": kind, "form": form, "labels": list(labels)}
+        question |= {"category": kind, "form": form, "labels": list(map(class_of, labels))}
         question |= {"chance": CHANCE.get(kind, 0.0), "held_out": self.wordings != "seen"}
         if place:
-            question["place"] = place
+            question["place"] = place if isinstance(place, list) else class_of(place)
         self.questions.append(question)
 
     def words_of(self, command):

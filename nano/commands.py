@@ -7,11 +7,13 @@ no answer either: Stage I learns from them what each patch shows *for this comma
 states that the policy will read. A line of train.jsonl or val.jsonl:
 
     {"images": ["train/panda-which_cube-000/12-0.png", ...], front and wrist,
-     "grounding": as in scenes.py,
-     "commands": [{"instruction", "roles": [64 letters of each picture: A neither, B what is moved,
-                                            C where it goes],
-                   "places": [[x, y, depth] of both in the front picture, or null]}, ...],
-     "robot", "scene"}
+     "grounding": as in scenes.py, "things": [label] of all that lies there, "robot", "scene",
+     "commands": [{"task", "instruction",
+                   "things": labels of what is moved and of where it goes, if it goes anywhere,
+                   "done": whether it is, in these pictures,
+                   "roles": 64 letters for each picture, what each patch shows: A neither, B what
+                            is moved, C where it goes,
+                   "places": [x, y, depth] of both in the front picture, px and m, or null}, ...]}
 
 Half of the pictures are of a layout with the arm anywhere, half of moments while the expert works.
 Every command that the scene allows may be asked of each, but for the combinations that are kept out
@@ -25,22 +27,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
-from cli import UserError, at_least, parse, run
+from cli import parse, run
 from data import seeds
 from data.conversations import Row
 from data.env import VIEWS, TabletopEnv
 from data.expert import Infeasible, control_steps
 from data.families import FAMILIES, instruct
+from data.media import load_image
 from data.robots import ROBOTS
 from data.simulator import mujoco
 from data.tasks import MAX_STEPS, RGBA, TASKS
-from files import atomic, read_json, reading, write_json
-from jobs import run_jobs
+from files import atomic
 from nano.command_questions import Asker
-from nano.scenes import classes_of, look, patches_of, pose_arm, project, write_scenes
+from nano.scenes import (
+    check_whole,
+    classes_of,
+    look,
+    patches_of,
+    pose_arm,
+    project,
+    render,
+    write_scenes,
+)
 
 SHARD = 100  # scenes of one job
 MOMENTS = 3  # pictures of one attempt of the expert
@@ -65,8 +74,6 @@ def labels_of(env):
         labels = dict(env.task.labels)
     else:
         labels = {body: env.table.label(body) for body in env.table.layout}
-        # as the plain task's, which is white
-        labels = {body: label.replace("white bin", "bin") for body, label in labels.items()}
     if "clutter0" in env.start:  # a spare cube
         rgba = env.model.geom("clutter0").rgba
         color = next(name for name, known in RGBA.items() if np.allclose(rgba, known, atol=1e-3))
@@ -183,45 +190,33 @@ def jobs_of(config):
     return jobs
 
 
-def make(config):
-    """Render what is missing; the result does not depend on the number of workers."""
-    at_least(config, 1, "scenes", "workers")
-    at_least(config, 0, "seed")
-    path = Path(config.out) / "made.json"
-    settings = {"scenes": config.scenes, "seed": config.seed}
-    if path.exists():
-        before = read_json(path, "delete it")
-        if before | settings != before:
-            raise UserError(f"{path.parent} holds other scenes: choose another --out, or delete it")
-        if before.get("finished"):
-            return
-    # now, so that nobody goes on with other settings
-    write_json(path, settings)
-    jobs = jobs_of(config)
-    shards = list(itertools.chain(*jobs.values()))
-    with tqdm(total=sum(count for *_, count in shards), unit="scene") as bar:
-        for count in run_jobs(make_shard, shards, config.workers):
-            bar.update(count)
-    for split, parts in jobs.items():
-        with atomic(path.with_name(f"{split}.jsonl")) as temporary, open(temporary, "w") as file:
-            file.writelines(part.read_text() for part, *_ in parts)
-    write_questions(path.with_name("val.jsonl"), path.with_name("questions.jsonl"))
-    write_json(path, {**settings, "finished": True})
-    for part, *_ in shards:
-        part.unlink()
+def join(parts, path):
+    """Files' lines as one file; of validation's another file with questions, for eval.py digital."""
+    lines = []
+    for part in parts:
+        lines += part.read_text().splitlines()
+    write_lines(path, lines)
+    if path.stem == "val":
+        write_lines(path.with_name("questions.jsonl"), questions_of(map(json.loads, lines)))
 
 
-def write_questions(records, path):
-    """What validation asks about these records, as a conversations file for eval.py digital."""
-    rows = []
-    for i, line in enumerate(records.read_text().splitlines()):
-        record = json.loads(line)
+def write_lines(path, lines):
+    with atomic(path) as temporary, open(temporary, "w") as file:
+        file.writelines(f"{line}\n" for line in lines)
+
+
+def questions_of(records):
+    """What validation asks about the commands of records: lines of a conversations file."""
+    for i, record in enumerate(records):
+        # once in wordings that training sees, once in others
         for held_out in (False, True):
             rng = np.random.default_rng([9, i, held_out])
             questions = Asker(record, rng, held_out).all_kinds()
-            rows.append({"images": record["images"], "questions": questions})
-    with atomic(path) as temporary, open(temporary, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+            yield json.dumps({"images": record["images"], "questions": questions})
+
+
+def make(config):
+    render(config, jobs_of(config), make_shard, join)
 
 
 @dataclass
@@ -233,8 +228,8 @@ class Commands:
 
     def __post_init__(self):
         self.path = Path(self.folder) / f"{self.split}.jsonl"
-        with reading(self.path, f"make it with `python -m nano.commands --out {self.folder}`"):
-            self.records = [json.loads(line) for line in self.path.read_text().splitlines()]
+        check_whole(self.path, f"make it with `python -m nano.commands --out {self.folder}`")
+        self.records = [json.loads(line) for line in self.path.read_text().splitlines()]
 
     def validation(self):
         return Commands(self.folder, "val")
@@ -251,19 +246,19 @@ class Commands:
                 yield command["instruction"]
 
     def media(self, record):
-        """A record's pictures, as rows have them."""
-        media = []
-        for name in record["images"]:
-            with Image.open(self.path.parent / name) as image:
-                media.append(("image", image.convert("RGB")))
-        return media
+        """A record's pictures, as rows have them. UserError if one cannot be read."""
+        folder = self.path.parent
+        return [("image", load_image(folder / name)) for name in record["images"]]
 
     def row(self, i, seed=None):
         """A Row; seed (of the run, number of the row) draws which of its commands."""
         record = self.records[i]
         commands = record["commands"]
-        number = i if seed is None else np.random.default_rng([seed[0], 3, seed[1]]).integers(12)
-        command = commands[number % len(commands)]
+        number = i % len(commands)
+        if seed is not None:
+            run, row = seed
+            number = np.random.default_rng([run, 3, row]).integers(len(commands))
+        command = commands[number]
         media = self.media(record)
         text = {"type": "text", "text": command["instruction"]}
         content = [text, *({"type": kind} for kind, _ in media)]

@@ -101,6 +101,11 @@ def project(env, view, point):
     return half + focal * x / depth, half - focal * y / depth, depth
 
 
+def class_of(label):
+    """The name in CLASSES of what is called so: a white bin looks like the bin of PlaceSphere."""
+    return "bin" if label == "white bin" else label
+
+
 def classes_of(env, geoms, numbers):
     """(128, 128) the class of each pixel of a segmentation; numbers {id of a body: its class}."""
     of_geom = [numbers.get(body, 0) for body in env.model.geom_bodyid]
@@ -123,6 +128,7 @@ def look(env, view, bodies):
     bodies {name of a body: label}; the last {label: (x1, y1, x2, y2, how many pixels, x, y)}. Of
     things that share a label it says which patches show one, and no center.
     """
+    bodies = {body: class_of(label) for body, label in bodies.items()}
     numbers = {env.model.body(body).id: CLASSES.index(label) for body, label in bodies.items()}
     for side in ("left", "right"):
         numbers[env.model.body(f"{side}_finger").id] = 1  # gripper
@@ -446,7 +452,7 @@ def jobs_of(config):
 
 
 def join(parts, path):
-    """Files' lines as one file, without the "yes" or "no" too many; returns its checksum."""
+    """Files' lines as one file, without the "yes" or "no" too many."""
     lines = []
     for part in parts:
         lines += part.read_text().splitlines()
@@ -456,15 +462,18 @@ def join(parts, path):
         for record in records:
             if record["questions"]:
                 file.write(json.dumps(record) + "\n")
-    return checksum(path)
 
 
 def checksum(path):
     return zlib.crc32(path.read_bytes())
 
 
-def make(config):
-    """Render what is missing of a corpus; the result does not depend on the number of workers."""
+def render(config, jobs, make_shard, join):
+    """Render what is missing of a folder; the result does not depend on the number of workers.
+
+    config has scenes, seed, workers and out; jobs {split: [job]}, whose first is the part that
+    make_shard(job) writes; join(parts, path) makes them one file.
+    """
     at_least(config, 1, "scenes", "workers")
     at_least(config, 0, "seed")
     path = Path(config.out) / "made.json"
@@ -478,19 +487,29 @@ def make(config):
             return
     # now, so that nobody goes on with other settings; checksums last, when all is there
     write_json(path, settings)
-    jobs = jobs_of(config)
     shards = list(itertools.chain(*jobs.values()))
     with tqdm(total=sum(count for *_, count in shards), unit="scene") as bar:
         for count in run_jobs(make_shard, shards, config.workers):
             bar.update(count)
     checksums = {}
     for split in jobs:
-        parts = [part for part, *_ in jobs[split]]
-        name = f"{split}.jsonl"
-        checksums[name] = join(parts, path.with_name(name))
+        file = path.with_name(f"{split}.jsonl")
+        join([part for part, *_ in jobs[split]], file)
+        checksums[file.name] = checksum(file)
     write_json(path, {**settings, "checksums": checksums})
     for part, *_ in shards:
         part.unlink()
+
+
+def make(config):
+    render(config, jobs_of(config), make_shard, join)
+
+
+def check_whole(path, advice):
+    """UserError if a file of `render` is missing, or not as it was made."""
+    with reading(path, advice):
+        if checksum(path) != read_json(path.with_name("made.json"))["checksums"][path.name]:
+            raise UserError("it was damaged or changed since it was made; delete the folder")
 
 
 @lru_cache(maxsize=4)
@@ -518,10 +537,7 @@ class Scenes:
     def __post_init__(self):
         names = choose_many(self.categories, CATEGORIES, "category")
         path = Path(self.folder) / f"{self.split}.jsonl"
-        advice = f"make it with `python -m nano.scenes --out {self.folder}`"
-        with reading(path, advice):
-            if checksum(path) != read_json(path.with_name("made.json"))["checksums"][path.name]:
-                raise UserError("it was damaged or changed since it was made; delete the folder")
+        check_whole(path, f"make it with `python -m nano.scenes --out {self.folder}`")
         self.file = read_rows(path, path.stat().st_mtime_ns)
         self.index = []  # (row of the file, which of its questions)
         self.often = Counter()  # questions of each category

@@ -116,24 +116,26 @@ def make_data(cfg):
         commands.make(CommandsConfig(out=commands_of(cfg), workers=workers))
 
 
+def open_source(name, cfg):
+    match name:
+        case "scenes":
+            kinds = (cfg.categories, cfg.questions, cfg.blind, cfg.pictures_only)
+            return Scenes(cfg.scenes, "train", *kinds)
+        case "commands":
+            return Commands(commands_of(cfg))
+        case "command_questions":
+            return CommandQuestions(commands_of(cfg))
+        case "instructions":
+            return Conversations(Path(cfg.instructions) / "train.jsonl")
+
+
 def open_sources(cfg):
     """The rows of a stage. UserError on what they lack."""
     sources = []
     for name, weight in weights_of(cfg).items():
-        validation = None
-        match name:
-            case "scenes":
-                kinds = (cfg.categories, cfg.questions, cfg.blind, cfg.pictures_only)
-                rows = Scenes(cfg.scenes, "train", *kinds)
-                validation = rows.validation()
-            case "commands":
-                rows = Commands(commands_of(cfg))
-                validation = rows.validation()
-            case "command_questions":
-                rows = CommandQuestions(commands_of(cfg))
-                validation = rows.validation()
-            case "instructions":
-                rows = Conversations(Path(cfg.instructions) / "train.jsonl")
+        rows = open_source(name, cfg)
+        # scenes have files of their own for validation
+        validation = None if name == "instructions" else rows.validation()
         sources.append(Source(name, rows, weight, validation))
     return sources
 
@@ -204,6 +206,7 @@ def check(cfg):
     blocks = PRESETS["nano"].num_hidden_layers
     at_least(cfg, 1, "questions", "micro_batch", "intent_layer")
     at_least(cfg, 0, "blind", "frozen_blocks")
+    weights_of(cfg)
     if cfg.fsdp:
         raise UserError("--fsdp: nano is small enough for every machine, leave it out")
     if cfg.blind > 1:

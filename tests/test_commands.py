@@ -1,27 +1,21 @@
 """Scenes with commands: patches know what is meant, questions about commands have true answers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from cli import UserError
 from data import seeds
 from data.conversations import Conversations
 from data.env import TabletopEnv
+from data.families import is_new, plain
 from data.scoring import is_right
 from nano import command_questions, commands
-from nano.command_questions import Asker, absent, is_new, plain
-from nano.commands import (
-    CommandQuestions,
-    Commands,
-    CommandsConfig,
-    jobs_of,
-    make_shard,
-    scenes_of,
-    write_questions,
-)
-from nano.scenes import GRID, PATCH
+from nano.command_questions import Asker, absent
+from nano.commands import CommandQuestions, Commands, CommandsConfig, jobs_of, make, scenes_of
+from nano.scenes import CLASSES, GRID, PATCH
 
 
 @pytest.fixture(scope="module")
@@ -126,20 +120,24 @@ def test_what_is_absent_is_of_the_same_kind(records):
                 assert [thing.split()[-1] for thing in changed] == [missing.split()[-1]]
 
 
-def test_a_folder_reads_as_rows_of_both_kinds(tmp_path, records):
-    config = CommandsConfig(scenes=1, out=str(tmp_path))
-    part, robot, scene, first, _ = jobs_of(config)["train"][0]
-    part.parent.mkdir(parents=True)
-    make_shard((part, robot, scene, first, 4))
-    text = part.read_text()
-    for split in ("train", "val"):
-        (tmp_path / f"{split}.jsonl").write_text(text)
-    told = Commands(str(tmp_path))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four scenes for training and four for validation, of one cell, made as all are."""
+    folder = tmp_path_factory.mktemp("commands")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "SCENES", ["which_bin"])
+        patch.setattr(commands, "ROBOTS", ["widowx"])
+        make(CommandsConfig(scenes=4, workers=1, out=str(folder)))
+    return folder
+
+
+def test_a_folder_reads_as_rows_of_both_kinds(folder):
+    told = Commands(str(folder))
     row = told.row(0, (0, 5))
     kinds = [item["type"] for item in row.conversations[0][0]["content"]]
     assert kinds == ["text", "image", "image"] and len(row.media) == 2
     assert row.record["command"]["instruction"] == row.conversations[0][0]["content"][0]["text"]
-    asked = CommandQuestions(str(tmp_path))
+    asked = CommandQuestions(str(folder))
     row = asked.row(0, (0, 5))
     assert len(row.conversations) == len(row.record["questions"]) <= 4
     assert asked.row(1, (0, 5)).conversations == asked.row(1, (0, 5)).conversations
@@ -147,20 +145,49 @@ def test_a_folder_reads_as_rows_of_both_kinds(tmp_path, records):
     assert all(question["held_out"] for question in held_out)
 
 
-def test_questions_of_validation_can_be_asked_by_the_evaluation(tmp_path, records):
-    lines = []
-    for record in records[:3]:
-        lines.append(json.dumps({**record, "images": ["a.png", "b.png"]}) + "\n")
-    (tmp_path / "val.jsonl").write_text("".join(lines))
-    for name in ("a.png", "b.png"):
-        Image.new("RGB", (128, 128)).save(tmp_path / name)
-    write_questions(tmp_path / "val.jsonl", tmp_path / "questions.jsonl")
-    rows = Conversations(tmp_path / "questions.jsonl")
-    assert len(rows) == 6 and len(rows.row(0).media) == 2
+def test_a_folder_is_made_once_and_damage_is_told(folder, tmp_path):
+    with pytest.raises(UserError, match="is of --scenes 4 --seed 0"):
+        make(CommandsConfig(scenes=5, out=str(folder)))
+    make(CommandsConfig(scenes=4, out=str(folder)))  # all is there: nothing is rendered
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "train.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="damaged or changed"):
+        Commands(str(tmp_path / "copy"))
+    next((tmp_path / "copy" / "val").rglob("*.png")).write_text("no picture")
+    damaged = Commands(str(tmp_path / "copy"), "val")
+    with pytest.raises(UserError, match=r"cannot read .*\.png"):
+        for i in range(len(damaged)):
+            damaged.row(i)
+    with pytest.raises(UserError, match="python -m nano.commands"):
+        Commands(str(tmp_path))
+
+
+def test_questions_of_validation_can_be_asked_by_the_evaluation(folder):
+    rows = Conversations(folder / "questions.jsonl")
+    assert len(rows) == 2 * len(Commands(str(folder), "val"))
+    assert len(rows.row(0).media) == 2
     for _, row in rows.records:
         for question in row["questions"]:
             assert is_right(question, question["answer"])
             assert not is_right(question, "")
+
+
+def test_a_white_bin_is_called_so_and_looks_like_the_bin_of_its_task():
+    env = TabletopEnv("widowx", "which_bin", render=False)
+    for seed in range(20):
+        env.reset(seed)
+        if "white" in env.table.colors.values():
+            break
+    records = scenes_of(env, seed)
+    asked = [command for record in records for command in record["commands"]]
+    named = [command for command in asked if "white bin" in command["things"]]
+    assert named and "white bin" in records[0]["things"]
+    letter = chr(ord("A") + CLASSES.index("bin"))
+    assert any(letter in picture["patches"] for r in records for picture in r["grounding"])
+    for question in Asker({**records[0], "commands": named}, np.random.default_rng(0)).all_kinds():
+        assert set(question["labels"]) <= set(CLASSES)
+        if question["category"] == "goes":
+            assert json.loads(question["answer"])["label"] == "white bin"
 
 
 def test_validation_has_layouts_of_its_own():

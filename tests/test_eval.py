@@ -314,3 +314,28 @@ def test_replay_compares_with_both_controls_on_held_out_episodes_alone(tmp_path,
     assert error["policy"][0] > 0
     printed = capsys.readouterr().out
     assert "| robot | joint | policy | repeat_last | nearest_frame |" in printed
+
+
+def goal_row(way, done, **more):
+    return {"way": way, "length": 2, "done": done, **more}
+
+
+def test_figures_of_plans_stand_beside_those_of_the_whole_goal_told_at_once():
+    rows = [
+        goal_row("plan", [True, True], planned=True, judged_right=[True, True]),
+        goal_row("plan", [True, False], planned=True, judged_right=[True, False]),
+        goal_row("plan", [], planned=False, judged_right=[]),  # no plan: nothing was judged
+        goal_row("plan", [False], planned=False, judged_right=[]),  # refused
+        goal_row("whole", [True, False]),
+        goal_row("whole", [False]),
+    ]
+    figures = evaluation.plan_figures(rows, 2)
+    rates = {name: (figure["rate"], figure["n"]) for name, figure in figures.items()}
+    assert rates == {
+        "planned": (0.5, 4),
+        "judged_right": (0.75, 4),
+        "plan_first": (0.5, 4),
+        "plan_done": (0.25, 4),
+        "whole_first": (0.5, 2),
+        "whole_done": (0.0, 2),
+    }

@@ -8,6 +8,7 @@ from data.env import TabletopEnv
 from data.expert import control_steps
 from data.tasks import MAX_STEPS
 from goal import Step, carry_out, go_home, write_plan
+from nano.command_questions import WORDINGS
 
 
 class Model:
@@ -22,7 +23,7 @@ class Model:
 
     def answer(self, images, question):
         assert [image.shape for image in images] == [(128, 128, 3)] * 2
-        if "List" in question:
+        if question == goal.LIST.format("x"):
             return self.plan
         if question.startswith("Can this"):
             refused = any(command in question for command in self.refused)
@@ -52,6 +53,12 @@ def test_a_plan_is_read_from_a_numbered_list(env):
     ]
     for reply in ("", "yes", '{"point_2d": [3, 4]}'):
         assert write_plan(Model(env, reply), images, "x") == []
+
+
+def test_it_asks_as_stage_1_does():
+    for kind, question in (("goal", goal.LIST), ("possible", goal.IS_POSSIBLE)):
+        assert question in WORDINGS[kind]["seen"]
+    assert goal.IS_DONE in WORDINGS["done"]["seen"]
 
 
 def test_what_cannot_be_done_is_not_begun(env):

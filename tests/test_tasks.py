@@ -114,7 +114,7 @@ def test_held_out_wordings_are_never_seen_in_training():
     seen = {env.reset(seed)[0]["instruction"] for seed in range(12)}
     held_out = TASKS["PickCube"].held_out
     assert len(seen) > 2 and not seen & set(held_out)
-    env = TabletopEnv("panda", "PickCube", render=False, held_out=True)
+    env = TabletopEnv("panda", "PickCube", render=False, wordings="held_out")
     assert env.reset(0)[0]["instruction"] in held_out
 
 

@@ -204,22 +204,23 @@ def load_rows(folder, cache="intents"):
     episodes = load_episodes(folder / "demos")
     place = folder / cache / "model-k2"
     demonstrations.cache_hidden_states(blm, episodes, SMALL, place)
-    hidden = [demonstrations.open_cache(place, episode, False) for episode in episodes]
+    hidden = [demonstrations.open_cache(place, episode) for episode in episodes]
     return blm, episodes, demonstrations.Demonstrations(episodes, hidden, 4, 2)
 
 
-def test_the_order_of_the_prompt_has_hidden_states_of_its_own(folder):
+def test_the_order_of_the_prompt_has_hidden_states_of_its_own(folder, tmp_path):
+    cfg = settings(folder, tmp_path / "behind", steps=1, cache=str(tmp_path / "cache"))
+    train(cfg)
+    train(dataclasses.replace(cfg, out=str(tmp_path / "first"), text_first=True))
+    behind, first = sorted((tmp_path / "cache").iterdir(), key=lambda place: len(place.name))
+    assert first.name == f"{behind.name}-text-first"
     blm, episodes, _ = load_rows(folder)
-    place = folder / "intents" / "model-k2"
-    config = dataclasses.replace(SMALL, text_first=True)
-    demonstrations.cache_hidden_states(blm, episodes[:1], config, place)
-    first = demonstrations.open_cache(place, episodes[0], True)[0]
-    behind = demonstrations.open_cache(place, episodes[0], False)[0]
-    assert first.shape[1] == behind.shape[1] and (first != behind).any()
     images = [episodes[0].images(0)]
-    texts = [episodes[0].instruction]
-    hidden, _ = blm.intent_states(images, texts, 2, text_first=True)
-    assert np.allclose(hidden[0], first, atol=1e-2)
+    for place, text_first in ((behind, False), (first, True)):
+        stored = demonstrations.open_cache(place, episodes[0])[0]
+        hidden, _ = blm.intent_states(images, [episodes[0].instruction], 2, text_first)
+        assert np.allclose(hidden[0], stored, atol=1e-2)
+    assert BLM.from_pretrained(tmp_path / "first").policy.config.text_first
 
 
 def test_rows_hold_what_the_episode_holds(folder):
