@@ -315,15 +315,19 @@ def told(what, config):
 
 # ---- goals of several commands
 
-WAYS = ("plan", "whole")  # the model plans and judges; or, to compare, it is told all at once
+# The model plans and judges itself; or, to compare, it is told the right steps one by one, or the
+# whole goal all the time, and the simulator judges.
+WAYS = ("plan", "steps", "whole")
 
 
-def follow_plan(blm, env, goal, commands):
-    """Which of a goal's commands are done, and what else is to be known of the model's own plan."""
+def follow_plan(blm, env, goal, commands, right):
+    """Which of a goal's commands are done by the model's own plan, and what it is worth.
+
+    right: the steps that it should list.
+    """
     steps = write_plan(blm, pictures(env), goal)
     walk = carry_out(blm, env, steps)
-    row = {"planned": steps == [plain(c.task, env.table.things(c)) for c in commands]}
-    row |= {"done": [], "judged_right": []}
+    row = {"planned": steps == right, "done": [], "judged_right": []}
     for command in commands:
         env.begin(env.table.commands.index(command))
         step = next(walk, None)
@@ -338,12 +342,12 @@ def follow_plan(blm, env, goal, commands):
     return row
 
 
-def follow_words(blm, env, goal, commands):
-    """The same of a policy that hears the whole goal all the time, while the simulator judges."""
+def follow_words(blm, env, commands, sentences):
+    """The same of a policy that is told a sentence for each command."""
     done = []
-    for command in commands:
+    for command, sentence in zip(commands, sentences):
         env.begin(env.table.commands.index(command))
-        done.append(pursue(blm, env, goal, env.succeeded)[0])
+        done.append(pursue(blm, env, sentence, env.succeeded)[0])
         if not done[-1]:
             break
         go_home(env)
@@ -363,8 +367,11 @@ def pursue_goal(job):
     goal = ", then ".join(instruct(env.table, command, rng) for command in commands)
     row = {"robot": robot, "family": family, "seed": seed, "length": length, "way": way}
     row["goal"] = goal
-    follow = follow_plan if way == "plan" else follow_words
-    return number, row | follow(blm, env, goal, commands)
+    right = [plain(command.task, env.table.things(command)) for command in commands]
+    if way == "plan":
+        return number, row | follow_plan(blm, env, goal, commands, right)
+    sentences = right if way == "steps" else [goal] * length
+    return number, row | follow_words(blm, env, commands, sentences)
 
 
 def plan_figures(rows, length):

@@ -326,6 +326,7 @@ def test_figures_of_plans_stand_beside_those_of_the_whole_goal_told_at_once():
         goal_row("plan", [True, False], planned=True, judged_right=[True, False]),
         goal_row("plan", [], planned=False, judged_right=[]),  # no plan: nothing was judged
         goal_row("plan", [False], planned=False, judged_right=[]),  # refused
+        goal_row("steps", [True, True]),
         goal_row("whole", [True, False]),
         goal_row("whole", [False]),
     ]
@@ -336,6 +337,8 @@ def test_figures_of_plans_stand_beside_those_of_the_whole_goal_told_at_once():
         "judged_right": (0.75, 4),
         "plan_first": (0.5, 4),
         "plan_done": (0.25, 4),
+        "steps_first": (1.0, 1),
+        "steps_done": (1.0, 1),
         "whole_first": (0.5, 2),
         "whole_done": (0.0, 2),
     }
