@@ -134,23 +134,27 @@ def told(config):
 
 
 def replay(config):
-    """A row of panels for each robot: what was recorded, and the policy's chunks one after another."""
+    """A row of panels for each robot: what was recorded, and the policy's chunks end to end."""
     path = config.source or "results/replay.json"
     with reading(path, "make it with `python eval.py replay`"):
         robots = read_json(path)["robots"]
         most = max(len(robot["joints"]) for robot in robots.values())
+    size = (2.2 * most, 2.0 * len(robots))
     figure, grid = plt.subplots(
-        len(robots), most, figsize=(2.4 * most, 2.2 * len(robots)), squeeze=False
+        len(robots), most, figsize=size, squeeze=False, layout="constrained"
     )
     for row, (name, robot) in zip(grid, robots.items()):
-        recorded = np.array(robot["recorded"])
+        recorded = np.array(robot["recorded"])  # (L, A)
         predicted = np.concatenate(robot["chunks"])
         for axes in row[len(robot["joints"]) :]:
             axes.axis("off")
         for i, (axes, joint, unit) in enumerate(zip(row, robot["joints"], robot["units"])):
             axes.plot(recorded[:, i], color="#bbbbbb", label="recorded")
             axes.plot(predicted[:, i], color=COLORS["model"], label="predicted")
-            axes.set_title(f"{name} {joint} ({unit})", fontsize=7)
+            axes.set_title(joint, fontsize=8)
+            axes.set_ylabel(unit, fontsize=7)
+            axes.tick_params(labelsize=7)
+        row[0].set_xlabel(f"control steps of {name}", fontsize=7)
     grid[0, 0].legend(fontsize=6, frameon=False)
     return figure
 
