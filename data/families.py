@@ -101,6 +101,7 @@ def scatter(robot, rng, boxes, gap=GAP):
 
     Boxes are for an arm of scale 1.
     """
+    # all at once, again until they fit: one after another the last would have no place left
     low, high = np.array(boxes).transpose(1, 0, 2) * robot.scale  # (n, 2) each
     first, second = np.triu_indices(len(low), 1)
     while True:
@@ -168,6 +169,7 @@ def which_cube(robot, rng):
 
 def which_way(robot, rng):
     cubes = CUBES[:2]
+    # one to the left and one to the right, so that neither is in the other's way
     boxes = [box(0, 0.135, 0.05, 0.025), box(0, -0.135, 0.05, 0.025)]
     points = scatter(robot, rng, boxes)
     layout = straight(cubes, points, 0.02)
@@ -192,6 +194,7 @@ def which_bin(robot, rng):
     points = scatter(robot, rng, boxes)
     layout = straight(BALLS, points[:2], 0.02)
     layout |= straight(BINS, points[2:], 0.0025)
+    # a ball may have the color of a bin: the words say which is meant
     colors = colored(rng, BALLS, BALL_COLORS) | colored(rng, BINS, BIN_COLORS)
     return Table(layout, colors, places(BALLS, BINS))
 
@@ -278,6 +281,7 @@ def relations(table, body):
     if kind not in OTHER_NAMES:
         return []
     others = [name for name in table.layout if kind_of(name) == kind and name != body]
+    # the only one of its kind needs no more
     if not others:
         return [f"the {kind}"]
     x, y, _ = table.layout[body][0]
@@ -336,6 +340,7 @@ def instruct(table, command, rng, wordings="seen"):
         return sentence
     names = {}
     for role, body in command.roles.items():
+        # by color, or now and then by place
         choices = names_of(table, body)
         by_place = relations(table, body)
         if by_place and rng.random() < RELATIONS:

@@ -3,9 +3,9 @@
 # Expected: an encoder's threads inherit the priority of whoever starts it, so that `nice -n 19`
 #           keeps a recorder or a converter out of the way of a control loop or a training.
 # Seen:     started by root, as in most containers, its threads are real-time ones (SCHED_FIFO). They
-#           come before every normal process, nice or not: a training beside an encoder at nice 19
-#           fell from 1.0 to 4.5 seconds a step on two cores. Encode as another user, or set the
-#           policy back once the encoder is open (chrt -a -o -p 0 <pid>).
+#           come before every normal process, nice or not, a control loop or a training among them.
+#           Encode as another user, or set the policy back once the encoder is open
+#           (chrt -a -o -p 0 <pid>).
 # Source:   this run; SVT-AV1 raises the policy of the threads it creates where it may.
 set -euo pipefail
 if [ "$(id -u)" != 0 ]; then

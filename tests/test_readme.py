@@ -167,6 +167,13 @@ def test_figures_of_scenes_with_several_commands_come_from_the_result_files():
     assert f"{percent(cells['mean'], 1)}% of {cells['episodes']} episodes" in RESULTS
 
 
+def test_figures_of_goals_come_from_the_result_file():
+    for length, figures in result("plan-text-first.json")["lengths"].items():
+        texts = [percent(figure["rate"], 1) for figure in figures.values()]
+        number = figures["planned"]["n"]
+        assert row(RESULTS, f"{length} commands") == [f"{length} commands", str(number), *texts]
+
+
 def test_figures_off_the_templates_come_from_the_result_file():
     files = result("off_template.json")["files"]
     templates, off = (files[f"out/off/{name}.jsonl"]["means"] for name in ("val", "off_template"))
