@@ -279,19 +279,28 @@ def told_figures(rows):
     }
 
 
-def told(what, config):
-    """Is it done what the words say, and not something else? The result as a dict."""
+def run_scenes(function, config, *choices):
+    """(rows, robots, families): function(job) of every robot, family, layout and choice, in order.
+
+    config: a ToldConfig. What has nothing to say, None, is left out.
+    """
     at_least(config, 1, "scenes", "workers")
     at_least(config, 0, "seed")
     families = choose_many(config.families, FAMILIES, "family")
     config.device = str(pick_device(config.device))
     robots = robots_of(load(config.weights, config.device), config.robots)
-    seeds = range(config.seed, config.seed + config.scenes)
-    jobs = enumerate(itertools.product([config], robots, families, seeds, PLAYS))
+    layouts = range(config.seed, config.seed + config.scenes)
+    jobs = enumerate(itertools.product([config], robots, families, layouts, *choices))
     jobs = [(number, *job) for number, job in jobs]
-    done = tqdm(run_jobs(play, jobs, config.workers), total=len(jobs), unit="episode")
-    rows = [row for _, row in sorted(done, key=lambda item: item[0])]
+    done = tqdm(run_jobs(function, jobs, config.workers), total=len(jobs), unit="episode")
+    # which job ended first must not matter
+    done = sorted(done, key=lambda item: item[0])
+    return [row for _, row in done if row], robots, families
 
+
+def told(what, config):
+    """Is it done what the words say, and not something else? The result as a dict."""
+    rows, robots, families = run_scenes(play, config, PLAYS)
     tables = {}
     for family in families:
         tables[family] = told_figures(row for row in rows if row["family"] == family)
@@ -376,7 +385,9 @@ def pursue_goal(job):
 
 def plan_figures(rows, length):
     """What the rows of `pursue_goal` say of goals of so many commands, as `rate`s by name."""
-    ways = {way: [row for row in rows if row["way"] == way] for way in WAYS}
+    ways = {way: [] for way in WAYS}
+    for row in rows:
+        ways[row["way"]].append(row)
     plans = ways["plan"]
     judged = itertools.chain(*(row["judged_right"] for row in plans))
     figures = {"planned": rate(row["planned"] for row in plans), "judged_right": rate(judged)}
@@ -388,16 +399,7 @@ def plan_figures(rows, length):
 
 def plan_goals(what, config):
     """Goals written down as commands, carried out and judged by the model. The result as a dict."""
-    at_least(config, 1, "scenes", "workers")
-    at_least(config, 0, "seed")
-    families = choose_many(config.families, FAMILIES, "family")
-    config.device = str(pick_device(config.device))
-    robots = robots_of(load(config.weights, config.device), config.robots)
-    layouts = range(config.seed, config.seed + config.scenes)
-    jobs = enumerate(itertools.product([config], robots, families, layouts, (2, 3), WAYS))
-    jobs = [(number, *job) for number, job in jobs]
-    done = tqdm(run_jobs(pursue_goal, jobs, config.workers), total=len(jobs), unit="goal")
-    rows = [row for _, row in sorted(done, key=lambda item: item[0]) if row]
+    rows, _, _ = run_scenes(pursue_goal, config, (2, 3), WAYS)
     lines = []
     lengths = {}
     for length in (2, 3):
