@@ -38,7 +38,7 @@ from processor import Processor
 from vlm import VLM
 
 VIEWS = ("front", "wrist")  # in the order of the prompt
-VERSION = 4  # of policy.json; 2 had no waypoint head, 2 and 3 no text_first
+VERSION = 5  # of policy.json; 2 had no waypoint head, 2 and 3 no text_first
 LARGEST_STATE = 10  # rad, m: no joint turns so far, but a state in degrees does
 FARTHEST = 5.0  # times what is usual: for robots whose states are in degrees themselves
 # for whoever reads policy.json; the frames are in data/robots.py
@@ -335,9 +335,13 @@ def load_policy(folder, vlm, processor):
     about = read_json(path, advice)
     with reading(path, advice):
         version = about["version"]
-        assert version in (2, 3, VERSION), f"format version {version}, this code reads {VERSION}"
-        if version < VERSION:
+        assert version in range(2, VERSION + 1), (
+            f"format version {version}, this code reads 2 to {VERSION}"
+        )
+        if version < 4:
             about["config"]["text_first"] = False
+        counted = "version 4 of --text_first numbered the prompt's tokens from its beginning"
+        assert version > 4 or not about["config"]["text_first"], counted
         if version == 2:  # a head that only training needs begins anew
             about["config"] |= {"num_waypoints": 4, "waypoint_loss_weight": 1.0}
             head = waypoint_head(PolicyConfig(**about["config"])).state_dict()

@@ -229,14 +229,14 @@ class Perceiver(nn.Module):
     """N learned queries read hidden states (B, L, Dc), mask (B, L) True on tokens: (B, N, D).
 
     Hidden states carry *what*; rotary positions never enter them, so *where* (which patch) is a
-    table added to the keys, by index in the prompt. Prompts are padded on the right: the index of a
-    token does not depend on its batch.
+    table added to the keys, by `token_places`.
     """
 
     def __init__(self, config, condition_size):
         super().__init__()
         D = config.hidden_size
         layers = range(config.perceiver_layers)
+        self.text_first = config.text_first
         places = torch.arange(config.max_condition_tokens)
         self.norm = nn.LayerNorm(condition_size)
         self.positions = nn.Parameter(sinusoids(places, condition_size))  # (max L, Dc)
@@ -248,10 +248,22 @@ class Perceiver(nn.Module):
         self.mlps = nn.ModuleList(mlp(D, config.mlp_ratio) for _ in layers)
         self.out_norm = nn.LayerNorm(D)
 
+    def token_places(self, mask):
+        """Where in the prompt each token stands, (B, L), counted so that a patch has one number.
+
+        Instructions differ in length, so from the end where the pictures stand last. Prompts are
+        padded on the right, and the number does not depend on the batch.
+        """
+        places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+        if not self.text_first:
+            return places
+        last = mask.sum(1, keepdim=True) - 1
+        return (last - places).clamp(min=0)  # padding is seen by nobody
+
     def forward(self, hidden, mask):
-        B, L, _ = hidden.shape
+        B = len(hidden)
         hidden = torch.where(mask[..., None], hidden, 0.0)  # padding may even hold NaN
-        context = self.norm(hidden) + self.positions[:L]
+        context = self.norm(hidden) + F.embedding(self.token_places(mask), self.positions)
         x = self.queries.expand(B, -1, -1)  # (B, N, D)
         real = mask[:, None, None]  # (B, 1, 1, L), for all heads and queries
         layers = zip(

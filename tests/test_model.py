@@ -1,6 +1,8 @@
 """model.py keeps its promises: what is saved is what is loaded, a chunk depends on what it should
 and on nothing else, mistakes are told in one line."""
 
+import copy
+import dataclasses
 import json
 import random
 import shutil
@@ -309,7 +311,7 @@ def test_a_changed_description_loads_or_is_told(folder):
 
 
 DESCRIPTIONS = [
-    ({"version": 1}, "format version 1, this code reads 4"),
+    ({"version": 1}, "format version 1"),
     ({"version": None}, "format version None"),
     ({"views": ["wrist", "front"]}, "views"),
     ({"embodiments": {"panda": {"state_dim": 17, "action_dim": 8}}}, "lacks 'index'"),
@@ -329,12 +331,13 @@ def test_mistakes_in_a_description_are_told(folder, changes, word):
     assert word in told and "python train_policy.py" in told
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 def test_older_policies_act_as_before(folder, version):
     blm = BLM.from_pretrained(folder)
     path = folder / "policy.json"
     about = json.loads(path.read_text())
-    del about["config"]["text_first"]
+    if version < 4:
+        del about["config"]["text_first"]
     path.write_text(json.dumps({**about, "version": version}))
     if version == 2:  # it had no waypoint head
         for name in ("num_waypoints", "waypoint_loss_weight"):
@@ -352,10 +355,23 @@ def test_older_policies_act_as_before(folder, version):
 def test_a_policy_may_read_the_instruction_first(blm):
     seen = observation("widowx")
     chunk = blm.act(seen, "widowx")
-    blm.policy.config.text_first = True
-    assert not np.array_equal(blm.act(seen, "widowx"), chunk)
-    blm.policy.config.text_first = False
+    reads_words_first = copy.deepcopy(blm)
+    reads_words_first.policy = Policy(
+        dataclasses.replace(blm.policy.config, text_first=True),
+        blm.policy.condition_size,
+        blm.policy.embodiments,
+    )
+    reads_words_first.policy.load_state_dict(blm.policy.state_dict())
+    assert not np.array_equal(reads_words_first.act(seen, "widowx"), chunk)
     assert np.array_equal(blm.act(seen, "widowx"), chunk)
+
+
+def test_a_policy_that_numbered_patches_behind_the_words_is_refused(folder):
+    path = folder / "policy.json"
+    about = json.loads(path.read_text())
+    about["config"]["text_first"] = True
+    path.write_text(json.dumps({**about, "version": 4}))
+    assert "from its beginning" in refusal(BLM.from_pretrained, folder)
 
 
 # ---- acting

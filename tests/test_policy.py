@@ -81,8 +81,18 @@ def test_euler_steps_of_the_exact_velocity_arrive_at_the_action():
     assert torch.allclose(made, torch.where(own, batch["action"], 0.0), atol=1e-5)
 
 
-def test_padding_moves_nothing():
-    policy, batch = small_policy(), small_batch()
+def test_a_patch_has_one_place_however_long_the_instruction():
+    mask = torch.tensor([[True] * 6 + [False] * 3, [True] * 9])
+    behind = small_policy().perceiver.token_places(mask)
+    assert behind.tolist() == [list(range(9))] * 2  # pictures begin the prompt
+    before = small_policy(text_first=True).perceiver.token_places(mask)
+    assert before[0].tolist() == [5, 4, 3, 2, 1, 0, 0, 0, 0]  # pictures end it
+    assert before[1].tolist() == [8, 7, 6, 5, 4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("text_first", [False, True])
+def test_padding_moves_nothing(text_first):
+    policy, batch = small_policy(text_first=text_first), small_batch()
     losses = policy(batch)
     made = policy.sample(*observed(batch), noise=batch["noise"])
     valid, own = (
