@@ -135,9 +135,12 @@ def find_gripper(model, body):
     reason = why_not(model, moving)
     if reason:
         return None, reason
-    data = mujoco.MjData(model)
-    mujoco.mj_kinematics(model, data)
     joints = model.body_jntadr[moving]
+    data = mujoco.MjData(model)
+    # half open: at the angle that counts as zero, the fingers may be anywhere
+    half_open = model.jnt_range[joints].mean(axis=1)
+    data.qpos[model.jnt_qposadr[joints]] = half_open
+    mujoco.mj_kinematics(model, data)
     hand = model.body_parentid[moving[0]]
     at = data.xpos[hand]
     points = [outline(model, data, finger) for finger in moving]
@@ -153,13 +156,13 @@ def find_gripper(model, body):
     z = outwards(frame, y, (left + right) / 2 - data.xpos[wrist])
     axes = np.column_stack([np.cross(y, z), y, z])  # in the world's frame
 
-    shuts = []  # m along y, from where each finger is in the file to where it ends closed
+    shuts = []  # m along y, from where each finger is to where it ends closed
     tips = []  # points of each, closed, in the hand's frame
-    for joint, part, side in zip(joints, points, (1, -1), strict=True):
+    for joint, at_half, part, side in zip(joints, half_open, points, (1, -1), strict=True):
         way = data.xaxis[joint] @ y
         low, high = model.jnt_range[joint]
         end = low if way * side > 0 else high
-        shuts.append(way * (end - model.qpos0[model.jnt_qposadr[joint]]))
+        shuts.append(way * (end - at_half))
         part = (part - at) @ axes + (0, shuts[-1], 0)
         tips.append(part[part[:, 2] > part[:, 2].max() - TIP])
     faces = np.array([tips[0][:, 1].min(), tips[1][:, 1].max()])

@@ -303,7 +303,7 @@ def find_workspace(robot):
     starts = np.random.default_rng(0).uniform(low, high, (80, robot.dof))
     links = robot.model.body_pos[: robot.model.body("left_finger").id]
     best = (0.0, 0.0, 0.0)
-    for stretched in (0.4, 0.3, 0.2):  # where to begin: not quite half of the arm stretched out
+    for stretched in (0.4, 0.25):  # where to begin: not quite half of the arm stretched out
         middle = stretched * np.linalg.norm(links, axis=1).sum()  # m
         for start in [(low + high) / 2, *starts]:
             qpos = point_down(kinematics, start, middle, 0.3 * middle)
@@ -315,8 +315,8 @@ def find_workspace(robot):
         if best[0]:
             break
     _, near, far, *home = best  # none where no pose was found
-    way = f"from {near:.2f} to {far:.2f} m from its base" if best[0] else "nowhere"
-    short = f"this arm's hand can point straight down at the table {way}; the tasks need 0.2 m"
+    where = f"from {near:.2f} to {far:.2f} m before its base" if best[0] else "nowhere"
+    short = f"this arm's hand cannot point straight down along 0.2 m of the table, only {where}"
     refuse({f"{short}: are --base, --site and --axes right?": far - near < 0.2})
     scale = min(1.0, round((far - near) / 0.53, 2))  # 1 for arms with 0.53 m, as the xArms
     center = far - 0.21 * scale

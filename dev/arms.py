@@ -10,8 +10,6 @@ packages is run.
 
 import json
 import re
-import shlex
-import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from data.expert import demonstrate
 from data.seeds import FIRST_EVALUATION
 from data.simulator import mujoco
 from data.tasks import TASKS
-from files import writable, write_json
+from files import read_json, writable, write_json
 
 KNOWN = json.loads((Path(__file__).parent / "arms.json").read_text())
 
@@ -51,12 +49,9 @@ def versions(folders):
     for folder in folders:
         for about in sorted(Path(folder).glob("*.dist-info/METADATA")):
             text = about.read_text()
-            name, version = (re.search(rf"(?m)^{key}: (.+)$", text)[1] for key in KEYS)
-            found[name] = version
+            name = re.search(r"(?m)^Name: (.+)$", text)[1]
+            found[name] = re.search(r"(?m)^Version: (.+)$", text)[1]
     return found
-
-
-KEYS = ("Name", "Version")
 
 
 def add(known, folders, path):
@@ -129,16 +124,20 @@ def main():
     writable(Path(config.out).parent)
     result = {
         "what": "arms",
-        "command": "python -m dev.arms " + shlex.join(sys.argv[1:]),
+        "command": f"python -m dev.arms --folders {config.folders} --episodes {config.episodes}",
         "mujoco": mujoco.__version__,
         "packages": versions(folders),
         "episodes": config.episodes,
         "arms": {},
     }
-    for name in there:
+    if Path(config.out).exists():  # all take half an hour: what is done already is kept
+        done = read_json(config.out)
+        same = all(done.get(key) == result[key] for key in ("mujoco", "packages", "episodes"))
+        result["arms"] = done["arms"] if same else {}
+    for name in [name for name in there if name not in result["arms"]]:
         row = judge(KNOWN[name], folders, config.episodes)
         result["arms"][name] = row
-        write_json(config.out, result)  # each as it is done: all take half an hour
+        write_json(config.out, result)
         solved = f"{row['solved']} of {len(TASKS)} tasks" if "tasks" in row else "refused"
         print(f"{name}: {solved}; {row.get('refused') or row['gripper']}", flush=True)
 
