@@ -120,13 +120,24 @@ def why_not(model, moving):
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def outwards(frame, y, way):
-    """(3,) the axis of a frame (3, 3) that looks most along `way`, at a right angle to `y`."""
-    along = (way - y * (way @ y)) @ frame
+def hand_axes(model, data, hand, y, middle):
+    """(3, 3): columns x, y and z of the hand's frame in the world's.
+
+    z is the axis of the hand's body that looks most from the wrist to `middle`, between the fingers.
+    """
+    wrist = hand
+    while wrist and not model.body_jntnum[wrist]:
+        wrist = model.body_parentid[wrist]
+    out = middle - data.xpos[wrist]
+    out -= y * (out @ y)
+    frame = data.xmat[hand].reshape(3, 3)
+    along = out @ frame
     best = np.abs(along).argmax()
     z = frame[:, best] * np.sign(along[best])
-    z = z - y * (z @ y)
-    return z / np.linalg.norm(z)
+    # the fingers may slide askew to the body's own axes
+    z -= y * (z @ y)
+    z /= np.linalg.norm(z)
+    return np.column_stack([np.cross(y, z), y, z])
 
 
 def find_gripper(model, body):
@@ -137,50 +148,48 @@ def find_gripper(model, body):
         return None, reason
     joints = model.body_jntadr[moving]
     data = mujoco.MjData(model)
-    # half open: at the angle that counts as zero, the fingers may be anywhere
-    half_open = model.jnt_range[joints].mean(axis=1)
-    data.qpos[model.jnt_qposadr[joints]] = half_open
+    # half open: at the place that counts as zero, the fingers may be anywhere
+    data.qpos[model.jnt_qposadr[joints]] = model.jnt_range[joints].mean(axis=1)
     mujoco.mj_kinematics(model, data)
-    hand = model.body_parentid[moving[0]]
-    at = data.xpos[hand]
+    y, other = data.xaxis[joints]
+    if abs(y @ other) < 0.99:
+        return None, "its fingers do not slide along one line"
     points = [outline(model, data, finger) for finger in moving]
     left, right = (part.mean(axis=0) for part in points)
-    y = data.xaxis[joints[0]]
-    if abs(y @ data.xaxis[joints[1]]) < 0.99:
-        return None, "its fingers do not slide along one line"
     y = y * np.sign(y @ (left - right))  # the first one is the left
-    frame = data.xmat[hand].reshape(3, 3)
-    wrist = hand  # the last joint before the fingers
-    while not model.body_jntnum[wrist] and wrist:
-        wrist = model.body_parentid[wrist]
-    z = outwards(frame, y, (left + right) / 2 - data.xpos[wrist])
-    axes = np.column_stack([np.cross(y, z), y, z])  # in the world's frame
+    hand = model.body_parentid[moving[0]]
+    axes = hand_axes(model, data, hand, y, (left + right) / 2)
 
-    shuts = []  # m along y, from where each finger is to where it ends closed
-    tips = []  # points of each, closed, in the hand's frame
-    for joint, at_half, part, side in zip(joints, half_open, points, (1, -1), strict=True):
-        way = data.xaxis[joint] @ y
-        low, high = model.jnt_range[joint]
-        end = low if way * side > 0 else high
-        shuts.append(way * (end - at_half))
-        part = (part - at) @ axes + (0, shuts[-1], 0)
+    shifts = []  # m along y, until either is closed
+    tips = []  # points of either, closed, in the hand's frame
+    for joint, part, side in zip(joints, points, (1, -1), strict=True):
+        shift = -side * np.ptp(model.jnt_range[joint]) / 2
+        part = (part - data.xpos[hand]) @ axes
+        part[:, 1] += shift
+        shifts.append(shift)
         tips.append(part[part[:, 2] > part[:, 2].max() - TIP])
-    faces = np.array([tips[0][:, 1].min(), tips[1][:, 1].max()])
-    ends = np.concatenate(tips)
-    center = faces.mean()
-    tcp = np.array([ends[[ends[:, 0].argmin(), ends[:, 0].argmax()], 0].mean(), center, 0.0])
-    tcp[2] = ends[:, 2].max() - TCP
+    left_face = tips[0][:, 1].min()
+    right_face = tips[1][:, 1].max()
+    center = (left_face + right_face) / 2
+    ends = np.vstack(tips)
+    low = ends.min(axis=0)
+    high = ends.max(axis=0)
+    tcp = np.array([(low[0] + high[0]) / 2, center, high[2] - TCP])
+
+    # at 0 the faces meet there, whether or not the file's fingers go so far
+    shifts += center - np.array([left_face, right_face])
     poses = []
-    for finger, shut, face, side in zip(moving, shuts, faces, (1, -1), strict=True):
-        pos = (data.xpos[finger] - at) @ axes + (0, shut + center - face, 0)
+    for finger, shift, side in zip(moving, shifts, (1, -1), strict=True):
+        pos = (data.xpos[finger] - data.xpos[hand]) @ axes
+        pos[1] += shift
         turned = data.xmat[finger].reshape(3, 3)
         quat = np.empty(4)
         mujoco.mju_mat2Quat(quat, (axes.T @ turned).ravel())
         poses.append((pos, quat, side * y @ turned))
-    apart = max(0.0, (faces[0] - faces[1]) / 2)  # what overlaps meets before it is closed
+    apart = max(0.0, (left_face - right_face) / 2)  # what overlaps meets before it is closed
     travel = np.ptp(model.jnt_range[joints], axis=1).min()
-    ranges = np.array([apart, apart + travel])
-    return Gripper(hand, moving, frame.T @ axes, tcp, poses, ranges), ""
+    axes = data.xmat[hand].reshape(3, 3).T @ axes
+    return Gripper(hand, moving, axes, tcp, poses, np.array([apart, apart + travel])), ""
 
 
 # ---- into the new file

@@ -55,7 +55,7 @@ def read_model(config):
 
     A gripper with a file of its own stands at that site.
     """
-    with reading(config.mjcf):
+    with reading(config.mjcf, "MuJoCo itself must load it, with meshes as .stl, .obj or .msh"):
         spec = mujoco.MjSpec.from_file(config.mjcf)
         places = [place.name for place in spec.bodies[1:] + spec.sites]
         choose(config.site, places, "--site (a site or a body)")
@@ -118,7 +118,8 @@ def refuse_what_is_lost(model, body):
         "is pulled by a tendon": joint in model.wrap_objid[wrapped],
     }
     whose = f"cannot be kept: the joint of body {model.body(body).name}"
-    refuse({f"{whose} {reason}": holds for reason, holds in reasons.items()})
+    advice = "take that out of a copy of the file, if the arm can do without"
+    refuse({f"{whose} {reason}; {advice}": holds for reason, holds in reasons.items()})
 
 
 def measure_servos(model, joints):
@@ -224,7 +225,7 @@ def write_arm(config, root):
     reason = "asked for with --gripper"
     if config.gripper != GRIPPER:
         gripper, reason = find_gripper(model, flange.bodyid[0])
-    cannot = f"--gripper {config.gripper} cannot be kept, {reason}: leave it out for the xArm-6's"
+    cannot = f"--gripper {config.gripper} cannot be kept, {reason}; leave it out for the xArm-6's"
     refuse({cannot: config.gripper and not gripper and config.gripper != GRIPPER})
     path = find_path(model, config, gripper)
     hand = root.find(".//body[@name='hand']")
