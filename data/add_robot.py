@@ -27,6 +27,7 @@ GRIPPER = "xarm6"  # the arm whose file is the template: its hand sits at the or
 KP = 1000.0  # N m/rad, of joints whose file has no position servo
 KV = 100.0  # N m s/rad, of those
 TORQUE = 87.0  # N m, of those if it has no limit either
+ADVICE = "MuJoCo itself must load it, with meshes as .stl, .obj or .msh"
 SPEED = 2.0  # rad/s, velocity limit of the joints: MJCF has none
 
 
@@ -55,15 +56,17 @@ def read_model(config):
 
     A gripper with a file of its own stands at that site.
     """
-    with reading(config.mjcf, "MuJoCo itself must load it, with meshes as .stl, .obj or .msh"):
+    hand = None
+    if config.gripper not in ("", GRIPPER):
+        with reading(config.gripper, ADVICE):
+            hand = mujoco.MjSpec.from_file(config.gripper)
+            hand.compile()
+    with reading(config.mjcf, ADVICE):
         spec = mujoco.MjSpec.from_file(config.mjcf)
         places = [place.name for place in spec.bodies[1:] + spec.sites]
         choose(config.site, places, "--site (a site or a body)")
         site = spec.site(config.site) or spec.body(config.site).add_site(name=config.site)
-        if config.gripper not in ("", GRIPPER):
-            with reading(config.gripper):
-                hand = mujoco.MjSpec.from_file(config.gripper)
-                hand.compile()  # what is wrong with it is said of its own file
+        if hand:
             for option in ("cone", "impratio", "timestep", "integrator"):  # else it warns
                 setattr(hand.option, option, getattr(spec.option, option))
             spec.attach(hand, site=site, prefix="gripper/")
@@ -316,8 +319,10 @@ def find_workspace(robot):
         if best[0]:
             break
     _, near, far, *home = best  # none where no pose was found
-    where = f"from {near:.2f} to {far:.2f} m before its base" if best[0] else "nowhere"
-    short = f"this arm's hand cannot point straight down along 0.2 m of the table, only {where}"
+    found = f"only from {near:.2f} to {far:.2f} m" if best[0] else "and no pose was found"
+    short = (
+        f"with this gripper the arm cannot point straight down along 0.2 m of the table, {found}"
+    )
     refuse({f"{short}: are --base, --site and --axes right?": far - near < 0.2})
     scale = min(1.0, round((far - near) / 0.53, 2))  # 1 for arms with 0.53 m, as the xArms
     center = far - 0.21 * scale
