@@ -2,9 +2,10 @@
 
     python -m data.add_robot --mjcf universal_robots_ur5e/ur5e.xml --name ur5e
 
-Chain, limits, inertias and servos are the file's; its geoms become ellipsoids; the gripper, with its
-fingers and wrist camera, is the xArm-6's. Where the tasks take place follows from how far the arm
-reaches. What cannot be kept (springs, coupled joints, ...) is refused, with the reason.
+Chain, limits, inertias and servos are the file's; its geoms become ellipsoids. The gripper is the
+file's own if it has two sliding fingers (data/add_gripper.py), or that of a file of its own, else the
+xArm-6's. Where the tasks take place follows from how far the arm reaches. What cannot be kept
+(springs, coupled joints, ...) is refused, with the reason.
 
 The chain stays as MuJoCo compiled it, body by body: all poses are in the frame of the body before.
 """
@@ -17,6 +18,7 @@ from itertools import combinations
 import numpy as np
 
 from cli import UserError, choose, parse, run
+from data.add_gripper import add, add_gripper, add_inertial, find_gripper
 from data.robots import ARMS, Kinematics, Robot, get_robot
 from data.simulator import mujoco
 from files import atomic, reading
@@ -25,6 +27,7 @@ GRIPPER = "xarm6"  # the arm whose file is the template: its hand sits at the or
 KP = 1000.0  # N m/rad, of joints whose file has no position servo
 KV = 100.0  # N m s/rad, of those
 TORQUE = 87.0  # N m, of those if it has no limit either
+ADVICE = "MuJoCo itself must load it, with meshes as .stl, .obj or .msh"
 SPEED = 2.0  # rad/s, velocity limit of the joints: MJCF has none
 
 
@@ -35,6 +38,7 @@ class AddConfig:
     site: str = "attachment_site"  # site or body at the flange
     axes: str = ""  # its axes outwards and along the fingers' way, such as x,-y; empty: z,y
     base: str = ""  # body that stands on the table; empty: the chain's first
+    gripper: str = ""  # its MJCF file, or "xarm6"; empty: behind --site, else the xArm-6's
 
 
 def refuse(reasons):
@@ -48,22 +52,33 @@ def refuse(reasons):
 
 
 def read_model(config):
-    """The file's MjModel, with a site `config.site` even where that is a body. UserError."""
-    with reading(config.mjcf):
+    """The file's MjModel, with a site `config.site` even where that is a body. UserError.
+
+    A gripper with a file of its own stands at that site.
+    """
+    hand = None
+    if config.gripper not in ("", GRIPPER):
+        with reading(config.gripper, ADVICE):
+            hand = mujoco.MjSpec.from_file(config.gripper)
+            hand.compile()
+    with reading(config.mjcf, ADVICE):
         spec = mujoco.MjSpec.from_file(config.mjcf)
         places = [place.name for place in spec.bodies[1:] + spec.sites]
         choose(config.site, places, "--site (a site or a body)")
-        if not spec.site(config.site):
-            spec.body(config.site).add_site(name=config.site)
+        site = spec.site(config.site) or spec.body(config.site).add_site(name=config.site)
+        if hand:
+            for option in ("cone", "impratio", "timestep", "integrator"):  # else it warns
+                setattr(hand.option, option, getattr(spec.option, option))
+            spec.attach(hand, site=site, prefix="gripper/")
         return spec.compile()
 
 
-def find_path(model, config):
-    """Body ids from the base to the flange. UserError if they are no chain of hinges."""
+def find_path(model, config, gripper):
+    """Body ids from the base to what carries the hand. UserError if they are no chain of hinges."""
     data = mujoco.MjData(model)
     mujoco.mj_kinematics(model, data)
     flange = data.site(config.site)
-    path = [model.site_bodyid[flange.id]]
+    path = [gripper.hand if gripper else model.site_bodyid[flange.id]]
     while model.body_parentid[path[0]]:
         path.insert(0, model.body_parentid[path[0]])
     turning = [body for body in path if model.body_jntnum[body]]
@@ -81,7 +96,7 @@ def find_path(model, config):
     column = data.xpos[still[-1]] - data.xpos[still[0]]
     pedestal = np.any(np.abs(column) > 0.01)
     away = (flange.xpos - data.xpos[turning[-2]]) @ flange.xmat.reshape(3, 3)
-    sideways = away[2] < 0.3 * np.linalg.norm(away)
+    sideways = not gripper and away[2] < 0.3 * np.linalg.norm(away)
     which = f"say with --base which stands on the table: {', '.join(names)}"
     turned = f"z of {config.site} is not outwards: say with --axes which is, such as x,y"
     refuse({which: pedestal and not config.base, turned: sideways and not config.axes})
@@ -106,7 +121,8 @@ def refuse_what_is_lost(model, body):
         "is pulled by a tendon": joint in model.wrap_objid[wrapped],
     }
     whose = f"cannot be kept: the joint of body {model.body(body).name}"
-    refuse({f"{whose} {reason}": holds for reason, holds in reasons.items()})
+    advice = "take that out of a copy of the file, if the arm can do without"
+    refuse({f"{whose} {reason}; {advice}": holds for reason, holds in reasons.items()})
 
 
 def measure_servos(model, joints):
@@ -123,7 +139,13 @@ def measure_servos(model, joints):
         data.qvel[model.jnt_dofadr[joints]] = speed
         data.ctrl[:] = ctrl
         data.act[:] = ctrl  # what an integrated servo would have reached
-        mujoco.mj_forward(model, data)
+        # mj_forward without inertias and constraints, which so far out are beyond its numbers
+        mujoco.mj_kinematics(model, data)
+        mujoco.mj_comPos(model, data)
+        mujoco.mj_tendon(model, data)
+        mujoco.mj_transmission(model, data)
+        mujoco.mj_fwdVelocity(model, data)
+        mujoco.mj_fwdActuation(model, data)
         return data.qfrc_actuator[model.jnt_dofadr[joints]]  # a copy
 
     # Driven as far as it goes, and against a joint that is far away and fast, a servo gives all
@@ -147,16 +169,6 @@ def measure_servos(model, joints):
 # ---- the new file: the gripper's own, with another arm under its hand
 
 
-def add(parent, tag, **attributes):
-    """A new element, whose attributes are text or numbers."""
-    element = ET.SubElement(parent, tag)
-    for name, value in attributes.items():
-        if not isinstance(value, str):
-            value = " ".join(f"{number:.9g}" for number in np.ravel(value))
-        element.set(name, value)
-    return element
-
-
 def xy_axes(words):
     """(2, 3): x and y of a hand that looks and closes along two axes, such as "x,-y"."""
     axes = []
@@ -171,14 +183,7 @@ def xy_axes(words):
 
 def fill_body(body, model, i):
     """Give `body` the mass of the file's body `i`, and an ellipsoid for each of its geoms."""
-    add(
-        body,
-        "inertial",
-        pos=model.body_ipos[i],
-        quat=model.body_iquat[i],
-        mass=model.body_mass[i],
-        diaginertia=model.body_inertia[i] + 1e-6,  # rounded, a flat one would be refused
-    )
+    add_inertial(body, model, i)
     for g in np.flatnonzero(model.geom_bodyid == i):
         center, half = np.split(model.geom_aabb[g], 2)
         if half.min() > 0.005 and half.max() < 1:  # m; screws, labels and planes are left out
@@ -218,8 +223,14 @@ def add_joint(body, actuators, model, joint, servo):
 def write_arm(config, root):
     """Put the arm into `root`, the gripper's parsed file; how many joints it has."""
     model = read_model(config)
-    path = find_path(model, config)
     flange = model.site(config.site)
+    gripper = None
+    reason = "asked for with --gripper"
+    if config.gripper != GRIPPER:
+        gripper, reason = find_gripper(model, flange.bodyid[0])
+    cannot = f"--gripper {config.gripper} cannot be kept, {reason}; leave it out for the xArm-6's"
+    refuse({cannot: config.gripper and not gripper and config.gripper != GRIPPER})
+    path = find_path(model, config, gripper)
     hand = root.find(".//body[@name='hand']")
     hand.append(root.find(".//camera"))
     world = root.find("worldbody")
@@ -231,7 +242,9 @@ def write_arm(config, root):
 
     joints = model.body_jntadr[path]
     joints = joints[joints >= 0]
-    servos = dict(zip(joints, measure_servos(model, joints), strict=True))
+    slides = model.body_jntadr[gripper.fingers] if gripper else joints[:0]
+    measured = measure_servos(model, np.append(joints, slides))
+    servos = dict(zip(joints, measured, strict=False))  # the fingers' come last
     # where the base stood in the file does not matter
     body = add(world, "body", name="base", childclass="link")
     fill_body(body, model, path[0])
@@ -243,9 +256,15 @@ def write_arm(config, root):
         if joint in servos:
             add_joint(body, actuators, model, joint, servos[joint])
     actuators.append(fingers)
-    body = add(body, "frame", pos=flange.pos, quat=flange.quat)
-    turned = add(body, "frame", xyaxes=xy_axes(config.axes or "z,y"))
-    turned.append(hand)
+    if gripper:
+        x, y, _ = gripper.axes.T
+        add(body, "frame", xyaxes=(x, y)).append(hand)
+        add_gripper(hand, root, model, gripper, measured[len(joints) :])
+    else:
+        body = add(body, "frame", pos=flange.pos, quat=flange.quat)
+        add(body, "frame", xyaxes=xy_axes(config.axes or "z,y")).append(hand)
+    whose = "the file's own" if gripper else f"the xArm-6's: {reason}"
+    add(root.find("custom"), "text", name="gripper", data=whose)
     # bodies overlap at their joints: an arm does not collide with itself
     for body1, body2 in combinations(world.iter("body"), 2):
         add(contact, "exclude", body1=body1.get("name"), body2=body2.get("name"))
@@ -286,18 +305,24 @@ def find_workspace(robot):
     kinematics = Kinematics(robot)
     low, high = np.clip(robot.joint_range.T, -np.pi, np.pi)  # one turn is enough to look at
     starts = np.random.default_rng(0).uniform(low, high, (80, robot.dof))
-    # where to begin: not quite half of the arm stretched out
-    middle = 0.4 * np.linalg.norm(robot.model.body_pos, axis=1).sum()  # m
+    links = robot.model.body_pos[: robot.model.body("left_finger").id]
     best = (0.0, 0.0, 0.0)
-    for start in [(low + high) / 2, *starts]:
-        qpos = point_down(kinematics, start, middle, 0.3 * middle)
-        if qpos is not None:
-            near = farthest(kinematics, qpos, middle, -0.01)
-            far = farthest(kinematics, qpos, middle, 0.01)
-            bent = np.abs(qpos - robot.joint_range.mean(axis=1)).max()
-            best = max(best, (1 + far - near - 0.05 * bent, near, far, *qpos))
+    for stretched in (0.4, 0.25):  # where to begin: not quite half of the arm stretched out
+        middle = stretched * np.linalg.norm(links, axis=1).sum()  # m
+        for start in [(low + high) / 2, *starts]:
+            qpos = point_down(kinematics, start, middle, 0.3 * middle)
+            if qpos is not None:
+                near = farthest(kinematics, qpos, middle, -0.01)
+                far = farthest(kinematics, qpos, middle, 0.01)
+                bent = np.abs(qpos - robot.joint_range.mean(axis=1)).max()
+                best = max(best, (1 + far - near - 0.05 * bent, near, far, *qpos))
+        if best[0]:
+            break
     _, near, far, *home = best  # none where no pose was found
-    short = "this arm's hand cannot point straight down along 0.2 m of the table"
+    found = f"only from {near:.2f} to {far:.2f} m" if best[0] else "and no pose was found"
+    short = (
+        f"with this gripper the arm cannot point straight down along 0.2 m of the table, {found}"
+    )
     refuse({f"{short}: are --base, --site and --axes right?": far - near < 0.2})
     scale = min(1.0, round((far - near) / 0.53, 2))  # 1 for arms with 0.53 m, as the xArms
     center = far - 0.21 * scale

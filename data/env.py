@@ -220,9 +220,11 @@ class TabletopEnv:
         # the task's frame has its origin where objects start
         self.base = np.array([-self.robot.spawn_distance, 0.0, 0.0])
         self.tcp = self.model.site("tcp").id
-        # the faces of the fingers
-        pads = ("left_pad", "right_pad")
-        self.pads = [self.model.geom(name).id for name in pads]
+        # the geoms of either finger that touch things: left_pad, left_pad1, ...
+        names = [self.model.geom(i).name for i in range(self.model.ngeom)]
+        self.pads = []
+        for side in ("left_pad", "right_pad"):
+            self.pads.append([i for i, name in enumerate(names) if name.startswith(side)])
         self.cameras = {}  # {size: Camera}, opened with the first picture
 
     # ---- gymnasium's two verbs
@@ -428,11 +430,11 @@ class TabletopEnv:
         body = self.body(name)
         _, closing, _ = self.tool().T
         wrench = np.zeros(6)  # in the contact's frame, whose rows are its axes
-        for pad in self.pads:
+        for pads in self.pads:
             force = np.zeros(3)  # N, in the world's frame
             for i, contact in enumerate(self.data.contact):
                 bodies = self.model.geom_bodyid[contact.geom]
-                if pad in contact.geom and body in bodies:
+                if body in bodies and any(geom in pads for geom in contact.geom):
                     mujoco.mj_contactForce(self.model, self.data, i, wrench)
                     axes = contact.frame.reshape(3, 3)
                     force += axes.T @ wrench[:3]

@@ -22,7 +22,7 @@ import numpy as np
 
 from data import seeds
 from data.env import CONTROL_HZ
-from data.robots import SQUEEZE, get_kinematics
+from data.robots import SHIPPED, SQUEEZE, get_kinematics
 from data.simulator import mujoco
 from data.tasks import PEG_LENGTH, PEG_RADIUS, region_radius
 
@@ -236,6 +236,20 @@ def put(env, name, support, rest, lift, drop):
     ]
 
 
+def peg_style(env, high):
+    """How this arm stands the peg up from where it is lifted to: "upright", "leaning" or "loose"."""
+    name = env.robot.name
+    if name in SHIPPED:  # recorded demonstrations have these
+        return {"panda": "loose", "widowx": "upright"}.get(name, "leaning")
+    arm = get_kinematics(name)
+    q = env.data.ctrl[: env.robot.dof]
+    for how, tilt in (("upright", np.pi / 2), ("leaning", np.pi / 2 - 0.25)):
+        rotation = tool_rotation(env.robot, azimuth_of(env, high), tilt)
+        if arm.solve_ik(high - env.base, rotation, q) is not None:
+            return how
+    return "loose"
+
+
 def lift_peg(env):
     """Grasp across the far half and lift: the peg swings down in the grip. Then stand it up."""
     peg = env.position("peg")
@@ -243,19 +257,20 @@ def lift_peg(env):
     firm = PEG_RADIUS - PEG_FIRM / env.robot.finger_kp  # m, where the fingers press as much
     if env.grasped("peg") and peg[2] > 1.2 * PEG_RADIUS:
         return stand_peg(env, peg, axis * np.sign(axis[2]), firm)
-    grip = firm
-    tilts = TILTS
-    lift_tilts = TILTS[::-1]
-    if env.robot.name == "panda":  # its wrist cannot turn the peg all the way: held loosely
-        grip = PEG_RADIUS - PEG_SWING / env.robot.finger_kp
-        lift_tilts = TILTS
-    elif env.robot.name.startswith("xarm"):
-        # leaning back a little spares the wrist the last of its range when the peg stands
-        tilts = (-0.25, 0.0, 0.3)
     axis *= np.sign(axis @ (peg - env.base))  # outwards
     point = peg + PEG_LEVER * axis
     turn = np.arctan2(axis[1], axis[0]) - azimuth_of(env, point)
     high = peg + PEG_LEVER / 2 * axis + 0.23 * UP
+    grip = firm
+    tilts = TILTS
+    lift_tilts = TILTS[::-1]
+    how = peg_style(env, high)
+    if how == "loose":  # the wrist cannot turn the peg all the way: it swings
+        grip = PEG_RADIUS - PEG_SWING / env.robot.finger_kp
+        lift_tilts = TILTS
+    elif how == "leaning":
+        # leaning back a little spares the wrist the last of its range when the peg stands
+        tilts = (-0.25, 0.0, 0.3)
     return [
         *grasp(env, "peg", point, turn, grip, tilts),
         Primitive("lift", grip, high, 0.0, lift_tilts, slow=0.8),

@@ -78,7 +78,9 @@ class Robot:
 
 @cache
 def get_robot(name):
-    """The Robot called `name`. UserError lists the names that exist."""
+    """The Robot called `name`, or that of an arm's file elsewhere. UserError lists the names."""
+    if name.endswith(".xml"):
+        return Robot(name, name)
     return Robot(name, ARMS / f"{choose(name, ROBOTS, 'robot')}.xml")
 
 

@@ -89,7 +89,7 @@ def test_demonstrations_vary_in_light_camera_and_clutter_and_evaluation_does_not
 def test_an_arm_stops_at_the_distractor():
     env = TabletopEnv("panda", "PushCube", render=False, perturbation="distractor")
     env.reset(0)
-    env.place("clutter0", env.data.geom_xpos[env.pads[0]])
+    env.place("clutter0", env.data.geom_xpos[env.pads[0][0]])
     env.step(np.append(env.data.ctrl[:7], 0.04))
     assert any(env.model.geom("clutter0").id in contact.geom for contact in env.data.contact)
 

@@ -174,6 +174,24 @@ def test_figures_of_goals_come_from_the_result_file():
         assert row(RESULTS, f"{length} commands") == [f"{length} commands", str(number), *texts]
 
 
+def test_arms_are_those_of_the_result_file():
+    found = result("arms.json")
+    text = PAGES["docs/FORMATS.md"]
+    assert found["command"] in text
+    assert f"in all of {found['episodes']} layouts" in " ".join(text.split())
+    for name, arm in found["arms"].items():
+        _, gripper, solved, others = row(text, name)
+        if "refused" in arm:
+            assert (gripper, solved, others) == ("", "refused", arm["refused"])
+            continue
+        assert gripper == ("own" if arm["gripper"] == "own" else "xArm-6's")
+        cells = arm["tasks"]
+        assert int(solved) == sum(cell["solved"] == found["episodes"] for cell in cells.values())
+        missed = {task: cell for task, cell in cells.items() if cell["ended"]}
+        wanted = [f"{task} {cell['solved']}/{found['episodes']}" for task, cell in missed.items()]
+        assert re.findall(r"\w+ \d/\d", others) == wanted
+
+
 def test_figures_off_the_templates_come_from_the_result_file():
     files = result("off_template.json")["files"]
     templates, off = (files[f"out/off/{name}.jsonl"]["means"] for name in ("val", "off_template"))

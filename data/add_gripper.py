@@ -1,0 +1,271 @@
+"""An arm's own gripper, for data/add_robot.py: two fingers that slide towards each other.
+
+Whatever of a finger collides is kept as the file has it: shape, friction, condim, solref, solimp,
+priority, margin, gap and solmix; a mesh as its convex hull, which is all that MuJoCo lets collide.
+So are the masses, the way, and the stiffness, force and friction of the joints. The table's own
+option holds for every arm: elliptic cones, impratio 10.
+
+The hand's frame is that of the other arms' files: z looks out of the hand, y is the way of the left
+finger as it opens, and a finger at 0 has the face of its tip in the middle.
+"""
+
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.simulator import mujoco
+
+TIP = 0.015  # m; so much of a finger is its tip: there its face and the middle are measured
+TCP = 0.01  # m, from the end of the fingers back to the tool's place
+DAMPING = 0.075  # s, of a finger's joint over its stiffness, at least: it shall not chatter
+CONTACT = ("friction", "condim", "solref", "solimp", "priority", "margin", "gap", "solmix")
+SIDES = ("left", "right")
+
+
+@dataclass
+class Gripper:
+    """What was found; lengths in m, the frame is the hand's."""
+
+    hand: int  # id of the body that carries both fingers
+    fingers: list  # ids of the left and the right one's bodies
+    axes: np.ndarray  # (3, 3), columns x, y, z of the hand's frame in that body's
+    tcp: np.ndarray  # (3,) the tool's place
+    poses: list  # (pos (3,), quat (4,), way it opens (3,) in its own frame) of each finger at 0
+    ranges: np.ndarray  # (2,) places between which either finger slides
+
+
+# ---- elements of the new file
+
+
+def add(parent, tag, **attributes):
+    """A new element, whose attributes are text or numbers."""
+    element = ET.SubElement(parent, tag)
+    for name, value in attributes.items():
+        if not isinstance(value, str):
+            value = " ".join(f"{number:.9g}" for number in np.ravel(value))
+        element.set(name, value)
+    return element
+
+
+def add_inertial(body, model, i):
+    """Give `body` the mass of the file's body `i`."""
+    add(
+        body,
+        "inertial",
+        pos=model.body_ipos[i],
+        quat=model.body_iquat[i],
+        mass=model.body_mass[i],
+        diaginertia=model.body_inertia[i] + 1e-6,  # rounded, a flat one would be refused
+    )
+
+
+# ---- what is in the user's file
+
+
+def below(model, body):
+    """Ids of `body` and of all that hangs on it, parents first."""
+    found = [body]
+    for i in range(body + 1, model.nbody):
+        if model.body_parentid[i] in found:
+            found.append(i)
+    return found
+
+
+def pads_of(model, finger):
+    """Ids of a finger's geoms that touch things; all of them if none does."""
+    geoms = np.flatnonzero(np.isin(model.geom_bodyid, below(model, finger)))
+    touches = (model.geom_contype | model.geom_conaffinity)[geoms] > 0
+    return geoms[touches] if touches.any() else geoms
+
+
+def corners(model, geom):
+    """(n, 3) m in the geom's frame: a mesh's convex hull, of others the corners of the box around."""
+    if model.geom_type[geom] != mujoco.mjtGeom.mjGEOM_MESH:
+        center, half = np.split(model.geom_aabb[geom], 2)
+        signs = np.stack(np.meshgrid(*[(-1, 1)] * 3), axis=-1)  # (2, 2, 2, 3)
+        return center + signs.reshape(8, 3) * half
+    mesh = model.geom_dataid[geom]
+    points = model.mesh_vert[model.mesh_vertadr[mesh] :][: model.mesh_vertnum[mesh]]
+    start = model.mesh_graphadr[mesh]
+    if start < 0:  # MuJoCo makes none for what does not collide
+        return points
+    # a graph: numbers of vertices and faces, as many addresses as vertices, then their ids
+    count = model.mesh_graph[start]
+    return points[model.mesh_graph[start + 2 + count :][:count]]
+
+
+def outline(model, data, finger):
+    """(n, 3) m in the world's frame: points around all that touches things of a finger."""
+    points = []
+    for geom in pads_of(model, finger):
+        turned = data.geom_xmat[geom].reshape(3, 3)
+        points.append(data.geom_xpos[geom] + corners(model, geom) @ turned.T)
+    return np.concatenate(points)
+
+
+def why_not(model, moving):
+    """Why bodies, all that move behind the flange, are no two fingers to be kept; "" if they are."""
+    joints = model.body_jntadr[moving]
+    kinds = model.jnt_type[joints]
+    slides = np.sum(kinds == mujoco.mjtJoint.mjJNT_SLIDE)
+    reasons = {
+        "the file has none behind --site": not moving,
+        f"its own has {len(moving) - slides} turning joints": slides < len(moving),
+        f"its own has {slides} fingers": slides != 2,
+        "its fingers slide on two bodies": len(set(model.body_parentid[moving])) > 1,
+        "its fingers have no range": not all(model.jnt_limited[joints]),
+        "its fingers have no geoms": not all(len(pads_of(model, body)) for body in moving),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def hand_axes(model, data, hand, y, middle):
+    """(3, 3): columns x, y and z of the hand's frame in the world's.
+
+    z is the axis of the hand's body that looks most from the wrist to `middle`, between the fingers.
+    """
+    wrist = hand
+    while wrist and not model.body_jntnum[wrist]:
+        wrist = model.body_parentid[wrist]
+    out = middle - data.xpos[wrist]
+    out -= y * (out @ y)
+    frame = data.xmat[hand].reshape(3, 3)
+    along = out @ frame
+    best = np.abs(along).argmax()
+    z = frame[:, best] * np.sign(along[best])
+    # the fingers may slide askew to the body's own axes
+    z -= y * (z @ y)
+    z /= np.linalg.norm(z)
+    return np.column_stack([np.cross(y, z), y, z])
+
+
+def find_gripper(model, body):
+    """The Gripper behind the flange's body and "", or None and the reason why none can be kept."""
+    moving = [i for i in below(model, body)[1:] if model.body_jntnum[i]]
+    reason = why_not(model, moving)
+    if reason:
+        return None, reason
+    joints = model.body_jntadr[moving]
+    data = mujoco.MjData(model)
+    # half open: at the place that counts as zero, the fingers may be anywhere
+    data.qpos[model.jnt_qposadr[joints]] = model.jnt_range[joints].mean(axis=1)
+    mujoco.mj_kinematics(model, data)
+    y, other = data.xaxis[joints]
+    if abs(y @ other) < 0.99:
+        return None, "its fingers do not slide along one line"
+    points = [outline(model, data, finger) for finger in moving]
+    left, right = (part.mean(axis=0) for part in points)
+    y = y * np.sign(y @ (left - right))  # the first one is the left
+    hand = model.body_parentid[moving[0]]
+    axes = hand_axes(model, data, hand, y, (left + right) / 2)
+
+    shifts = []  # m along y, until either is closed
+    tips = []  # points of either, closed, in the hand's frame
+    for joint, part, side in zip(joints, points, (1, -1), strict=True):
+        shift = -side * np.ptp(model.jnt_range[joint]) / 2
+        part = (part - data.xpos[hand]) @ axes
+        part[:, 1] += shift
+        shifts.append(shift)
+        tips.append(part[part[:, 2] > part[:, 2].max() - TIP])
+    left_face = tips[0][:, 1].min()
+    right_face = tips[1][:, 1].max()
+    center = (left_face + right_face) / 2
+    ends = np.vstack(tips)
+    low = ends.min(axis=0)
+    high = ends.max(axis=0)
+    tcp = np.array([(low[0] + high[0]) / 2, center, high[2] - TCP])
+
+    # at 0 the faces meet there, whether or not the file's fingers go so far
+    shifts += center - np.array([left_face, right_face])
+    poses = []
+    for finger, shift, side in zip(moving, shifts, (1, -1), strict=True):
+        pos = (data.xpos[finger] - data.xpos[hand]) @ axes
+        pos[1] += shift
+        turned = data.xmat[finger].reshape(3, 3)
+        quat = np.empty(4)
+        mujoco.mju_mat2Quat(quat, (axes.T @ turned).ravel())
+        poses.append((pos, quat, side * y @ turned))
+    apart = max(0.0, (left_face - right_face) / 2)  # what overlaps meets before it is closed
+    travel = np.ptp(model.jnt_range[joints], axis=1).min()
+    axes = data.xmat[hand].reshape(3, 3).T @ axes
+    return Gripper(hand, moving, axes, tcp, poses, np.array([apart, apart + travel])), ""
+
+
+# ---- into the new file
+
+
+def add_geom(body, assets, model, geom, name):
+    """A geom that touches things as the file's does."""
+    options = {option: getattr(model, f"geom_{option}")[geom] for option in CONTACT}
+    kind = mujoco.mjtGeom(model.geom_type[geom])
+    if kind == mujoco.mjtGeom.mjGEOM_MESH:
+        options["mesh"] = f"{name}_hull"
+        add(assets, "mesh", name=f"{name}_hull", vertex=corners(model, geom), inertia="convex")
+    else:
+        options["size"] = model.geom_size[geom]
+    word = kind.name.removeprefix("mjGEOM_").lower()
+    place = {"pos": model.geom_pos[geom], "quat": model.geom_quat[geom]}
+    add(body, "geom", name=name, type=word, **place, **options)
+
+
+def add_finger(hand, assets, model, gripper, side, stiffness, damping):
+    """One finger, 0 left or 1 right, and what is fixed to it. N/m and N s/m, of its joint."""
+    name = SIDES[side]
+    finger = gripper.fingers[side]
+    pos, quat, way = gripper.poses[side]
+    joint = model.body_jntadr[finger]
+    dof = model.jnt_dofadr[joint]
+    damping = max(damping + model.dof_damping[dof], DAMPING * stiffness)
+    pads = list(pads_of(model, finger))
+    bodies = {}
+    for i in below(model, finger):
+        if i == finger:
+            body = add(hand, "body", name=f"{name}_finger", pos=pos, quat=quat)
+            body.set("childclass", "finger")
+        else:
+            place = {"pos": model.body_pos[i], "quat": model.body_quat[i]}
+            body = add(bodies[model.body_parentid[i]], "body", name=f"part{i}", **place)
+        body.set("gravcomp", "1")
+        bodies[i] = body
+        add_inertial(body, model, i)
+    add(
+        bodies[finger],
+        "joint",
+        name=f"{name}_finger",
+        axis=way,
+        range=gripper.ranges,
+        armature=max(model.dof_armature[dof], 0.05),
+        damping=damping,
+        frictionloss=model.dof_frictionloss[dof],
+    )
+    for number, geom in enumerate(pads):
+        body = bodies[model.geom_bodyid[geom]]
+        add_geom(body, assets, model, geom, f"{name}_pad{number or ''}")
+
+
+def add_gripper(hand, root, model, gripper, servos):
+    """Put the gripper into the new file's body `hand`, in place of what is there.
+
+    servos: of both fingers, rows kp N/m, kv N s/m, force N, ... as measured; zeros: it has none.
+    """
+    camera = hand.find("camera")
+    tool = hand.find("site")
+    # the camera sees the tool as the other arms' do
+    place = np.array(camera.get("pos").split(), float) - np.array(tool.get("pos").split(), float)
+    for part in [part for part in hand if part.tag in ("body", "geom", "inertial")]:
+        hand.remove(part)
+    for part, pos in ((tool, gripper.tcp), (camera, gripper.tcp + place)):
+        part.set("pos", " ".join(f"{number:.9g}" for number in pos))
+    servo = root.find("actuator/position[@tendon='fingers']")
+    servo.set("ctrlrange", f"-0.01 {gripper.ranges[1]:.9g}")
+    kp, kv, force = servos[:, :3].sum(axis=0)  # one of them may drive both
+    if kp > 0:
+        unlimited = np.any((servos[:, 0] > 0) & (servos[:, 2] == 0))
+        force = 0.0 if unlimited else force  # 0 0 is no limit in MJCF
+        servo.set("kp", f"{kp:.9g}")
+        servo.set("forcerange", f"{-force:.9g} {force:.9g}")
+    stiffness = float(servo.get("kp")) / 2  # of either finger
+    assets = add(root, "asset")
+    for side in range(2):
+        add_finger(hand, assets, model, gripper, side, stiffness, kv / 2)
