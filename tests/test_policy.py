@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from cli import UserError
+from embodiment import Embodiment
 from policy import PRESETS, Policy, PolicyConfig, add_noise, flow_loss, sample_tau
 
-ROBOTS = {"long": (8, 5), "short": (6, 3)}  # the last action is the finger; a place ends the state
+# the last action is the finger; a place ends the state
+ROBOTS = {"long": Embodiment(8, 5), "short": Embodiment(6, 3)}
 T, L, WIDTH = 4, 9, 24
 
 
@@ -301,7 +303,7 @@ def test_presets_build():
                 for p in Policy(
                     config,
                     192,
-                    {"panda": (17, 8), "xarm6": (16, 7), "xarm7": (17, 8), "widowx": (16, 7)},
+                    {robot: Embodiment(17, 8) for robot in ("panda", "xarm6", "xarm7", "widowx")},
                 ).parameters()
             )
             for name, config in PRESETS.items()

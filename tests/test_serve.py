@@ -33,6 +33,7 @@ import serve
 from cli import UserError
 from client import RemotePolicy, connected
 from data.env import TabletopEnv
+from embodiment import Embodiment
 from model import BLM
 from rollout import rollout
 from wire import MAX_CONTAINERS, pack, require_extras, unpack
@@ -223,10 +224,9 @@ def test_a_client_is_told_first_what_the_policy_is(address, blm):
     assert told["action_horizon"] == policy.config.action_horizon == 16
     assert told["action_dim"] == 7 and told["robot"] == "widowx"
     assert told["image_resolution"] == [128, 128] and told["cameras"] == ["front", "wrist"]
-    sizes = {
-        name: (robot["state_dim"], robot["action_dim"]) for name, robot in told["robots"].items()
-    }
-    assert sizes == policy.embodiments
+    for name, robot in told["robots"].items():
+        assert Embodiment(**robot) == policy.embodiments[name]
+    assert told["control_hz"] == 20 and "finger target (m)" in told["action"]
     assert set(told["observation_keys"]) == {"nanoblm", "libero", "droid", "aloha"}
 
 
@@ -518,7 +518,7 @@ def call(module, flags, monkeypatch, capsys):
         (serve, "--api_key_file {tmp}/nowhere --port 0", "nowhere"),
         (serve, "--api_key_file {tmp}/empty --port 0", "must hold one line"),
         (serve, "--keys {tmp}/empty --port 0", "empty is not JSON"),
-        (serve, "--keys {tmp}/keys --port 0", "mine must have front"),
+        (serve, "--keys {tmp}/keys --port 0", "mine must have cameras, state"),
         (serve, "--max_message 0", "--max_message 0"),
         (serve, "--robot widowz --port 0", "unknown robot 'widowz'.*did you mean widowx"),
         (serve, "--weights {tmp}/nowhere --port 0", "nowhere"),
