@@ -28,9 +28,9 @@ from data.lerobot_check import check
 from data.lerobot_read import Dataset, find_dataset, names_of
 from data.lerobot_write import export
 from data.media import middle_square
-from data.record import LARGEST, write_episode
+from data.record import LARGEST, embodiment_of, write_episode
 from embodiment import MOST_VIEWS, VIEW_NAME
-from files import atomic_folder
+from files import atomic_folder, reading
 
 GRIPPER = "gripper|finger|jaw"  # in the name of a number
 
@@ -146,7 +146,9 @@ def find_relative(state, action, state_names, action_names):
     """
     S = state.shape[1]
     A = action.shape[1]
-    if state_names and action_names:
+    # names that two numbers share say nothing
+    named = len(set(state_names)) == S and len(set(action_names)) == A
+    if named:
         places = {name: j for j, name in enumerate(state_names)}
         pairs = [places.get(name, -1) for name in action_names]
         grippers = [i for i, name in enumerate(action_names) if re.search(GRIPPER, name.lower())]
@@ -252,12 +254,13 @@ def import_dataset(source, out, flags):
     about["state_names"] = names_of(dataset.features[dataset.state])
     about["action_names"] = names_of(dataset.features[dataset.action])
     recordings = read_recordings(dataset)
-    about["relative"] = find_relative(
-        np.concatenate([recording.state for recording in recordings]),
-        np.concatenate([recording.action for recording in recordings]),
-        about["state_names"],
-        about["action_names"],
-    )
+    # what cannot be one robot's is told before the work, not when the episodes are read
+    with reading(dataset.about):
+        state = np.concatenate([recording.state for recording in recordings])
+        action = np.concatenate([recording.action for recording in recordings])
+        names = about["state_names"], about["action_names"]
+        about["relative"] = find_relative(state, action, *names)
+        embodiment_of(about, state.shape[1], action.shape[1])
     print(describe_targets(about["relative"], about["action_names"]))
     with atomic_folder(out) as new:
         entries = zip(dataset.entries, recordings, strict=True)

@@ -22,7 +22,7 @@ pq = pytest.importorskip("pyarrow.parquet", reason="pip install -r requirements-
 pytest.importorskip("av", minversion="18", reason="pip install -r requirements-lerobot.txt")
 
 from data import lerobot_check, lerobot_read
-from data.lerobot import ImportFlags, import_dataset, main
+from data.lerobot import ImportFlags, find_relative, import_dataset, main
 from data.lerobot_check import check
 from data.lerobot_read import Clip, Dataset, Recording, film_pictures, find_dataset, names_of
 from data.lerobot_write import export
@@ -302,6 +302,60 @@ def test_a_picture_of_another_time_is_never_taken(start, stop, timestamps, says,
     film_of(path, [0, 100, 200, 340, 400, 500, 600])
     with pytest.raises(UserError, match=says):
         numbers_in(Clip(path, start, stop), timestamps)
+
+
+# ---- which numbers are targets
+
+
+def arms(n=400):
+    """state (n, 3) of a slow movement, and where each number is a step later."""
+    path = np.cumsum(np.random.default_rng(0).normal(size=(n + 1, 3)), 0)
+    return path[:-1], path[1:]
+
+
+NAMES = ["pan.pos", "lift.pos", "gripper.pos"]
+
+
+def test_targets_are_found_by_name_and_grippers_left_out():
+    state, target = arms()
+    assert find_relative(state, target, NAMES, NAMES) == [0, 1, -1]
+    order = [2, 1, 0]
+    other = [NAMES[i] for i in order]
+    assert find_relative(state, target[:, order], NAMES, other) == [-1, 1, 0]
+    # a name that the state does not have, and an action with more numbers than the state
+    assert find_relative(state, target, ["pan.pos", "x", "y"], NAMES) == [0, -1, -1]
+    assert find_relative(state[:, :1], target, NAMES[:1], NAMES) == [0, -1, -1]
+
+
+def test_without_names_targets_stand_in_the_same_place():
+    state, target = arms()
+    assert find_relative(state, target, [], []) == [0, 1, -1]
+    assert find_relative(state[:, :1], target, [], []) == [0, -1, -1]
+    assert find_relative(state, target[:, :2], NAMES, []) == [0, -1]
+    assert find_relative(state, target, ["motor"] * 3, ["motor"] * 3) == [0, 1, -1]
+
+
+def test_deltas_and_other_units_are_no_targets_whatever_they_are_called():
+    state, target = arms()
+    assert find_relative(state, target - state, NAMES, NAMES) == [-1, -1, -1]
+    assert find_relative(state, np.degrees(target), NAMES, NAMES) == [-1, -1, -1]
+    assert find_relative(state, 0 * target, NAMES, NAMES) == [-1, -1, -1]
+
+
+def test_an_import_says_and_keeps_what_is_relative(copied, tmp_path, capsys):
+    episode = run_import(FIXTURES / "v30_h264", tmp_path / "targets")[0]
+    assert episode.embodiment.relative == (0, 1, 2, 3, 4, -1)
+    assert "shoulder_pan.pos" in episode.embodiment.state
+    printed = capsys.readouterr().out
+    assert "wrist_roll.pos; as they are: gripper.pos" in printed
+    folder = copied("v30_h264")
+    edit(
+        data_file(folder),
+        action=lambda rows: [[*np.sin(row), 0.5] for row in np.array(rows)[:, :5]],
+    )
+    episode = run_import(folder, tmp_path / "deltas")[0]
+    assert episode.embodiment.relative == (-1,) * 6
+    assert "learned relative to the state: none; as they are: shoulder" in capsys.readouterr().out
 
 
 # ---- what cannot be imported

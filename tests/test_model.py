@@ -31,7 +31,7 @@ CORPUS = [
 ROBOTS = {"panda": Embodiment(17, 8), "widowx": Embodiment(16, 7)}
 
 
-def small_blm(seed=0, policy=True, corpus=CORPUS):
+def small_blm(seed=0, policy=True, corpus=CORPUS, robots=ROBOTS):
     """Random weights, of a size at which pictures and words matter."""
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(corpus, vocab_size=300)
@@ -66,12 +66,13 @@ def small_blm(seed=0, policy=True, corpus=CORPUS):
         num_future_tokens=2,
         future_layer=3,
     )
-    actor = Policy(config, 24, ROBOTS)
+    actor = Policy(config, 24, robots)
     for parameter in [*vlm.parameters(), *actor.parameters()]:
         noisy = parameter + 0.2 * torch.randn_like(parameter)
         parameter.data = noisy.half().float()  # what float16 holds exactly
-    for robot in range(2):
-        actor.normalizer.fit(robot, torch.randn(30, 17), torch.randn(30, 4, 8))
+    for robot in range(len(robots)):
+        numbers = torch.randn(30, actor.state_dim), torch.randn(30, 4, actor.action_dim)
+        actor.normalizer.fit(robot, *numbers)
     image = ImageConfig(patch_size=8, min_pixels=32 * 32, max_pixels=32 * 32)
     training = {"sft": {"stage": "sft", "step": 7}}
     return BLM(vlm, Processor(tokenizer, image), actor if policy else None, training)
@@ -153,6 +154,25 @@ def test_a_policy_loads_in_any_type(folder, dtype):
     small_blm().save_pretrained(folder / "cast", dtype)
     for name in ("again", "cast"):
         BLM.from_pretrained(folder / name)
+
+
+def test_each_robot_keeps_its_own_cameras(tmp_path):
+    robots = {
+        "arm": Embodiment(6, 6, views=("top",), control_hz=30, state="joints (degrees)"),
+        "aloha": Embodiment(14, 16, views=("high", "left", "right"), relative=(-1,) * 16),
+    }
+    blm = small_blm(robots=robots)
+    blm.save_pretrained(tmp_path)
+    again = BLM.from_pretrained(tmp_path)
+    assert again.policy.embodiments == robots
+    for robot, embodiment in robots.items():
+        images = dict.fromkeys(embodiment.views, observation()["images"]["front"])
+        seen = {**observation(), "images": images, "state": np.zeros(embodiment.state_dim)}
+        chunk = blm.act(seen, robot)
+        assert chunk.shape == (4, embodiment.action_dim)
+        assert np.array_equal(again.act(seen, robot), chunk)
+    told = refusal(blm.act, {**observation(), "state": np.zeros(6)}, "arm")
+    assert "lacks 'top'" in told and '{"images": {"top"}' in told and "joints (degrees)" in told
 
 
 def test_the_shipped_policy_loads_and_acts():
