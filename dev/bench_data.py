@@ -25,16 +25,18 @@ from train_policy import TrainConfig, load_demonstrations, load_models, policy_c
 
 ROOT = Path(__file__).parent.parent
 BATCH = 64  # rows: a frame of all cameras, its state, and HORIZON actions
-EPISODES = 10  # of the dataset
+EPISODES = 4  # of the dataset, its first
 
 
 def prepare(source, folder, device):
     """Demonstrations of the dataset `source`, imported and with their hidden states in `folder`."""
+    # called as the dataset calls them, whatever that is
     cameras = Dataset(source).cameras[:MOST_VIEWS]
     views = [re.sub(r"\W", "_", camera.rpartition(".")[2]) for camera in cameras]
     chosen = ",".join(f"{view}={camera}" for view, camera in zip(views, cameras, strict=True))
     flags = ImportFlags(cameras=chosen, robot="robot", episodes=f":{EPISODES}")
     import_dataset(source, folder / "mine", flags)
+    # from here on as in train_policy.py
     cfg = TrainConfig(data=str(folder / "mine"), cache=str(folder / "cache"))
     config = policy_config(cfg)
     assert config.action_horizon == HORIZON, "the other side would read other chunks"
@@ -86,12 +88,14 @@ def measure(config, turns, environment, device):
         prepared = time.perf_counter() - start
         times = []
         with turns(command, ROOT, environment) as lerobot:
+            # other rows every time, so nothing is read twice
             for step in range(config.rounds + 1):
                 rows = demos.rows_of_step(0, step, BATCH)
                 batch = milliseconds(demos.batch, rows)
                 pictures = milliseconds(read_pictures, demos, rows)
                 times.append([batch, pictures, lerobot()])
     batches, pictures, theirs = np.array(times[1:]).T  # (rounds,) each; the first is slower
+    # paid once, before the first step
     first = row_of("data, batches for a step of Stage II", batches, theirs)
     first["prepared_s"] = round(prepared)
     return [first, row_of("data, the pictures themselves", pictures, theirs)]
