@@ -83,8 +83,8 @@ def show_recordings(policy, episodes):
             chunk = policy.act(episode.observation(step), episode.robot)  # (T, A)
             done = episode.action[step : step + EXECUTE_STEPS]
             errors.append(np.abs(chunk[: len(done)] - done))
-        mean = np.concatenate(errors).mean(0).round(3).tolist()
-        print(f"{episode.path.name}: {len(errors)} chunks, mean error of each number {mean}")
+        mean = ", ".join(f"{error:.3f}" for error in np.concatenate(errors).mean(0))
+        print(f"{episode.path.name}: {len(errors)} chunks, mean error of each number: {mean}")
 
 
 def main():

@@ -311,7 +311,7 @@ def test_recordings_stand_in_for_a_robot(address, blm, tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["client.py", "--data", str(tmp_path), "--server", address])
     client.main()
     said = capsys.readouterr().out
-    assert "widowx-PushCube-0.safetensors: 2 chunks, mean error of each number [0." in said
+    assert "widowx-PushCube-0.safetensors: 2 chunks, mean error of each number: 0." in said
 
 
 def test_from_the_second_reply_on_the_time_of_the_one_before_is_told(address):
