@@ -4,14 +4,19 @@
     python client.py --task StackCube --episodes 3         in another
 
 Draws each episode as sample.py does. A real robot's client looks the same, with cameras and servos
-instead of TabletopEnv.
+instead of TabletopEnv. Before those are connected, recordings can stand in for them:
+
+    python client.py --data out/mine                       what would the policy have done?
 """
 
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
+
 from cli import UserError, at_least, choose, parse, run
 from data.env import TabletopEnv
+from data.record import load_episodes
 from data.robots import ROBOTS
 from data.tasks import TASKS
 from files import writable
@@ -29,6 +34,7 @@ class ClientConfig:
     seed: int = 1_000_001  # layout of the first episode
     episodes: int = 1  # episodes, with seeds counting up
     out: str = "out"  # folder for the GIFs
+    data: str = ""  # folder of episodes: show the server their frames instead of driving the arm
 
 
 class RemotePolicy:
@@ -66,12 +72,32 @@ def connected(address, api_key=""):
         raise UserError(f"{address}: {str(error) or type(error).__name__}; {advice}") from None
 
 
+def show_recordings(policy, episodes):
+    """Send recorded frames in place of a robot's own, and print how far each chunk is from the record.
+
+    Frames are as far apart as a robot looks: EXECUTE_STEPS control steps.
+    """
+    for episode in episodes:
+        errors = []
+        for step in range(0, len(episode), EXECUTE_STEPS):
+            chunk = policy.act(episode.observation(step), episode.robot)  # (T, A)
+            done = episode.action[step : step + EXECUTE_STEPS]
+            errors.append(np.abs(chunk[: len(done)] - done))
+        mean = ", ".join(f"{error:.3f}" for error in np.concatenate(errors).mean(0))
+        print(f"{episode.path.name}: {len(errors)} chunks, mean error of each number: {mean}")
+
+
 def main():
     config = parse(ClientConfig, description="Drive the simulated arm through a policy server.")
     require_extras()
+    at_least(config, 1, "episodes")
+    if config.data:
+        episodes = load_episodes(config.data)
+        with connected(config.server, read_api_key(config.api_key_file)) as policy:
+            show_recordings(policy, episodes[: config.episodes])
+        return
     choose(config.robot, ROBOTS, "robot")
     choose(config.task, TASKS, "task")
-    at_least(config, 1, "episodes")
     at_least(config, 0, "seed")
     writable(config.out)
     # the simulator is on this side, the weights on the other

@@ -10,8 +10,8 @@ A model folder:
     config.json, generation_config.json, model.safetensors   the language model, as on the hub
     tokenizer*.json, preprocessor_config.json                the processor; this far, the model only answers
     policy.safetensors      the policy's weights and statistics
-    policy.json             its sizes, its robots with the order and units of their numbers, and what
-                            it reads: a hash of the language model, for it is useless on any other
+    policy.json             its sizes, its robots (embodiment.py), and what it reads: a hash of the
+                            language model, for it is useless on any other
     training.json           how each stage was made: command, seed, steps, figures
 
 Letters: B batch, L tokens of the prompt, Dc width of the language model, T action horizon, A and S
@@ -32,18 +32,16 @@ from safetensors.torch import load_file, save_file
 from checkpoint import config_fields, hub_weights, stored_dtype
 from cli import UserError, choose
 from data.media import middle_square, to_rgb
+from embodiment import VIEWS, Embodiment
 from files import atomic, find_folder, read_json, reading, write_json
 from policy import Policy, PolicyConfig, waypoint_head
 from processor import Processor
 from vlm import VLM
 
-VIEWS = ("front", "wrist")  # in the order of the prompt
-VERSION = 5  # of policy.json; 2 had no waypoint head, 2 and 3 no text_first
+# of policy.json; 2 had no waypoint head, 2 and 3 no text_first, 2 to 4 one pair of cameras for all
+VERSION = 5
 LARGEST_STATE = 10  # rad, m: no joint turns so far, but a state in degrees does
 FARTHEST = 5.0  # times what is usual: for robots whose states are in degrees themselves
-# for whoever reads policy.json; the frames are in data/robots.py
-STATE = "joint angles (rad), finger (m), TCP position (m), first two columns of its rotation"
-ACTION = "joint targets (rad), finger target (m)"
 
 
 class BLM:
@@ -97,7 +95,7 @@ class BLM:
 
     @torch.no_grad()
     def intent_states(self, images, instructions, num_layers=None, text_first=False):
-        """[[front, wrist], ...] and an instruction each: what the language model says of them.
+        """Lists of a robot's pictures and an instruction each: what the language model says of them.
 
         Hidden states (B, L, Dc) behind block k and their mask (B, L) bool; later blocks do not run.
         The one place where the prompt for acting is made: `act` and data/demonstrations.py
@@ -114,9 +112,11 @@ class BLM:
         return hidden, batch["attention_mask"].bool()
 
     def act(self, observation, robot, temperature=0.0, seed=None):
-        """One chunk of targets, (T, dof + 1) float32, for the next T control steps of 50 ms.
+        """One chunk of targets, (T, A) float32, for the robot's next T control steps.
 
-        Joint angles (rad) and the finger (m). observation: see `read_observation`. temperature
+        For the simulator's arms A is dof + 1: joint angles (rad) and the finger (m), in steps of
+        50 ms. What another robot's numbers are, its Embodiment says. observation: see
+        `read_observation`. temperature
         scales the noise that the chunk flows from: at 1 a sample, as GR00T draws it; at 0 the flow
         starts from the noise's mean and gives one chunk for one observation, which is what eval.py
         measures. seed (an integer or a list of them) fixes the noise. UserError on an unknown robot
@@ -125,21 +125,21 @@ class BLM:
         policy = self.require_policy()
         names = list(policy.embodiments)
         index = names.index(choose(robot, names, "robot"))
-        state_dim, action_dim = policy.embodiments[robot]
+        embodiment = policy.embodiments[robot]
         usual = policy.normalizer.state_mean[index].abs() + policy.normalizer.state_std[index]
         largest = max(LARGEST_STATE, FARTHEST * float(usual.max()))
-        images, numbers, instruction = read_observation(observation, state_dim, largest)
+        images, numbers, instruction = read_observation(observation, embodiment, largest)
         hidden, mask = self.intent_states([images], [instruction])
 
         state = torch.zeros(1, policy.state_dim)  # padded to S
-        state[0, :state_dim] = torch.from_numpy(numbers)
+        state[0, : embodiment.state_dim] = torch.from_numpy(numbers)
         shape = (1, policy.config.action_horizon, policy.action_dim)
         with reading("temperature and seed"):  # numpy's noise is the same on every device
             noise = np.random.default_rng(seed).standard_normal(shape, np.float32)
             noise = torch.from_numpy(temperature * noise)
         inputs = [part.to(self.device) for part in (state, torch.tensor([index]), noise)]
         chunk = policy.sample(hidden, mask, *inputs)  # (1, T, A)
-        chunk = chunk[0, :, :action_dim].cpu().numpy()
+        chunk = chunk[0, :, : embodiment.action_dim].cpu().numpy()
         if not np.isfinite(chunk).all():
             raise UserError(f"the chunk for {robot} is not finite: are the weights damaged?")
         return chunk
@@ -195,16 +195,13 @@ class BLM:
             for name, tensor in (weights or policy.state_dict()).items()
         }
         robots = {  # with an index, for JSON's keys have no order
-            name: {"index": i, "state_dim": state_dim, "action_dim": action_dim}
-            for i, (name, (state_dim, action_dim)) in enumerate(policy.embodiments.items())
+            name: {"index": i, **dataclasses.asdict(embodiment)}
+            for i, (name, embodiment) in enumerate(policy.embodiments.items())
         }
         about = {
             "version": VERSION,
             "config": dataclasses.asdict(policy.config),
             "embodiments": robots,
-            "state": STATE,
-            "action": ACTION,
-            "views": VIEWS,
             "backbone": backbone or backbone_hash(self.vlm, self.processor, k, dtype),
         }
         # the description last: weights without one are refused
@@ -259,21 +256,23 @@ def to_square(picture):
     return square
 
 
-def read_observation(observation, state_dim, largest=LARGEST_STATE):
-    """([front, wrist], state (S,) float64, instruction) of an observation, checked.
+def read_observation(observation, embodiment, largest=LARGEST_STATE):
+    """([picture of each camera], state (S,) float64, instruction) of an observation, checked.
 
-    {"images": {"front", "wrist": see `to_square`}, "state": S numbers in rad and m, in the order of
-    policy.json, "instruction": str}; arrays, lists or tensors. No number of the state may be larger
-    than `largest`. UserError says what is wrong.
+    {"images": {"front", "wrist", or as the robot's cameras are called: see `to_square`}, "state": S
+    numbers in the robot's order and units, "instruction": str}; arrays, lists or tensors. No number
+    of the state may be larger than `largest`. UserError says what is wrong.
     """
-    form = f'"state": {state_dim} numbers in rad and m, "instruction": text'
-    with reading("the observation", f'it must be {{"images": {{"front", "wrist"}}, {form}}}'):
-        images = {view: observation["images"][view] for view in VIEWS}
+    S = embodiment.state_dim
+    cameras = ", ".join(f'"{view}"' for view in embodiment.views)
+    form = f'{{"images": {{{cameras}}}, "state": {S} numbers, "instruction": text}}'
+    with reading("the observation", f"it must be {form}; the numbers: {embodiment.state}"):
+        images = {view: observation["images"][view] for view in embodiment.views}
         instruction = observation["instruction"]
         check_text("instruction", instruction)
         # complex numbers and texts are no kind of float
         state = to_array(observation["state"], 1).astype(np.float64, casting="same_kind")
-        assert state.shape == (state_dim,), f"the state has the shape {state.shape}"
+        assert state.shape == (S,), f"the state has the shape {state.shape}"
         # NaN is not below anything
         fine = np.abs(state) <= largest
         assert fine.all(), f"the state is not finite, or too large: {state[~fine]}"
@@ -346,7 +345,8 @@ def load_policy(folder, vlm, processor):
             about["config"] |= {"num_waypoints": 4, "waypoint_loss_weight": 1.0}
             head = waypoint_head(PolicyConfig(**about["config"])).state_dict()
             tensors |= {f"waypoint_head.{name}": tensor for name, tensor in head.items()}
-        assert about["views"] == list(VIEWS), f"views {about['views']}"
+        if version < 5:  # of all robots; today each has its own
+            assert about["views"] == list(VIEWS), f"views {about['views']}"
         config = PolicyConfig(**about["config"])
         assert about["config"] == vars(config), "sizes are missing in config"
         # before a network of a million layers is built
@@ -354,9 +354,9 @@ def load_policy(folder, vlm, processor):
         embodiments = {}
         robots = about["embodiments"].items()
         for name, robot in sorted(robots, key=lambda item: item[1]["index"]):
-            assert robot["index"] == len(embodiments), "robots without an index"
-            embodiments[name] = (robot["state_dim"], robot["action_dim"])
-            assert 1 < robot["action_dim"] <= robot["state_dim"] < 1000, f"sizes of {name}"
+            assert robot.pop("index") == len(embodiments), "robots without an index"
+            with reading(f"the robot {name}"):
+                embodiments[name] = Embodiment(**robot)
         with torch.device("meta"):  # shapes only
             policy = Policy(config, vlm.config.hidden_size, embodiments)
         backbone = backbone_hash(vlm, processor, config.intent_layer)

@@ -26,8 +26,8 @@ robot and the law of tau; FLARE (2505.15659) for the future loss; DiT (2212.0974
 Letters: B batch, L tokens of the prompt, Dc their width, N intent queries, D width here, M future
 tokens, T action horizon (steps of 50 ms), A and S action and state dims, padded to the largest
 robot's, E robots ("embodiments"), H heads, d width of a head, K Euler steps.
-Order and units of state and action: data/robots.py. The first A - 1 numbers of both are joint
-angles (rad), the last action is the finger (m).
+What a robot's numbers are, and which of the action are targets for which of the state:
+embodiment.py.
 """
 
 import math
@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from cli import UserError
 from vlm import attend
@@ -106,8 +107,9 @@ PRESETS = {
 class Normalizer(nn.Module):
     """States to zero mean and unit deviation, and so *relative* targets, each step for itself.
 
-    Relative: joint target - joint angle now; the finger's target stays as it is. Statistics are
-    buffers, a row for each robot, so they travel with the weights.
+    Relative: joint target - joint angle now; what is no target for a number of the state stays as
+    it is, such as a finger's target (Embodiment.relative). Statistics are buffers, a row for each
+    robot, so they travel with the weights.
     """
 
     STATE_FLOOR = 1e-2  # rad, m: what hardly moves must not become noise of size one
@@ -116,13 +118,19 @@ class Normalizer(nn.Module):
     def __init__(self, embodiments, horizon):
         super().__init__()
         with torch.device("cpu"):  # even where the rest are shapes alone: masks are in no file
-            sizes = torch.tensor(list(embodiments.values()))  # (E, 2)
+            robots = embodiments.values()
+            sizes = torch.tensor(
+                [(robot.state_dim, robot.action_dim) for robot in robots]
+            )  # (E, 2)
             E = len(sizes)
             S, A = sizes.amax(0).tolist()
+            targets = [torch.tensor(robot.relative) for robot in robots]
+            relative = pad_sequence(targets, batch_first=True, padding_value=-1)  # (E, A)
             buffers = {
                 "state_mask": torch.arange(S) < sizes[:, :1],  # (E, S): the robot's own
                 "action_mask": torch.arange(A) < sizes[:, 1:],  # (E, A)
-                "joint_mask": torch.arange(1, A + 1) < sizes[:, 1:],  # (E, A): no finger
+                "relative_mask": relative >= 0,  # (E, A): targets for a number of the state
+                "relative_index": relative.clamp(min=0),  # (E, A): for which
                 "state_mean": torch.zeros(E, S),
                 "state_std": torch.ones(E, S),
                 "action_mean": torch.zeros(E, horizon, A),  # of each step, T
@@ -130,7 +138,8 @@ class Normalizer(nn.Module):
                 "fitted": torch.zeros(E, dtype=torch.bool),  # has statistics
             }
         for name, buffer in buffers.items():
-            self.register_buffer(name, buffer, persistent="mask" not in name)
+            known = name.endswith(("_mask", "_index"))  # by the embodiments alone
+            self.register_buffer(name, buffer, persistent=not known)
 
     def fit(self, embodiment, state, action):
         """Statistics of one robot (its index) from demonstrations, padded to the largest robot.
@@ -150,9 +159,10 @@ class Normalizer(nn.Module):
         self.fitted[embodiment] = True
 
     def reference(self, state, embodiment):
-        """What targets are relative to: joint angles now (B, 1, A), zero for the finger."""
-        A = self.joint_mask.shape[1]
-        return torch.where(self.joint_mask[embodiment], state[..., :A], 0.0)[:, None]
+        """What targets are relative to: joint angles now (B, 1, A), zero for what is no such target."""
+        index = self.relative_index[embodiment]
+        now = state.gather(1, index.expand(len(state), -1))  # (B, A)
+        return torch.where(self.relative_mask[embodiment], now, 0.0)[:, None]
 
     def normalize_state(self, state, embodiment, noise=0.0):
         """(B, S) in physical units to what the encoder reads; noise is in deviations."""
@@ -402,7 +412,7 @@ def waypoint_head(config):
 
 
 class Policy(nn.Module):
-    """embodiments {robot: (state_dim, action_dim)}; condition_size Dc, the language model's width."""
+    """embodiments {robot: Embodiment}; condition_size Dc, the language model's width."""
 
     def __init__(self, config, condition_size, embodiments):
         super().__init__()
@@ -473,7 +483,7 @@ class Policy(nn.Module):
         if length > longest:
             raise UserError(
                 f"a prompt of {length} tokens is longer than this policy's {longest}: "
-                "shorten the instruction"
+                "shorten the instruction, or take fewer cameras"
             )
 
     def intent(self, hidden, mask):

@@ -15,22 +15,30 @@ from tqdm import tqdm
 
 from cli import choose
 from data.demonstrations import FRAME_STRIDE, Demonstrations, select_episodes
-from data.env import VIEWS
 from data.lerobot_write import names_in
 
 
 def predict(blm, episode, step):
     """The chunk (T, A) that the policy would carry out at a step, as when it drives."""
-    images = dict(zip(VIEWS, episode.images(step)))
-    observation = {"images": images, "state": episode.state[step]}
-    return blm.act({**observation, "instruction": episode.instruction}, episode.robot)
+    return blm.act(episode.observation(step), episode.robot)
 
 
 def repeat_last(episode, step, horizon):
-    """The action before, T times (T, A); at the first step where the joints are."""
-    size = episode.action.shape[1]
-    last = episode.action[step - 1] if step else episode.state[0, :size]
+    """The action before, T times (T, A); at the first step where the joints are, or no movement."""
+    last = episode.action[step - 1] if step else stand_still(episode)
     return np.tile(last, (horizon, 1))
+
+
+def stand_still(episode):
+    """The action (A,) that leaves a robot where it begins: its own joints, or deltas of zero."""
+    relative = np.array(episode.embodiment.relative)
+    first = episode.state[0]
+    action = np.zeros_like(episode.action[0])
+    # a gripper stands in state and action in the same place
+    if (relative >= 0).any():
+        size = min(len(first), len(action))
+        action[:size] = first[:size]
+    return np.where(relative >= 0, first[relative], action)
 
 
 class Nearest:
@@ -39,8 +47,8 @@ class Nearest:
     def __init__(self, demonstrations, normalizer, robot):
         own = demonstrations.embodiment[demonstrations.train] == robot
         rows = demonstrations.train[own]
-        sizes = list(demonstrations.embodiments.values())
-        self.action_dim = sizes[robot][1]
+        robots = list(demonstrations.embodiments.values())
+        self.action_dim = robots[robot].action_dim
         self.normalizer = normalizer
         self.robot = torch.tensor([robot])
         state, self.action = demonstrations.numbers(rows)

@@ -27,7 +27,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from http import HTTPStatus
 
 import numpy as np
@@ -37,6 +37,7 @@ from files import read_json, read_text, reading
 from wire import pack, require_extras, unpack
 
 KEY_MAPS = "data/observation_keys.json"
+ANY = "{camera}"  # in its keys: whatever a robot's cameras are called
 MAX_CLIENTS = 16  # at a time; each may hold a message or two in memory
 MAX_INSTRUCTION = 1000  # characters: the tokenizer remembers every text that it has seen
 PING_INTERVAL = 20  # s
@@ -62,17 +63,41 @@ class ServeConfig:
 
 
 def load_key_maps(path):
-    """{family: {"front", "wrist", "instruction": key, "state": [key]}} in a file."""
+    """{family: {camera: key, ..., "instruction": key, "state": [key]}} in a file.
+
+    The camera ANY stands for all that are not named, and in its key for their names.
+    """
     maps = read_json(path)
-    wanted = {"front", "wrist", "state", "instruction"}
     for family, keys in maps.items():
         with reading(path, f"{KEY_MAPS} shows how it looks"):
-            assert set(keys) == wanted, f"{family} must have {', '.join(sorted(wanted))}"
+            for name in ("state", "instruction"):
+                assert name in keys, f"{family} must have cameras, state and instruction"
+            assert len(keys) > 2, f"{family} has no cameras"
             state = keys["state"]
             assert isinstance(state, list) and state, f"the state of {family} is no list of keys"
-            for key in (keys["front"], keys["wrist"], keys["instruction"], *state):
-                assert isinstance(key, str), f"{key!r} of {family} is no text"
+            for name, key in keys.items():
+                parts = state if name == "state" else [key]
+                for part in parts:
+                    assert isinstance(part, str), f"{part!r} of {family} is no text"
     return maps
+
+
+def families_of(key_maps, robot, views):
+    """{family: {"images": {camera: key}, "state": [key], "instruction": key}}: who names all cameras.
+
+    UserError if nobody does.
+    """
+    families = {}
+    for family, keys in key_maps.items():
+        others = keys.get(ANY, "")
+        images = {view: keys.get(view) or others.replace(ANY, view) for view in views}
+        if all(images.values()):
+            own = {"state": keys["state"], "instruction": keys["instruction"]}
+            families[family] = {"images": images, **own}
+    if not families:
+        cameras = ", ".join(views)
+        raise UserError(f"no family of --keys names the cameras of {robot}: {cameras}")
+    return families
 
 
 def find(observation, key):
@@ -93,15 +118,15 @@ def names(observation, above=""):
     return found
 
 
-def recognize(observation, key_maps, instruction=""):
-    """(family, what it reads): the first family of the key maps all of whose keys are there.
+def recognize(observation, families, instruction=""):
+    """(family, what it reads): the first of `families_of` all of whose keys are there.
 
     UserError names what the nearest family misses. instruction: that key may be missing.
     """
     reads = {}
     lacks = {}
-    for family, keys in key_maps.items():
-        reads[family] = [keys["front"], keys["wrist"], *keys["state"], keys["instruction"]]
+    for family, keys in families.items():
+        reads[family] = [*keys["images"].values(), *keys["state"], keys["instruction"]]
         needed = reads[family][:-1] if instruction else reads[family]
         lacks[family] = [key for key in needed if find(observation, key) is None]
     family = min(lacks, key=lambda name: len(lacks[name]))
@@ -114,17 +139,17 @@ def recognize(observation, key_maps, instruction=""):
 
 def translate(observation, keys, instruction="", max_picture=4096):
     """An observation with a family's keys as `BLM.act` takes it. UserError on what is too large."""
-    from model import VIEWS, to_array
+    from model import to_array
 
     images = {}
-    for view in VIEWS:
-        picture = find(observation, keys[view])
+    for view, key in keys["images"].items():
+        picture = find(observation, key)
         with reading(f"the {view} picture"):  # lists may be of unequal lengths
             shape = np.shape(picture)
         # before it is copied, as it is on its way to the model
         if max(shape, default=0) > max_picture:
             limit = f"is longer than {max_picture} pixels: shrink it first"
-            raise UserError(f"{keys[view]}, shape {shape}, {limit}")
+            raise UserError(f"{key}, shape {shape}, {limit}")
         images[view] = picture
     parts = [find(observation, key) for key in keys["state"]]
     state = parts[0]
@@ -155,42 +180,47 @@ class PolicyServer:
         self.config = config
         self.robot = choose(config.robot, blm.require_policy().embodiments, "robot")
         self.key_maps = load_key_maps(config.keys)
+        self.families(self.robot)
         self.api_key = read_api_key(config.api_key_file)
         self.hello = pack(self.metadata())
         self.clients = 0
         # one: the model computes one chunk at a time, and torch keeps threads for each caller
         self.worker = ThreadPoolExecutor(1)
 
+    def families(self, robot):
+        """`families_of` the robot of an observation. UserError on an unknown one."""
+        embodiments = self.blm.policy.embodiments
+        views = embodiments[choose(robot, embodiments, "robot")].views
+        return families_of(self.key_maps, robot, views)
+
     def metadata(self):
         """What a client is told first."""
-        from data.env import CONTROL_HZ, IMAGE_SIZE
-        from model import ACTION, STATE, VIEWS
+        from data.env import IMAGE_SIZE
         from processor import smart_resize
 
         policy = self.blm.policy
-        robots = {}
-        for name, (state_dim, action_dim) in policy.embodiments.items():
-            robots[name] = {"state_dim": state_dim, "action_dim": action_dim}
+        robots = {name: asdict(robot) for name, robot in policy.embodiments.items()}
+        own = robots[self.robot]
         # larger ones are shrunk here, so they only take longer to send
         size = smart_resize(IMAGE_SIZE, IMAGE_SIZE, self.blm.processor.image)
         return {
             "action_horizon": policy.config.action_horizon,
-            "action_dim": robots[self.robot]["action_dim"],
+            "action_dim": own["action_dim"],
             "image_resolution": size,
-            "cameras": VIEWS,
+            "cameras": own["views"],
             "robots": robots,
             "robot": self.robot,
-            "control_hz": CONTROL_HZ,
-            "state": STATE,
-            "action": ACTION,
-            "observation_keys": self.key_maps,
+            "control_hz": own["control_hz"],
+            "state": own["state"],
+            "action": own["action"],
+            "observation_keys": self.families(self.robot),
         }
 
     def warm_up(self):
         """One chunk for nobody: the first takes longer."""
-        state_dim, _ = self.blm.policy.embodiments[self.robot]
-        black = np.zeros((128, 128, 3), np.uint8)
-        observation = {"images": {"front": black, "wrist": black}, "state": np.zeros(state_dim)}
+        robot = self.blm.policy.embodiments[self.robot]
+        images = dict.fromkeys(robot.views, np.zeros((128, 128, 3), np.uint8))
+        observation = {"images": images, "state": np.zeros(robot.state_dim)}
         self.blm.act({**observation, "instruction": "warm up"}, self.robot)
 
     # ---- in the worker thread
@@ -210,23 +240,23 @@ class PolicyServer:
     def act(self, observation, previous_ms):
         """The reply to an observation; previous_ms: what the one before took, None for the first."""
         instruction = self.config.instruction
-        family, read = recognize(observation, self.key_maps, instruction)
+        robot = observation.get("robot", self.robot)
+        families = self.families(robot)
+        family, read = recognize(observation, families, instruction)
         # once a client, so that a camera which nothing looks at does not go unnoticed
         if previous_ms is None:
             unread = [name for name in names(observation) if name not in (*read, "robot")]
             more = f"; not read: {', '.join(unread[:20])}" if unread else ""
             say(f"observations of the family {family}{more}")
-        keys = self.key_maps[family]
+        keys = families[family]
         observed = translate(observation, keys, instruction, self.config.max_picture)
-        robot = observation.get("robot", self.robot)
         start = time.perf_counter()
         try:
             chunk = self.blm.act(observed, robot)  # (T, dof + 1)
         except UserError as error:
-            where = f"front: {keys['front']}, wrist: {keys['wrist']}"
-            raise UserError(
-                f"{error} ({robot}; {where}, state: {'+'.join(keys['state'])})"
-            ) from None
+            where = [f"{view}: {key}" for view, key in keys["images"].items()]
+            where.append(f"state: {'+'.join(keys['state'])}")
+            raise UserError(f"{error} ({robot}; {', '.join(where)})") from None
         timing = {"infer_ms": 1000 * (time.perf_counter() - start)}
         if previous_ms is not None:
             timing["prev_total_ms"] = previous_ms

@@ -97,7 +97,7 @@ def validation_rows(demos):
 
 def divisors(demos, policy, rows):
     """How many action numbers, futures and rows there are: what their losses are divided by."""
-    action_dims = np.array([action_dim for _, action_dim in demos.embodiments.values()])
+    action_dims = np.array([robot.action_dim for robot in demos.embodiments.values()])
     numbers = policy.config.action_horizon * int(action_dims[demos.embodiment[rows]].sum())
     return numbers, max(1, int(demos.has_future[rows].sum())), len(rows)
 
@@ -108,13 +108,17 @@ def evaluate(policy, demos, cfg, device):
     joint_error_rad.
 
     The last is the mean error of joint targets in chunks as `act` makes them, over the steps that are
-    carried out: of all figures here it ranks policies most nearly as success does.
+    carried out: of all figures here it ranks policies most nearly as success does. Of a robot without
+    such targets it is the error of all numbers of its action.
     """
     policy.eval()
     generator = torch.Generator().manual_seed(0)
     rows = validation_rows(demos)
     totals = divisors(demos, policy, rows)
     sums = Counter()
+    targets = policy.normalizer.relative_mask
+    others = policy.normalizer.action_mask & ~targets.any(1, keepdim=True)
+    compared = targets | others  # (E, A)
     for start in range(0, len(rows), cfg.batch_size):
         batch = demos.batch(rows[start : start + cfg.batch_size])
         batch |= policy.draw(len(batch["state"]), generator)
@@ -123,7 +127,7 @@ def evaluate(policy, demos, cfg, device):
         inputs = [batch[name] for name in ("hidden", "mask", "state", "embodiment")]
         chunk = policy.sample(*inputs, noise=torch.zeros_like(batch["noise"]))
         error = (chunk - batch["action"])[:, :EXECUTE_STEPS].abs()
-        joints = policy.normalizer.joint_mask[batch["embodiment"]][:, None].expand_as(error)
+        joints = compared[batch["embodiment"]][:, None].expand_as(error)
         sums["val_flow"] += float(losses["flow"])
         sums["val_future"] += float(losses["future"])
         sums["val_waypoint"] += float(losses["waypoint"])
@@ -282,7 +286,19 @@ def train(cfg):
         if cfg.fsdp:
             trainer.shard(module, (), device, ("sample",))
         module.to(device)
-    return fit(cfg, blm, policy, demos, facts, device)
+    figures = fit(cfg, blm, policy, demos, facts, device)
+    trainer.say(f"model in {cfg.out}; try {what_next(cfg, demos)}")
+    return figures
+
+
+def what_next(cfg, demos):
+    """The command that shows what the robots of these episodes have learned."""
+    robot = demos.episodes[0].robot
+    if robot in ROBOTS:
+        return f"`python sample.py --robot {robot} --weights {cfg.out}`"
+    # what no simulator knows is compared with its recordings, then driven
+    replay = f"python eval.py replay --data {cfg.data} --weights {cfg.out}"
+    return f"`{replay}`, then `python serve.py --robot {robot} --weights {cfg.out}`"
 
 
 def fit(cfg, blm, policy, demos, facts, device):
@@ -346,7 +362,6 @@ def main():
     with trainer.claim_out(cfg):
         train(cfg)
     trainer.end_processes()
-    trainer.say(f"model in {cfg.out}; try `python sample.py --weights {cfg.out}`")
 
 
 if __name__ == "__main__":

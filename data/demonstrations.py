@@ -114,7 +114,7 @@ def cache_hidden_states(blm, episodes, config, folder, rank=0, world=1, fsdp=Fal
 class Demonstrations:
     """All rows in memory, but for hidden states, which stay on disk until a batch asks for them.
 
-    embodiments {robot: (state_dim, action_dim)}, those of `known` first; cells [(robot, scene)];
+    embodiments {robot: Embodiment}, those of `known` first; cells [(robot, scene)];
     frame (R, 2): episode and frame of each row; has_future (R,); train (n,): row numbers;
     held_out [row numbers], an array a cell.
     """
@@ -127,11 +127,10 @@ class Demonstrations:
         self.ahead = horizon // FRAME_STRIDE  # frames until the future
         self.embodiments = dict(known)
         for episode in episodes:
-            sizes = (episode.state.shape[1], episode.action.shape[1])
-            expected = self.embodiments.setdefault(episode.robot, sizes)
-            if sizes != expected:
-                wrong = f"{sizes} numbers of state and action, not {expected}"
-                raise UserError(f"{episode.path}: {wrong}")
+            expected = self.embodiments.setdefault(episode.robot, episode.embodiment)
+            found = episode.embodiment.shape()
+            if found != expected.shape():
+                raise UserError(f"{episode.path}: {found}, not {expected.shape()}")
         robots = list(self.embodiments)
         indices = [robots.index(episode.robot) for episode in episodes]
         counts = [len(frames_of(episode)) for episode in episodes]
@@ -172,7 +171,8 @@ class Demonstrations:
 
     def numbers(self, rows):
         """state (n, S) and action (n, T, A) of rows (n,); zeros where a robot has fewer numbers."""
-        S, A = np.max(list(self.embodiments.values()), axis=0)
+        S = max(robot.state_dim for robot in self.embodiments.values())
+        A = max(robot.action_dim for robot in self.embodiments.values())
         state = torch.zeros(len(rows), S)
         action = torch.zeros(len(rows), self.horizon, A)
         for row, (i, frame) in enumerate(self.frame[rows]):
@@ -180,9 +180,9 @@ class Demonstrations:
             step = frame * FRAME_STRIDE
             # past its end the last action is held
             steps = np.arange(step, step + self.horizon).clip(max=len(episode) - 1)
-            state_dim, action_dim = self.embodiments[episode.robot]
-            state[row, :state_dim] = torch.from_numpy(episode.state[step])
-            action[row, :, :action_dim] = torch.from_numpy(episode.action[steps])
+            robot = self.embodiments[episode.robot]
+            state[row, : robot.state_dim] = torch.from_numpy(episode.state[step])
+            action[row, :, : robot.action_dim] = torch.from_numpy(episode.action[steps])
         return state, action
 
     def waypoints(self, rows):

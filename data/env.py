@@ -26,11 +26,10 @@ from data.families import FAMILIES, STILL, arrange, instruct, table_of
 from data.robots import get_robot
 from data.simulator import Camera, mujoco
 from data.tasks import MAX_STEPS, RGBA, TASKS, reachable, resize
+from embodiment import CONTROL_HZ, VIEWS
 
-CONTROL_HZ = 20
 SUBSTEPS = 20  # of the physics, 2.5 ms each
 IMAGE_SIZE = 128  # pixels: 8 x 8 patches of Stage I's ViT, merged to 4 x 4
-VIEWS = ("front", "wrist")
 INITIAL_NOISE = 0.02  # rad on every joint, as ManiSkill
 
 # Demonstrations with varied="all": shares with light and table drawn anew, with the front camera

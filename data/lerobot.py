@@ -8,8 +8,8 @@ FOLDER is a folder, or user/name on the hub; versions 2.0, 2.1 and 3.0 are read,
 `import` decodes every picture once, into episodes as data/record.py keeps them, so that training
 never touches a film. Needs `pip install -r requirements-lerobot.txt`.
 
-Not supported: one camera (name it twice), three or more (choose two), more action than state numbers,
-several instructions in one episode, numbers of 1,000 and above.
+Not supported: more than three cameras (choose three), several instructions in one episode, numbers
+of 1,000 and above.
 """
 
 import re
@@ -23,19 +23,21 @@ from PIL import Image
 from tqdm import tqdm
 
 from cli import UserError, choose, parse, run
-from data.env import VIEWS
 from data.expert import Demonstration
 from data.lerobot_check import check
 from data.lerobot_read import Dataset, find_dataset, names_of
 from data.lerobot_write import export
 from data.media import middle_square
-from data.record import LARGEST, write_episode
-from files import atomic_folder
+from data.record import LARGEST, embodiment_of, write_episode
+from embodiment import MOST_VIEWS, VIEW_NAME
+from files import atomic_folder, reading
+
+GRIPPER = "gripper|finger|jaw"  # in the name of a number
 
 
 @dataclass
 class ImportFlags:
-    cameras: str = ""  # front=CAMERA,wrist=CAMERA: which camera the policy sees as which
+    cameras: str = ""  # NAME=CAMERA,...: one to three cameras, and what the policy calls them
     robot: str = ""  # name of the robot; empty: the dataset's own
     task: str = ""  # one instruction for all episodes; empty: their own
     size: int = 224  # most pixels of a picture's side; weights/nano shrinks pictures to 128
@@ -60,7 +62,7 @@ class ExportFlags:
 
 
 def camera_map(text, cameras):
-    """{"front": camera, "wrist": camera} from "front=...,wrist=...". UserError names the cameras."""
+    """{name: camera} from "front=...,wrist=...", in this order. UserError names the cameras."""
     have = f"the cameras are {', '.join(cameras) or 'none'}"
     chosen = {}
     for part in text.split(","):
@@ -68,15 +70,15 @@ def camera_map(text, cameras):
         # a bare camera would have to be guessed
         if not equals:
             raise UserError(f"--cameras front=...,wrist=... says which is which; {have}")
-        choose(view, VIEWS, "view in --cameras")
+        # observations have both beside their cameras
+        if not re.fullmatch(VIEW_NAME, view) or view in ("state", "instruction"):
+            raise UserError(f"--cameras {view}=...: no camera can be called so; try front or wrist")
         if view in chosen:
-            raise UserError(f"--cameras names two for {view}: only front and wrist are supported")
+            raise UserError(f"--cameras names two for {view}")
         chosen[view] = choose(camera, cameras, "camera")
-    for view in VIEWS:
-        if view not in chosen:
-            advice = "with only one camera name it for both"
-            raise UserError(f"--cameras lacks {view}=...: {advice}; {have}")
-    return {view: chosen[view] for view in VIEWS}
+    if len(chosen) > MOST_VIEWS:
+        raise UserError(f"--cameras names {len(chosen)}: at most {MOST_VIEWS}; {have}")
+    return chosen
 
 
 def to_picture(pixels, size):
@@ -123,20 +125,64 @@ def instruction_of(entry, recording, given):
     return recording.tasks[0].strip()
 
 
-def demonstration_of(dataset, entry, views, flags):
+def read_recordings(dataset):
+    """The Recording of each Entry. UserError names the episode with a number that cannot be."""
+    recordings = []
+    for entry in dataset.entries:
+        with of_episode(entry):
+            recording = dataset.recording(entry)
+            check_numbers(entry, recording)
+        recordings.append(recording)
+    return recordings
+
+
+def find_relative(state, action, state_names, action_names):
+    """Which numbers of the action are targets for which of the state: see Embodiment.relative.
+
+    state (n, S) and action (n, A) of all frames. A target is called as the number that it is for,
+    or, where nobody names them, stands in the same place, and it stays near it: most of what varies
+    in it is gone once that is subtracted. Deltas and other units fail this. Grippers are left out:
+    how far one is from where it was told to be says that it holds something.
+    """
+    S = state.shape[1]
+    A = action.shape[1]
+    # names that two numbers share say nothing
+    named = len(set(state_names)) == S and len(set(action_names)) == A
+    if named:
+        places = {name: j for j, name in enumerate(state_names)}
+        pairs = [places.get(name, -1) for name in action_names]
+        grippers = [i for i, name in enumerate(action_names) if re.search(GRIPPER, name.lower())]
+    else:
+        pairs = [i if i < S else -1 for i in range(A)]
+        grippers = [A - 1]  # it nearly always comes last
+    relative = []
+    for i, j in enumerate(pairs):
+        near = j >= 0 and np.var(action[:, i] - state[:, j]) < np.var(action[:, i]) / 2
+        relative.append(j if near and i not in grippers else -1)
+    return relative
+
+
+def describe_targets(relative, names):
+    """A line for people: which numbers of the action are learned relative to the state."""
+    names = names or [f"number {i}" for i in range(len(relative))]
+    targets = [name for name, index in zip(names, relative, strict=True) if index >= 0]
+    others = [name for name, index in zip(names, relative, strict=True) if index < 0]
+    said = f"learned relative to the state: {', '.join(targets) or 'none'}"
+    return f"{said}; as they are: {', '.join(others) or 'none'}"
+
+
+def demonstration_of(dataset, entry, recording, views, flags):
     """The Demonstration of an Entry; its pictures are decoded as they are asked for."""
-    recording = dataset.recording(entry)
-    check_numbers(entry, recording)
     instruction = instruction_of(entry, recording, flags.task)
     dataset.check_clips(entry, views.values())
 
-    # one frame of both cameras at a time: an hour of pictures does not fit into memory
+    # one frame of all cameras at a time: an hour of pictures does not fit into memory
     def images():
         times = recording.timestamp
         films = [dataset.pictures(entry, camera, times) for camera in views.values()]
         for pictures in zip(*films, strict=True):
             squares = [to_picture(pixels, flags.size) for pixels in pictures]
-            yield dict(zip(VIEWS, squares, strict=True))
+            yield dict(zip(views, squares, strict=True))
 
     return Demonstration(
         states=recording.state.astype(np.float32),  # (L, S)
@@ -207,17 +253,20 @@ def import_dataset(source, out, flags):
     about |= {"dataset": str(source), "fps": dataset.fps, "cameras": views}
     about["state_names"] = names_of(dataset.features[dataset.state])
     about["action_names"] = names_of(dataset.features[dataset.action])
+    recordings = read_recordings(dataset)
+    # what cannot be one robot's is told before the work, not when the episodes are read
+    with reading(dataset.about):
+        state = np.concatenate([recording.state for recording in recordings])
+        action = np.concatenate([recording.action for recording in recordings])
+        names = about["state_names"], about["action_names"]
+        about["relative"] = find_relative(state, action, *names)
+        embodiment_of(about, state.shape[1], action.shape[1])
+    print(describe_targets(about["relative"], about["action_names"]))
     with atomic_folder(out) as new:
-        for entry in tqdm(dataset.entries, unit="episode"):
+        entries = zip(dataset.entries, recordings, strict=True)
+        for entry, recording in tqdm(entries, total=len(recordings), unit="episode"):
             with of_episode(entry):
-                demonstration = demonstration_of(dataset, entry, views, flags)
-                S = demonstration.states.shape[1]
-                A = demonstration.actions.shape[1]
-                # targets are relative to the state's first numbers
-                if A > S:
-                    raise UserError(
-                        f"{entry.data}: more numbers of action ({A}) than of state ({S})"
-                    )
+                demonstration = demonstration_of(dataset, entry, recording, views, flags)
                 # the seed orders episodes, and sets every 25th aside
                 own = {"task": demonstration.instruction, "seed": entry.index}
                 path = new / f"{robot}-{name}-{entry.index:06d}.safetensors"

@@ -15,7 +15,6 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import UserError, choose
-from data.env import CONTROL_HZ, VIEWS
 from data.lerobot_read import extra
 from data.record import load_episodes
 from data.robots import get_robot
@@ -200,7 +199,7 @@ def feature_table(episode, fps):
     state = {"dtype": "float32", "shape": [episode.state.shape[1]], "names": state_names or None}
     action = {"dtype": "float32", "shape": [episode.action.shape[1]], "names": action_names or None}
     features = {"observation.state": state, "action": action}
-    for view, picture in zip(VIEWS, episode.images(0), strict=True):
+    for view, picture in zip(episode.embodiment.views, episode.images(0), strict=True):
         height, width, _ = picture.shape
         features[f"observation.images.{view}"] = {
             "dtype": "video",
@@ -249,13 +248,7 @@ def chosen_episodes(folder, robot):
 def shape_of(episode):
     """In words, what must be the same in all episodes of a dataset."""
     sizes = [picture.shape[0] for picture in episode.images(0)]
-    numbers = f"{episode.state.shape[1]} and {episode.action.shape[1]} numbers"
-    return f"{numbers}, pictures of {sizes} pixels, {rate_of(episode):g} fps"
-
-
-def rate_of(episode):
-    """Frames a second: an imported episode says its own."""
-    return episode.about.get("fps", CONTROL_HZ)
+    return f"{episode.embodiment.shape()}, pictures of {sizes} pixels"
 
 
 def film_episode(films, episode):
@@ -287,7 +280,7 @@ def write_rows(out, episodes, fps):
     """Data and films of all episodes: (rows of meta/episodes, {feature: [values of each]})."""
     # task_index is a sentence's place here
     sentences = list(dict.fromkeys(episode.instruction for episode in episodes))
-    cameras = [f"observation.images.{view}" for view in VIEWS]
+    cameras = [f"observation.images.{view}" for view in episodes[0].embodiment.views]
     films = {camera: Film(out / "videos" / camera, fps) for camera in cameras}
     path = out / "data" / f"{CHUNK.format(0)}.parquet"
     path.parent.mkdir(parents=True)
@@ -329,7 +322,7 @@ def export(folder, out, robot=""):
     """
     arrow = extra("pyarrow")
     episodes = chosen_episodes(folder, robot)
-    fps = rate_of(episodes[0])
+    fps = episodes[0].embodiment.control_hz
     fps = int(fps) if fps == int(fps) else fps  # lerobot's info.json has an integer
     with atomic_folder(out) as new:
         meta = new / "meta"

@@ -12,7 +12,8 @@ say which.
     state   (L, S) float32      what was measured, and what the expert commanded;
     action  (L, A) float32      order and units: data/robots.py
     jpeg    (bytes,) uint8      JPEG pictures end to end
-    offset  (2 L + 1,) int64    where each begins: front of step t is piece 2 t, wrist 2 t + 1
+    offset  (V L + 1,) int64    where each begins: of step t pieces V t (front), V t + 1 (wrist);
+                                V = 2 cameras here, 1 to 3 of an imported robot
     phase   (L,) uint8          index into the header's "phases"
 
 Its header has robot, scene (a task or a family), command, task, seed, instruction, phases, noise, maker, made (the command), and a
@@ -42,6 +43,7 @@ from data.media import open_image
 from data.robots import ROBOTS
 from data.seeds import FIRST_CORRECTION
 from data.tasks import TASKS
+from embodiment import Embodiment
 from files import (
     Tensors,
     atomic,
@@ -86,7 +88,7 @@ def write_episode(path, demonstration, about):
     """One Demonstration as a file, `about` in its header; see the top of this file."""
     pictures = []
     for images in demonstration.images:
-        for image in images.values():  # front, wrist
+        for image in images.values():  # in the order of the prompt
             body = io.BytesIO()
             # full color resolution: objects are a few pixels wide
             Image.fromarray(image).save(body, "JPEG", quality=JPEG_QUALITY, subsampling=0)
@@ -188,9 +190,9 @@ def record(config, demonstrate=data.expert.demonstrate, maker="expert", first_se
 class Episode:
     """One file: state (L, S), action (L, A) float32, phases [L], images(t); `about`, its header.
 
-    Also robot, task, seed, instruction, and the checksum of all. UserError if a byte is
-    not as it was written, or a number cannot be. Of an imported one the robot has any name, the
-    task is its sentence and the scene the dataset's name.
+    Also robot, its Embodiment, task, seed, instruction, and the checksum of all. UserError if a
+    byte is not as it was written, or a number cannot be. Of an imported one the robot has any name,
+    the task is its sentence and the scene the dataset's name.
     """
 
     def __init__(self, path):
@@ -216,7 +218,9 @@ class Episode:
             self.phases = [self.about["phases"][i] for i in file["phase"]]
             # pictures stay on disk until they are asked for
             pictures = len(self.offset) - 1
-            lengths = {len(self.action), len(self.phases), pictures / 2}
+            self.embodiment = embodiment_of(self.about, self.state.shape[1], self.action.shape[1])
+            shots = pictures / len(self.embodiment.views)
+            lengths = {len(self.action), len(self.phases), shots}
             assert lengths == {len(self)}, "its arrays differ in length"
             for name in ("state", "action"):
                 values = file[name]
@@ -229,16 +233,42 @@ class Episode:
         return len(self.state)
 
     def images(self, t):
-        """[front, wrist] (128, 128, 3) uint8 of step t; of an imported episode any square."""
+        """[front, wrist] (128, 128, 3) uint8 of step t; of an imported episode any squares."""
+        count = len(self.embodiment.views)
+        pieces = self.offset[count * t : count * (t + 1) + 1].tolist()
         pictures = []
         with reading(self.path, ADVICE):
             # opened anew: thousands of open maps would not do
             jpeg = Tensors(self.path).slice("jpeg")
-            for start, stop in pairwise(self.offset[2 * t : 2 * t + 3].tolist()):
+            for start, stop in pairwise(pieces):
                 with open_image(io.BytesIO(jpeg[start:stop].tobytes())) as image:
                     assert max(image.size) <= MOST_PIXELS, f"a picture of {image.size} pixels"
                     pictures.append(np.asarray(image))
         return pictures
+
+    def observation(self, t):
+        """What the policy would have seen at step t, as `BLM.act` takes it."""
+        return {
+            "images": dict(zip(self.embodiment.views, self.images(t), strict=True)),
+            "state": self.state[t],
+            "instruction": self.instruction,
+        }
+
+
+def embodiment_of(about, state_dim, action_dim):
+    """The Embodiment that an episode's header means."""
+    if "dataset" not in about:
+        return Embodiment(state_dim, action_dim)
+    unknown = "the dataset does not name them"
+    return Embodiment(
+        state_dim,
+        action_dim,
+        views=tuple(about["cameras"]),
+        relative=about.get("relative"),  # as in the simulator, before it was decided by the data
+        control_hz=about["fps"],
+        state=", ".join(about["state_names"]) or unknown,
+        action=", ".join(about["action_names"]) or unknown,
+    )
 
 
 def load_episodes(folder):

@@ -4,6 +4,7 @@
     python -m dev.bench --against v1 --only act       beside a commit, both sides taking turns
     python -m dev.bench --only transformers           vlm.py beside Hugging Face transformers
     python -m dev.bench --only serve                  `act` through serve.py beside `act` alone
+    python -m dev.bench --only data --dataset FOLDER --lerobot PYTHON       beside lerobot's loader
 
     act            one chunk of the shipped policy: two pictures, a state, an instruction
     prefill        one forward pass of the shipped language model, batch 1
@@ -13,6 +14,7 @@
     policy         a step of train_policy.py from cached hidden states
     transformers   prefill, generate and a training step beside Qwen2_5_VLForConditionalGeneration
     serve          what the server adds to a chunk, and eight clients that never pause
+    data           batches of an imported LeRobotDataset (dev/bench_data.py)
 
 Machines are noisy, so the sides take turns, each in processes of its own, and a ratio is the median
 over rounds of two times that lie side by side. Written as JSON with the machine and both commits.
@@ -48,13 +50,15 @@ SFT_ROWS = 96
 
 @dataclass
 class BenchConfig:
-    only: str = "all"  # comma-separated parts, all of these, transformers, or serve
+    only: str = "all"  # comma-separated parts, all of these, transformers, serve, or data
     against: str = ""  # commit to stand beside; empty: today's tree alone
     rounds: int = 15  # turns of each side; of trainings a fifth
     threads: int = 0  # CPU threads; 0: all cores
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "float32"  # of the trainings
     seconds: int = 60  # that the clients of serve go on for
+    dataset: str = ""  # folder of a LeRobotDataset that data reads
+    lerobot: str = ""  # Python interpreter that has lerobot, for data
     sft_flags: str = ""  # further flags that the other commit's train_sft.py needs
     out: str = "out/results/bench.json"  # result file
 
@@ -94,12 +98,17 @@ def environment(tree, threads):
 # ---- parts that a process times on request
 
 
-@contextmanager
 def side(tree, part, device, threads):
-    """A function that runs a part once in a tree's own process: milliseconds."""
+    """`process_turns` of a part in a tree."""
     command = [sys.executable, str(ROOT / "dev" / "bench_side.py"), part, device.type]
+    return process_turns(command, tree, environment(tree, threads))
+
+
+@contextmanager
+def process_turns(command, tree, environment):
+    """A function that lets a process of its own do its part once: milliseconds."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-    process = subprocess.Popen(command, cwd=tree, env=environment(tree, threads), **pipes)
+    process = subprocess.Popen(command, cwd=tree, env=environment, **pipes)
 
     def answer():
         while line := process.stdout.readline():
@@ -109,7 +118,7 @@ def side(tree, part, device, threads):
                 return float(line)
             except ValueError:  # something that the tree prints
                 continue
-        raise UserError(f"{part} ended in {tree}: see above")
+        raise UserError(f"`{shlex.join(command)}` ended in {tree}: see above")
 
     def turn():
         process.stdin.write("\n")
@@ -274,6 +283,11 @@ def main():
 
         rows = bench_serve.measure(config, environment(ROOT, threads))
         against = "act alone"
+    elif config.only == "data":
+        from dev import bench_data  # wants the extras of LeRobotDatasets
+
+        rows = bench_data.measure(config, process_turns, environment(ROOT, threads), device)
+        against = "lerobot's loader"
     else:
         parts = choose_many(config.only, PARTS, "part")
         against = config.against and git("rev-parse", "--short", f"{config.against}^{{commit}}")

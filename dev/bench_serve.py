@@ -125,8 +125,7 @@ def measure(config, environment):
     require_extras()
     # the same weights in both processes
     blm = BLM.from_pretrained("weights/nano", config.device)
-    state_dim, _ = blm.policy.embodiments[ROBOT]
-    observation = bench_side.observation(state_dim)
+    observation = bench_side.observation(bench_side.STATE_DIM)
     rows = []
     with serving(config.device, environment) as (address, pid):
         rows.append(added(address, blm, observation, config.rounds))

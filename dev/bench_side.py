@@ -14,6 +14,7 @@ import torch
 GENERATED = 32  # tokens
 WORDS = 72  # tokens of text in a prompt
 VIEWS = ("front", "wrist")
+STATE_DIM = 16  # of the WidowX
 
 
 def observation(state_dim):
@@ -31,7 +32,7 @@ def act(device):
     from model import BLM
 
     blm = BLM.from_pretrained("weights/nano", device)
-    seen = observation(blm.policy.embodiments["widowx"][0])
+    seen = observation(STATE_DIM)
     return lambda: blm.act(seen, "widowx")
 
 

@@ -277,7 +277,7 @@ def denoising(config):
     state[0, : len(observation["state"])] = torch.as_tensor(observation["state"])
     chunks = [policy.normalizer.unnormalize(noised, state, row)[0].numpy() for noised in states]
     chunks.append(chunk)
-    joints = policy.normalizer.joint_mask[row[0]].nonzero()[:, 0].tolist()
+    joints = policy.normalizer.relative_mask[row[0]].nonzero()[:, 0].tolist()
     seconds = np.arange(1, len(chunk) + 1) / CONTROL_HZ
     figure, panels = plt.subplots(1, len(chunks), figsize=(2 * len(chunks), 2.6), sharey=True)
     for step, (axes, part) in enumerate(zip(panels, chunks)):

@@ -22,6 +22,7 @@ from tqdm import trange
 from cli import UserError, at_least, choose_many, parse, run
 from data.conversations import Conversations
 from data.record import Episode
+from embodiment import Embodiment
 from files import Tensors, save_tensors
 from model import BLM
 from nano import scenes
@@ -126,7 +127,7 @@ def make_model(folder):
     )
     vlm = VLM(VLMConfig(**SMALL, vision_config=vision).for_tokenizer(tokenizer))
     sizes = {"intent_layer": 1, "hidden_size": 16, "num_heads": 2, "num_layers": 1}
-    policy = Policy(PolicyConfig(**sizes, future_layer=1), 48, {"widowx": (16, 7)})
+    policy = Policy(PolicyConfig(**sizes, future_layer=1), 48, {"widowx": Embodiment(16, 7)})
     policy.normalizer.fitted[:] = True
     BLM(vlm, Processor(tokenizer, ImageConfig()), policy, {"sft": {"step": 1}}).save_pretrained(
         folder

@@ -12,6 +12,7 @@ from data import seeds
 from data.env import TabletopEnv
 from data.robots import get_robot
 from data.tasks import MAX_STEPS
+from embodiment import Embodiment
 
 
 class Lazy:
@@ -20,7 +21,7 @@ class Lazy:
     def __init__(self, robots=("widowx",)):
         self.asked = []
         self.policy = torch.nn.Linear(2, 2)
-        self.policy.embodiments = dict.fromkeys(robots, (16, 7))
+        self.policy.embodiments = dict.fromkeys(robots, Embodiment(16, 7))
 
     def require_policy(self):
         return self.policy

@@ -125,6 +125,7 @@ def test_sides_take_turns(tmp_path, monkeypatch):
         ("--only sped", "unknown part 'sped'"),
         ("--rounds 0", "--rounds 0"),
         ("--against no-such-commit --only act", "git rev-parse"),
+        ("--only data", "add --dataset"),
     ],
 )
 def test_mistakes_of_bench_are_told(flags, says, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from data.expert import Demonstration, demonstrate
 from data.record import write_episode
 from data.robots import ROBOTS
 from data.tasks import TASKS
+from embodiment import Embodiment
 from replay import repeat_last
 from rollout import jerk, rollout
 
@@ -280,7 +281,7 @@ def test_what_holds_no_questions_is_told(record, says, tmp_path, monkeypatch):
 
 def test_replay_repeats_the_last_action_or_the_joints():
     state = np.arange(12.0).reshape(3, 4)
-    episode = SimpleNamespace(state=state, action=-state[:, :2])
+    episode = SimpleNamespace(state=state, action=-state[:, :2], embodiment=Embodiment(4, 2))
     assert repeat_last(episode, 0, 5).tolist() == [[0, 1]] * 5
     assert repeat_last(episode, 2, 5).tolist() == [[-4, -5]] * 5
 

@@ -15,13 +15,14 @@ from PIL import Image
 from cli import UserError, parse, run
 from data.expert import Demonstration
 from data.record import Episode, load_episodes, write_episode
+from embodiment import Embodiment
 
 pa = pytest.importorskip("pyarrow", reason="pip install -r requirements-lerobot.txt")
 pq = pytest.importorskip("pyarrow.parquet", reason="pip install -r requirements-lerobot.txt")
 pytest.importorskip("av", minversion="18", reason="pip install -r requirements-lerobot.txt")
 
 from data import lerobot_check, lerobot_read
-from data.lerobot import ImportFlags, import_dataset, main
+from data.lerobot import ImportFlags, find_relative, import_dataset, main
 from data.lerobot_check import check
 from data.lerobot_read import Clip, Dataset, Recording, film_pictures, find_dataset, names_of
 from data.lerobot_write import export
@@ -141,11 +142,20 @@ def test_pictures_are_shrunk_and_robots_and_tasks_renamed_if_asked(tmp_path):
     assert episodes[0].images(0)[0].shape == (32, 32, 3)
 
 
-def test_one_camera_can_be_named_twice(tmp_path):
-    cameras = f"wrist={TOP},front={TOP}"
-    episode = run_import(FIXTURES / "v30_image", tmp_path / "mine", cameras=cameras)[0]
-    front, wrist = episode.images(3)
-    assert np.array_equal(front, wrist)
+@pytest.mark.parametrize("views", [["top"], ["hand", "top"], ["top", "hand", "again"]])
+def test_one_to_three_cameras_come_in_under_their_names_and_in_their_order(views, tmp_path):
+    sources = {"top": TOP, "hand": WRIST, "again": TOP}
+    cameras = ",".join(f"{view}={sources[view]}" for view in views)
+    episode = run_import(FIXTURES / "v30_image", tmp_path / "mine", cameras=cameras)[1]
+    assert episode.embodiment.views == tuple(views)
+    seen = episode.observation(3)["images"]
+    assert list(seen) == views
+    for view, picture in seen.items():
+        true = scene.picture(1, 3, sources[view].rpartition(".")[2])[:, 8:56]
+        assert np.abs(picture.astype(float) - true).mean() < 6
+    # and out again
+    export(tmp_path / "mine", tmp_path / "v3")
+    assert Dataset(tmp_path / "v3").cameras == [f"observation.images.{view}" for view in views]
 
 
 # ---- what other datasets look like
@@ -294,6 +304,60 @@ def test_a_picture_of_another_time_is_never_taken(start, stop, timestamps, says,
         numbers_in(Clip(path, start, stop), timestamps)
 
 
+# ---- which numbers are targets
+
+
+def arms(n=400):
+    """state (n, 3) of a slow movement, and where each number is a step later."""
+    path = np.cumsum(np.random.default_rng(0).normal(size=(n + 1, 3)), 0)
+    return path[:-1], path[1:]
+
+
+NAMES = ["pan.pos", "lift.pos", "gripper.pos"]
+
+
+def test_targets_are_found_by_name_and_grippers_left_out():
+    state, target = arms()
+    assert find_relative(state, target, NAMES, NAMES) == [0, 1, -1]
+    order = [2, 1, 0]
+    other = [NAMES[i] for i in order]
+    assert find_relative(state, target[:, order], NAMES, other) == [-1, 1, 0]
+    # a name that the state does not have, and an action with more numbers than the state
+    assert find_relative(state, target, ["pan.pos", "x", "y"], NAMES) == [0, -1, -1]
+    assert find_relative(state[:, :1], target, NAMES[:1], NAMES) == [0, -1, -1]
+
+
+def test_without_names_targets_stand_in_the_same_place():
+    state, target = arms()
+    assert find_relative(state, target, [], []) == [0, 1, -1]
+    assert find_relative(state[:, :1], target, [], []) == [0, -1, -1]
+    assert find_relative(state, target[:, :2], NAMES, []) == [0, -1]
+    assert find_relative(state, target, ["motor"] * 3, ["motor"] * 3) == [0, 1, -1]
+
+
+def test_deltas_and_other_units_are_no_targets_whatever_they_are_called():
+    state, target = arms()
+    assert find_relative(state, target - state, NAMES, NAMES) == [-1, -1, -1]
+    assert find_relative(state, np.degrees(target), NAMES, NAMES) == [-1, -1, -1]
+    assert find_relative(state, 0 * target, NAMES, NAMES) == [-1, -1, -1]
+
+
+def test_an_import_says_and_keeps_what_is_relative(copied, tmp_path, capsys):
+    episode = run_import(FIXTURES / "v30_h264", tmp_path / "targets")[0]
+    assert episode.embodiment.relative == (0, 1, 2, 3, 4, -1)
+    assert "shoulder_pan.pos" in episode.embodiment.state
+    printed = capsys.readouterr().out
+    assert "wrist_roll.pos; as they are: gripper.pos" in printed
+    folder = copied("v30_h264")
+    edit(
+        data_file(folder),
+        action=lambda rows: [[*np.sin(row), 0.5] for row in np.array(rows)[:, :5]],
+    )
+    episode = run_import(folder, tmp_path / "deltas")[0]
+    assert episode.embodiment.relative == (-1,) * 6
+    assert "learned relative to the state: none; as they are: shoulder" in capsys.readouterr().out
+
+
 # ---- what cannot be imported
 
 
@@ -407,9 +471,10 @@ def test_a_fault_is_told_in_one_line_and_nothing_is_written(name, spoil, says, c
     "cameras, says",
     [
         (f"front={TOP},wrist=wirst", f"unknown camera 'wirst', choose from: {TOP}, {WRIST}"),
-        (f"front={TOP}", "lacks wrist=.*only one camera.*the cameras are"),
-        (f"front={TOP},wrist={WRIST},front={WRIST}", "only front and wrist"),
-        (f"front={TOP},wrist={WRIST},left={WRIST}", "unknown view in --cameras 'left'"),
+        (f"front={TOP},wrist={WRIST},front={WRIST}", "names two for front"),
+        (f"a={TOP},b={TOP},c={TOP},d={WRIST}", "names 4: at most 3; the cameras are"),
+        (f"state={TOP}", "--cameras state=.*no camera can be called so"),
+        (f"../x={TOP}", "no camera can be called so"),
         (TOP, "front=...,wrist=..."),
     ],
 )
@@ -421,7 +486,6 @@ def test_cameras_are_named_exactly(cameras, says, tmp_path):
 @pytest.mark.parametrize(
     "flags, says",
     [
-        (["--state", "next.reward"], "more numbers of action .6. than of state .1."),
         (["--state", "observation.stat"], "did you mean observation.state"),
         (["--episodes", "5"], "START:STOP"),
         (["--episodes", "7:"], "there are 3"),
@@ -677,11 +741,11 @@ def test_an_imported_robot_trains_and_its_fixed_gripper_stays_finite(tmp_path):
         episode.state[:, 5] = episode.action[:, 5] = 0.7
     path = tmp_path / "mine"
     config = SimpleNamespace(robots="all", tasks="v30_image", data=path, demonstrations=0)
-    assert len(select_episodes(config, {"widowx": (16, 7)})) == 3
+    assert len(select_episodes(config, {"widowx": Embodiment(16, 7)})) == 3
     hidden = [np.zeros((len(frames_of(episode)), 4, 8), np.float16) for episode in episodes]
-    for known in ({}, {"widowx": (16, 7)}):
+    for known in ({}, {"widowx": Embodiment(16, 7)}):
         demos = Demonstrations(episodes, hidden, 16, 4, known)
-        assert demos.embodiments == known | {"so101_follower": (6, 6)}
+        assert demos.embodiments == known | {"so101_follower": episodes[0].embodiment}
         policy = Policy(PRESETS["nano"], 8, demos.embodiments)
         demos.fit_statistics(policy.normalizer)
         batch = demos.batch(np.arange(4)) | policy.draw(4)

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cli import UserError
+from embodiment import Embodiment
 from model import BLM, backbone_hash, load_training
 from policy import Policy, PolicyConfig
 from processor import ImageConfig, Processor, train_tokenizer
@@ -27,10 +28,10 @@ CORPUS = [
     '{"point_2d": [41, 57]}',
     "system\nYou are a helpful assistant.\nuser\nassistant\n",
 ] * 3
-ROBOTS = {"panda": (17, 8), "widowx": (16, 7)}
+ROBOTS = {"panda": Embodiment(17, 8), "widowx": Embodiment(16, 7)}
 
 
-def small_blm(seed=0, policy=True, corpus=CORPUS):
+def small_blm(seed=0, policy=True, corpus=CORPUS, robots=ROBOTS):
     """Random weights, of a size at which pictures and words matter."""
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(corpus, vocab_size=300)
@@ -65,12 +66,13 @@ def small_blm(seed=0, policy=True, corpus=CORPUS):
         num_future_tokens=2,
         future_layer=3,
     )
-    actor = Policy(config, 24, ROBOTS)
+    actor = Policy(config, 24, robots)
     for parameter in [*vlm.parameters(), *actor.parameters()]:
         noisy = parameter + 0.2 * torch.randn_like(parameter)
         parameter.data = noisy.half().float()  # what float16 holds exactly
-    for robot in range(2):
-        actor.normalizer.fit(robot, torch.randn(30, 17), torch.randn(30, 4, 8))
+    for robot in range(len(robots)):
+        numbers = torch.randn(30, actor.state_dim), torch.randn(30, 4, actor.action_dim)
+        actor.normalizer.fit(robot, *numbers)
     image = ImageConfig(patch_size=8, min_pixels=32 * 32, max_pixels=32 * 32)
     training = {"sft": {"stage": "sft", "step": 7}}
     return BLM(vlm, Processor(tokenizer, image), actor if policy else None, training)
@@ -83,7 +85,7 @@ def observation(robot="panda", seed=0):
         pictures[view] = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
     return {
         "images": pictures,
-        "state": rng.normal(size=ROBOTS[robot][0]).astype(np.float32),
+        "state": rng.normal(size=ROBOTS[robot].state_dim).astype(np.float32),
         "instruction": "push the cube to the goal",
     }
 
@@ -134,8 +136,11 @@ def test_what_is_saved_is_what_is_loaded(blm, tmp_path):
     assert blm.answer(*asked, max_new_tokens=8) == again.answer(*asked, max_new_tokens=8)
     assert again.training == {"sft": {"stage": "sft", "step": 7}}
     about = json.loads((tmp_path / "policy.json").read_text())
-    assert about["embodiments"]["widowx"] == {"index": 1, "state_dim": 16, "action_dim": 7}
-    assert "rad" in about["state"] and "finger target (m)" in about["action"]
+    widowx = about["embodiments"]["widowx"]
+    assert widowx["index"] == 1 and widowx["state_dim"] == 16 and widowx["action_dim"] == 7
+    assert widowx["views"] == ["front", "wrist"] and widowx["control_hz"] == 20
+    assert widowx["relative"] == [0, 1, 2, 3, 4, 5, -1]
+    assert "rad" in widowx["state"] and "finger target (m)" in widowx["action"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -151,11 +156,32 @@ def test_a_policy_loads_in_any_type(folder, dtype):
         BLM.from_pretrained(folder / name)
 
 
+def test_each_robot_keeps_its_own_cameras(tmp_path):
+    robots = {
+        "arm": Embodiment(6, 6, views=("top",), control_hz=30, state="joints (degrees)"),
+        "aloha": Embodiment(14, 16, views=("high", "left", "right"), relative=(-1,) * 16),
+    }
+    blm = small_blm(robots=robots)
+    blm.save_pretrained(tmp_path)
+    again = BLM.from_pretrained(tmp_path)
+    assert again.policy.embodiments == robots
+    for robot, embodiment in robots.items():
+        images = dict.fromkeys(embodiment.views, observation()["images"]["front"])
+        seen = {**observation(), "images": images, "state": np.zeros(embodiment.state_dim)}
+        chunk = blm.act(seen, robot)
+        assert chunk.shape == (4, embodiment.action_dim)
+        assert np.array_equal(again.act(seen, robot), chunk)
+    told = refusal(blm.act, {**observation(), "state": np.zeros(6)}, "arm")
+    assert "lacks 'top'" in told and '{"images": {"top"}' in told and "joints (degrees)" in told
+
+
 def test_the_shipped_policy_loads_and_acts():
     blm = BLM.from_pretrained(ROOT / "weights" / "nano", dtype=torch.bfloat16)
-    for robot, (state_dim, action_dim) in blm.policy.embodiments.items():
-        seen = {**observation(), "state": np.zeros(state_dim)}
-        assert blm.act(seen, robot).shape == (16, action_dim)
+    for robot, embodiment in blm.policy.embodiments.items():
+        assert embodiment.views == ("front", "wrist") and embodiment.control_hz == 20
+        assert embodiment.relative == (*range(embodiment.action_dim - 1), -1)
+        seen = {**observation(), "state": np.zeros(embodiment.state_dim)}
+        assert blm.act(seen, robot).shape == (16, embodiment.action_dim)
 
 
 def test_a_language_model_alone_answers_but_does_not_act(tmp_path):
@@ -310,13 +336,29 @@ def test_a_changed_description_loads_or_is_told(folder):
     assert refused > 130
 
 
+def robot(**changes):
+    """A description whose only robot has these fields."""
+    return {"embodiments": {"panda": {"index": 0, "state_dim": 17, "action_dim": 8, **changes}}}
+
+
 DESCRIPTIONS = [
     ({"version": 1}, "format version 1"),
     ({"version": None}, "format version None"),
-    ({"views": ["wrist", "front"]}, "views"),
+    ({"version": 4, "views": ["wrist", "front"]}, "views"),
     ({"embodiments": {"panda": {"state_dim": 17, "action_dim": 8}}}, "lacks 'index'"),
     ({"embodiments": {"panda": {"index": 1, "state_dim": 17, "action_dim": 8}}}, "index"),
-    ({"embodiments": {"panda": {"index": 0, "state_dim": -1, "action_dim": 8}}}, "sizes of panda"),
+    (robot(state_dim=-1), "panda: state_dim is -1"),
+    (robot(action_dim=0), "action_dim is 0"),
+    (robot(views=[]), "0 cameras"),
+    (robot(views=["a", "b", "c", "d"]), "4 cameras"),
+    (robot(views=["top", "top"]), "two cameras of one name"),
+    (robot(views=["top", "../x"]), "camera called '../x'"),
+    (robot(relative=[0, 1]), "not of the action's length"),
+    (robot(relative=[0, 1, 2, 3, 4, 5, 6, 17]), "relative to 17"),
+    (robot(relative=[0, 1, 2, 3, 4, 5, 5, -1]), "relative to the same one"),
+    (robot(control_hz=0), "control_hz is 0"),
+    (robot(state=""), "state is ''"),
+    (robot(color="red"), "color"),
     ({"config": {}}, "sizes are missing"),
     ({"config": {"blind": True}}, "blind"),
     ({"backbone": "0" * 16}, "another language model"),
@@ -338,6 +380,11 @@ def test_older_policies_act_as_before(folder, version):
     about = json.loads(path.read_text())
     if version < 4:
         del about["config"]["text_first"]
+    # what is each robot's own today was said of all
+    about["views"] = ["front", "wrist"]
+    for robot in about["embodiments"].values():
+        for name in ("views", "relative", "control_hz", "state", "action"):
+            del robot[name]
     path.write_text(json.dumps({**about, "version": version}))
     if version == 2:  # it had no waypoint head
         for name in ("num_waypoints", "waypoint_loss_weight"):
@@ -378,11 +425,11 @@ def test_a_policy_that_numbered_patches_behind_the_words_is_refused(folder):
 
 
 def test_act_has_the_robots_shape_and_obeys_temperature_and_seed(blm):
-    for robot, (_, action_dim) in ROBOTS.items():
+    for robot, embodiment in ROBOTS.items():
         seen = observation(robot)
         chunk = blm.act(seen, robot)
         sampled = blm.act(seen, robot, temperature=1.0, seed=[5, 0])
-        assert chunk.shape == sampled.shape == (4, action_dim)
+        assert chunk.shape == sampled.shape == (4, embodiment.action_dim)
         assert chunk.dtype == sampled.dtype == np.float32 and np.isfinite(chunk).all()
         assert np.array_equal(chunk, blm.act(seen, robot))
         assert np.array_equal(chunk, blm.act(seen, robot, seed=1))

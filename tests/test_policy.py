@@ -7,9 +7,19 @@ import pytest
 import torch
 
 from cli import UserError
-from policy import PRESETS, Policy, PolicyConfig, add_noise, flow_loss, sample_tau
+from embodiment import Embodiment
+from policy import (
+    PRESETS,
+    STATE_LIMIT,
+    Policy,
+    PolicyConfig,
+    add_noise,
+    flow_loss,
+    sample_tau,
+)
 
-ROBOTS = {"long": (8, 5), "short": (6, 3)}  # the last action is the finger; a place ends the state
+# the last action is the finger; a place ends the state
+ROBOTS = {"long": Embodiment(8, 5), "short": Embodiment(6, 3)}
 T, L, WIDTH = 4, 9, 24
 
 
@@ -170,6 +180,38 @@ def test_statistics_are_those_of_relative_targets():
     )  # the finger is absolute
 
 
+def test_targets_are_relative_to_the_numbers_they_are_for_and_deltas_to_nothing():
+    swapped = Embodiment(4, 5, relative=(2, 0, -1, -1, 3))  # more numbers of action than of state
+    norm = Policy(
+        PolicyConfig(**SMALL),
+        WIDTH,
+        {"swapped": swapped, "deltas": Embodiment(2, 2, relative=(-1, -1))},
+    ).normalizer
+    state = torch.tensor([[10.0, 20.0, 30.0, 40.0]]).repeat(2, 1)
+    assert norm.reference(state, torch.tensor([0, 1]))[:, 0].tolist() == [
+        [30, 10, 0, 0, 40],
+        [0] * 5,
+    ]
+    draws = torch.randn(30, 4), torch.randn(30, T, 5)
+    for robot in range(2):
+        norm.fit(robot, *draws)
+        rows = torch.full((30,), robot)
+        back = norm.unnormalize(norm.normalize_action(draws[1], draws[0], rows), draws[0], rows)
+        own = norm.action_mask[robot]
+        assert torch.allclose(back[..., own], draws[1][..., own], atol=1e-5)
+    assert torch.allclose(norm.action_mean[1, :, :2], draws[1][..., :2].mean(0), atol=1e-6)
+
+
+def test_a_number_that_never_changes_stays_finite():
+    norm = small_policy().normalizer
+    state = torch.full((30, 8), 7.0)
+    norm.fit(0, state, torch.full((30, T, 5), 9.0))
+    rows = torch.zeros(30, dtype=torch.long)
+    assert norm.normalize_state(state, rows).abs().max() == 0
+    assert norm.normalize_state(state + 100, rows).abs().max() == STATE_LIMIT  # not 10,000
+    assert norm.normalize_action(torch.full((30, T, 5), 9.0), state, rows).abs().max() == 0
+
+
 def test_tau_has_the_moments_of_its_law():
     u = 0.999 * (1 - sample_tau(400_000, torch.Generator().manual_seed(0)))
     mean, variance = 1.5 / 2.5, 1.5 / (2.5**2 * 3.5)  # of Beta(1.5, 1)
@@ -301,7 +343,7 @@ def test_presets_build():
                 for p in Policy(
                     config,
                     192,
-                    {"panda": (17, 8), "xarm6": (16, 7), "xarm7": (17, 8), "widowx": (16, 7)},
+                    {robot: Embodiment(17, 8) for robot in ("panda", "xarm6", "xarm7", "widowx")},
                 ).parameters()
             )
             for name, config in PRESETS.items()

@@ -19,6 +19,7 @@ import urllib.request
 import numpy as np
 import pytest
 from conftest import ROOT
+from test_model import small_blm
 
 reason = "wants requirements-serve.txt"
 msgpack = pytest.importorskip("msgpack", reason=reason)
@@ -33,6 +34,9 @@ import serve
 from cli import UserError
 from client import RemotePolicy, connected
 from data.env import TabletopEnv
+from data.expert import Demonstration
+from data.record import write_episode
+from embodiment import Embodiment
 from model import BLM
 from rollout import rollout
 from wire import MAX_CONTAINERS, pack, require_extras, unpack
@@ -223,10 +227,9 @@ def test_a_client_is_told_first_what_the_policy_is(address, blm):
     assert told["action_horizon"] == policy.config.action_horizon == 16
     assert told["action_dim"] == 7 and told["robot"] == "widowx"
     assert told["image_resolution"] == [128, 128] and told["cameras"] == ["front", "wrist"]
-    sizes = {
-        name: (robot["state_dim"], robot["action_dim"]) for name, robot in told["robots"].items()
-    }
-    assert sizes == policy.embodiments
+    for name, robot in told["robots"].items():
+        assert Embodiment(**robot) == policy.embodiments[name]
+    assert told["control_hz"] == 20 and "finger target (m)" in told["action"]
     assert set(told["observation_keys"]) == {"nanoblm", "libero", "droid", "aloha"}
 
 
@@ -261,6 +264,54 @@ def test_an_instruction_of_the_server_stands_in_for_one_that_is_missing(blm):
         assert np.array_equal(ask(address, ALOHA)["actions"], blm.act(OURS, "widowx"))
         other = ask(address, {**ALOHA, "prompt": "stack the cubes"})["actions"]
     assert np.array_equal(other, blm.act({**OURS, "instruction": "stack the cubes"}, "widowx"))
+
+
+def test_a_robot_is_served_with_its_own_cameras():
+    top = Embodiment(6, 6, views=("top",), control_hz=30, state="six joints (degrees)")
+    arms = Embodiment(14, 14, views=("cam_high", "cam_left_wrist", "cam_right_wrist"))
+    blm = small_blm(robots={"so101": top, "aloha": arms})
+    seen = {"images": {"top": FRONT}, "state": np.zeros(6), "instruction": WORDS}
+    three = {view: np.roll(FRONT, 20 * i, 0) for i, view in enumerate(arms.views)}
+    with served(blm, robot="so101") as (_, address):
+        with connected(address) as policy:
+            told = policy.metadata
+            assert told["cameras"] == ["top"] and told["state"] == "six joints (degrees)"
+            assert told["control_hz"] == 30 and told["robots"]["aloha"]["views"] == list(arms.views)
+            assert set(told["observation_keys"]) == {"nanoblm", "aloha"}  # the others have no top
+            assert np.array_equal(policy.act(seen, "so101"), blm.act(seen, "so101"))
+            # openpi's ALOHA client sends four cameras, of which this robot has three
+            wide = {"images": {**three, "cam_low": FRONT}, "state": np.zeros(14), "prompt": WORDS}
+            chunk = blm.act({**wide, "instruction": WORDS}, "aloha")
+            assert np.array_equal(policy.act(wide, "aloha"), chunk)
+        code, words = ask(address, OURS)
+        assert code == 1011 and "lacks images/top" in words and "images/front" in words
+
+
+def test_a_family_that_lacks_a_camera_of_the_robot_is_passed_over(tmp_path):
+    maps = serve.load_key_maps(ROOT / serve.KEY_MAPS)
+    assert set(serve.families_of(maps, "widowx", ("front", "wrist"))) == set(maps)
+    images = serve.families_of(maps, "one", ("wrist",))["libero"]["images"]
+    assert images == {"wrist": "observation/wrist_image"}
+    del maps["nanoblm"], maps["aloha"]
+    with pytest.raises(UserError, match="no family of --keys names the cameras of so101: top"):
+        serve.families_of(maps, "so101", ("top",))
+
+
+def test_recordings_stand_in_for_a_robot(address, blm, tmp_path, monkeypatch, capsys):
+    shown = Demonstration(
+        states=np.zeros((14, 16), np.float32),
+        actions=np.zeros((14, 7), np.float32),
+        phases=["push"] * 14,
+        images=[{"front": FRONT, "wrist": WRIST}] * 14,
+        success=True,
+        instruction=WORDS,
+    )
+    about = {"robot": "widowx", "task": "PushCube", "seed": 0, "noise": 0.0}
+    write_episode(tmp_path / "widowx-PushCube-0.safetensors", shown, about)
+    monkeypatch.setattr(sys, "argv", ["client.py", "--data", str(tmp_path), "--server", address])
+    client.main()
+    said = capsys.readouterr().out
+    assert "widowx-PushCube-0.safetensors: 2 chunks, mean error of each number: 0." in said
 
 
 def test_from_the_second_reply_on_the_time_of_the_one_before_is_told(address):
@@ -518,7 +569,7 @@ def call(module, flags, monkeypatch, capsys):
         (serve, "--api_key_file {tmp}/nowhere --port 0", "nowhere"),
         (serve, "--api_key_file {tmp}/empty --port 0", "must hold one line"),
         (serve, "--keys {tmp}/empty --port 0", "empty is not JSON"),
-        (serve, "--keys {tmp}/keys --port 0", "mine must have front"),
+        (serve, "--keys {tmp}/keys --port 0", "mine must have cameras, state"),
         (serve, "--max_message 0", "--max_message 0"),
         (serve, "--robot widowz --port 0", "unknown robot 'widowz'.*did you mean widowx"),
         (serve, "--weights {tmp}/nowhere --port 0", "nowhere"),

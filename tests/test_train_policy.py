@@ -20,6 +20,7 @@ import trainer
 from cli import UserError
 from data import demonstrations
 from data.record import load_episodes, write_episode
+from embodiment import Embodiment
 from model import BLM, backbone_hash
 from policy import PolicyConfig
 from train_policy import TrainConfig, train
@@ -343,6 +344,73 @@ def test_a_new_robot_trains_its_own_layers_alone(folder, tmp_path):
         train(settings(folder, tmp_path / "three", start=str(tmp_path / "one"), sizes="other"))
 
 
+def write_imported(folder, robot, views, state, action, seed):
+    """An episode as data/lerobot.py leaves it: cameras of any names, actions that are deltas."""
+    draws = np.random.default_rng(seed)
+    pictures = draws.integers(0, 255, (len(state), len(views), 32, 32, 3), dtype=np.uint8)
+    shown = SimpleNamespace(
+        images=[dict(zip(views, row, strict=True)) for row in pictures],
+        states=state.astype(np.float32),
+        actions=action.astype(np.float32),
+        phases=["teleoperation"] * len(state),
+        instruction="push the cube",
+    )
+    about = {"robot": robot, "scene": "bricks", "command": 0, "noise": 0.0, "dataset": "bricks"}
+    about |= {
+        "task": "push the cube",
+        "seed": seed,
+        "fps": 10,
+        "state_names": [],
+        "action_names": [],
+    }
+    about |= {"cameras": {view: f"observation.images.{view}" for view in views}}
+    about |= {"relative": [-1] * action.shape[1]}
+    write_episode(folder / f"{robot}-bricks-{seed}.safetensors", shown, about)
+
+
+@pytest.mark.parametrize("views", [("top",), ("left", "right", "top")])
+def test_a_robot_of_other_cameras_and_of_deltas_trains_and_acts(views, folder, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    for seed in range(3):
+        draws = np.random.default_rng(seed)
+        state = 400 + draws.normal(size=(9, 3))  # mm
+        action = [30, 30, 30, 0, 1] + 0.1 * draws.normal(size=(9, 5))  # more numbers than the state
+        write_imported(tmp_path / "mine", "mover", views, state, action, seed)
+    train(settings(folder, tmp_path / "one", robots="panda", steps=1, eval_every=1))
+    changes = {"data": str(tmp_path / "mine"), "start": str(tmp_path / "one")}
+    figures = train(settings(folder, tmp_path / "two", **changes))
+    assert 0 < figures["joint_error_rad"] < 2  # of all numbers, for none is a joint's target
+    blm = BLM.from_pretrained(tmp_path / "two")
+    mover = blm.policy.embodiments["mover"]
+    assert mover == Embodiment(3, 5, views, (-1,) * 5, 10, mover.state, mover.action)
+    episode = load_episodes(tmp_path / "mine")[0]
+    seen = episode.observation(0)
+    chunk = blm.act(seen, "mover")
+    # in the dataset's units, and 400 mm from where a target would be
+    assert chunk.shape == (4, 5) and np.abs(chunk - [30, 30, 30, 0, 1]).max() < 1
+    for view in views:
+        black = {**seen["images"], view: np.zeros((32, 32, 3), np.uint8)}
+        assert not np.array_equal(blm.act({**seen, "images": black}, "mover"), chunk), view
+    with pytest.raises(UserError, match=f"lacks '{views[0]}'.*\"images\": ..{views[0]}"):
+        blm.act({**seen, "images": {"front": seen["images"][views[0]]}}, "mover")
+    told = capsys.readouterr().out
+    assert "try `python eval.py replay --data" in told and "serve.py --robot mover" in told
+    # the other robot has its own cameras still
+    other = load_episodes(folder / "demos")[0]
+    chunks = [
+        blm.act(other.observation(0), "panda")
+        for blm in (BLM.from_pretrained(tmp_path / "one"), blm)
+    ]
+    assert np.array_equal(*chunks)
+
+
+def test_a_dataset_of_other_cameras_or_another_clock_is_told(folder, tmp_path):
+    for seed, views in enumerate((["top"], ["hand"])):
+        write_imported(tmp_path, "mover", views, np.ones((9, 3)), np.ones((9, 3)), seed)
+    with pytest.raises(UserError, match="mover-bricks-1.*cameras hand at 10 Hz, not .*cameras top"):
+        train(settings(folder, tmp_path / "out", data=str(tmp_path)))
+
+
 def test_a_policy_that_goes_on_from_another_trains_all(folder, tmp_path):
     train(settings(folder, tmp_path / "one"))
     train(settings(folder, tmp_path / "two", start=str(tmp_path / "one"), tasks="PushCube"))
@@ -385,6 +453,7 @@ class Played:
         self.robot, self.scene, self.seed, self.command = "widowx", scene, seed, command
         self.state = np.tile(np.arange(steps, dtype=np.float32)[:, None], (1, 17))
         self.action = np.zeros((steps, 7), np.float32)
+        self.embodiment = Embodiment(17, 7)
 
     def __len__(self):
         return len(self.state)

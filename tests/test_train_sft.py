@@ -19,6 +19,7 @@ import trainer
 from cli import UserError
 from data.conversations import Conversations
 from data.mixture import Mixture, Source, open_sources
+from embodiment import Embodiment
 from model import BLM
 from policy import Policy, PolicyConfig
 from processor import ImageConfig, Processor, collate, train_tokenizer
@@ -393,7 +394,7 @@ def test_shards_go_on_where_one_process_was_and_back(folder, tmp_path):
 def test_a_policy_comes_along_while_what_it_reads_is_frozen(folder, tmp_path):
     blm = BLM.from_pretrained(folder / "base")
     config = PolicyConfig(intent_layer=2, hidden_size=48, num_heads=2)
-    blm.policy = Policy(config, TINY.hidden_size, {"widowx": (16, 7)})
+    blm.policy = Policy(config, TINY.hidden_size, {"widowx": Embodiment(16, 7)})
     blm.policy.normalizer.fitted[:] = True
     blm.save_pretrained(tmp_path / "base", torch.float32)
     for blocks in (2, 1):
