@@ -33,7 +33,7 @@ from checkpoint import config_fields, hub_weights, stored_dtype
 from cli import UserError, choose
 from data.media import middle_square, to_rgb
 from files import atomic, find_folder, read_json, reading, write_json
-from policy import Policy, PolicyConfig, waypoint_head
+from policy import Policy, PolicyConfig, soft_mask, waypoint_head
 from processor import Processor
 from vlm import VLM
 
@@ -113,7 +113,7 @@ class BLM:
         hidden = self.vlm(**batch, num_layers=k).hidden_states[-1]  # (B, L, Dc)
         return hidden, batch["attention_mask"].bool()
 
-    def act(self, observation, robot, temperature=0.0, seed=None):
+    def act(self, observation, robot, temperature=0.0, seed=None, committed=None, planned=()):
         """One chunk of targets, (T, dof + 1) float32, for the next T control steps of 50 ms.
 
         Joint angles (rad) and the finger (m). observation: see `read_observation`. temperature
@@ -121,6 +121,10 @@ class BLM:
         starts from the noise's mean and gives one chunk for one observation, which is what eval.py
         measures. seed (an integer or a list of them) fixes the noise. UserError on an unknown robot
         and on whatever is wrong with the observation.
+
+        For an arm that goes on while this is computed: committed (n, dof + 1), maybe none, are the
+        targets that it will carry out meanwhile, planned (m, dof + 1) what the chunk before had in
+        mind behind them. The chunk begins with the former, and stays near the latter at first.
         """
         policy = self.require_policy()
         names = list(policy.embodiments)
@@ -137,9 +141,15 @@ class BLM:
         with reading("temperature and seed"):  # numpy's noise is the same on every device
             noise = np.random.default_rng(seed).standard_normal(shape, np.float32)
             noise = torch.from_numpy(temperature * noise)
-        inputs = [part.to(self.device) for part in (state, torch.tensor([index]), noise)]
-        chunk = policy.sample(hidden, mask, *inputs)  # (1, T, A)
-        chunk = chunk[0, :, :action_dim].cpu().numpy()
+        inputs = [state, torch.tensor([index]), noise]
+        if committed is not None:
+            known, weight = read_targets(committed, planned, shape, action_dim)
+            inputs += [known, weight]
+        inputs = [part.to(self.device) for part in inputs]
+        chunk = policy.sample(hidden, mask, *inputs).cpu()  # (1, T, A)
+        if committed is not None:  # what is carried out in any case, to the bit
+            chunk = torch.where(weight[:, None] < 1, chunk, known)
+        chunk = chunk[0, :, :action_dim].numpy()
         if not np.isfinite(chunk).all():
             raise UserError(f"the chunk for {robot} is not finite: are the weights damaged?")
         return chunk
@@ -282,6 +292,28 @@ def read_observation(observation, state_dim, largest=LARGEST_STATE):
         with reading(f"the {view} picture"):
             squares.append(to_square(picture))
     return squares, state, instruction.strip()  # as in training
+
+
+def read_targets(committed, planned, shape, action_dim):
+    """(targets (1, T, A), how strongly each step is held to them (T,)) of `act`, checked.
+
+    shape is (1, T, A). UserError says what is wrong.
+    """
+    known = torch.zeros(shape)
+    first = 0
+    for name, targets in (("committed", committed), ("planned", planned)):
+        room = shape[1] - first
+        form = f"they must be at most {room} rows of {action_dim} numbers in rad and m"
+        with reading(f"the {name} targets", form):
+            targets = to_array(targets, 2).astype(np.float32, casting="same_kind")
+            if not targets.size:
+                targets = targets.reshape(0, action_dim)
+            fine = targets.shape[1:] == (action_dim,) and len(targets) <= room
+            assert fine, f"they have the shape {targets.shape}"
+            assert np.isfinite(targets).all(), "they are not finite"
+        known[0, first : first + len(targets), :action_dim] = torch.from_numpy(targets)
+        first += len(targets)
+    return known, soft_mask(len(committed), first, shape[1])
 
 
 # ---- what belongs together
