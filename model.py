@@ -33,7 +33,8 @@ from checkpoint import config_fields, hub_weights, stored_dtype
 from cli import UserError, choose
 from data.media import middle_square, to_rgb
 from files import atomic, find_folder, read_json, reading, write_json
-from policy import Policy, PolicyConfig, soft_mask, waypoint_head
+from inpainting import soft_mask
+from policy import Policy, PolicyConfig, waypoint_head
 from processor import Processor
 from vlm import VLM
 
@@ -122,9 +123,10 @@ class BLM:
         measures. seed (an integer or a list of them) fixes the noise. UserError on an unknown robot
         and on whatever is wrong with the observation.
 
-        For an arm that goes on while this is computed: committed (n, dof + 1), maybe none, are the
-        targets that it will carry out meanwhile, planned (m, dof + 1) what the chunk before had in
-        mind behind them. The chunk begins with the former, and stays near the latter at first.
+        For an arm that moves on while this is computed (inpainting.py): committed (n, dof + 1), maybe
+        none, are the targets that it will carry out meanwhile, in physical units too, and planned
+        (m, dof + 1) what the chunk before had in mind behind them. This one begins with the former,
+        and stays near the latter, less and less.
         """
         policy = self.require_policy()
         names = list(policy.embodiments)

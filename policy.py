@@ -32,6 +32,7 @@ angles (rad), the last action is the finger (m).
 
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -39,12 +40,12 @@ from einops import rearrange
 from torch import nn
 
 from cli import UserError
+from inpainting import guided
 from vlm import attend
 
 TAU_BETA = 1.5  # u ~ Beta(1.5, 1), tau = (s - u) / s: GR00T's law, more weight on noise
 TAU_LIMIT = 0.999  # s
 STATE_LIMIT = 5.0  # deviations: a reading far outside the demonstrations says no more than "far"
-MOST_GUIDANCE = 5.0  # real-time chunking's beta
 
 # ---- configuration
 
@@ -393,16 +394,6 @@ def flow_loss(velocity, actions, noise, valid, total):
     return torch.where(valid, error, 0.0).sum() / total
 
 
-def soft_mask(committed, known, horizon):
-    """How strongly each step of a chunk is held to the chunk before, (T,), as real-time chunking.
-
-    1 on the steps that are `committed`, then less and less, 0 where nothing is `known` any more.
-    """
-    fade = (known - torch.arange(horizon)) / (known - committed + 1)
-    fade = fade.clamp(0, 1)
-    return fade * torch.expm1(fade) / math.expm1(1)
-
-
 # ---- the policy
 
 
@@ -623,27 +614,12 @@ class Policy(nn.Module):
 
     # ---- acting
 
-    def guided_velocity(self, x, tau, modulations, context, known, weight):
-        """`velocity` at x, bent so that the flow ends at `known` where weight says; all (B, T, A).
-
-        Inpainting of real-time chunking (arXiv 2506.07339): the error of where the flow would end
-        is carried back to x through the DiT, so steps that are not held go along with the others.
-        """
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            velocity, _ = self.velocity(x, tau, modulations, context)
-            end = x + (1 - tau) * velocity
-            error = weight * (known - end)
-            [pull] = torch.autograd.grad(end, x, error.detach())
-        strength = (tau**2 + (1 - tau) ** 2) / (tau * (1 - tau))  # infinite at tau = 0
-        return velocity.detach() + strength.clamp(max=MOST_GUIDANCE) * pull
-
     @torch.no_grad()
     def sample(self, hidden, mask, state, embodiment, noise, known=None, weight=None):
         """A chunk of absolute targets (B, T, A), rad and m, that flows from noise (B, T, A).
 
-        hidden (B, L, Dc), mask (B, L), state (B, S), embodiment (B,). known (B, T, A): absolute
-        targets that step t is held to as strongly as weight (T,) says; see `soft_mask`.
+        hidden (B, L, Dc), mask (B, L), state (B, S), embodiment (B,). known: absolute targets
+        (B, T, A) to which step t is held as strongly as weight (T,) says; see inpainting.py.
         """
         K = self.config.num_inference_steps
         _, context = self.context(hidden, mask, state, embodiment)
@@ -652,15 +628,15 @@ class Policy(nn.Module):
         modulations = self.modulations(taus)  # (blocks + 1, 2, K, 1, D): of all steps at once
 
         if known is not None:
-            # relative to this state, which is not the one of the chunk that they come from
+            # relative to this state: the chunk that they come from was to an earlier one
             known = self.normalizer.normalize_action(known, state, embodiment)
-            weight = weight[:, None] * valid
+            weight = weight[:, None] * valid  # (B, T, A)
+
         x = noise * valid
         for step, tau in enumerate(taus.split(1)):
-            inputs = (x, tau, modulations[:, :, step], context)  # one step's, broadcast over B
-            if known is None:
-                velocity, _ = self.velocity(*inputs)
-            else:
-                velocity = self.guided_velocity(*inputs, known, weight)
-            x = (x + velocity / K) * valid
+            # one step's, broadcast over B
+            inputs = {"tau": tau, "modulations": modulations[:, :, step], "context": context}
+            velocity = partial(self.velocity, **inputs)
+            v = velocity(x)[0] if known is None else guided(velocity, x, tau, known, weight)
+            x = (x + v / K) * valid
         return self.normalizer.unnormalize(x, state, embodiment)
