@@ -21,6 +21,7 @@ action and state dims.
 import dataclasses
 import hashlib
 import json
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -193,6 +194,18 @@ class BLM:
             self.save_policy(folder, dtype)
         if self.training:
             write_json(Path(folder) / "training.json", self.training)
+
+    def push_to_hub(self, repo_id, results=(), private=False, dtype=None):
+        """Upload the folder with a model card to the hub, as user/name; the commit's address.
+
+        results: files of eval.py about this model, for the card. private: if the repository is new.
+        UserError without a token or a connection. See hub.py, which uploads a folder as it is.
+        """
+        from hub import push  # which imports this
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, dtype)
+            return push(folder, repo_id, results, private)
 
     def save_policy(self, folder, dtype=None, weights=None, backbone=None):
         """Write policy.safetensors and policy.json beside their language model.
