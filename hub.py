@@ -22,8 +22,9 @@ from data.tasks import TASKS
 from files import read_json, reading
 from model import BLM, load_training
 
+# beside the weights, which may be in shards
 NEEDED = ("config.json", "tokenizer.json")
-# read too, where they are there
+# read where they are there; a model from elsewhere has some of them alone
 OPTIONAL = (
     "generation_config.json",
     "model.safetensors.index.json",
@@ -52,6 +53,7 @@ class HubConfig:
 def model_files(folder):
     """Paths of the files in a model folder that `BLM.from_pretrained` reads, and no others."""
     folder = Path(folder)
+    # told one by one: a run that was stopped early has made some of them
     needed = [*(folder / name for name in NEEDED), *weight_files(folder)]
     for path in needed:
         if not path.is_file():
@@ -66,6 +68,7 @@ def results_of(folder):
     for place in RESULTS:
         for path in sorted((HERE / place).glob("*.json")):
             about = read_json(path)
+            # older files do not say whose figures they are: those must be named by hand
             weights = (about.get("config") or {}).get("weights")
             if not weights or about["what"] == "expert":  # which has the flag, and no use for it
                 continue
@@ -78,6 +81,7 @@ def results_of(folder):
 
 
 def table(head, rows):
+    """In markdown, as text."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
@@ -101,16 +105,19 @@ def about_robots(policy):
 def about_backbone(folder, policy, training):
     """One paragraph from config.json and training.json."""
     config = read_json(Path(folder) / "config.json")
+    # Qwen3-VL has the language model's fields in a section of their own
     text = config.get("text_config") or config
     size = f"{text['num_hidden_layers']} blocks, {text['hidden_size']} wide"
     line = f"Language model: `{config['model_type']}`, {size}, stored as "
     line += f"{config.get('dtype') or text.get('dtype') or 'its files say'}."
+    # each run of Stage I holds the record of the one that it began with
     first = training.get("sft")
     while first and first.get("started_from"):
         first = first["started_from"]
     if first and "config" in first:
         start = first["config"].get("backbone")
         line += f" Trained from {f'`{start}`' if start else 'random weights'}."
+    # what holds the two together
     if policy:
         block = policy["config"]["intent_layer"]
         line += f" The policy reads block {block} of it (hash `{policy['backbone']}`)."
@@ -132,6 +139,7 @@ def about_result(path):
     result = read_json(path)
     assert {"what", "command"} <= result.keys(), "it is no result of eval.py"
     said = []
+    # kinds of evaluations differ in what they have: what is not there is not said
     if "interval" in result:
         low, high = (100 * end for end in result["interval"])
         said.append(
@@ -148,6 +156,7 @@ def about_result(path):
         return ""
     text = f"**{result['what']}**: {'; '.join(said)}. Command: `{result['command']}`\n"
     if result["what"] in ("physical", "perturbations"):
+        # in the order of our own tables, and only those that were asked for
         names = [name for name in TASKS if name in next(iter(result["cells"].values()))]
         rows = []
         for row, cells in result["cells"].items():
@@ -166,6 +175,7 @@ def front_matter(policy):
 
 
 def how_to_use(policy, repo):
+    # three lines that work as they stand, but for the observation
     lines = ["from model import BLM", f'blm = BLM.from_pretrained("{repo}")']
     if policy:
         robot = next(iter(policy["embodiments"]))
@@ -203,6 +213,7 @@ def model_card(folder, repo, results=()):
             parts.append(about_result(path))
     if not results:
         parts.append("No result file of `eval.py` came with these weights.\n")
+    # the code's is known; weights may owe something to a backbone or to somebody's data
     license_file = HERE / "LICENSE"
     if license_file.exists():
         name = license_file.read_text().splitlines()[0]
@@ -222,6 +233,7 @@ def talking_to_hub(repo):
         raise
     # errors of the library, of its HTTP client and of its uploader share no class
     except Exception as error:  # noqa: BLE001
+        # what the hub itself says of a wrong token does not name the repository
         status = getattr(getattr(error, "response", None), "status_code", None)
         advice = "is there a connection?"
         if status in (401, 403):
@@ -238,10 +250,13 @@ def push(folder, repo, results=(), private=False):
     """
     if not re.fullmatch(r"[\w-]+/[\w.-]+", repo):
         raise UserError(f"{repo!r} is no repository of the hub: name one as user/name")
+    # all that can be wrong here is told before there is a repository
     paths = model_files(folder)
     card = model_card(folder, repo, results)
+    # slow to load, and rarely needed
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
+    # its own error is raised only behind the first request
     if not get_token():
         raise UserError(
             "no token for the hub: export HF_TOKEN=..., one that may write, "
@@ -252,9 +267,11 @@ def push(folder, repo, results=(), private=False):
     operations.append(CommitOperationAdd("README.md", card.encode()))
     with talking_to_hub(repo):
         api = HfApi()
+        # one commit: whoever loads it meanwhile gets the old model or the new one
         api.create_repo(repo, private=private, exist_ok=True)
         for name in api.list_repo_files(repo):
-            if name in OPTIONAL and name not in names:  # of another model
+            # of another model: it would be loaded with this one, and refused
+            if name in OPTIONAL and name not in names:
                 operations.append(CommitOperationDelete(name))
         return api.create_commit(
             repo, operations, commit_message="Upload a model of nanoBLM"

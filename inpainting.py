@@ -37,11 +37,15 @@ def guided(velocity, x, tau, known, weight):
     A), tau (1,). The error of where the flow would end is carried back to x through the network,
     so that steps which are not held go along with those that are (the paper's equations 2 to 4).
     """
+    # a gradient for x alone: the weights get none
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         v = velocity(x)[0]
         end = x + (1 - tau) * v
         error = weight * (known - end)
         [pull] = torch.autograd.grad(end, x, error.detach())
-    strength = (tau**2 + (1 - tau) ** 2) / (tau * (1 - tau))  # infinite at tau = 0
-    return v.detach() + strength.clamp(max=MOST_GUIDANCE) * pull
+    # (1 - tau) / tau over r squared; infinite at tau = 0
+    left = 1 - tau
+    strength = (tau**2 + left**2) / (tau * left)
+    strength = strength.clamp(max=MOST_GUIDANCE)
+    return v.detach() + strength * pull
