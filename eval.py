@@ -3,6 +3,7 @@
     python eval.py expert           the planner that makes the demonstrations
     python eval.py physical         the policy, instructed in wordings that it was not trained on
     python eval.py perturbations    the policy again, with one thing of the scene changed at a time
+    python eval.py delays           the policy again, late, on an arm that does not wait for it
     python eval.py told             scenes with several things to do, played with different commands
     python eval.py plan             goals of two and three commands: written down, carried out, judged
     python eval.py replay           recordings it was not trained on: what it would have done instead
@@ -62,6 +63,14 @@ class PhysicalConfig:
     device: str = "auto"  # auto, cpu, cuda or mps
     execute_steps: int = EXECUTE_STEPS  # steps of a chunk before the policy looks again
     instruction: str = ""  # what to tell the robot, with one of --tasks; empty: held-out wordings
+
+
+@dataclass
+class DelaysConfig(PhysicalConfig):
+    tasks: str = "PickCube,StackCube,LiftPegUpright"  # comma-separated tasks, or all
+    episodes: int = 5  # episodes of each robot and task in each row
+    workers: int = 1  # processes; more of them lengthen a measured delay
+    delays: str = "0,2,4,8"  # comma-separated control steps, or measured: as many as act takes
 
 
 @dataclass
@@ -129,6 +138,8 @@ def choose_jobs(what, config):
     robots = choose_many(config.robots, ROBOTS, "robot")
     tasks = choose_many(config.tasks, TASKS, "task")
     changes = ["unchanged", *PERTURBATIONS] if what == "perturbations" else [""]
+    if what == "delays":
+        changes = switches(config.delays)
     if config.instruction and len(tasks) > 1:
         raise UserError(f"--instruction {config.instruction!r}: name its one task with --tasks")
     if what != "expert":
@@ -157,8 +168,10 @@ def work(job):
         episode["jerk"] = jerk(shown.states, env.robot.dof)
     else:
         blm = load(config.weights, config.device)
-        instruction = config.instruction or None
-        episode |= rollout(blm, env, seed, config.execute_steps, instruction=instruction)
+        options = {"instruction": config.instruction or None}
+        if what == "delays":
+            options |= switches(config.delays)[change]
+        episode |= rollout(blm, env, seed, config.execute_steps, **options)
     return number, change or robot, task, episode
 
 
@@ -211,6 +224,64 @@ def physical(what, config):
     if paper:
         print(f"in brackets: {paper['source']}, another simulator")
     return result
+
+
+# ---- chunks that come late
+
+
+def switches(texts):
+    """{row: options of `rollout`} of comma-separated delays. UserError if one is none.
+
+    The arm goes on while a chunk is computed, then changes to one that knew nothing of this
+    ("plain"), or to one that was made to fit ("inpainted").
+    """
+    rows = {}
+    for text in texts.split(","):
+        text = text.strip()
+        if text != "measured" and not text.isdecimal():
+            raise UserError(f"--delays {text!r}: name numbers of control steps, or measured")
+        delay = None if text == "measured" else int(text)
+        for how in ("plain", "inpainted"):
+            rows[f"{text} {how}"] = {"delay": delay, "inpaint": how == "inpainted"}
+    return rows
+
+
+def switch_figures(episodes):
+    """What a row's episodes say: steps of targets in rad, the largest joint's; jerk in rad/s^3."""
+    together = defaultdict(list)
+    for episode in episodes:
+        for name in ("border_steps", "inner_steps", "delays"):
+            together[name] += episode[name]
+    borders = together["border_steps"]
+    return {
+        **summary(episodes),
+        "borders": len(borders),
+        "border_step": np.mean(borders),
+        "largest_border_step": max(borders),
+        "inner_step": np.mean(together["inner_steps"]),
+        "delay": np.mean(together["delays"]),
+        "act_ms": 1000 * np.mean([e["act_s"] for e in episodes]),
+        "failures": {e["name"]: e["reason"] for e in episodes if e["reason"]},
+    }
+
+
+def delays(what, config):
+    """Success, and how far targets jump from chunk to chunk, by delay. The result as a dict."""
+    jobs = choose_jobs(what, config)
+    done = tqdm(run_jobs(work, jobs, config.workers), total=len(jobs), unit="episode")
+    rows = defaultdict(list)
+    for _, row, task, episode in sorted(done, key=lambda item: item[0]):
+        rows[row].append(episode | {"name": f"{task} {episode['name']}"})
+    figures = {row: switch_figures(episodes) for row, episodes in rows.items()}
+    lines = []
+    for row, found in figures.items():
+        steps = (found["border_step"], found["largest_border_step"], found["inner_step"])
+        line = [row, f"{100 * found['success']:.1f}", *(f"{1000 * step:.0f}" for step in steps)]
+        lines.append([*line, f"{found['jerk']:.1f}", f"{found['delay']:.1f}"])
+    print_table(
+        ["row", "success", "border, mrad", "largest", "elsewhere", "jerk", "mean delay"], lines
+    )
+    return {"rows": figures}
 
 
 # ---- one scene, several commands
@@ -540,6 +611,7 @@ def print_table(head, rows):
 
 
 KINDS = {kind: (physical, PhysicalConfig) for kind in ("expert", "physical", "perturbations")}
+KINDS["delays"] = (delays, DelaysConfig)
 KINDS["told"] = (told, ToldConfig)
 KINDS["plan"] = (plan_goals, PlanConfig)
 KINDS["replay"] = (replay, ReplayConfig)

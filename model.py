@@ -21,6 +21,7 @@ action and state dims.
 import dataclasses
 import hashlib
 import json
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from cli import UserError, choose
 from data.media import middle_square, to_rgb
 from embodiment import VIEWS, Embodiment
 from files import atomic, find_folder, read_json, reading, write_json
+from inpainting import soft_mask
 from policy import Policy, PolicyConfig, waypoint_head
 from processor import Processor
 from vlm import VLM
@@ -111,7 +113,7 @@ class BLM:
         hidden = self.vlm(**batch, num_layers=k).hidden_states[-1]  # (B, L, Dc)
         return hidden, batch["attention_mask"].bool()
 
-    def act(self, observation, robot, temperature=0.0, seed=None):
+    def act(self, observation, robot, temperature=0.0, seed=None, committed=None, planned=()):
         """One chunk of targets, (T, A) float32, for the robot's next T control steps.
 
         For the simulator's arms A is dof + 1: joint angles (rad) and the finger (m), in steps of
@@ -121,6 +123,11 @@ class BLM:
         starts from the noise's mean and gives one chunk for one observation, which is what eval.py
         measures. seed (an integer or a list of them) fixes the noise. UserError on an unknown robot
         and on whatever is wrong with the observation.
+
+        For an arm that moves on while this is computed (inpainting.py): committed (n, A), maybe
+        none, are the targets that it will carry out meanwhile, in physical units too, and planned
+        (m, A) what the chunk before had in mind behind them. This one begins with the former,
+        and stays near the latter, less and less.
         """
         policy = self.require_policy()
         names = list(policy.embodiments)
@@ -137,9 +144,15 @@ class BLM:
         with reading("temperature and seed"):  # numpy's noise is the same on every device
             noise = np.random.default_rng(seed).standard_normal(shape, np.float32)
             noise = torch.from_numpy(temperature * noise)
-        inputs = [part.to(self.device) for part in (state, torch.tensor([index]), noise)]
-        chunk = policy.sample(hidden, mask, *inputs)  # (1, T, A)
-        chunk = chunk[0, :, : embodiment.action_dim].cpu().numpy()
+        inputs = [state, torch.tensor([index]), noise]
+        if committed is not None:
+            known, weight = read_targets(committed, planned, shape, embodiment.action_dim)
+            inputs += [known, weight]
+        inputs = [part.to(self.device) for part in inputs]
+        chunk = policy.sample(hidden, mask, *inputs).cpu()  # (1, T, A)
+        if committed is not None:  # what is carried out in any case, to the bit
+            chunk = torch.where(weight[:, None] < 1, chunk, known)
+        chunk = chunk[0, :, : embodiment.action_dim].numpy()
         if not np.isfinite(chunk).all():
             raise UserError(f"the chunk for {robot} is not finite: are the weights damaged?")
         return chunk
@@ -181,6 +194,18 @@ class BLM:
             self.save_policy(folder, dtype)
         if self.training:
             write_json(Path(folder) / "training.json", self.training)
+
+    def push_to_hub(self, repo_id, results=(), private=False, dtype=None):
+        """Upload the folder with a model card to the hub, as user/name; the commit's address.
+
+        results: files of eval.py about this model, for the card. private: if the repository is new.
+        UserError without a token or a connection. See hub.py, which uploads a folder as it is.
+        """
+        from hub import push  # which imports this
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, dtype)
+            return push(folder, repo_id, results, private)
 
     def save_policy(self, folder, dtype=None, weights=None, backbone=None):
         """Write policy.safetensors and policy.json beside their language model.
@@ -281,6 +306,28 @@ def read_observation(observation, embodiment, largest=LARGEST_STATE):
         with reading(f"the {view} picture"):
             squares.append(to_square(picture))
     return squares, state, instruction.strip()  # as in training
+
+
+def read_targets(committed, planned, shape, action_dim):
+    """(targets (1, T, A), how strongly each step is held to them (T,)) of `act`, checked.
+
+    shape is (1, T, A). UserError says what is wrong.
+    """
+    known = torch.zeros(shape)
+    first = 0
+    for name, targets in (("committed", committed), ("planned", planned)):
+        room = shape[1] - first
+        form = f"they must be at most {room} rows of {action_dim} numbers in rad and m"
+        with reading(f"the {name} targets", form):
+            targets = to_array(targets, 2).astype(np.float32, casting="same_kind")
+            if not targets.size:
+                targets = targets.reshape(0, action_dim)
+            fine = targets.shape[1:] == (action_dim,) and len(targets) <= room
+            assert fine, f"they have the shape {targets.shape}"
+            assert np.isfinite(targets).all(), "they are not finite"
+        known[0, first : first + len(targets), :action_dim] = torch.from_numpy(targets)
+        first += len(targets)
+    return known, soft_mask(len(committed), first, shape[1])
 
 
 # ---- what belongs together

@@ -32,6 +32,7 @@ embodiment.py.
 
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from cli import UserError
+from inpainting import guided
 from vlm import attend
 
 TAU_BETA = 1.5  # u ~ Beta(1.5, 1), tau = (s - u) / s: GR00T's law, more weight on noise
@@ -623,10 +625,11 @@ class Policy(nn.Module):
     # ---- acting
 
     @torch.no_grad()
-    def sample(self, hidden, mask, state, embodiment, noise):
+    def sample(self, hidden, mask, state, embodiment, noise, known=None, weight=None):
         """A chunk of absolute targets (B, T, A), rad and m, that flows from noise (B, T, A).
 
-        hidden (B, L, Dc), mask (B, L), state (B, S), embodiment (B,).
+        hidden (B, L, Dc), mask (B, L), state (B, S), embodiment (B,). known: absolute targets
+        (B, T, A) to which step t is held as strongly as weight (T,) says; see inpainting.py.
         """
         K = self.config.num_inference_steps
         _, context = self.context(hidden, mask, state, embodiment)
@@ -634,9 +637,16 @@ class Policy(nn.Module):
         taus = torch.arange(K, device=state.device) / K
         modulations = self.modulations(taus)  # (blocks + 1, 2, K, 1, D): of all steps at once
 
+        if known is not None:
+            # relative to this state: the chunk that they come from was to an earlier one
+            known = self.normalizer.normalize_action(known, state, embodiment)
+            weight = weight[:, None] * valid  # (B, T, A)
+
         x = noise * valid
         for step, tau in enumerate(taus.split(1)):
             # one step's, broadcast over B
-            velocity, _ = self.velocity(x, tau, modulations[:, :, step], context)
-            x = (x + velocity / K) * valid
+            inputs = {"tau": tau, "modulations": modulations[:, :, step], "context": context}
+            velocity = partial(self.velocity, **inputs)
+            v = velocity(x)[0] if known is None else guided(velocity, x, tau, known, weight)
+            x = (x + v / K) * valid
         return self.normalizer.unnormalize(x, state, embodiment)

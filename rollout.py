@@ -1,9 +1,16 @@
 """One model in one environment, closed loop: it looks, acts for a few steps, and looks again.
 
 `rollout` is the loop, `draw_episode` the same with a GIF; eval.py, sample.py and corrections.py
-call them.
+call them. `Pilot` makes a stream of targets out of chunks, also for an arm that does not wait: it
+goes on with the old chunk while the new one is computed.
+
+                   look             look with a delay of 4 steps, of 50 ms each
+    old chunk   ───────●━━━━●╌╌╌╌    ━ carried out   ╌ planned, never carried out
+    new chunk          ╌╌╌╌╌●━━━━━━━━●━━━━●╌╌╌╌
+                        late         look
 """
 
+import math
 import time
 from pathlib import Path
 
@@ -18,6 +25,7 @@ from files import atomic
 # Control steps of a chunk that are carried out before the policy looks again. With fewer it may
 # hesitate for ever where an arm starts slowly.
 EXECUTE_STEPS = 12
+RECENT = 10  # looks: a chunk is expected to take as long as the slowest of these
 GIF_SIZE = 384  # pixels
 FRAMES_EVERY = 2  # control steps between two frames
 
@@ -32,6 +40,60 @@ def robots_of(blm, names):
     return choose_many(names, trained, "robot")
 
 
+class Pilot:
+    """A policy's chunks as one stream of targets, for an arm that moves on while one is computed.
+
+    A chunk counts from its look. With a delay its first targets come too late: meanwhile the arm
+    carries out what the chunk before had in mind, and where that ends it holds still. The first
+    chunk is waited for.
+    delay: control steps from a look until its chunk is there; None: as many as `act` takes by the
+    clock. inpaint: the chunk begins with what is carried out meanwhile (`BLM.act`, committed); how
+    much that will be is the most of the last RECENT looks.
+    """
+
+    def __init__(self, blm, robot, execute_steps, temperature=0.0, delay=0, inpaint=False):
+        self.blm = blm
+        self.robot = robot
+        self.execute_steps = execute_steps
+        self.temperature = temperature
+        self.delay = delay
+        self.inpaint = inpaint
+        self.targets = []  # all that were handed out, (dof + 1,) each
+        self.left = []  # behind them in the last chunk
+        self.borders = []  # indices of targets with which another chunk takes over
+        self.delays = []  # of each look
+        self.act_seconds = []  # of each look
+
+    def expected(self):
+        """The delay to reckon with, control steps."""
+        return max([self.delay or 0, *self.delays[-RECENT:]])
+
+    def look(self, observation, seed):
+        """[(dof + 1,)]: the targets until the next look."""
+        options = {}
+        if self.inpaint:
+            options["committed"] = self.left[: self.expected()]
+            options["planned"] = self.left[self.expected() :]
+        start = time.perf_counter()
+        chunk = self.blm.act(observation, self.robot, self.temperature, seed=seed, **options)
+        seconds = time.perf_counter() - start
+        self.act_seconds.append(seconds)
+        delay = math.ceil(seconds * CONTROL_HZ) if self.delay is None else self.delay
+        self.delays.append(delay)
+
+        late = delay if self.targets else 0
+        last = [*self.targets, *self.left][-1:]
+        old = (self.left + late * last)[:late]
+        # soon enough for the next chunk to come before this one's end
+        stop = max(1, late, min(self.execute_steps, len(chunk) - self.expected()))
+        if self.targets:
+            self.borders.append(len(self.targets) + late)
+        self.left = list(chunk[stop:])
+        targets = [*old, *chunk[late:stop]]
+        self.targets += targets
+        return targets
+
+
 def rollout(
     blm,
     env,
@@ -44,6 +106,8 @@ def rollout(
     command=0,
     other=None,
     new=False,
+    delay=0,
+    inpaint=False,
 ):
     """One closed-loop episode: {"success", "steps", "clipped", "jerk": rad/s^3, "act_s", "reason"}.
 
@@ -51,7 +115,8 @@ def rollout(
     looks: make env with render=False. max_steps stops sooner than the task does. frame_size adds
     "frames": pictures of so many pixels for people, every FRAMES_EVERY steps and at the end.
     command, new: see `TabletopEnv.reset`. other: another of the scene's commands; "other" says whether
-    that was done on the way.
+    that was done on the way. delay, inpaint: see `Pilot`. "border_steps" and "inner_steps": see
+    `joint_steps`.
     """
     env.reset(seed, instruction, command, new)
     body = next(iter(env.task.labels))  # what the task is about
@@ -59,15 +124,12 @@ def rollout(
     held = []  # after each step
     frames = []
     done_other = False
-    act_seconds = []
+    pilot = Pilot(blm, env.robot.name, execute_steps, temperature, delay, inpaint)
     over = False
     while not over:
         observation = env.observe(render=True)
-        start = time.perf_counter()
         # noise, if there is any, is this moment's own and the same again when it is repeated
-        chunk = blm.act(observation, env.robot.name, temperature, seed=[seed, env.steps])
-        act_seconds.append(time.perf_counter() - start)
-        for action in chunk[:execute_steps]:  # the rest of the chunk is thrown away
+        for action in pilot.look(observation, [seed, env.steps]):
             if frame_size and env.steps % FRAMES_EVERY == 0:
                 frames.append(env.draw("render", frame_size, pretty=True))
             *_, done, truncated, info = env.step(action)
@@ -82,16 +144,32 @@ def rollout(
                 break
     if frame_size:
         frames.append(env.draw("render", frame_size, pretty=True))
+    borders, inner = joint_steps(pilot.targets[: env.steps], pilot.borders, env.robot.dof)
     return {
         "success": bool(done),
         "other": done_other,
         "steps": env.steps,
         "clipped": info["clipped"],
         "jerk": jerk(states, env.robot.dof),
-        "act_s": float(np.mean(act_seconds)),
+        "act_s": float(np.mean(pilot.act_seconds)),
+        "delays": pilot.delays,
+        "border_steps": borders,
+        "inner_steps": inner,
         "reason": "" if done else why(env.task, held),
         "frames": frames,
     }
+
+
+def joint_steps(targets, borders, dof):
+    """Steps from target to target, each the largest of its joints', rad: (at borders, elsewhere).
+
+    targets: [(dof + 1,)]; borders: indices of those with which another chunk takes over.
+    """
+    joints = np.array(targets)[:, :dof]
+    steps = np.abs(np.diff(joints, axis=0)).max(1)  # (L - 1,)
+    # an episode may end before the last one
+    before = [border - 1 for border in borders if border < len(targets)]
+    return steps[before].tolist(), np.delete(steps, before).tolist()
 
 
 def jerk(states, dof):

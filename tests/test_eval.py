@@ -343,3 +343,34 @@ def test_figures_of_plans_stand_beside_those_of_the_whole_goal_told_at_once():
         "whole_first": (0.5, 2),
         "whole_done": (0.0, 2),
     }
+
+
+def late_episodes(function, jobs, workers):
+    """run_jobs in this process: an episode succeeds if the arm waits, or the chunk was made to fit."""
+    for number, _, _, change, robot, task, seed in jobs:
+        options = evaluation.switches("0,8")[change]
+        jump = 0.01 if options["inpaint"] else 0.01 * (1 + options["delay"])
+        episode = {"name": f"{robot} {seed}", "success": jump < 0.05, "steps": 40, "jerk": 1.0}
+        episode |= {"act_s": 0.01, "border_steps": [jump, 3 * jump], "inner_steps": [0.01]}
+        episode |= {"delays": [options["delay"]], "reason": "" if jump < 0.05 else "never grasped"}
+        yield number, change, task, episode
+
+
+def test_late_chunks_are_a_row_for_each_delay_and_way(monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "run_jobs", late_episodes)
+    config = evaluation.DelaysConfig(device="cpu", weights=NANO, delays="0, 8", episodes=2)
+    rows = evaluation.delays("delays", config)["rows"]
+    assert list(rows) == ["0 plain", "0 inpainted", "8 plain", "8 inpainted"]
+    assert [row["success"] for row in rows.values()] == [1, 1, 0, 1]
+    assert rows["8 plain"]["border_step"] == pytest.approx(0.18)
+    assert rows["8 plain"]["largest_border_step"] == pytest.approx(0.27)
+    assert rows["8 plain"]["episodes"] == 2 * 3 * len(ROBOTS)
+    assert rows["8 plain"]["failures"]["StackCube panda 1000001"] == "never grasped"
+    assert "| 8 plain | 0.0 | 180 | 270 | 10 | 1.0 | 8.0 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("delays", ["-1", "two", "", "1.5"])
+def test_what_is_no_delay_is_told(delays):
+    config = evaluation.DelaysConfig(device="cpu", weights=NANO, delays=delays)
+    with pytest.raises(UserError, match="--delays"):
+        evaluation.delays("delays", config)

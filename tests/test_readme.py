@@ -192,6 +192,18 @@ def test_arms_are_those_of_the_result_file():
         assert re.findall(r"\w+ \d/\d", others) == wanted
 
 
+def test_figures_of_late_chunks_come_from_the_result_file():
+    found = result("delays.json")
+    assert f"`{found['command']}`" in RESULTS
+    for name, figures in found["rows"].items():
+        low, high = (percent(end) for end in figures["interval"])
+        steps = ("border_step", "largest_border_step", "inner_step")
+        texts = [f"{1000 * figures[step]:.0f}" for step in steps]
+        texts = [percent(figures["success"], 1), f"{low} to {high}", *texts]
+        assert row(RESULTS, name)[1:] == [*texts, f"{figures['jerk']:.1f}"]
+        assert f"{figures['episodes']} episodes a row" in RESULTS
+
+
 def test_figures_off_the_templates_come_from_the_result_file():
     files = result("off_template.json")["files"]
     templates, off = (files[f"out/off/{name}.jsonl"]["means"] for name in ("val", "off_template"))
