@@ -177,14 +177,14 @@ def test_a_measured_delay_is_the_clocks(monkeypatch):
 
 
 def test_an_arm_whose_chunk_comes_too_late_waits_at_its_last_target(monkeypatch):
-    blm = Counting(monkeypatch, seconds=0.1)
+    blm = Counting(monkeypatch, seconds=0.09)
     pilot = Pilot(blm, "panda", 12, delay=None)
     pilot.look({}, 0)
-    blm.seconds = 0.5  # once: four targets were left for ten steps
+    blm.seconds = 0.49  # once: four targets were left for ten steps
     assert first(pilot.look({}, 0)) == [12, 13, 14, 15, *[15] * 6]
-    blm.seconds = 2.0  # longer than a chunk: nothing of it is of use
+    blm.seconds = 1.99  # longer than a chunk: nothing of it is of use
     assert first(pilot.look({}, 0)) == [*range(110, 116), *[115] * 34]
-    blm.seconds = 0.1
+    blm.seconds = 0.09
     assert first(pilot.look({}, 0)) == [115, 115]
     assert first(pilot.look({}, 0)) == [302, 303]
 
