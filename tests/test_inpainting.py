@@ -44,7 +44,7 @@ def test_guidance_is_clipped_and_follows_the_gradient():
         jacobian = torch.eye(3) + (1 - tau) * M
         error = weight * (known - x @ jacobian)
         wanted = x @ M + strength * error @ jacobian.T
-        got = guided(lambda x: (x @ M,), x, torch.tensor([tau]), known, weight)
+        got = guided(lambda x, tau: (x @ M,), x, (torch.tensor([tau]),), known, weight)
         assert torch.allclose(got, wanted, atol=1e-4)
 
 
