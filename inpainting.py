@@ -30,17 +30,18 @@ def soft_mask(committed, known, horizon):
     return fade * torch.expm1(fade) / math.expm1(1)
 
 
-def guided(velocity, x, tau, known, weight):
+def guided(velocity, x, inputs, known, weight):
     """The velocity at x, bent so that the flow ends in `known` as far as `weight` says.
 
-    velocity: of x alone, (B, T, A) to a tuple whose first is (B, T, A); x, known and weight (B, T,
-    A), tau (1,). The error of where the flow would end is carried back to x through the network,
+    velocity(x, *inputs): the network's, the first of a tuple; inputs: tau (1,) and what else it
+    takes; x, known and weight (B, T, A). The error of where the flow would end is carried back to x through the network,
     so that steps which are not held go along with those that are (the paper's equations 2 to 4).
     """
+    tau = inputs[0]
     # a gradient for x alone: the weights get none
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        v = velocity(x)[0]
+        v = velocity(x, *inputs)[0]
         end = x + (1 - tau) * v
         error = weight * (known - end)
         [pull] = torch.autograd.grad(end, x, error.detach())

@@ -32,7 +32,6 @@ embodiment.py.
 
 import math
 from dataclasses import dataclass, fields
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -645,8 +644,10 @@ class Policy(nn.Module):
         x = noise * valid
         for step, tau in enumerate(taus.split(1)):
             # one step's, broadcast over B
-            inputs = {"tau": tau, "modulations": modulations[:, :, step], "context": context}
-            velocity = partial(self.velocity, **inputs)
-            v = velocity(x)[0] if known is None else guided(velocity, x, tau, known, weight)
+            inputs = (tau, modulations[:, :, step], context)
+            if known is None:
+                v, _ = self.velocity(x, *inputs)
+            else:
+                v = guided(self.velocity, x, inputs, known, weight)
             x = (x + v / K) * valid
         return self.normalizer.unnormalize(x, state, embodiment)

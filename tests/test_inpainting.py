@@ -44,7 +44,7 @@ def test_guidance_is_clipped_and_follows_the_gradient():
         jacobian = torch.eye(3) + (1 - tau) * M
         error = weight * (known - x @ jacobian)
         wanted = x @ M + strength * error @ jacobian.T
-        got = guided(lambda x: (x @ M,), x, torch.tensor([tau]), known, weight)
+        got = guided(lambda x, tau: (x @ M,), x, (torch.tensor([tau]),), known, weight)
         assert torch.allclose(got, wanted, atol=1e-4)
 
 
@@ -177,14 +177,14 @@ def test_a_measured_delay_is_the_clocks(monkeypatch):
 
 
 def test_an_arm_whose_chunk_comes_too_late_waits_at_its_last_target(monkeypatch):
-    blm = Counting(monkeypatch, seconds=0.1)
+    blm = Counting(monkeypatch, seconds=0.09)
     pilot = Pilot(blm, "panda", 12, delay=None)
     pilot.look({}, 0)
-    blm.seconds = 0.5  # once: four targets were left for ten steps
+    blm.seconds = 0.49  # once: four targets were left for ten steps
     assert first(pilot.look({}, 0)) == [12, 13, 14, 15, *[15] * 6]
-    blm.seconds = 2.0  # longer than a chunk: nothing of it is of use
+    blm.seconds = 1.99  # longer than a chunk: nothing of it is of use
     assert first(pilot.look({}, 0)) == [*range(110, 116), *[115] * 34]
-    blm.seconds = 0.1
+    blm.seconds = 0.09
     assert first(pilot.look({}, 0)) == [115, 115]
     assert first(pilot.look({}, 0)) == [302, 303]
 
