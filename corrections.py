@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from cli import parse, run
 from data import seeds
 from data.environments import expert_of
+from data.expert import demonstrate
 from data.record import RecordConfig, record
 from files import checksum
 from model import BLM
@@ -31,7 +32,7 @@ def load_policy(folder):
     return BLM.from_pretrained(folder)
 
 
-def correct(folder, expert, env, seed, noise, command):
+def correct(folder, env, seed, noise, command, expert=demonstrate):
     """A Demonstration that begins where the policy got to in some number of steps.
 
     None if it was done by then.
@@ -55,7 +56,7 @@ def main():
     weights = {name: tensor.numpy() for name, tensor in blm.policy.state_dict().items()}
     maker = f"expert after a policy with checksum {checksum(weights)}"
     # each worker loads its own
-    begin = functools.partial(correct, config.policy, expert_of(config.env))
+    begin = functools.partial(correct, config.policy, expert=expert_of(config.env))
     record(config, begin, maker, first_seed=seeds.FIRST_CORRECTION)
 
 

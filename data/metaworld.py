@@ -32,8 +32,14 @@ CAMERA_POSITION = (0.75, 0.075, 0.7)  # m, of corner2: arXiv 2206.14244
 PUBLISHED_SIZE = 480  # pixels of a side, of 60 degrees
 CROP_CENTER = (258, 278)  # pixels of the published picture: the table is around it
 CROP_SIZE = 256  # a puck of 10 published pixels gets 5 of ours; with the whole picture 2 or 3
+# Control steps between two pictures of a demonstration, as of a camera of 20 Hz: drawing is what costs.
+PICTURE_STRIDE = 4
 # Of an action, for each rad of data.record's --noise: its 0.015 rad become 0.3 of a hundredth of a m.
 NOISE_SCALE = 20
+# Control steps of a disturbance, and of the rest behind it in which the expert finds its way back: one
+# that never rests keeps the hand from turning a dial (165 steps instead of 78) or a lock.
+BURST = 10
+REST = 20
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class MetaWorldEnv:
         self.static = np.random.default_rng([seed, number])  # pictures of noise
         return self.observe(), {}
 
-    def step(self, action):
+    def step(self, action, render=None):
         """1/80 s. ValueError if the action has another shape, or is not finite."""
         action = np.asarray(action, float)
         if action.shape != (4,) or not np.isfinite(action).all():
@@ -137,7 +143,8 @@ class MetaWorldEnv:
         self.near = bool(info["near_object"])
         done = bool(info["success"])
         truncated = self.steps >= self.horizon and not done
-        return self.observe(), reward, done, truncated, {"success": done, "clipped": {}}
+        info = {"success": done, "clipped": {}}
+        return self.observe(render), reward, done, truncated, info
 
     def state(self):
         return self.full[:4].astype(np.float32)
@@ -180,19 +187,22 @@ def demonstrate(env, seed, noise=0.0, command=0, reset=True):
         env.reset(seed)
     env.steps = 0
     rng = seeds.rng(seed, "disturbance")
+    first = rng.integers(BURST + REST)  # bursts begin at another step in every episode
     disturbance = np.zeros(4)  # of the action, correlated in time
-    observation = env.observe()
     rows = []
     over = False
     while not over:
+        if env.steps % PICTURE_STRIDE == 0:
+            images = env.observe()["images"]
         with warnings.catch_warnings(action="ignore"):  # that it asks for more than 1
             action = np.clip(env.expert.get_action(env.full), -1, 1)
-        rows.append((observation["state"], action, observation["images"]))
+        rows.append((env.state(), action, images))
         step = NOISE_SCALE * noise * rng.normal(size=3)
         disturbance[:3] = 0.8 * disturbance[:3] + 0.6 * step
-        observation, _, success, late, _ = env.step(action + disturbance)
+        burst = (env.steps + first) % (BURST + REST) < BURST
+        _, _, success, late, _ = env.step(action + burst * disturbance, render=False)
         over = success or late
-    states, actions, images = zip(*rows)
+    states, actions, pictures = zip(*rows)
     phases = ["expert"] * len(rows)
     actions = np.array(actions, np.float32)
-    return Demonstration(np.array(states), actions, phases, images, success, env.instruction)
+    return Demonstration(np.array(states), actions, phases, pictures, success, env.instruction)
