@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from cli import parse, run
 from data import seeds
+from data.environments import expert_of
 from data.expert import demonstrate
 from data.record import RecordConfig, record
-from data.tasks import MAX_STEPS
 from files import checksum
 from model import BLM
 from rollout import robots_of, rollout
@@ -32,29 +32,31 @@ def load_policy(folder):
     return BLM.from_pretrained(folder)
 
 
-def correct(folder, env, seed, noise, command):
+def correct(folder, env, seed, noise, command, expert=demonstrate):
     """A Demonstration that begins where the policy got to in some number of steps.
 
     None if it was done by then.
     """
-    steps = seeds.rng(seed, "takeover").integers(10, MAX_STEPS - 10)
+    steps = seeds.rng(seed, "takeover").integers(10, env.horizon - 10)
     render = env.render
     env.render = False  # the policy draws only what it looks at
     blm = load_policy(folder)
-    done = rollout(blm, env, seed, max_steps=int(steps), command=command)["success"]
+    which = {"command": command} if env.family else {}
+    done = rollout(blm, env, seed, max_steps=int(steps), **which)["success"]
     env.render = render
     # the expert goes on in the same episode, from where things are
-    return None if done else demonstrate(env, seed, noise, reset=False)
+    return None if done else expert(env, seed, noise, reset=False)
 
 
 def main():
     config = parse(CorrectionConfig, description="Record corrections of a policy by the expert.")
     blm = load_policy(config.policy)  # what is wrong with it is told here, once
-    config.robots = ",".join(robots_of(blm, config.robots))
+    config.robots = ",".join(robots_of(blm, config.robots, config.env))
     # other weights make other corrections, whatever the folder is called
     weights = {name: tensor.numpy() for name, tensor in blm.policy.state_dict().items()}
     maker = f"expert after a policy with checksum {checksum(weights)}"
-    begin = functools.partial(correct, config.policy)  # each worker loads its own
+    # each worker loads its own
+    begin = functools.partial(correct, config.policy, expert=expert_of(config.env))
     record(config, begin, maker, first_seed=seeds.FIRST_CORRECTION)
 
 

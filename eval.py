@@ -7,6 +7,7 @@
     python eval.py told             scenes with several things to do, played with different commands
     python eval.py plan             goals of two and three commands: written down, carried out, judged
     python eval.py replay           recordings it was not trained on: what it would have done instead
+    python eval.py metaworld        Meta-World's 50 tasks, in its own simulator (data/metaworld.py)
     python eval.py digital          questions about pictures, beside chance and beside noise
 
 Layout seeds start beyond those of every demonstration; the same seeds give the same table. Results
@@ -29,7 +30,8 @@ from tqdm import tqdm, trange
 from cli import UserError, at_least, choose, choose_many, parse, pick_device, run
 from data import seeds
 from data.conversations import Conversations
-from data.env import CONTROL_HZ, PERTURBATIONS, TabletopEnv
+from data.env import PERTURBATIONS, TabletopEnv
+from data.environments import open_environment
 from data.expert import demonstrate
 from data.families import FAMILIES, instruct, plain, sequence
 from data.robots import ROBOTS
@@ -40,6 +42,7 @@ from files import read_json, reading, writable, write_json
 from goal import DONE, GIVEN_UP, carry_out, go_home, pictures, pursue, write_plan
 from jobs import run_jobs
 from rollout import EXECUTE_STEPS, jerk, robots_of, rollout
+from tables import mean_of_tiers, percent, print_table, rate, summary
 
 # BLM1's own table (arXiv 2510.24161)
 PAPER = Path(__file__).parent / "results" / "paper.json"
@@ -92,6 +95,19 @@ class PlanConfig(ToldConfig):
 
 
 @dataclass
+class MetaWorldConfig:
+    tasks: str = "all"  # comma-separated tasks, or all 50
+    episodes: int = 10  # of each task
+    controls: int = 4  # of each task without a sentence, with another task's, and without pictures
+    seed: int = FIRST_EVALUATION  # first seed of goals and places
+    workers: int = 2  # processes
+    weights: str = "out/metaworld-policy"  # checkpoint folder
+    device: str = "auto"  # auto, cpu, cuda or mps
+    execute_steps: int = EXECUTE_STEPS  # steps of a chunk before the policy looks again
+    out: str = ""  # result file; default out/results/metaworld.json
+
+
+@dataclass
 class ReplayConfig:
     data: str = "out/demos"  # folder of episodes, recorded or imported
     weights: str = "weights/nano"  # checkpoint folder
@@ -129,6 +145,7 @@ def load(folder, device, dtype="float32"):
 
 # once for the episodes of a cell, which follow each other
 make_env = functools.lru_cache(maxsize=1)(TabletopEnv)
+make_other = functools.lru_cache(maxsize=1)(open_environment)
 
 
 def choose_jobs(what, config):
@@ -146,12 +163,17 @@ def choose_jobs(what, config):
         config.device = str(pick_device(config.device))
         blm = load(config.weights, config.device)  # a bad folder is told here, once
         robots = robots_of(blm, config.robots)
-        horizon = blm.policy.config.action_horizon
-        if config.execute_steps > horizon:
-            raise UserError(f"--execute_steps {config.execute_steps}: a chunk has {horizon} steps")
+        check_chunk(config, blm)
     seeds = range(config.seed, config.seed + config.episodes)
     jobs = enumerate(itertools.product(changes, robots, tasks, seeds))
     return [(number, what, config, *job) for number, job in jobs]
+
+
+def check_chunk(config, blm):
+    """UserError if a chunk has fewer steps than are to be carried out."""
+    horizon = blm.policy.config.action_horizon
+    if config.execute_steps > horizon:
+        raise UserError(f"--execute_steps {config.execute_steps}: a chunk has {horizon} steps")
 
 
 def work(job):
@@ -173,19 +195,6 @@ def work(job):
             options |= switches(config.delays)[change]
         episode |= rollout(blm, env, seed, config.execute_steps, **options)
     return number, change or robot, task, episode
-
-
-def summary(episodes):
-    """Success, its 95% interval, mean seconds to success and jerk (rad/s^3) of some episodes."""
-    steps = [e["steps"] for e in episodes if e["success"]]
-    n = len(episodes)
-    return {
-        "success": len(steps) / n,
-        "episodes": n,
-        "interval": wilson(len(steps), n),
-        "seconds_to_success": np.mean(steps) / CONTROL_HZ if steps else None,
-        "jerk": np.mean([e["jerk"] for e in episodes]),
-    }
 
 
 def physical(what, config):
@@ -314,16 +323,6 @@ def play(job):
     row = {"robot": robot, "family": family, "seed": seed, "kind": kind, "command": command}
     row["held_out"] = held_out
     return number, row | {"success": result["success"], "other": result["other"]}
-
-
-def rate(values):
-    """{"rate", "n", "interval"} of truths."""
-    values = list(values)
-    return {
-        "rate": float(np.mean(values)) if values else None,
-        "n": len(values),
-        "interval": wilson(sum(values), len(values)),
-    }
 
 
 def told_figures(rows):
@@ -483,8 +482,86 @@ def plan_goals(what, config):
     return {"lengths": lengths, "goals": rows}
 
 
-def percent(figure):
-    return "" if figure["rate"] is None else f"{100 * figure['rate']:.1f}"
+# ---- other people's tasks
+
+TIERS = ("easy", "medium", "hard", "very_hard")  # as SmolVLA (arXiv 2506.01844) has them
+CONTROLS = ("no sentence", "another sentence", "no picture")
+
+
+def play_task(job):
+    """A rollout in Meta-World, in a process of its own: (number, way, task, what came of it)."""
+    number, config, task, way, seed = job
+    from data.metaworld import SAWYER, TASKS
+
+    env = make_other("metaworld", SAWYER.name, task, render=False, blind=way == "no picture")
+    instruction = None
+    if way == "no sentence":
+        instruction = "."
+    if way == "another sentence":
+        own = env.task.sentence
+        # two tasks share theirs
+        others = [other.sentence for other in TASKS.values() if other.sentence != own]
+        instruction = str(seeds.rng(seed, "command", number).choice(others))
+    blm = load(config.weights, config.device)
+    result = rollout(blm, env, seed, config.execute_steps, instruction=instruction)
+    return number, way, task, result | {"name": str(seed)}
+
+
+def metaworld(what, config):
+    """Success in %: a row a tier, a column a way of telling the policy. The result as a dict."""
+    from data.metaworld import HZ, TASKS
+
+    at_least(config, 1, "episodes", "workers", "execute_steps")
+    at_least(config, 0, "seed", "controls")
+    tasks = choose_many(config.tasks, TASKS, "task")
+    config.device = str(pick_device(config.device))
+    blm = load(config.weights, config.device)  # a bad folder is told here, once
+    robots_of(blm, "all", "metaworld")
+    check_chunk(config, blm)
+    jobs = []
+    for task, way in itertools.product(tasks, ("told", *CONTROLS)):
+        episodes = config.episodes if way == "told" else config.controls
+        jobs += [(config, task, way, config.seed + i) for i in range(episodes)]
+    jobs = [(number, *job) for number, job in enumerate(jobs)]
+    done = tqdm(run_jobs(play_task, jobs, config.workers), total=len(jobs), unit="episode")
+    cells = defaultdict(lambda: defaultdict(list))
+    # which job ended first must not matter
+    for _, way, task, episode in sorted(done, key=lambda item: item[0]):
+        cells[way][task].append(episode)
+
+    ways = {}
+    for way, row in cells.items():
+        tiers = {}
+        for tier in TIERS:
+            own = [e["success"] for task in row if TASKS[task].tier == tier for e in row[task]]
+            if own:
+                tiers[tier] = rate(own)
+        ways[way] = {"tiers": tiers, **mean_of_tiers(tiers)}
+        ways[way]["tasks"] = {task: summary(episodes, HZ) for task, episodes in row.items()}
+        for task, episodes in row.items():
+            reasons = {e["name"]: e["reason"] for e in episodes if not e["success"]}
+            ways[way]["tasks"][task]["failures"] = reasons
+    print_ways(ways, tasks)
+    acting = [e["act_s"] for episodes in cells["told"].values() for e in episodes]
+    return {**ways.pop("told"), "controls": ways, "act_ms": 1000 * np.mean(acting)}
+
+
+def print_ways(ways, tasks):
+    """Tables of what `metaworld` found: by task, then by tier."""
+    lines = []
+    for task in tasks:
+        rates = [f"{100 * way['tasks'][task]['success']:.0f}" for way in ways.values()]
+        lines.append([task, *rates])
+    print_table(["task", *ways], lines)
+    print()
+    lines = []
+    for name, way in ways.items():
+        low, high = way["interval"]
+        interval = f"{100 * low:.1f} to {100 * high:.1f}"
+        lines.append(
+            [name, *map(percent, way["tiers"].values()), f"{100 * way['mean']:.1f}", interval]
+        )
+    print_table(["", *way["tiers"], "mean of tiers", "95% interval"], lines)
 
 
 # ---- recordings
@@ -604,17 +681,12 @@ def digital(what, config):
     return {"files": files}
 
 
-def print_table(head, rows):
-    """In markdown."""
-    for row in [head, ["---"] * len(head), *rows]:
-        print("| " + " | ".join(map(str, row)) + " |")
-
-
 KINDS = {kind: (physical, PhysicalConfig) for kind in ("expert", "physical", "perturbations")}
 KINDS["delays"] = (delays, DelaysConfig)
 KINDS["told"] = (told, ToldConfig)
 KINDS["plan"] = (plan_goals, PlanConfig)
 KINDS["replay"] = (replay, ReplayConfig)
+KINDS["metaworld"] = (metaworld, MetaWorldConfig)
 KINDS["digital"] = (digital, DigitalConfig)
 
 

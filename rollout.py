@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cli import choose_many
+from cli import UserError, choose_many
 from data.env import CONTROL_HZ
-from data.robots import ROBOTS
+from data.environments import names_in
 from files import atomic
 
 # Control steps of a chunk that are carried out before the policy looks again. With fewer it may
@@ -27,16 +27,22 @@ from files import atomic
 EXECUTE_STEPS = 12
 RECENT = 10  # looks: a chunk is expected to take as long as the slowest of these
 GIF_SIZE = 384  # pixels
-FRAMES_EVERY = 2  # control steps between two frames
+GIF_HZ = 10  # pictures a second
 
 
-def robots_of(blm, names):
-    """The robots called `names`, or, for "all", those that `blm` was trained on.
+def robots_of(blm, names, environment="tabletop"):
+    """The robots called `names`, or, for "all", those of an environment that `blm` was trained on.
 
     UserError if it was not trained on one of them, or cannot act at all.
     """
     known = blm.require_policy().embodiments
-    trained = [robot for robot in ROBOTS if robot in known]
+    robots, _, _ = names_in(environment)
+    trained = [robot for robot in robots if robot in known]
+    if not trained:
+        raise UserError(
+            f"these weights drive {', '.join(known)}, no robot of {environment}: train them on its "
+            "episodes, or name another folder"
+        )
     return choose_many(names, trained, "robot")
 
 
@@ -51,9 +57,19 @@ class Pilot:
     much that will be is the most of the last RECENT looks.
     """
 
-    def __init__(self, blm, robot, execute_steps, temperature=0.0, delay=0, inpaint=False):
+    def __init__(
+        self,
+        blm,
+        robot,
+        execute_steps,
+        temperature=0.0,
+        delay=0,
+        inpaint=False,
+        hz=CONTROL_HZ,
+    ):
         self.blm = blm
         self.robot = robot
+        self.hz = hz
         self.execute_steps = execute_steps
         self.temperature = temperature
         self.delay = delay
@@ -78,7 +94,7 @@ class Pilot:
         chunk = self.blm.act(observation, self.robot, self.temperature, seed=seed, **options)
         seconds = time.perf_counter() - start
         self.act_seconds.append(seconds)
-        delay = math.ceil(seconds * CONTROL_HZ) if self.delay is None else self.delay
+        delay = math.ceil(seconds * self.hz) if self.delay is None else self.delay
         self.delays.append(delay)
 
         late = delay if self.targets else 0
@@ -103,42 +119,40 @@ def rollout(
     instruction=None,
     max_steps=None,
     frame_size=0,
-    command=0,
     other=None,
-    new=False,
     delay=0,
     inpaint=False,
+    **which,
 ):
     """One closed-loop episode: {"success", "steps", "clipped", "jerk": rad/s^3, "act_s", "reason"}.
 
     act_s: mean seconds a chunk; reason: why not, or "". Pictures are drawn only when the policy
     looks: make env with render=False. max_steps stops sooner than the task does. frame_size adds
-    "frames": pictures of so many pixels for people, every FRAMES_EVERY steps and at the end.
-    command, new: see `TabletopEnv.reset`. other: another of the scene's commands; "other" says whether
-    that was done on the way. delay, inpaint: see `Pilot`. "border_steps" and "inner_steps": see
-    `joint_steps`.
+    "frames": pictures of so many pixels for people, GIF_HZ a second and one at the end.
+    which: command and new of `TabletopEnv.reset`. other: another of the scene's commands; "other"
+    says whether that was done on the way. delay, inpaint: see `Pilot`. "border_steps" and
+    "inner_steps": see `joint_steps`.
     """
-    env.reset(seed, instruction, command, new)
-    body = next(iter(env.task.labels))  # what the task is about
+    env.reset(seed, instruction, **which)
     states = [env.state()]
     held = []  # after each step
     frames = []
     done_other = False
-    pilot = Pilot(blm, env.robot.name, execute_steps, temperature, delay, inpaint)
+    pilot = Pilot(blm, env.robot.name, execute_steps, temperature, delay, inpaint, env.hz)
     over = False
     while not over:
         observation = env.observe(render=True)
         # noise, if there is any, is this moment's own and the same again when it is repeated
         for action in pilot.look(observation, [seed, env.steps]):
-            if frame_size and env.steps % FRAMES_EVERY == 0:
+            if frame_size and env.steps % (env.hz // GIF_HZ) == 0:
                 frames.append(env.draw("render", frame_size, pretty=True))
             *_, done, truncated, info = env.step(action)
             states.append(env.state())
-            held.append(env.grasped(body))
+            held.append(env.held())
             if other is not None:
                 env.give(other)
                 done_other |= env.succeeded()
-                env.give(command)
+                env.give(which.get("command", 0))
             over = done or truncated or env.steps == max_steps
             if over:
                 break
@@ -150,12 +164,12 @@ def rollout(
         "other": done_other,
         "steps": env.steps,
         "clipped": info["clipped"],
-        "jerk": jerk(states, env.robot.dof),
+        "jerk": jerk(states, env.robot.dof, env.hz),
         "act_s": float(np.mean(pilot.act_seconds)),
         "delays": pilot.delays,
         "border_steps": borders,
         "inner_steps": inner,
-        "reason": "" if done else why(env.task, held),
+        "reason": "" if done else env.why(held),
         "frames": frames,
     }
 
@@ -172,28 +186,21 @@ def joint_steps(targets, borders, dof):
     return steps[before].tolist(), np.delete(steps, before).tolist()
 
 
-def jerk(states, dof):
-    """Mean absolute third difference of joint angles in states (L, S), rad/s^3: how rough it is."""
+def jerk(states, dof, hz=CONTROL_HZ):
+    """Mean absolute third difference of joint angles in states (L, S), rad/s^3: how rough it is.
+
+    Of a robot whose state has no joint angles, of the hand's place, m/s^3.
+    """
     if len(states) < 4:
         return 0.0
     differences = np.diff(np.array(states)[:, :dof], 3, axis=0)  # (L - 3, dof)
-    return float(np.abs(differences).mean() * CONTROL_HZ**3)
-
-
-def why(task, held):
-    """Why an episode of `task` failed, from whether its object was held after each step."""
-    # these are done without a grasp
-    if task.name in ("PushCube", "PullCube"):
-        return "missed the target"
-    if not any(held):
-        return "never grasped"
-    return "held to the end" if held[-1] else "let go elsewhere"
+    return float(np.abs(differences).mean() * hz**3)
 
 
 def save_gif(path, frames):
     """Frames (PIL) as a looping GIF at the speed of life, the last one held."""
     first, *others = [frame.quantize(64) for frame in frames]  # a third of the size
-    duration = 1000 * FRAMES_EVERY // CONTROL_HZ  # ms
+    duration = 1000 // GIF_HZ  # ms
     durations = [duration] * len(others) + [1500]
     with atomic(path) as temporary:
         first.save(temporary, save_all=True, append_images=others, loop=0, duration=durations)
@@ -205,7 +212,7 @@ def draw_episode(blm, env, seed, folder, **options):
     The outcome in words, for people, such as "success after 3.2 s".
     """
     result = rollout(blm, env, seed, **options, frame_size=GIF_SIZE)
-    outcome = f"{result['reason'] or 'success'} after {result['steps'] / CONTROL_HZ:.1f} s"
+    outcome = f"{result['reason'] or 'success'} after {result['steps'] / env.hz:.1f} s"
     frames = []
     for picture in result["frames"]:
         # three lines below the picture, of which the last comes at the end

@@ -12,6 +12,10 @@ One scene, two commands:
     python sample.py --task which_cube --command 0
     python sample.py --task which_cube --command 1
 
+One of other people's tasks, in their simulator (data/environments.py):
+
+    python sample.py --env metaworld --task drawer-open --weights out/metaworld-policy
+
 Several commands, which a model that was taught to (runs/listen.sh) lists, carries out and judges:
 
     python sample.py --task mixed --goal "put the ball into the bin, then stack the left cube on the right cube"
@@ -29,18 +33,17 @@ from PIL import Image
 
 from cli import UserError, at_least, choose, parse, pick_device, run
 from data.env import CONTROL_HZ, TabletopEnv
-from data.families import FAMILIES
+from data.environments import names_in, open_environment
 from data.media import load_image
-from data.robots import ROBOTS
-from data.tasks import TASKS
 from files import writable
 from goal import carry_out, pictures, write_plan
-from rollout import EXECUTE_STEPS, FRAMES_EVERY, GIF_SIZE, draw_episode, save_gif
+from rollout import EXECUTE_STEPS, GIF_HZ, GIF_SIZE, draw_episode, save_gif
 
 
 @dataclass
 class SampleConfig:
-    robot: str = "widowx"  # panda, xarm6, xarm7 or widowx
+    env: str = "tabletop"  # tabletop or metaworld
+    robot: str = ""  # panda, xarm6, xarm7 or widowx; empty: widowx, or whichever --env has
     task: str = "PickCube"  # a task, or a family of scenes with several, such as which_cube
     command: int = 0  # which of such a scene's commands is given
     instruction: str = ""  # what to tell the robot; empty: one of the task's own wordings
@@ -57,9 +60,12 @@ class SampleConfig:
 
 def act(blm, config):
     """config.episodes episodes; a GIF and a line for each."""
-    env = TabletopEnv(config.robot, config.task, render=False, wordings="held_out")
     options = {"execute_steps": config.execute_steps, "instruction": config.instruction or None}
-    options["command"] = config.command
+    words = {}
+    if config.env == "tabletop":
+        options["command"] = config.command
+        words["wordings"] = "held_out"
+    env = open_environment(config.env, config.robot, config.task, render=False, **words)
     for seed in range(config.seed, config.seed + config.episodes):
         path, outcome = draw_episode(blm, env, seed, config.out, **options)
         print(f"{env.robot.display_name}: {env.instruction}\n  {outcome}, drawn in {path}")
@@ -76,7 +82,7 @@ def reach_goal(blm, config):
     frames = []
 
     def draw():
-        if env.steps % FRAMES_EVERY == 0:
+        if env.steps % (CONTROL_HZ // GIF_HZ) == 0:
             frames.append(env.draw("render", GIF_SIZE, pretty=True))
 
     for step in carry_out(blm, env, commands, execute_steps=config.execute_steps, after_step=draw):
@@ -92,7 +98,8 @@ def ask(blm, config):
     if config.image:
         images = [load_image(config.image)]
     else:
-        observation, _ = TabletopEnv(config.robot, config.task).reset(config.seed)
+        env = open_environment(config.env, config.robot, config.task)
+        observation, _ = env.reset(config.seed)
         images = observation["images"].values()
     print(blm.answer(list(images), config.ask))
 
@@ -100,10 +107,14 @@ def ask(blm, config):
 def main():
     config = parse(SampleConfig, description="Watch the model drive a robot, or ask it a question.")
     # all that can be told at once, before weights are loaded
-    choose(config.robot, ROBOTS, "robot")
-    choose(config.task, [*TASKS, *FAMILIES], "task")
+    robots, tasks, families = names_in(config.env)
+    usual = "widowx" if config.env == "tabletop" else robots[0]
+    config.robot = choose(config.robot or usual, robots, "robot")
+    choose(config.task, [*tasks, *families], "task")
     at_least(config, 1, "episodes", "execute_steps")
     at_least(config, 0, "seed", "command")
+    if config.env != "tabletop" and (config.goal or config.command):
+        raise UserError(f"--goal and --command: scenes of --env {config.env} have one thing to do")
     if config.image and not config.ask:
         raise UserError('--image goes with --ask "a question"')
     writable(config.out)

@@ -184,6 +184,9 @@ class TabletopEnv:
     "looks", which is light and table, or "all", the front camera's place and one more cube too.
     """
 
+    hz = CONTROL_HZ
+    horizon = MAX_STEPS
+
     def __init__(
         self,
         robot="widowx",
@@ -345,7 +348,7 @@ class TabletopEnv:
             mujoco.mj_step(self.model, self.data)
         self.steps += 1
         done = self.succeeded()
-        truncated = self.steps >= MAX_STEPS and not done
+        truncated = self.steps >= self.horizon and not done
         info = {"success": done, "clipped": self.clipped}
         return self.observe(), float(done), done, truncated, info
 
@@ -420,6 +423,19 @@ class TabletopEnv:
 
     def rotation(self, name):
         return self.data.xmat[self.body(name)].reshape(3, 3).copy()
+
+    def held(self):
+        """Is what the task is about in the hand?"""
+        return self.grasped(next(iter(self.task.labels)))
+
+    def why(self, held):
+        """Why an episode failed, from what `held` said after each step."""
+        # these are done without a grasp
+        if self.task.name in ("PushCube", "PullCube"):
+            return "missed the target"
+        if not any(held):
+            return "never grasped"
+        return "held to the end" if held[-1] else "let go elsewhere"
 
     def grasped(self, name):
         """True if both pads press the body, within 85 degrees of the closing axis.

@@ -2,6 +2,8 @@
 
     python -m data.record --robots all --tasks all --episodes 100 --workers 2
     python -m data.record --show out/demos      a contact sheet, out/demos.png
+    python -m data.record --env metaworld --episodes 50 --out out/metaworld
+                                                other people's tasks (data/environments.py)
 
 An episode is one file, L control steps at 20 Hz long: <folder>/<robot>-<task>-<seed>.safetensors,
 or, of a scene in which several things can be done (data/families.py), <robot>-<family>-<seed>-<n>
@@ -16,8 +18,8 @@ say which.
                                 V = 2 cameras here, 1 to 3 of an imported robot
     phase   (L,) uint8          index into the header's "phases"
 
-Its header has robot, scene (a task or a family), command, task, seed, instruction, phases, noise, maker, made (the command), and a
-checksum. Files appear whole or not at all, and what they hold does not depend on the number of
+Its header has robot, scene (a task or a family), command, task, seed, instruction, phases, noise, maker, made (the command), a
+checksum, and env, where that is not the tabletop. Files appear whole or not at all, and what they hold does not depend on the number of
 workers. A second run records what is missing or damaged. Only successes are kept; failures.json
 has the seeds of the others, and is written last.
 """
@@ -35,9 +37,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import data.expert
-from cli import UserError, at_least, choose, choose_many, parse, run
-from data.env import TabletopEnv
+from cli import UserError, at_least, choose, parse, run
+from data.environments import cells_of, expert_of, open_environment
 from data.families import FAMILIES
 from data.media import open_image
 from data.robots import ROBOTS
@@ -67,8 +68,9 @@ ADVICE = "delete it and record again"
 
 @dataclass
 class RecordConfig:
+    env: str = "tabletop"  # tabletop or metaworld
     robots: str = "all"  # comma-separated robots, or all
-    tasks: str = "all"  # comma-separated tasks, or all six; families of scenes by name
+    tasks: str = "all"  # comma-separated tasks, or all; families of scenes by name
     episodes: int = 100  # successful episodes for each robot and each of these
     seed: int = 0  # first layout seed
     workers: int = 2  # processes
@@ -113,7 +115,9 @@ def write_episode(path, demonstration, about):
 def record_slice(job):
     """Record episodes of a cell until enough are kept: (cell's name, seeds that failed)."""
     config, demonstrate, maker, robot, scene, seeds, wanted = job  # what a process can be sent
-    env = TabletopEnv(robot, scene, varied="all")
+    # other people's looks stay as they are
+    varied = {"varied": "all"} if config.env == "tabletop" else {}
+    env = open_environment(config.env, robot, scene, **varied)
     cell = f"{robot}-{scene}"
     by = f"{maker} with noise {config.noise}"
     commands = (0, 1) if env.family else (0,)
@@ -133,6 +137,8 @@ def record_slice(job):
                 continue
             about = {"robot": robot, "scene": scene, "command": command, "task": env.task.name}
             about |= {"seed": seed, "noise": config.noise, "maker": maker}
+            if config.env != "tabletop":
+                about["env"] = config.env
             write_episode(path, demonstration, about)
         else:
             # kept only if this run would have made it so; older episodes do not name their maker
@@ -146,17 +152,15 @@ def record_slice(job):
     raise UserError(f"{kept} of {wanted} episodes of {robot} {scene}, and no more to be had")
 
 
-def record(config, demonstrate=data.expert.demonstrate, maker="expert", first_seed=0):
+def record(config, demonstrate=None, maker="expert", first_seed=0):
     """Record what is missing of robots x tasks x episodes into config.out.
 
     demonstrate(env, seed, noise, command) -> Demonstration, or None for a seed to be left out; it travels
-    to the workers. maker: what it is, in the headers; first_seed: what is added to config.seed.
+    to the workers, and is the environment's expert if there is none. maker: what it is, in the headers; first_seed: what is added to config.seed.
     Returns {cell: seeds that failed}.
     """
-    robots = choose_many(config.robots, ROBOTS, "robot")
-    scenes = list(TASKS)
-    if config.tasks != "all":
-        scenes = choose_many(config.tasks, [*TASKS, *FAMILIES], "task")
+    robots, scenes = cells_of(config)
+    demonstrate = demonstrate or expert_of(config.env)
     at_least(config, 1, "episodes", "workers")
     at_least(config, 0, "seed", "noise")
     end = config.seed + TRIES * config.episodes + 20
@@ -204,8 +208,8 @@ class Episode:
             self.robot = self.about["robot"]
             self.task = self.about["task"]
             self.scene = self.about.get("scene", self.task)  # older episodes are of one task alone
-            # a dataset of other people's (data/lerobot.py) has a robot and tasks of its own
-            if "dataset" not in self.about:
+            # what is other people's, a dataset (data/lerobot.py) or an environment, has its own
+            if not {"dataset", "env"} & self.about.keys():
                 choose(self.robot, ROBOTS, "robot")
                 choose(self.task, TASKS, "task")
                 choose(self.scene, [*TASKS, *FAMILIES], "scene")

@@ -5,6 +5,7 @@
     python -m dev.bench --only transformers           vlm.py beside Hugging Face transformers
     python -m dev.bench --only serve                  `act` through serve.py beside `act` alone
     python -m dev.bench --only data --dataset FOLDER --lerobot PYTHON       beside lerobot's loader
+    python -m dev.bench --only metaworld              pictures beside Meta-World's own renderer
 
     act            one chunk of the shipped policy: two pictures, a state, an instruction
     prefill        one forward pass of the shipped language model, batch 1
@@ -50,7 +51,9 @@ SFT_ROWS = 96
 
 @dataclass
 class BenchConfig:
-    only: str = "all"  # comma-separated parts, all of these, transformers, serve, or data
+    only: str = (
+        "all"  # comma-separated parts, all of these, or one of those with lines of their own
+    )
     against: str = ""  # commit to stand beside; empty: today's tree alone
     rounds: int = 15  # turns of each side; of trainings a fifth
     threads: int = 0  # CPU threads; 0: all cores
@@ -288,6 +291,11 @@ def main():
 
         rows = bench_data.measure(config, process_turns, environment(ROOT, threads), device)
         against = "lerobot's loader"
+    elif config.only == "metaworld":
+        from dev import bench_metaworld  # its packages are extras
+
+        rows = bench_metaworld.measure(config.rounds)
+        against = "its own renderer, CPU time"
     else:
         parts = choose_many(config.only, PARTS, "part")
         against = config.against and git("rev-parse", "--short", f"{config.against}^{{commit}}")

@@ -1,0 +1,208 @@
+"""Meta-World's 50 tasks (arXiv 1910.10897, version 3.1.1 of its package) as environments of ours.
+
+    state   (4,)  where the hand is 3 m | how far it is open, 0 to 1
+    action  (4,)  how the hand's target moves 3, hundredths of a m a step | how hard it closes; -1 to 1
+
+At 80 Hz. What the policy is told and how long it has are in metaworld.json, as published; what it
+sees is the middle of the published comparisons' camera (corner2 moved, and turned by half a turn),
+and the package's camera between the fingers. Goals and places are drawn as the package draws them.
+An episode is done at its first step of success. Needs `pip install --no-deps -r requirements-metaworld.txt`.
+"""
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cli import choose
+from data import seeds
+from data.env import IMAGE_SIZE
+from data.expert import Demonstration
+from data.simulator import Camera, mujoco
+from files import reading
+
+with reading("metaworld", "`pip install --no-deps -r requirements-metaworld.txt`"):
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+    from metaworld.policies import ENV_POLICY_MAP
+
+HZ = 80
+CAMERA_POSITION = (0.75, 0.075, 0.7)  # m, of corner2: arXiv 2206.14244
+PUBLISHED_SIZE = 480  # pixels of a side, of 60 degrees
+CROP_CENTER = (258, 278)  # pixels of the published picture: the table is around it
+CROP_SIZE = 256  # a puck of 10 published pixels gets 5 of ours; with the whole picture 2 or 3
+# Control steps between two pictures of a demonstration, as of a camera of 20 Hz: drawing is what costs.
+PICTURE_STRIDE = 4
+# Of an action, for each rad of data.record's --noise: its 0.015 rad become 0.3 of a hundredth of a m.
+NOISE_SCALE = 20
+# Control steps of a disturbance, and of the rest behind it in which the expert finds its way back: one
+# that never rests keeps the hand from turning a dial (165 steps instead of 78) or a lock.
+BURST = 10
+REST = 20
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a rollout asks of a robot."""
+
+    name: str
+    display_name: str
+    dof: int  # numbers of the state that say where the hand is
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of metaworld.json: its difficulty, the steps that it has, and what the policy is told."""
+
+    name: str
+    tier: str
+    horizon: int
+    sentence: str
+
+
+SAWYER = Arm("sawyer", "Sawyer in Meta-World", 3)
+ROWS = json.loads((Path(__file__).parent / "metaworld.json").read_text())["tasks"]
+TASKS = {name: Task(name, **row) for name, row in ROWS.items()}
+
+
+def make_inner(task):
+    """The package's own environment, with goals drawn anew at each reset and shown to the expert."""
+
+    class Inner(ALL_V3_ENVIRONMENTS[f"{task}-v3"]):
+        def reset_mocap_welds(self):
+            """The package's, whose rows of 11 numbers do not fit mujoco 4.0's 12."""
+            welds = self.model.eq_type == mujoco.mjtEq.mjEQ_WELD.value
+            # anchor, position, rotation, torquescale: the same places in both
+            self.model.eq_data[welds, :11] = [0, 0, 0, 0, 0, 0, -1, 0, 0, 0, 5]
+
+    inner = Inner()
+    inner._set_task_called = True
+    inner._freeze_rand_vec = False
+    inner.seeded_rand_vec = True  # from its np_random
+    # The goal stands in the state, for the expert. The bounds without it are kept since the
+    # constructor, and would clip it to zero.
+    inner._partially_observable = False
+    del inner.sawyer_observation_space
+    return inner
+
+
+def set_cameras(model):
+    """The published camera, of which only the table is drawn: with the same pixels as in a crop."""
+    model.vis.quality.offsamples = 0  # no multisampling
+    camera = model.camera("corner2")
+    camera.pos[:] = CAMERA_POSITION
+    side = CROP_SIZE / PUBLISHED_SIZE  # the published picture is 1 wide and high
+    focal = 0.5 / np.tan(np.radians(camera.fovy[0] / 2))
+    # the picture is turned afterwards, so what is right there is left here
+    away = 0.5 - np.array(CROP_CENTER) / PUBLISHED_SIZE
+    model.cam_sensorsize[camera.id] = side
+    model.cam_intrinsic[camera.id] = [focal, focal, *away]
+
+
+class MetaWorldEnv:
+    """One task; what it has to have is in data/environments.py. UserError on an unknown task.
+
+    render=False leaves the images out; blind=True puts noise in their place.
+    """
+
+    hz = HZ
+    robot = SAWYER
+    family = None
+
+    def __init__(self, task="drawer-open", render=True, blind=False):
+        self.scene = choose(task, TASKS, "task")
+        self.task = TASKS[task]
+        self.horizon = self.task.horizon
+        self.render = render
+        self.blind = blind
+        self.inner = make_inner(task)
+        self.expert = ENV_POLICY_MAP[f"{task}-v3"]()
+        set_cameras(self.inner.model)
+        self.cameras = {}  # {size: Camera}, opened with the first picture
+
+    def reset(self, seed=0, instruction=None):
+        """Goals and places drawn from `seed`; instruction: another sentence."""
+        number = list(TASKS).index(self.scene)
+        self.inner.np_random = seeds.rng(seed, "metaworld", number)
+        self.full, _ = self.inner.reset()  # (39,): what the expert reads, first what a policy does
+        self.instruction = instruction or self.task.sentence
+        self.steps = 0
+        self.near = False
+        self.static = np.random.default_rng([seed, number])  # pictures of noise
+        return self.observe(), {}
+
+    def step(self, action, render=None):
+        """1/80 s. ValueError if the action has another shape, or is not finite."""
+        action = np.asarray(action, float)
+        if action.shape != (4,) or not np.isfinite(action).all():
+            raise ValueError(f"{self.robot.name} takes 4 finite numbers, not {action}")
+        self.inner.curr_path_length = 0  # time is measured here
+        self.full, reward, _, _, info = self.inner.step(np.clip(action, -1, 1))
+        self.steps += 1
+        self.near = bool(info["near_object"])
+        done = bool(info["success"])
+        truncated = self.steps >= self.horizon and not done
+        info = {"success": done, "clipped": {}}
+        return self.observe(render), reward, done, truncated, info
+
+    def state(self):
+        return self.full[:4].astype(np.float32)
+
+    def observe(self, render=None):
+        images = {}
+        if self.render if render is None else render:
+            images = {view: self.draw(view) for view in ("front", "wrist")}
+        if self.blind:
+            for image in images.values():
+                image[:] = self.static.integers(0, 256, image.shape)
+        return {"images": images, "state": self.state(), "instruction": self.instruction}
+
+    def draw(self, view, size=IMAGE_SIZE, pretty=False):
+        """(size, size, 3) uint8: "front", "wrist", or "render" for people."""
+        if size not in self.cameras:
+            self.cameras[size] = Camera(self.inner.model, size)
+        camera = "gripperPOV" if view == "wrist" else "corner2"
+        picture = self.cameras[size].draw(self.inner.data, camera, pretty)
+        return picture if view == "wrist" else picture[::-1, ::-1].copy()
+
+    def held(self):
+        return self.near
+
+    def why(self, held):
+        return "out of time" if any(held) else "never near it"
+
+    def close(self):
+        for camera in self.cameras.values():
+            camera.close()
+        self.cameras = {}
+
+
+def demonstrate(env, seed, noise=0.0, command=0, reset=True):
+    """The package's expert, as data.expert.demonstrate: what is recorded is clean, what is done is not.
+
+    It looks at the state anew in every step, so it goes on from wherever a disturbance leads.
+    """
+    if reset:
+        env.reset(seed)
+    env.steps = 0
+    rng = seeds.rng(seed, "disturbance")
+    first = rng.integers(BURST + REST)  # bursts begin at another step in every episode
+    disturbance = np.zeros(4)  # of the action, correlated in time
+    rows = []
+    over = False
+    while not over:
+        if env.steps % PICTURE_STRIDE == 0:
+            images = env.observe()["images"]
+        with warnings.catch_warnings(action="ignore"):  # that it asks for more than 1
+            action = np.clip(env.expert.get_action(env.full), -1, 1)
+        rows.append((env.state(), action, images))
+        step = NOISE_SCALE * noise * rng.normal(size=3)
+        disturbance[:3] = 0.8 * disturbance[:3] + 0.6 * step
+        burst = (env.steps + first) % (BURST + REST) < BURST
+        _, _, success, late, _ = env.step(action + burst * disturbance, render=False)
+        over = success or late
+    states, actions, pictures = zip(*rows)
+    phases = ["expert"] * len(rows)
+    actions = np.array(actions, np.float32)
+    return Demonstration(np.array(states), actions, phases, pictures, success, env.instruction)

@@ -1,0 +1,54 @@
+"""Drawing in Meta-World: its package's own renderer and the adapter's, taking turns. For dev/bench.py.
+
+The adapter draws its two views of 128 x 128; the package the same camera, whole, at that size and at
+its default of 480 x 480, with its defaults: shadows, reflections and four samples a pixel. Times are
+CPU time: without a GPU drawing may use several threads.
+"""
+
+import time
+
+import numpy as np
+
+from data.metaworld import CAMERA_POSITION, MetaWorldEnv, make_inner
+
+TASK = "drawer-open"
+PICTURES = 10  # in a turn
+SIZES = (128, 480)  # pixels of the package's pictures
+
+
+def milliseconds(job):
+    start = time.process_time()
+    for _ in range(PICTURES):
+        job()
+    return 1000 * (time.process_time() - start) / PICTURES
+
+
+def package_renderer(size):
+    """A function that draws as the package does, in an environment of its own."""
+    from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
+
+    inner = make_inner(TASK)
+    inner.np_random = np.random.default_rng(1)
+    inner.reset()
+    inner.model.camera("corner2").pos[:] = CAMERA_POSITION
+    shape = {"width": size, "height": size, "camera_name": "corner2"}
+    renderer = MujocoRenderer(inner.model, inner.data, **shape)
+    return lambda: renderer.render("rgb_array")
+
+
+def measure(rounds):
+    """A row as of bench.compare for each size: one picture of ours, the mean of both views."""
+    env = MetaWorldEnv(TASK)
+    env.reset(1)
+    jobs = [env.observe, *map(package_renderer, SIZES)]
+    times = np.array([[milliseconds(job) for job in jobs] for _ in range(rounds + 1)])
+    times = times[1:]  # the first round opens the GL
+    ours = times[:, 0] / 2  # an observation has two pictures
+    rows = []
+    for size, theirs in zip(SIZES, times[:, 1:].T):
+        row = {"what": f"a picture of Meta-World, beside {size} x {size}"}
+        row |= {"ms": round(float(np.median(ours)), 2), "rounds": rounds}
+        row["against_ms"] = round(float(np.median(theirs)), 2)
+        row["times_as_fast"] = round(float(np.median(theirs / ours)), 3)
+        rows.append(row)
+    return rows

@@ -1,0 +1,51 @@
+"""Figures of evaluations: rates with their intervals, and tables in markdown."""
+
+import numpy as np
+
+from data.env import CONTROL_HZ
+from data.scoring import wilson
+
+
+def summary(episodes, hz=CONTROL_HZ):
+    """Success, its 95% interval, mean seconds to success and jerk (rad/s^3) of some episodes."""
+    steps = [e["steps"] for e in episodes if e["success"]]
+    n = len(episodes)
+    return {
+        "success": len(steps) / n,
+        "episodes": n,
+        "interval": wilson(len(steps), n),
+        "seconds_to_success": np.mean(steps) / hz if steps else None,
+        "jerk": np.mean([e["jerk"] for e in episodes]),
+    }
+
+
+def rate(values):
+    """{"rate", "n", "interval"} of truths."""
+    values = list(values)
+    return {
+        "rate": float(np.mean(values)) if values else None,
+        "n": len(values),
+        "interval": wilson(sum(values), len(values)),
+    }
+
+
+def mean_of_tiers(tiers):
+    """{"mean", "interval"} of the rates of TIERS, each with an interval of its own.
+
+    The interval is MOVER's (Zou and Donner 2008): how far the ends of each lie away, squared and added.
+    """
+    rates = np.array([tier["rate"] for tier in tiers.values()])
+    ends = np.array([tier["interval"] for tier in tiers.values()])  # (tiers, 2)
+    away = np.sqrt(((ends - rates[:, None]) ** 2).sum(axis=0)) / len(rates)
+    mean = rates.mean()
+    return {"mean": mean, "interval": (mean - away[0], mean + away[1])}
+
+
+def percent(figure):
+    return "" if figure["rate"] is None else f"{100 * figure['rate']:.1f}"
+
+
+def print_table(head, rows):
+    """In markdown."""
+    for row in [head, ["---"] * len(head), *rows]:
+        print("| " + " | ".join(map(str, row)) + " |")
