@@ -4,6 +4,7 @@
     python -m dev.bench --against v1 --only act       beside a commit, both sides taking turns
     python -m dev.bench --only transformers           vlm.py beside Hugging Face transformers
     python -m dev.bench --only serve                  `act` through serve.py beside `act` alone
+    python -m dev.bench --only gpu                    the large sizes on a large GPU: bench_gpu.py
 
     act            one chunk of the shipped policy: two pictures, a state, an instruction
     prefill        one forward pass of the shipped language model, batch 1
@@ -13,6 +14,7 @@
     policy         a step of train_policy.py from cached hidden states
     transformers   prefill, generate and a training step beside Qwen2_5_VLForConditionalGeneration
     serve          what the server adds to a chunk, and eight clients that never pause
+    gpu            act, decode and a step of both stages at 3 B, both stages of nano
 
 Machines are noisy, so the sides take turns, each in processes of its own, and a ratio is the median
 over rounds of two times that lie side by side. Written as JSON with the machine and both commits.
@@ -28,6 +30,7 @@ import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +51,7 @@ SFT_ROWS = 96
 
 @dataclass
 class BenchConfig:
-    only: str = "all"  # comma-separated parts, all of these, transformers, or serve
+    only: str = "all"  # comma-separated parts, all of these, transformers, serve, or gpu
     against: str = ""  # commit to stand beside; empty: today's tree alone
     rounds: int = 15  # turns of each side; of trainings a fifth
     threads: int = 0  # CPU threads; 0: all cores
@@ -274,6 +277,13 @@ def main():
 
         rows = bench_serve.measure(config, environment(ROOT, threads))
         against = "act alone"
+    elif config.only == "gpu":
+        from dev import bench_gpu
+
+        config.dtype = "bfloat16"
+        stages = [partial(compare, part, [ROOT], config, device, threads) for part in TRAININGS]
+        rows = bench_gpu.measure(device, dict(zip(TRAININGS, stages)))
+        against = ""
     else:
         parts = choose_many(config.only, PARTS, "part")
         against = config.against and git("rev-parse", "--short", f"{config.against}^{{commit}}")
