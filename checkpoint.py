@@ -20,6 +20,7 @@ with an lm_head of its own in the file: the file is right, as in transformers.
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -105,6 +106,8 @@ RENAMED = (  # anything to the names on the hub
 QWEN3_MERGER = (("ln_q", "norm"), ("mlp.0", "linear_fc1"), ("mlp.2", "linear_fc2"))
 # a file of whole numbers is quantized, whatever its tensors are called
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDEX = "model.safetensors.index.json"
+ROWS_CHECKED = 4096  # of a tensor at a time
 QUANTIZED = "the weights are quantized: take the model in float16, bfloat16 or float32"
 
 
@@ -203,7 +206,7 @@ def our_name(name):
 
 def weight_files(folder):
     # large models come in shards, which the index names
-    index = Path(folder) / "model.safetensors.index.json"
+    index = Path(folder) / INDEX
     if not index.exists():
         return [Path(folder) / "model.safetensors"]
     with reading(index):
@@ -212,20 +215,22 @@ def weight_files(folder):
 
 
 def tensors_of(folder, only=""):
-    """(file, name, tensor) after another of the names on the hub that match the pattern `only`.
+    """(file, name, tensor) of the names on the hub that match the pattern `only`, sorted by name.
 
     Each from a mapping of its own: what was read of the file is let go of at once, so memory
     peaks at one tensor.
     """
+    found = []
     for path in weight_files(folder):
-        with reading(path, "is the file complete?"):
-            with safe_open(path, "pt") as file:
-                names = file.keys()
-            for stored in names:
-                name = our_name(stored)
-                if name and re.match(only, name):  # an open file keeps what was read of it
-                    with safe_open(path, "pt") as file:
-                        yield path, name, file.get_tensor(stored)
+        with reading(path, "is the file complete?"), safe_open(path, "pt") as file:
+            names = file.keys()
+        found += [(our_name(stored) or "", path, stored) for stored in names]
+    for name, path, stored in sorted(found):
+        if name and re.match(only, name):
+            with reading(path, "is the file complete?"), safe_open(path, "pt") as file:
+                tensor = file.get_tensor(stored)
+            yield path, name, tensor
+            del tensor  # or it would stay while the next one is read
 
 
 def has_own_head(folder):
@@ -274,7 +279,10 @@ def load_weights(model, folder, device="cpu", dtype=torch.float32):
             shapes = f"{name} has shape {list(tensor.shape)}, wanted {list(view.shape)}"
             assert tensor.shape == view.shape, shapes
             view.copy_(tensor)  # and cast
-            assert view.isfinite().all(), f"{name} holds numbers that are not finite in {dtype}"
+            del tensor
+            # a table of embeddings is a tenth of a model: not all of it at a time
+            finite = all(part.isfinite().all() for part in view.split(ROWS_CHECKED))
+            assert finite, f"{name} holds numbers that are not finite in {dtype}"
     if views:  # else they would stay at random
         missing = f"{len(views)} tensors missing, first {min(views)}"
         raise UserError(f"{folder} does not fit config.json: {missing}")
@@ -320,8 +328,25 @@ def save_model(model, folder, dtype, weights):
         tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
     with atomic(folder / "model.safetensors") as path:
         save_file(tensors, path, metadata={"format": "pt"})
+    write_index(folder, tensors, sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def write_index(folder, names, size):
     # vLLM reads every safetensors file that no index leaves out, policy.safetensors too
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    weight_map = dict.fromkeys(tensors, "model.safetensors")
+    weight_map = dict.fromkeys(names, "model.safetensors")
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / INDEX, index)
+
+
+def copy_model(source, folder):
+    """A VLM's files into another folder as they are, each whole or not at all; none is loaded."""
+    source = Path(source).absolute()
+    folder = Path(folder)
+    paths = [source / name for name in ("config.json", "generation_config.json", INDEX)]
+    for path in [*weight_files(source), *filter(Path.exists, paths)]:
+        with atomic(folder / path.relative_to(source)) as new:  # shards may lie in folders
+            shutil.copyfile(path, new)
+    if not (source / INDEX).exists():
+        path = folder / "model.safetensors"
+        with safe_open(path, "pt") as file:
+            write_index(folder, list(file.keys()), path.stat().st_size)

@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from checkpoint import config_fields, hub_weights, stored_dtype
+from checkpoint import config_fields, hub_weights, tensors_of
 from cli import UserError, choose
 from data.media import middle_square, to_rgb
 from embodiment import VIEWS, Embodiment
@@ -38,7 +38,7 @@ from files import atomic, find_folder, read_json, reading, write_json
 from inpainting import soft_mask
 from policy import Policy, PolicyConfig, waypoint_head
 from processor import Processor
-from vlm import VLM
+from vlm import VLM, VLMConfig
 
 # of policy.json; 2 had no waypoint head, 2 and 3 no text_first, 2 to 4 one pair of cameras for all
 VERSION = 5
@@ -47,14 +47,17 @@ FARTHEST = 5.0  # times what is usual: for robots whose states are in degrees th
 
 
 class BLM:
-    """vlm a VLM, processor its Processor; policy a Policy or None; training {stage: record}."""
+    """vlm a VLM, processor its Processor; policy a Policy or None; training {stage: record}.
 
-    def __init__(self, vlm, processor, policy=None, training=None):
-        self.vlm = vlm.eval()
+    vlm is None while a policy is trained or looked at: its language model stays on disk then.
+    """
+
+    def __init__(self, vlm, processor, policy=None, training=None, device="cpu"):
+        self.vlm = vlm and vlm.eval()
         self.processor = processor
         self.policy = policy and policy.eval()
         self.training = training or {}
-        self.device = next(vlm.parameters()).device
+        self.device = next(vlm.parameters()).device if vlm else device
 
     def prompt(self, images, texts, **options):
         """The processor's inputs for pictures and a text a row, on the model's device."""
@@ -160,28 +163,27 @@ class BLM:
     # ---- the folder
 
     @classmethod
-    def from_pretrained(cls, path_or_repo_id, device="cpu", dtype=torch.float32):
+    def from_pretrained(cls, path_or_repo_id, device="cpu", dtype=torch.float32, vlm=True):
         """The model in a folder or on the hub, with its policy if it has one.
 
-        dtype is the language model's. UserError on anything missing, broken, or from another model;
-        nothing stays at random.
+        dtype is the language model's; vlm=False leaves that on disk. UserError on anything missing,
+        broken, or from another model; nothing stays at random.
         """
         folder = find_folder(path_or_repo_id)
         if not folder.is_dir():
             advice = "name one with --weights, or train one with `python train_sft.py`"
             raise UserError(f"no model folder {folder}; {advice}")
         processor = Processor.from_pretrained(folder)
-        # the policy's hash is of the weights as they are stored, so a cast waits for it
-        exact = torch.float32 if dtype == torch.float32 else stored_dtype(folder)
-        vlm = VLM.from_pretrained(folder, device, exact)
+        config = VLMConfig.from_pretrained(folder)
+        vlm = VLM.from_pretrained(folder, device, dtype) if vlm else None
         with reading(folder / "tokenizer.json", "take it from the folder of the weights"):
             # the table of embeddings has no row for more
-            size = vlm.config.vocab_size
+            size = config.vocab_size
             assert len(processor.tokenizer) <= size, f"more tokens than the model's {size}"
         policy = None
         if list(folder.glob("policy.[js]*")):  # with one of its two files the other is missed
-            policy = load_policy(folder, vlm, processor).to(device)
-        return cls(vlm.to(dtype), processor, policy, load_training(folder))
+            policy = load_policy(folder, config, processor).to(device)
+        return cls(vlm, processor, policy, load_training(folder), device)
 
     def save_pretrained(self, folder, dtype=None):
         """Write the whole folder, each file whole or not at all.
@@ -340,30 +342,41 @@ def backbone_hash(vlm, processor, num_layers, dtype=None):
     policy that reads block k stays valid. The same for weights in float16 and in float32; dtype:
     the hash that the model will have once it is stored so.
     """
+    weights = sorted(hub_weights(vlm.state_dict(), vlm.config).items())
+    weights = ((name, tensor.to("cpu", dtype)) for name, tensor in weights)
+    return hash_of(vlm.config, processor, num_layers, weights)
+
+
+def folder_hash(folder, config, processor, num_layers):
+    """`backbone_hash` of the model in a folder, of which one tensor at a time is in memory."""
+    weights = ((name, tensor) for _, name, tensor in tensors_of(folder))
+    return hash_of(config, processor, num_layers, weights)
+
+
+def hash_of(config, processor, num_layers, weights):
     # of the tokenizer what it does, not its file: versions of the library write it differently
     tokenizer = json.loads(processor.tokenizer.fast.to_str())
     # a merge is "a b" to one version of it and ["a", "b"] to another
     merges = tokenizer["model"]["merges"]
     settings = [
-        config_fields(vlm.config),
+        config_fields(config),
         dataclasses.asdict(processor.image),
         tokenizer["pre_tokenizer"],
         processor.tokenizer.fast.get_vocab(),
         [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    blocks = range(num_layers, vlm.config.num_hidden_layers)
+    blocks = range(num_layers, config.num_hidden_layers)
     unread = ("model.norm.", "lm_head.", *(f"model.layers.{i}." for i in blocks))
-    for name, tensor in sorted(hub_weights(vlm.state_dict(), vlm.config).items()):
+    for name, tensor in weights:
         if not name.startswith(unread):
-            stored = tensor.to("cpu", dtype).to(torch.float16)
             digest.update(name.encode())
-            digest.update(stored.contiguous().numpy())
+            digest.update(tensor.to(torch.float16).contiguous().numpy())
     return digest.hexdigest()[:16]
 
 
-def load_policy(folder, vlm, processor):
-    """The Policy in `folder`, which must belong to this language model.
+def load_policy(folder, vlm_config, processor):
+    """The Policy in `folder`, which must belong to the language model there.
 
     Every tensor's name and shape must match and every number be finite.
     """
@@ -405,8 +418,8 @@ def load_policy(folder, vlm, processor):
             with reading(f"the robot {name}"):
                 embodiments[name] = Embodiment(**robot)
         with torch.device("meta"):  # shapes only
-            policy = Policy(config, vlm.config.hidden_size, embodiments)
-        backbone = backbone_hash(vlm, processor, config.intent_layer)
+            policy = Policy(config, vlm_config.hidden_size, embodiments)
+        backbone = folder_hash(folder, vlm_config, processor, config.intent_layer)
         differs = "it was trained on another language model, tokenizer or size of pictures"
         assert about["backbone"] == backbone, differs
     with reading(weights, f"it does not fit {path.name}; {advice}"):

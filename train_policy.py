@@ -8,7 +8,8 @@
                                     a policy moves to another language model; all of it is trained
     torchrun --nproc_per_node 8 train_policy.py --batch_size 512        several GPUs: trainer.py
 
-The language model is frozen; data/demonstrations.py keeps its hidden states. Written to --out: a whole model
+The language model is frozen; data/demonstrations.py keeps its hidden states, and it is in memory
+only while some are missing. Written to --out: a whole model
 folder (model.py) with the moving average of the weights, the state to resume from, and log.jsonl.
 """
 
@@ -24,16 +25,24 @@ import numpy as np
 import torch
 
 import trainer
-from checkpoint import stored_dtype
+from checkpoint import copy_model
 from cli import UserError, at_least, choose, parse, run
 from data import record
-from data.demonstrations import Demonstrations, cache_hidden_states, open_cache, select_episodes
+from data.demonstrations import (
+    Demonstrations,
+    cache_folder,
+    cache_hidden_states,
+    open_cache,
+    select_episodes,
+    uncached,
+)
 from data.robots import ROBOTS
 from files import find_folder, write_json
-from model import BLM, backbone_hash
+from model import BLM, folder_hash
 from policy import PRESETS, EmbodimentLinear, Policy
 from rollout import EXECUTE_STEPS
 from trainer import RunConfig
+from vlm import VLM, VLMConfig
 
 EVAL_ROWS = 512  # validation rows
 WARMUP = 200  # steps
@@ -148,28 +157,44 @@ def sizes(config):
 
 
 def load_models(cfg, config, device):
-    """(BLM of --backbone, BLM of --start or None, hash of what the policy reads)."""
-    folder = find_folder(cfg.backbone)
-    blm = BLM.from_pretrained(folder, "cpu" if cfg.fsdp else device)
-    blocks = blm.vlm.config.num_hidden_layers
+    """(BLM of --backbone, BLM of --start or None, hash of what the policy reads), without VLMs.
+
+    With all hidden states cached a language model is never in memory: files are hashed and copied.
+    """
+    blm = BLM.from_pretrained(cfg.backbone, vlm=False)
+    vlm_config = VLMConfig.from_pretrained(find_folder(cfg.backbone))
+    blocks = vlm_config.num_hidden_layers
     if config.intent_layer > blocks:
-        raise UserError(f"--intent_layer {config.intent_layer}: {folder} has {blocks} blocks")
+        raise UserError(f"--intent_layer {config.intent_layer}: {cfg.backbone} has {blocks} blocks")
     blm.policy = None  # another one's: it may read another block, or another prompt
-    # frozen: what a policy reads today it must read tomorrow
-    blm.vlm.requires_grad_(False)
-    blm.device = device  # where shards will be
+    blm.device = device  # where the VLM will be
     blm.training.pop("policy", None)
-    backbone = backbone_hash(blm.vlm, blm.processor, config.intent_layer)
+    backbone = hash_of_folder(cfg.backbone, blm, config.intent_layer)
     if cfg.resume and trainer.read_checkpoint(cfg, FREE)[1]["backbone"] != backbone:
-        raise UserError(f"{cfg.out} was trained on another language model than {folder}")
+        raise UserError(f"{cfg.out} was trained on another language model than {cfg.backbone}")
     if not cfg.start:
         return blm, None, backbone
-    start = BLM.from_pretrained(cfg.start)
-    width = blm.vlm.config.hidden_size
+    start = BLM.from_pretrained(cfg.start, vlm=False)
+    width = vlm_config.hidden_size
     old = start.policy
     if old is None or old.condition_size != width or sizes(old.config) != sizes(config):
         raise UserError(f"--start {cfg.start} holds no policy of the sizes that the flags say")
     return blm, start, backbone
+
+
+def hash_of_folder(name, blm, num_layers):
+    folder = find_folder(name)
+    return folder_hash(folder, VLMConfig.from_pretrained(folder), blm.processor, num_layers)
+
+
+def load_vlm(cfg, blm):
+    """Give `blm` the frozen VLM of --backbone; with --fsdp each process has a share of it."""
+    blm.vlm = VLM.from_pretrained(cfg.backbone, "cpu" if cfg.fsdp else blm.device)
+    # frozen: what a policy reads today it must read tomorrow
+    blm.vlm.requires_grad_(False)
+    if cfg.fsdp:
+        blocks = [*blm.vlm.visual.blocks, *blm.vlm.model.layers]
+        trainer.shard(blm.vlm, blocks, blm.device)
 
 
 def load_demonstrations(cfg, config, blm, start, backbone):
@@ -193,14 +218,15 @@ def load_demonstrations(cfg, config, blm, start, backbone):
         advice = "leave out --text_first" if config.text_first else "add --text_first"
         raise UserError(f"--start {cfg.start} reads the prompt in the other order: {advice}")
     # layers that stay frozen would read hidden states that they do not know
-    if start and new and backbone_hash(start.vlm, start.processor, config.intent_layer) != backbone:
+    if start and new and hash_of_folder(cfg.start, start, config.intent_layer) != backbone:
         raise UserError(f"--start {cfg.start} reads another language model than {cfg.backbone}")
-    if cfg.fsdp:
-        blocks = [*blm.vlm.visual.blocks, *blm.vlm.model.layers]
-        trainer.shard(blm.vlm, blocks, blm.device)
-    order = "-text-first" if config.text_first else ""
-    folder = Path(cfg.cache) / f"{backbone}-k{config.intent_layer}{order}"
-    cache_hidden_states(blm, episodes, config, folder, rank, world, cfg.fsdp)
+    folder = cache_folder(cfg.cache, backbone, config)
+    missing = uncached(episodes, folder, rank)
+    trainer.barrier()  # all look before one writes: they share the work by what they saw
+    if missing:
+        load_vlm(cfg, blm)
+        cache_hidden_states(blm, missing, config, folder, rank, world, cfg.fsdp)
+        blm.vlm = None  # all that it says is kept: its memory is the policy's now
     trainer.barrier()
     hidden = [open_cache(folder, episode) for episode in episodes]
     return Demonstrations(episodes, hidden, config.action_horizon, config.num_waypoints, known)
@@ -265,14 +291,12 @@ def train(cfg):
     demos = load_demonstrations(cfg, config, blm, start, backbone)
     facts = {"backbone": backbone, "robots": list(demos.embodiments)}
     facts |= {"episodes": len(demos.episodes), "rows": len(demos.train), "cells": len(demos.cells)}
-    weights = trainer.full_state_dict(blm.vlm)
     if trainer.this_process()[0] == 0 and not cfg.resume:
         # a run that is killed before its first checkpoint shall not look like somebody's model
         (Path(cfg.out) / "state").mkdir(parents=True, exist_ok=True)
-        blm.vlm.save_pretrained(cfg.out, stored_dtype(find_folder(cfg.backbone)), weights)
+        copy_model(find_folder(cfg.backbone), cfg.out)
         blm.processor.save_pretrained(cfg.out)
-    width = blm.vlm.config.hidden_size
-    weights = blm.vlm = None  # all that they say is kept: their memory is the policy's now
+    width = VLMConfig.from_pretrained(find_folder(cfg.backbone)).hidden_size
 
     # on the CPU, so that a GPU begins with the same weights
     torch.manual_seed(cfg.seed)

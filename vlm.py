@@ -31,6 +31,7 @@ m x m neighbors after one another, so that the merger is a reshape.
 import dataclasses
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +126,14 @@ class VLMConfig:
     @property
     def qwen3(self):
         return self.model_type == "qwen3_vl"
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Of a folder's config.json. UserError if it is missing, or not this architecture."""
+        fields = read_config(folder)
+        with reading(Path(folder) / "config.json"):
+            vision = VisionConfig(**fields.pop("vision_config"))
+            return cls(**fields, vision_config=vision)
 
     def for_tokenizer(self, tokenizer):
         """A copy with this Tokenizer's vocabulary and special tokens."""
@@ -672,12 +681,9 @@ class VLM(nn.Module):
         UserError on what is missing, broken or not this architecture.
         """
         folder = find_folder(path_or_repo_id)
-        fields = read_config(folder)
-        with reading(folder / "config.json"):
-            vision = VisionConfig(**fields.pop("vision_config"))
-            config = VLMConfig(**fields, vision_config=vision)
-            with torch.device("meta"):  # shapes only: 7 B random numbers would be thrown away
-                model = cls(config)
+        config = VLMConfig.from_pretrained(folder)
+        with reading(folder / "config.json"), torch.device("meta"):
+            model = cls(config)  # shapes only: 7 B random numbers would be thrown away
         model.generation_config = read_generation_config(folder, config)
         load_weights(model, folder, device, dtype)
         return model.eval()

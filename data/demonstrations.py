@@ -1,8 +1,14 @@
 """What Stage II reads: rows of episodes, with the frozen language model's hidden states of their frames.
 
 The language model is frozen, so a frame's hidden states after block k never change. They are computed
-once for every FRAME_STRIDE-th frame and kept in <cache>/<model>-k<k>/<episode>.safetensors, or <model>-k<k>-text-first where the instruction comes first.
-Names are hashes of the model and the episode, so a file of another model or episode is never read.
+once for every FRAME_STRIDE-th frame and kept in the folder that `cache_folder` names, a file an
+episode: <cache>/<model>-k<k>-int8/<episode>.safetensors, or -text-first-int8 where the instruction
+comes first. Names are hashes of the model and the episode, so a file of another model or episode is
+never read.
+
+A number takes 8 bits: a token's largest is 127, and the others are counted in its 127ths. The
+policy's first layer norms each token, so of a token of deviation 1 the error is at most
+sqrt(Dc) / 440, one standard deviation: docs/RESULTS.md has what it is.
 
 A row is a frame t of an episode: hidden states at t and at t + T, state at t, actions t .. t + T - 1.
 Past the end the last action is repeated: an episode ends when its task is done, and an arm that was
@@ -14,6 +20,7 @@ horizon, A and S action and state dims, padded to the largest robot's.
 
 import hashlib
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -77,13 +84,39 @@ def cache_path(folder, episode):
     return folder / f"{digest[:16]}.safetensors"
 
 
+def cache_folder(cache, backbone, config):
+    """Where hidden states of the model with this hash are, as a PolicyConfig reads them."""
+    order = "-text-first" if config.text_first else ""
+    return Path(cache) / f"{backbone}-k{config.intent_layer}{order}-int8"
+
+
+def to_bytes(hidden):
+    """Hidden states (..., L, Dc) as {"hidden": int8, "scale": (..., L, 1) float32}."""
+    hidden = hidden.float().cpu().clamp(-65504, 65504)  # they are float16 again when read
+    # a token of zeros has no largest number
+    scale = hidden.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return {"hidden": (hidden / scale).round().to(torch.int8), "scale": scale}
+
+
+class HiddenStates:
+    """hidden[frame] of an episode's file, (L, Dc) float16, read as it is asked for."""
+
+    def __init__(self, file):
+        self.hidden = file.slice("hidden")
+        self.scale = file.slice("scale")
+
+    def __getitem__(self, frame):
+        numbers = torch.from_numpy(self.hidden[frame])
+        return (numbers * torch.from_numpy(self.scale[frame])).half()
+
+
 def open_cache(folder, episode):
-    """Hidden states (frames, L, Dc) float16, read as they are asked for. UserError if damaged."""
-    return Tensors(cache_path(folder, episode)).check().slice("hidden")
+    """The HiddenStates of an episode. UserError if they are missing or damaged."""
+    return HiddenStates(Tensors(cache_path(folder, episode)).check())
 
 
-def cache_hidden_states(blm, episodes, config, folder, rank=0, world=1, fsdp=False):
-    """Compute what is missing in `folder` for a PolicyConfig; rank r of `world` computes its share."""
+def uncached(episodes, folder, rank=0):
+    """The episodes whose hidden states are missing in `folder`, or damaged."""
     missing = []
     for episode in tqdm(episodes, "hidden states: looking", disable=rank > 0, leave=False):
         try:
@@ -93,6 +126,11 @@ def cache_hidden_states(blm, episodes, config, folder, rank=0, world=1, fsdp=Fal
             # nothing to tell of what was never there
             if cache_path(folder, episode).exists():
                 tqdm.write(f"{error}; it is made again")
+    return missing
+
+
+def cache_hidden_states(blm, missing, config, folder, rank=0, world=1, fsdp=False):
+    """Compute those of episodes for a PolicyConfig; rank r of `world` computes its share."""
     share = missing[rank::world]
     # shards work together, so every process does as many
     if fsdp and len(share) < len(missing[::world]):
@@ -103,9 +141,7 @@ def cache_hidden_states(blm, episodes, config, folder, rank=0, world=1, fsdp=Fal
         texts = [episode.instruction] * len(images)
         reads = (config.intent_layer, config.text_first)
         hidden, _ = blm.intent_states(images, texts, *reads)
-        # float16 has no larger numbers
-        hidden = hidden.clamp(-65504, 65504).half().cpu()
-        save_tensors(cache_path(folder, episode), {"hidden": hidden}, {})
+        save_tensors(cache_path(folder, episode), to_bytes(hidden), {})
 
 
 # ---- rows
@@ -239,7 +275,7 @@ class Demonstrations:
         }
         # instructions differ in length, so tokens are padded
         for name, frames in (("", self.frame[rows]), ("future_", later)):
-            states = [torch.from_numpy(self.hidden[i][int(j)]) for i, j in frames]
+            states = [torch.as_tensor(self.hidden[i][int(j)]) for i, j in frames]
             real = [torch.ones(len(state), dtype=torch.bool) for state in states]
             # the policy casts float16 itself
             batch[f"{name}hidden"] = pad_sequence(states, batch_first=True)  # (B, L, Dc)

@@ -6,6 +6,7 @@
     python -m dev.bench --only serve                  `act` through serve.py beside `act` alone
     python -m dev.bench --only data --dataset FOLDER --lerobot PYTHON       beside lerobot's loader
     python -m dev.bench --only metaworld              pictures beside Meta-World's own renderer
+    python -m dev.bench --only gpu                    the large sizes on a large GPU: bench_gpu.py
 
     act            one chunk of the shipped policy: two pictures, a state, an instruction
     prefill        one forward pass of the shipped language model, batch 1
@@ -16,6 +17,7 @@
     transformers   prefill, generate and a training step beside Qwen2_5_VLForConditionalGeneration
     serve          what the server adds to a chunk, and eight clients that never pause
     data           batches of an imported LeRobotDataset (dev/bench_data.py)
+    gpu            act, decode and a step of both stages at 3 B, both stages of nano
 
 Machines are noisy, so the sides take turns, each in processes of its own, and a ratio is the median
 over rounds of two times that lie side by side. Written as JSON with the machine and both commits.
@@ -31,6 +33,7 @@ import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +54,7 @@ SFT_ROWS = 96
 
 @dataclass
 class BenchConfig:
-    only: str = (
-        "all"  # comma-separated parts, all of these, or one of those with lines of their own
-    )
+    only: str = "all"  # comma-separated parts, all of these, or one with a line of its own above
     against: str = ""  # commit to stand beside; empty: today's tree alone
     rounds: int = 15  # turns of each side; of trainings a fifth
     threads: int = 0  # CPU threads; 0: all cores
@@ -296,6 +297,13 @@ def main():
 
         rows = bench_metaworld.measure(config.rounds)
         against = "its own renderer, CPU time"
+    elif config.only == "gpu":
+        from dev import bench_gpu
+
+        config.dtype = "bfloat16"
+        stages = [partial(compare, part, [ROOT], config, device, threads) for part in TRAININGS]
+        rows = bench_gpu.measure(device, dict(zip(TRAININGS, stages)))
+        against = ""
     else:
         parts = choose_many(config.only, PARTS, "part")
         against = config.against and git("rev-parse", "--short", f"{config.against}^{{commit}}")

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +20,9 @@ from small import (
     with_transformers,
 )
 
-from checkpoint import read_config
+from checkpoint import copy_model, read_config
 from cli import UserError
+from files import read_json
 from processor import ImageConfig, Tokenizer, chat, process_images
 from vlm import VLM, VisionConfig, VLMConfig
 
@@ -452,3 +455,47 @@ def test_numbers_too_large_for_the_asked_type_are_told(tokenizer, tmp_path):
     assert VLM.from_pretrained(tmp_path, dtype=torch.bfloat16).model.norm.weight[0] > 9e5
     with pytest.raises(UserError, match="not finite"):
         VLM.from_pretrained(tmp_path, dtype=torch.float16)
+
+
+def memory(name):
+    """A number of this process's /proc/self/status in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are Linux's")
+def test_memory_peaks_at_the_weights_and_a_little(tmp_path):
+    """With a table of the share that it is of 3 B, in bfloat16 and kept so."""
+    sizes = {"vocab_size": 12000, "num_hidden_layers": 16, "hidden_size": 768}
+    sizes |= {"intermediate_size": 2688, "mrope_section": (16, 24, 24)}
+    config = VLMConfig(**sizes, vision_config=VisionConfig(out_hidden_size=768))
+    with torch.device("meta"):
+        model = VLM(config)
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    model.save_pretrained(tmp_path)
+    size = sum(p.nbytes for p in model.parameters())
+    assert size > 200e6
+    del model, parameter
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory("VmRSS")
+    VLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    peak = memory("VmHWM") - before
+    assert 0.9 * size < peak < 1.15 * size
+
+
+def test_a_copied_model_is_the_model(tokenizer, tmp_path):
+    model = random_model(small_config(tokenizer))
+    model.save_pretrained(tmp_path / "one")
+    (tmp_path / "one" / "policy.safetensors").write_text("another's")
+    index = tmp_path / "one" / "model.safetensors.index.json"
+    wanted = read_json(index)["weight_map"]
+    index.unlink()  # as the hub's small ones
+    copy_model(tmp_path / "one", tmp_path / "two")
+    assert not (tmp_path / "two" / "policy.safetensors").exists()
+    assert read_json(tmp_path / "two" / index.name)["weight_map"] == wanted
+    again = VLM.from_pretrained(tmp_path / "two")
+    assert again.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)

@@ -7,13 +7,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
 import cli
 from data.robots import ROBOTS
 from data.tasks import TASKS
-from dev import ablations, bench
+from dev import ablations, bench, bench_gpu
 
 NANO = str(ROOT / "weights" / "nano")
 
@@ -133,6 +134,33 @@ def test_mistakes_of_bench_are_told(flags, says, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(cli.UserError, match=says):
         bench.main()
+
+
+def test_the_bench_of_a_gpu_runs_dry(tmp_path, monkeypatch):
+    out = tmp_path / "r.json"
+    argv = ["bench.py", "--only", "gpu", "--device", "cpu", "--threads", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", argv)
+    bench.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert not [row for row in rows if "left_out" in row]
+    # limits; three ways to act and two to decode of each of two models; a step of each stage
+    assert len(rows) == 1 + 6 + 4 + 2
+    assert all(row["ms"] > 0 for row in rows[1:])
+
+
+@pytest.mark.parametrize("name", bench_gpu.TINY.vlms)
+def test_a_look_is_what_the_models_say(name):
+    config = bench_gpu.TINY.vlms[name]
+    cpu = torch.device("cpu")
+    with torch.no_grad():
+        look, (pixels, state), ordinary = bench_gpu.new_look(
+            config, bench_gpu.TINY, cpu, torch.float32
+        )
+        for parameter in look.policy.parameters():  # at first a chunk is its noise
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        torch.testing.assert_close(look(pixels, state), ordinary(), atol=1e-5, rtol=1e-5)
+        other = torch.randn_like(pixels)
+        assert not torch.allclose(look(other, state), look(pixels, state), atol=1e-4)
 
 
 def test_no_finished_row_is_told(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from test_vlm import by_formula
 
 from checkpoint import HIDDEN_ACT, config_fields, hub_weights, read_config, stored_dtype
 from cli import UserError
-from model import BLM
+from model import BLM, backbone_hash, folder_hash
 from positions import mrope_positions, pair_axes
 from processor import QWEN3_TEMPLATE, ImageConfig, Processor, chat, process_images
 from train_sft import PRESETS
@@ -485,3 +485,10 @@ def test_train_policy_makes_a_policy_on_it(folder, tmp_path):
 
 def test_the_preset_names_a_released_model():
     assert PRESETS["qwen3"].backbone == "Qwen/Qwen3-VL-2B-Instruct"
+
+
+def test_a_folder_has_the_hash_of_its_model(model, processor, tmp_path):
+    model.save_pretrained(tmp_path)
+    for k in (1, 4):
+        found = folder_hash(tmp_path, model.config, processor, k)
+        assert found == backbone_hash(model, processor, k)
