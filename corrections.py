@@ -17,19 +17,12 @@ from data.environments import expert_of
 from data.expert import demonstrate
 from data.record import RecordConfig, record
 from files import checksum
-from model import BLM
-from rollout import robots_of, rollout
+from rollout import load_model, robots_of, rollout
 
 
 @dataclass
 class CorrectionConfig(RecordConfig):
     policy: str = "out/policy"  # model folder: the policy that begins
-
-
-@functools.cache
-def load_policy(folder):
-    """The BLM of a process: on the CPU, since pictures are drawn and joints moved between looks."""
-    return BLM.from_pretrained(folder)
 
 
 def correct(folder, env, seed, noise, command, expert=demonstrate):
@@ -40,7 +33,7 @@ def correct(folder, env, seed, noise, command, expert=demonstrate):
     steps = seeds.rng(seed, "takeover").integers(10, env.horizon - 10)
     render = env.render
     env.render = False  # the policy draws only what it looks at
-    blm = load_policy(folder)
+    blm = load_model(folder)  # on the CPU: pictures are drawn and joints moved between looks
     which = {"command": command} if env.family else {}
     done = rollout(blm, env, seed, max_steps=int(steps), **which)["success"]
     env.render = render
@@ -50,7 +43,7 @@ def correct(folder, env, seed, noise, command, expert=demonstrate):
 
 def main():
     config = parse(CorrectionConfig, description="Record corrections of a policy by the expert.")
-    blm = load_policy(config.policy)  # what is wrong with it is told here, once
+    blm = load_model(config.policy)  # what is wrong with it is told here, once
     config.robots = ",".join(robots_of(blm, config.robots, config.env))
     # other weights make other corrections, whatever the folder is called
     weights = {name: tensor.numpy() for name, tensor in blm.policy.state_dict().items()}

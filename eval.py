@@ -15,7 +15,6 @@ are JSON with the command that made them, printed as tables in markdown. A faile
 seed there: `sample.py --seed` draws it.
 """
 
-import functools
 import itertools
 import shlex
 import sys
@@ -30,18 +29,16 @@ from tqdm import tqdm, trange
 from cli import UserError, at_least, choose, choose_many, parse, pick_device, run
 from data import seeds
 from data.conversations import Conversations
-from data.env import PERTURBATIONS, TabletopEnv
-from data.environments import open_environment
+from data.env import PERTURBATIONS
 from data.expert import demonstrate
-from data.families import FAMILIES, instruct, plain, sequence
 from data.robots import ROBOTS
 from data.scoring import is_degenerate, is_right, wilson
 from data.seeds import FIRST_EVALUATION, FIRST_TOLD
 from data.tasks import TASKS
 from files import read_json, reading, writable, write_json
-from goal import DONE, GIVEN_UP, carry_out, go_home, pictures, pursue, write_plan
 from jobs import run_jobs
-from rollout import EXECUTE_STEPS, jerk, robots_of, rollout
+from listening import plan_goals, told
+from rollout import EXECUTE_STEPS, jerk, load_model, make_env, robots_of, rollout
 from tables import mean_of_tiers, percent, print_table, rate, summary
 
 # BLM1's own table (arXiv 2510.24161)
@@ -131,21 +128,7 @@ class DigitalConfig:
     out: str = ""  # result file; default out/results/digital.json
 
 
-@functools.cache  # once in a process: weights that change meanwhile must not matter
-def load(folder, device, dtype="float32"):
-    import torch  # slow to load, and the expert needs none
-
-    from model import BLM
-
-    return BLM.from_pretrained(folder, device, getattr(torch, dtype))
-
-
 # ---- driving
-
-
-# once for the episodes of a cell, which follow each other
-make_env = functools.lru_cache(maxsize=1)(TabletopEnv)
-make_other = functools.lru_cache(maxsize=1)(open_environment)
 
 
 def choose_jobs(what, config):
@@ -161,7 +144,7 @@ def choose_jobs(what, config):
         raise UserError(f"--instruction {config.instruction!r}: name its one task with --tasks")
     if what != "expert":
         config.device = str(pick_device(config.device))
-        blm = load(config.weights, config.device)  # a bad folder is told here, once
+        blm = load_model(config.weights, config.device)  # a bad folder is told here, once
         robots = robots_of(blm, config.robots)
         check_chunk(config, blm)
     seeds = range(config.seed, config.seed + config.episodes)
@@ -181,7 +164,9 @@ def work(job):
     number, what, config, change, robot, task, seed = job
     wordings = "seen" if what == "expert" else "held_out"  # no policy was trained on these
     perturbation = change if change in PERTURBATIONS else ""
-    env = make_env(robot, task, render=False, wordings=wordings, perturbation=perturbation)
+    env = make_env(
+        "tabletop", robot, task, render=False, wordings=wordings, perturbation=perturbation
+    )
     episode = {"name": f"{robot} {seed}", "reason": ""}
     if what == "expert":
         shown = demonstrate(env, seed)
@@ -189,7 +174,7 @@ def work(job):
         episode["steps"] = len(shown.states)
         episode["jerk"] = jerk(shown.states, env.robot.dof)
     else:
-        blm = load(config.weights, config.device)
+        blm = load_model(config.weights, config.device)
         options = {"instruction": config.instruction or None}
         if what == "delays":
             options |= switches(config.delays)[change]
@@ -293,195 +278,6 @@ def delays(what, config):
     return {"rows": figures}
 
 
-# ---- one scene, several commands
-
-# What a scene is played with: (kind, number of the command that counts, what is said instead of it).
-# Of every second scene the wordings are new to the policy.
-PLAYS = [
-    ("told", 0, None),
-    ("told", 1, None),
-    ("neutral", 0, "do something useful"),
-    ("no words", 0, "."),
-    ("off template", 0, None),  # as people write
-    ("new combination", 0, None),  # in another scene, where training never showed this command
-]
-
-
-def play(job):
-    """A rollout of a scene, in a process of its own: (the job's number, what came of it)."""
-    number, config, robot, family, seed, (kind, command, instruction) = job
-    env = make_env(robot, family, render=False)
-    held_out = seed % 2 == 1
-    env.wordings = "held_out" if held_out else "seen"
-    if kind == "off template":
-        env.wordings = "off_template"
-    new = kind == "new combination"
-    blm = load(config.weights, config.device)
-    result = rollout(
-        blm, env, seed, instruction=instruction, command=command, other=1 - command, new=new
-    )
-    row = {"robot": robot, "family": family, "seed": seed, "kind": kind, "command": command}
-    row["held_out"] = held_out
-    return number, row | {"success": result["success"], "other": result["other"]}
-
-
-def told_figures(rows):
-    """What the rows of `play` say, as `rate`s by name."""
-    kinds = defaultdict(list)
-    for row in rows:
-        kinds[row["kind"]].append(row)
-    scenes = defaultdict(list)
-    for row in kinds["told"]:
-        scenes[row["robot"], row["family"], row["seed"]].append(row["success"])
-    wordings = {True: [], False: []}
-    for row in kinds["told"]:
-        wordings[row["held_out"]].append(row["success"])
-    return {
-        "done": rate(row["success"] for row in kinds["told"]),
-        "pairs": rate(map(all, scenes.values())),
-        "other": rate(row["other"] for row in kinds["told"]),
-        "neutral": rate(row["success"] for row in kinds["neutral"]),
-        "no_words": rate(row["success"] for row in kinds["no words"]),
-        "seen_wordings": rate(wordings[False]),
-        "new_wordings": rate(wordings[True]),
-        "off_template": rate(row["success"] for row in kinds["off template"]),
-        "new_combination": rate(row["success"] for row in kinds["new combination"]),
-    }
-
-
-def run_scenes(function, config, *choices):
-    """(rows, robots, families): function(job) of every robot, family, layout and choice, in order.
-
-    config: a ToldConfig. What has nothing to say, None, is left out.
-    """
-    at_least(config, 1, "scenes", "workers")
-    at_least(config, 0, "seed")
-    families = choose_many(config.families, FAMILIES, "family")
-    config.device = str(pick_device(config.device))
-    robots = robots_of(load(config.weights, config.device), config.robots)
-    layouts = range(config.seed, config.seed + config.scenes)
-    jobs = enumerate(itertools.product([config], robots, families, layouts, *choices))
-    jobs = [(number, *job) for number, job in jobs]
-    done = tqdm(run_jobs(function, jobs, config.workers), total=len(jobs), unit="episode")
-    # which job ended first must not matter
-    done = sorted(done, key=lambda item: item[0])
-    return [row for _, row in done if row], robots, families
-
-
-def told(what, config):
-    """Is it done what the words say, and not something else? The result as a dict."""
-    rows, robots, families = run_scenes(play, config, PLAYS)
-    tables = {}
-    for family in families:
-        tables[family] = told_figures(row for row in rows if row["family"] == family)
-    total = told_figures(rows)
-    lines = []
-    for name, figures in [*tables.items(), ("all", total)]:
-        lines.append([name, *map(percent, figures.values())])
-    print_table(["family", *total], lines)
-    cells = defaultdict(dict)
-    for robot, family in itertools.product(robots, families):
-        cell = [row for row in rows if (row["robot"], row["family"]) == (robot, family)]
-        failures = [row for row in cell if row["kind"] == "told" and not row["success"]]
-        figures = told_figures(cell)
-        cells[robot][family] = {
-            "done": figures["done"],
-            "pairs": figures["pairs"],
-            "failures": [f"{row['seed']} command {row['command']}" for row in failures],
-        }
-    return {**total, "families": tables, "cells": cells}
-
-
-# ---- goals of several commands
-
-# The model plans and judges itself; or, to compare, it is told the right steps one by one, or the
-# whole goal all the time, and the simulator judges.
-WAYS = ("plan", "steps", "whole")
-
-
-def follow_plan(blm, env, goal, commands, right):
-    """Which of a goal's commands are done by the model's own plan, and what it is worth.
-
-    right: the steps that it should list.
-    """
-    steps = write_plan(blm, pictures(env), goal)
-    walk = carry_out(blm, env, steps)
-    row = {"planned": steps == right, "done": [], "judged_right": []}
-    for command in commands:
-        env.begin(env.table.commands.index(command))
-        step = next(walk, None)
-        if step is None:  # the plan is too short
-            break
-        row["done"].append(env.succeeded())
-        if step.outcome not in (DONE, GIVEN_UP):  # it was not begun
-            break
-        row["judged_right"].append((step.outcome == DONE) == row["done"][-1])
-        if step.outcome != DONE:
-            break
-    return row
-
-
-def follow_words(blm, env, commands, sentences):
-    """The same of a policy that is told a sentence for each command."""
-    done = []
-    for command, sentence in zip(commands, sentences):
-        env.begin(env.table.commands.index(command))
-        done.append(pursue(blm, env, sentence, env.succeeded)[0])
-        if not done[-1]:
-            break
-        go_home(env)
-    return {"done": done}
-
-
-def pursue_goal(job):
-    """A goal of a scene, in a process of its own: (the job's number, what came of it, or None)."""
-    number, config, robot, family, seed, length, way = job
-    env = make_env(robot, family, render=False)
-    blm = load(config.weights, config.device)
-    env.reset(seed)
-    rng = seeds.rng(seed, "command", length)
-    commands = sequence(env.table, length, rng)
-    if not commands:
-        return number, None
-    goal = ", then ".join(instruct(env.table, command, rng) for command in commands)
-    row = {"robot": robot, "family": family, "seed": seed, "length": length, "way": way}
-    row["goal"] = goal
-    right = [plain(command.task, env.table.things(command)) for command in commands]
-    if way == "plan":
-        return number, row | follow_plan(blm, env, goal, commands, right)
-    sentences = right if way == "steps" else [goal] * length
-    return number, row | follow_words(blm, env, commands, sentences)
-
-
-def plan_figures(rows, length):
-    """What the rows of `pursue_goal` say of goals of so many commands, as `rate`s by name."""
-    ways = {way: [] for way in WAYS}
-    for row in rows:
-        ways[row["way"]].append(row)
-    plans = ways["plan"]
-    judged = itertools.chain(*(row["judged_right"] for row in plans))
-    figures = {"planned": rate(row["planned"] for row in plans), "judged_right": rate(judged)}
-    for way, own in ways.items():
-        figures[f"{way}_first"] = rate(bool(row["done"][:1] == [True]) for row in own)
-        figures[f"{way}_done"] = rate(sum(row["done"]) == length for row in own)
-    return figures
-
-
-def plan_goals(what, config):
-    """Goals written down as commands, carried out and judged by the model. The result as a dict."""
-    rows, _, _ = run_scenes(pursue_goal, config, (2, 3), WAYS)
-    lines = []
-    lengths = {}
-    for length in (2, 3):
-        figures = plan_figures([row for row in rows if row["length"] == length], length)
-        lengths[length] = figures
-        lines.append(
-            [f"{length} commands", figures["planned"]["n"], *map(percent, figures.values())]
-        )
-    print_table(["goals of", "number", *lengths[2]], lines)
-    return {"lengths": lengths, "goals": rows}
-
-
 # ---- other people's tasks
 
 TIERS = ("easy", "medium", "hard", "very_hard")  # as SmolVLA (arXiv 2506.01844) has them
@@ -493,7 +289,7 @@ def play_task(job):
     number, config, task, way, seed = job
     from data.metaworld import SAWYER, TASKS
 
-    env = make_other("metaworld", SAWYER.name, task, render=False, blind=way == "no picture")
+    env = make_env("metaworld", SAWYER.name, task, render=False, blind=way == "no picture")
     instruction = None
     if way == "no sentence":
         instruction = "."
@@ -502,7 +298,7 @@ def play_task(job):
         # two tasks share theirs
         others = [other.sentence for other in TASKS.values() if other.sentence != own]
         instruction = str(seeds.rng(seed, "command", number).choice(others))
-    blm = load(config.weights, config.device)
+    blm = load_model(config.weights, config.device)
     result = rollout(blm, env, seed, config.execute_steps, instruction=instruction)
     return number, way, task, result | {"name": str(seed)}
 
@@ -515,7 +311,7 @@ def metaworld(what, config):
     at_least(config, 0, "seed", "controls")
     tasks = choose_many(config.tasks, TASKS, "task")
     config.device = str(pick_device(config.device))
-    blm = load(config.weights, config.device)  # a bad folder is told here, once
+    blm = load_model(config.weights, config.device)  # a bad folder is told here, once
     robots_of(blm, "all", "metaworld")
     check_chunk(config, blm)
     jobs = []
@@ -571,7 +367,7 @@ def replay(what, config):
     """Mean absolute errors by joint, in its unit, beside those of two controls. As a dict."""
     from replay import compare  # loads torch, and the expert needs none
 
-    blm = load(config.weights, str(pick_device(config.device)))
+    blm = load_model(config.weights, str(pick_device(config.device)))
     robots = compare(blm, config)
     rows = []
     for robot, result in robots.items():
@@ -672,7 +468,9 @@ def digital(what, config):
     # models and files are opened before any work, so that a bad one is told at once; "blind" is
     # the model again, shown noise
     folders = {"blind": config.weights, "base": config.base, "model": config.weights}
-    models = {name: load(path, device, config.dtype) for name, path in folders.items() if path}
+    models = {
+        name: load_model(path, device, config.dtype) for name, path in folders.items() if path
+    }
     sources = [Conversations(path) for path in config.data.split(",")]
     files = {}
     for source in sources:

@@ -10,6 +10,7 @@ goes on with the old chunk while the new one is computed.
                         late         look
 """
 
+import functools
 import math
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from cli import UserError, choose_many
 from data.env import CONTROL_HZ
-from data.environments import names_in
+from data.environments import names_in, open_environment
 from files import atomic
 
 # Control steps of a chunk that are carried out before the policy looks again. With fewer it may
@@ -28,6 +29,20 @@ EXECUTE_STEPS = 12
 RECENT = 10  # looks: a chunk is expected to take as long as the slowest of these
 GIF_SIZE = 384  # pixels
 GIF_HZ = 10  # pictures a second
+
+
+@functools.cache  # once in a process: weights that change meanwhile must not matter
+def load_model(folder, device="cpu", dtype="float32"):
+    """The BLM of a folder."""
+    import torch  # slow to load, and the expert needs none
+
+    from model import BLM
+
+    return BLM.from_pretrained(folder, device, getattr(torch, dtype))
+
+
+# the last one is kept for the episodes of a cell, which follow each other
+make_env = functools.lru_cache(maxsize=1)(open_environment)
 
 
 def robots_of(blm, names, environment="tabletop"):

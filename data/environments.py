@@ -6,6 +6,7 @@
 An environment is an object with
 
     robot         name, display_name, dof (the leading numbers of the state that move it)
+    embodiment    what its numbers are (embodiment.py); the tabletop's arms have the usual one
     scene         the task, or the family of scenes (data/families.py), which is then in `family`
     task          what is to be done; its name
     instruction   the sentence of this episode; steps: its control steps so far

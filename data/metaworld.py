@@ -21,6 +21,7 @@ from data import seeds
 from data.env import IMAGE_SIZE
 from data.expert import Demonstration
 from data.simulator import Camera, mujoco
+from embodiment import Embodiment
 from files import reading
 
 with reading("metaworld", "`pip install --no-deps -r requirements-metaworld.txt`"):
@@ -62,6 +63,14 @@ class Task:
 
 
 SAWYER = Arm("sawyer", "Sawyer in Meta-World", 3)
+SAWYER_NUMBERS = Embodiment(
+    state_dim=4,
+    action_dim=4,
+    relative=(-1, -1, -1, -1),  # steps, no targets
+    control_hz=HZ,
+    state="hand (m), how far it is open (0 to 1)",
+    action="step of the hand's target (cm), how hard it closes; -1 to 1",
+)
 ROWS = json.loads((Path(__file__).parent / "metaworld.json").read_text())["tasks"]
 TASKS = {name: Task(name, **row) for name, row in ROWS.items()}
 
@@ -108,6 +117,7 @@ class MetaWorldEnv:
 
     hz = HZ
     robot = SAWYER
+    embodiment = SAWYER_NUMBERS
     family = None
 
     def __init__(self, task="drawer-open", render=True, blind=False):

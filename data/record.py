@@ -29,7 +29,7 @@ import os
 import shlex
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -137,8 +137,8 @@ def record_slice(job):
                 continue
             about = {"robot": robot, "scene": scene, "command": command, "task": env.task.name}
             about |= {"seed": seed, "noise": config.noise, "maker": maker}
-            if config.env != "tabletop":
-                about["env"] = config.env
+            if config.env != "tabletop":  # whose robot is none of ours
+                about |= {"env": config.env, "embodiment": asdict(env.embodiment)}
             write_episode(path, demonstration, about)
         else:
             # kept only if this run would have made it so; older episodes do not name their maker
@@ -261,6 +261,8 @@ class Episode:
 
 def embodiment_of(about, state_dim, action_dim):
     """The Embodiment that an episode's header means."""
+    if "embodiment" in about:  # of another simulator's robot
+        return Embodiment(**about["embodiment"])
     if "dataset" not in about:
         return Embodiment(state_dim, action_dim)
     unknown = "the dataset does not name them"

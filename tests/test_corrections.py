@@ -35,7 +35,7 @@ class Lazy:
 @pytest.fixture
 def lazy(monkeypatch):
     policy = Lazy(("panda", "widowx"))
-    monkeypatch.setattr(corrections, "load_policy", lambda folder: policy)
+    monkeypatch.setattr(corrections, "load_model", lambda folder: policy)
     return policy
 
 

@@ -16,6 +16,7 @@ from conftest import ROOT
 from PIL import Image
 
 import eval as evaluation
+import listening
 from cli import UserError
 from data.env import CONTROL_HZ, PERTURBATIONS, TabletopEnv
 from data.expert import Demonstration, demonstrate
@@ -24,7 +25,7 @@ from data.robots import ROBOTS
 from data.tasks import TASKS
 from embodiment import Embodiment
 from replay import repeat_last
-from rollout import jerk, rollout
+from rollout import jerk, load_model, rollout
 
 NANO = str(ROOT / "weights" / "nano")
 
@@ -75,9 +76,9 @@ def test_a_failure_has_its_seed_and_its_reason(monkeypatch):
 def test_weights_that_change_meanwhile_do_not_matter(tmp_path):
     folder = tmp_path / "nano"
     shutil.copytree(NANO, folder)
-    first = evaluation.load(str(folder), "cpu")
+    first = load_model(str(folder), "cpu")
     shutil.rmtree(folder)
-    assert evaluation.load(str(folder), "cpu") is first
+    assert load_model(str(folder), "cpu") is first
 
 
 def here(function, jobs, workers):
@@ -113,11 +114,11 @@ def test_a_policy_that_listens_is_told_from_one_that_does_not(monkeypatch, capsy
         env.reset(seed, instruction, command, new)
         return {"success": command == 0, "other": command == 1}
 
-    monkeypatch.setattr(evaluation, "run_jobs", lambda function, jobs, workers: map(function, jobs))
+    monkeypatch.setattr(listening, "run_jobs", lambda function, jobs, workers: map(function, jobs))
     config = evaluation.ToldConfig(robots="panda", families="which_cube,mixed", scenes=4)
     rates = {}
     for name, policy in (("listen", listen), ("ignore", ignore)):
-        monkeypatch.setattr(evaluation, "rollout", policy)
+        monkeypatch.setattr(listening, "rollout", policy)
         result = evaluation.told("told", config)
         figures = ("done", "pairs", "other", "neutral", "no_words", "new_combination")
         rates[name] = [result[figure]["rate"] for figure in figures]
@@ -331,7 +332,7 @@ def test_figures_of_plans_stand_beside_those_of_the_whole_goal_told_at_once():
         goal_row("whole", [True, False]),
         goal_row("whole", [False]),
     ]
-    figures = evaluation.plan_figures(rows, 2)
+    figures = listening.plan_figures(rows, 2)
     rates = {name: (figure["rate"], figure["n"]) for name, figure in figures.items()}
     assert rates == {
         "planned": (0.5, 4),

@@ -146,9 +146,7 @@ class Expert:
         return self.policy
 
     def act(self, observation, robot, temperature, seed):
-        env = evaluation.make_other(
-            "metaworld", "sawyer", "handle-press", render=False, blind=False
-        )
+        env = evaluation.make_env("metaworld", "sawyer", "handle-press", render=False, blind=False)
         told = observation["instruction"] == ROWS["handle-press"]["sentence"]
         sees = observation["images"]["front"].std() < 60  # noise has 74
         action = env.expert.get_action(env.full) if told and sees else np.zeros(4)

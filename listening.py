@@ -1,0 +1,207 @@
+"""Does the hand do what it is told? What eval.py told and eval.py plan count.
+
+`told` plays each scene with two of its commands, and with none, so that a policy that ignores words
+does at most one of them. `plan_goals` has the model write down the commands of a goal, carry them
+out and judge each.
+"""
+
+import itertools
+from collections import defaultdict
+
+from tqdm import tqdm
+
+from cli import at_least, choose_many, pick_device
+from data import seeds
+from data.families import FAMILIES, instruct, plain, sequence
+from goal import DONE, GIVEN_UP, carry_out, go_home, pictures, pursue, write_plan
+from jobs import run_jobs
+from rollout import load_model, make_env, robots_of, rollout
+from tables import percent, print_table, rate
+
+# ---- one scene, several commands
+
+# What a scene is played with: (kind, number of the command that counts, what is said instead of it).
+# Of every second scene the wordings are new to the policy.
+PLAYS = [
+    ("told", 0, None),
+    ("told", 1, None),
+    ("neutral", 0, "do something useful"),
+    ("no words", 0, "."),
+    ("off template", 0, None),  # as people write
+    ("new combination", 0, None),  # in another scene, where training never showed this command
+]
+
+
+def play(job):
+    """A rollout of a scene, in a process of its own: (the job's number, what came of it)."""
+    number, config, robot, family, seed, (kind, command, instruction) = job
+    env = make_env("tabletop", robot, family, render=False)
+    held_out = seed % 2 == 1
+    env.wordings = "held_out" if held_out else "seen"
+    if kind == "off template":
+        env.wordings = "off_template"
+    new = kind == "new combination"
+    blm = load_model(config.weights, config.device)
+    result = rollout(
+        blm, env, seed, instruction=instruction, command=command, other=1 - command, new=new
+    )
+    row = {"robot": robot, "family": family, "seed": seed, "kind": kind, "command": command}
+    row["held_out"] = held_out
+    return number, row | {"success": result["success"], "other": result["other"]}
+
+
+def told_figures(rows):
+    """What the rows of `play` say, as `rate`s by name."""
+    kinds = defaultdict(list)
+    for row in rows:
+        kinds[row["kind"]].append(row)
+    scenes = defaultdict(list)
+    for row in kinds["told"]:
+        scenes[row["robot"], row["family"], row["seed"]].append(row["success"])
+    wordings = {True: [], False: []}
+    for row in kinds["told"]:
+        wordings[row["held_out"]].append(row["success"])
+    return {
+        "done": rate(row["success"] for row in kinds["told"]),
+        "pairs": rate(map(all, scenes.values())),
+        "other": rate(row["other"] for row in kinds["told"]),
+        "neutral": rate(row["success"] for row in kinds["neutral"]),
+        "no_words": rate(row["success"] for row in kinds["no words"]),
+        "seen_wordings": rate(wordings[False]),
+        "new_wordings": rate(wordings[True]),
+        "off_template": rate(row["success"] for row in kinds["off template"]),
+        "new_combination": rate(row["success"] for row in kinds["new combination"]),
+    }
+
+
+def run_scenes(function, config, *choices):
+    """(rows, robots, families): function(job) of every robot, family, layout and choice, in order.
+
+    config: a ToldConfig. What has nothing to say, None, is left out.
+    """
+    at_least(config, 1, "scenes", "workers")
+    at_least(config, 0, "seed")
+    families = choose_many(config.families, FAMILIES, "family")
+    config.device = str(pick_device(config.device))
+    robots = robots_of(load_model(config.weights, config.device), config.robots)
+    layouts = range(config.seed, config.seed + config.scenes)
+    jobs = enumerate(itertools.product([config], robots, families, layouts, *choices))
+    jobs = [(number, *job) for number, job in jobs]
+    done = tqdm(run_jobs(function, jobs, config.workers), total=len(jobs), unit="episode")
+    # which job ended first must not matter
+    done = sorted(done, key=lambda item: item[0])
+    return [row for _, row in done if row], robots, families
+
+
+def told(what, config):
+    """Is it done what the words say, and not something else? The result as a dict."""
+    rows, robots, families = run_scenes(play, config, PLAYS)
+    tables = {}
+    for family in families:
+        tables[family] = told_figures(row for row in rows if row["family"] == family)
+    total = told_figures(rows)
+    lines = []
+    for name, figures in [*tables.items(), ("all", total)]:
+        lines.append([name, *map(percent, figures.values())])
+    print_table(["family", *total], lines)
+    cells = defaultdict(dict)
+    for robot, family in itertools.product(robots, families):
+        cell = [row for row in rows if (row["robot"], row["family"]) == (robot, family)]
+        failures = [row for row in cell if row["kind"] == "told" and not row["success"]]
+        figures = told_figures(cell)
+        cells[robot][family] = {
+            "done": figures["done"],
+            "pairs": figures["pairs"],
+            "failures": [f"{row['seed']} command {row['command']}" for row in failures],
+        }
+    return {**total, "families": tables, "cells": cells}
+
+
+# ---- goals of several commands
+
+# The model plans and judges itself; or, to compare, it is told the right steps one by one, or the
+# whole goal all the time, and the simulator judges.
+WAYS = ("plan", "steps", "whole")
+
+
+def follow_plan(blm, env, goal, commands, right):
+    """Which of a goal's commands are done by the model's own plan, and what it is worth.
+
+    right: the steps that it should list.
+    """
+    steps = write_plan(blm, pictures(env), goal)
+    walk = carry_out(blm, env, steps)
+    row = {"planned": steps == right, "done": [], "judged_right": []}
+    for command in commands:
+        env.begin(env.table.commands.index(command))
+        step = next(walk, None)
+        if step is None:  # the plan is too short
+            break
+        row["done"].append(env.succeeded())
+        if step.outcome not in (DONE, GIVEN_UP):  # it was not begun
+            break
+        row["judged_right"].append((step.outcome == DONE) == row["done"][-1])
+        if step.outcome != DONE:
+            break
+    return row
+
+
+def follow_words(blm, env, commands, sentences):
+    """The same of a policy that is told a sentence for each command."""
+    done = []
+    for command, sentence in zip(commands, sentences):
+        env.begin(env.table.commands.index(command))
+        done.append(pursue(blm, env, sentence, env.succeeded)[0])
+        if not done[-1]:
+            break
+        go_home(env)
+    return {"done": done}
+
+
+def pursue_goal(job):
+    """A goal of a scene, in a process of its own: (the job's number, what came of it, or None)."""
+    number, config, robot, family, seed, length, way = job
+    env = make_env("tabletop", robot, family, render=False)
+    blm = load_model(config.weights, config.device)
+    env.reset(seed)
+    rng = seeds.rng(seed, "command", length)
+    commands = sequence(env.table, length, rng)
+    if not commands:
+        return number, None
+    goal = ", then ".join(instruct(env.table, command, rng) for command in commands)
+    row = {"robot": robot, "family": family, "seed": seed, "length": length, "way": way}
+    row["goal"] = goal
+    right = [plain(command.task, env.table.things(command)) for command in commands]
+    if way == "plan":
+        return number, row | follow_plan(blm, env, goal, commands, right)
+    sentences = right if way == "steps" else [goal] * length
+    return number, row | follow_words(blm, env, commands, sentences)
+
+
+def plan_figures(rows, length):
+    """What the rows of `pursue_goal` say of goals of so many commands, as `rate`s by name."""
+    ways = {way: [] for way in WAYS}
+    for row in rows:
+        ways[row["way"]].append(row)
+    plans = ways["plan"]
+    judged = itertools.chain(*(row["judged_right"] for row in plans))
+    figures = {"planned": rate(row["planned"] for row in plans), "judged_right": rate(judged)}
+    for way, own in ways.items():
+        figures[f"{way}_first"] = rate(bool(row["done"][:1] == [True]) for row in own)
+        figures[f"{way}_done"] = rate(sum(row["done"]) == length for row in own)
+    return figures
+
+
+def plan_goals(what, config):
+    """Goals written down as commands, carried out and judged by the model. The result as a dict."""
+    rows, _, _ = run_scenes(pursue_goal, config, (2, 3), WAYS)
+    lines = []
+    lengths = {}
+    for length in (2, 3):
+        figures = plan_figures([row for row in rows if row["length"] == length], length)
+        lengths[length] = figures
+        lines.append(
+            [f"{length} commands", figures["planned"]["n"], *map(percent, figures.values())]
+        )
+    print_table(["goals of", "number", *lengths[2]], lines)
+    return {"lengths": lengths, "goals": rows}
