@@ -220,7 +220,7 @@ class Oracle:
 
 
 def test_questions_of_every_form_are_scored(questions, monkeypatch, capsys):
-    monkeypatch.setattr(evaluation, "load", lambda folder, device, dtype: Oracle())
+    monkeypatch.setattr(evaluation, "load_model", lambda folder, device, dtype: Oracle())
     config = evaluation.DigitalConfig(data=str(questions), device="cpu", batch_size=2)
     result = evaluation.digital("digital", config)["files"][str(questions)]
     rates = result["categories"]
@@ -238,7 +238,7 @@ def test_questions_of_every_form_are_scored(questions, monkeypatch, capsys):
 
 
 def test_so_many_questions_of_each_category_and_wording(questions, monkeypatch):
-    monkeypatch.setattr(evaluation, "load", lambda folder, device, dtype: Oracle())
+    monkeypatch.setattr(evaluation, "load_model", lambda folder, device, dtype: Oracle())
     config = evaluation.DigitalConfig(data=str(questions), device="cpu", questions=1)
     rates = evaluation.digital("digital", config)["files"][str(questions)]["categories"]
     assert rates["existence"]["asked"] == 2
@@ -271,7 +271,7 @@ def test_a_model_is_asked_and_the_result_written(questions, tmp_path, monkeypatc
     ],
 )
 def test_what_holds_no_questions_is_told(record, says, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "load", lambda folder, device, dtype: Oracle())
+    monkeypatch.setattr(evaluation, "load_model", lambda folder, device, dtype: Oracle())
     if "messages" in record:
         record["messages"].append({"role": "assistant", "content": "Hello."})
     (tmp_path / "q.jsonl").write_text(json.dumps(record) + "\n")

@@ -154,7 +154,7 @@ class Expert:
 
 
 def test_controls_tell_words_from_pictures(metaworld, monkeypatch, capsys):
-    monkeypatch.setattr(evaluation, "load", lambda *args: Expert())
+    monkeypatch.setattr(evaluation, "load_model", lambda *args: Expert())
     monkeypatch.setattr(evaluation, "run_jobs", here)
     config = evaluation.MetaWorldConfig(tasks="handle-press", episodes=2, controls=1)
     config.execute_steps = 4
