@@ -130,7 +130,9 @@ def test_demonstrations_are_episodes_like_any_other(metaworld, monkeypatch, tmp_
     assert len(episode.images(0)) == 2
     # and training asks for nothing else
     demos = Demonstrations(episodes, [None, None], horizon=16, num_waypoints=4)
-    assert demos.embodiments == {"sawyer": (4, 4)}
+    robot = demos.embodiments["sawyer"]
+    assert robot == metaworld.MetaWorldEnv.embodiment
+    assert robot.relative == (-1,) * 4 and robot.control_hz == 80  # steps of the hand, no targets
     state, action = demos.numbers(demos.train[:3])
     assert state.shape == (3, 4) and action.shape == (3, 16, 4)
 
