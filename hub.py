@@ -16,9 +16,8 @@ from pathlib import Path
 
 from checkpoint import stored_dtype, weight_files
 from cli import UserError, one_line, parse, run
-from data.env import CONTROL_HZ
-from data.robots import ROBOTS
 from data.tasks import TASKS
+from embodiment import Embodiment
 from files import read_json, reading
 from model import BLM, load_training
 
@@ -89,16 +88,16 @@ def table(head, rows):
 def about_robots(policy):
     """The part of the card on what it drives, from policy.json."""
     rows = []
-    for name, robot in policy["embodiments"].items():
-        # an imported one has other numbers, which its dataset names
-        units = "as below" if name in ROBOTS else "the dataset's own"
-        rows.append([name, robot["state_dim"], robot["action_dim"], units])
+    for name, sizes in policy["embodiments"].items():
+        numbers = {key: value for key, value in sizes.items() if key != "index"}
+        robot = Embodiment(**numbers)  # what older files do not say is as usual
+        state = f"{robot.state_dim}: {robot.state}"
+        action = f"{robot.action_dim}: {robot.action}"
+        rows.append([name, state, action, ", ".join(robot.views), f"{robot.control_hz:g}"])
     steps = policy["config"]["action_horizon"]
     return (
-        table(["robot", "state", "action", "order and units"], rows)
-        + f"\nState: {policy['state']}. Action: {policy['action']}. "
-        + f"A chunk is {steps} actions, for {CONTROL_HZ} a second in this repository's simulator. "
-        + f"Pictures: {', '.join(policy['views'])}, square, in this order.\n"
+        table(["robot", "state", "action", "pictures, in this order", "actions a second"], rows)
+        + f"\nA chunk is {steps} actions. Pictures are square.\n"
     )
 
 

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 import train_sft
 import trainer
+from embodiment import Embodiment
 from policy import PRESETS, EmbodimentLinear, Policy, PolicyConfig
 from positions import vision_plan
 from vlm import VLM, Cache, VisionConfig, VLMConfig
@@ -36,7 +37,7 @@ GROOT = {"eager": 156, "compiled": 72, "TensorRT": 47, "TensorRT, the ViT too": 
 GOAL = 47  # ms a chunk, in plain PyTorch
 BUDGET = 450  # s after which no further part begins
 LORA_RANK = 16
-ROBOTS = {"panda": (17, 8), "widowx": (16, 7)}
+ROBOTS = {"panda": Embodiment(17, 8), "widowx": Embodiment(16, 7)}
 
 
 @dataclass

@@ -177,7 +177,7 @@ def test_the_card_of_the_shipped_weights_quotes_the_files():
     assert sorted(row_of(card, "widowx", 1)) == sorted(cells)
     policy = json.loads((NANO / "policy.json").read_text())
     assert policy["state"] in card and policy["action"] in card and policy["backbone"] in card
-    assert "Pictures: front, wrist" in card and "Trained from random weights" in card
+    assert "| front, wrist | 20 |" in card and "Trained from random weights" in card
     assert "Code: MIT License" in card and 'BLM.from_pretrained("user/nano")' in card
     # other weights' results, and the expert's, are none of its
     assert "out/policy" not in card and "expert" not in card

@@ -124,7 +124,14 @@ def test_the_recipe_of_a_policy_that_listens_fits_together(go, monkeypatch):
     configs = {line: parsed(line, monkeypatch) for line in ran}
     look, answer = [config for line, config in configs.items() if "nano.train" in line]
     assert (look.pictures_only, look.out) == (True, answer.backbone)
-    [policy] = [config for line, config in configs.items() if "train_policy" in line]
+    policy, longer = [config for line, config in configs.items() if "train_policy" in line]
+    # after the corrections the same goes on for longer
+    free = {"resume": longer.resume, "steps": longer.steps}
+    assert vars(policy) | free == vars(longer) and longer.resume
+    assert longer.steps > policy.steps
+    [corrections] = [config for line, config in configs.items() if "corrections" in line]
+    assert (corrections.policy, corrections.out) == (policy.out, policy.data)
+    assert sorted(corrections.tasks.split(",")) == sorted(policy.tasks.split(","))
     assert policy.backbone == answer.out
     # what the policy reads is what Stage I taught, and stays as it was taught
     assert policy.intent_layer == look.intent_layer == answer.frozen_blocks
