@@ -164,9 +164,9 @@ class Demonstrations:
         self.embodiments = dict(known)
         for episode in episodes:
             expected = self.embodiments.setdefault(episode.robot, episode.embodiment)
-            found = episode.embodiment.shape()
-            if found != expected.shape():
-                raise UserError(f"{episode.path}: {found}, not {expected.shape()}")
+            shape = episode.embodiment.shape()
+            if shape != expected.shape():
+                raise UserError(f"{episode.path}: {shape}, not {expected.shape()}")
         robots = list(self.embodiments)
         indices = [robots.index(episode.robot) for episode in episodes]
         counts = [len(frames_of(episode)) for episode in episodes]
