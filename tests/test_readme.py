@@ -156,15 +156,18 @@ TOLD += ("neutral", "no_words", "other")
 def test_figures_of_scenes_with_several_commands_come_from_the_result_files():
     shipped = result("told.json")
     listening = result("told-text-first.json")
-    rows = {"shipped": shipped, "text first": listening, **listening["families"]}
+    before = result("told-text-first-before.json")
+    rows = {"shipped": shipped, "text first, before": before, "text first": listening}
+    rows |= listening["families"]
     for name, figures in rows.items():
         texts = [percent(figures[figure]["rate"], 1) for figure in TOLD]
         assert row(RESULTS, name) == [name, *texts]
     done = shipped["done"]
     assert f"does {percent(done['rate'], 1)}% of {done['n']} commands" in " ".join(README.split())
     assert f"does {percent(listening['done']['rate'], 1)}% and is not" in " ".join(README.split())
-    cells = result("physical-text-first.json")
-    assert f"{percent(cells['mean'], 1)}% of {cells['episodes']} episodes" in RESULTS
+    for name in ("physical-text-first.json", "physical-text-first-before.json"):
+        cells = result(name)
+        assert f"{percent(cells['mean'], 1)}% of {cells['episodes']} episodes" in RESULTS
 
 
 def test_figures_of_goals_come_from_the_result_file():
