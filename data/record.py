@@ -18,9 +18,9 @@ say which.
                                 V = 2 cameras here, 1 to 3 of an imported robot
     phase   (L,) uint8          index into the header's "phases"
 
-Its header has robot, scene (a task or a family), command, task, seed, instruction, phases, noise, maker, made (the command), a
-checksum, and env, where that is not the tabletop. Files appear whole or not at all, and what they hold does not depend on the number of
-workers. A second run records what is missing or damaged. Only successes are kept; failures.json
+Its header has robot, scene (a task or a family), command, task, seed, instruction, phases, noise,
+maker, made (the command) and a checksum; env and embodiment where that is not the tabletop. Files
+appear whole or not at all, and what they hold does not depend on the number of workers. A second run records what is missing or damaged. Only successes are kept; failures.json
 has the seeds of the others, and is written last.
 """
 
@@ -156,7 +156,8 @@ def record(config, demonstrate=None, maker="expert", first_seed=0):
     """Record what is missing of robots x tasks x episodes into config.out.
 
     demonstrate(env, seed, noise, command) -> Demonstration, or None for a seed to be left out; it travels
-    to the workers, and is the environment's expert if there is none. maker: what it is, in the headers; first_seed: what is added to config.seed.
+    to the workers, and is the environment's expert if there is none. maker: what it is, in the
+    headers; first_seed: what is added to config.seed.
     Returns {cell: seeds that failed}.
     """
     robots, scenes = cells_of(config)
