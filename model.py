@@ -121,11 +121,10 @@ class BLM:
 
         For the simulator's arms A is dof + 1: joint angles (rad) and the finger (m), in steps of
         50 ms. What another robot's numbers are, its Embodiment says. observation: see
-        `read_observation`. temperature
-        scales the noise that the chunk flows from: at 1 a sample, as GR00T draws it; at 0 the flow
-        starts from the noise's mean and gives one chunk for one observation, which is what eval.py
-        measures. seed (an integer or a list of them) fixes the noise. UserError on an unknown robot
-        and on whatever is wrong with the observation.
+        `read_observation`. temperature scales the noise that the chunk flows from: at 1 a sample, as
+        GR00T draws it; at 0 the flow starts from the noise's mean and gives one chunk for one
+        observation, which is what eval.py measures. seed (an integer or a list of them) fixes the
+        noise. UserError on an unknown robot and on whatever is wrong with the observation.
 
         For an arm that moves on while this is computed (inpainting.py): committed (n, A), maybe
         none, are the targets that it will carry out meanwhile, in physical units too, and planned
