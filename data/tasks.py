@@ -41,8 +41,8 @@ class Task:
     """objects: file in data/objects/; labels {body: what people call it}, what is moved first.
 
     spawn(robot, rng) -> {body: (position, yaw)}; success(env) -> {condition: bool}, done when all
-    hold. instructions: wordings that Stage I uses too; paraphrases: more, for policies, which
-    with the four alone obeyed the four alone; held_out: for evaluation only.
+    hold. instructions: wordings that Stage I uses too; paraphrases and commands: more, for policies,
+    which with the four alone obeyed the four alone; held_out: for evaluation only.
     """
 
     name: str
@@ -58,13 +58,24 @@ class Task:
     off_template_commands: list  # as people write, for evaluation only
 
     def sentences(self, wordings, several=False):
-        """Its "seen", "held_out" or "off_template" wordings, where a scene has several commands or one."""
+        """Its "seen", "held_out" or "off_template" wordings, where a scene has several commands or one.
+
+        Of a scene with one they are sentences as they stand, with its labels for roles.
+        """
+        commands = {
+            "seen": self.commands,
+            "held_out": self.held_out_commands,
+            "off_template": self.off_template_commands,
+        }
         if several:
-            choices = {"seen": self.commands, "held_out": self.held_out_commands}
-            choices["off_template"] = self.off_template_commands
-        else:
-            choices = {"seen": self.instructions + self.paraphrases, "held_out": self.held_out}
-        return choices[wordings]
+            return commands[wordings]
+        if wordings == "held_out":
+            return self.held_out
+        names = {role: f"the {label}" for role, label in self.labels.items()}
+        sentences = [command.format(**names) for command in commands[wordings]]
+        if wordings == "seen":
+            sentences = self.instructions + self.paraphrases + sentences
+        return list(dict.fromkeys(sentences))
 
 
 def resize(spec, robot):
