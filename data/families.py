@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from data.tasks import PEG_RADIUS, RGBA, TASKS, reachable
+from data.words import PATTERNS, SHARE, expand, pick, vary
 
 BIN_COLORS = ("white", "red", "green", "yellow", "purple")
 BALL_COLORS = ("blue", "red", "green", "yellow", "orange")
@@ -332,18 +333,28 @@ def sequence(table, number, rng):
 
 
 def instruct(table, command, rng, wordings="seen"):
-    """A sentence for a command, in one of the task's wordings of a kind (data/tasks.py)."""
+    """A sentence for a command, in one of the task's wordings of a kind (data/tasks.py).
+
+    Of those that training sees most are drawn from patterns (data/words.py).
+    """
     several = len(table.commands) > 1
-    sentences = TASKS[command.task].sentences(wordings, several)
-    sentence = sentences[rng.integers(len(sentences))]
-    if not several:  # nothing has to be told from anything else
-        return sentence
+    task = TASKS[command.task]
+    sentence = pick(task.sentences(wordings, several), rng)
+    if wordings == "seen" and rng.random() < SHARE:
+        sentence = expand(pick(PATTERNS[task.name], rng), rng)
     names = {}
     for role, body in command.roles.items():
-        # by color, or now and then by place
-        choices = names_of(table, body)
-        by_place = relations(table, body)
-        if by_place and rng.random() < RELATIONS:
-            choices = by_place
-        names[role] = choices[rng.integers(len(choices))]
-    return sentence.format(**names)
+        if several:
+            names[role] = name_of(table, body, rng)
+        else:  # nothing has to be told from anything else
+            names[role] = f"the {task.labels[role]}"
+    sentence = sentence.format(**names)
+    return vary(sentence, rng) if wordings == "seen" else sentence
+
+
+def name_of(table, body, rng):
+    """Words for a thing by its color or, now and then, by its place."""
+    by_place = relations(table, body)
+    if by_place and rng.random() < RELATIONS:
+        return pick(by_place, rng)
+    return pick(names_of(table, body), rng)

@@ -60,22 +60,15 @@ class Task:
     def sentences(self, wordings, several=False):
         """Its "seen", "held_out" or "off_template" wordings, where a scene has several commands or one.
 
-        Of a scene with one they are sentences as they stand, with its labels for roles.
+        In all but those of one command {roles} stand for things.
         """
-        commands = {
-            "seen": self.commands,
-            "held_out": self.held_out_commands,
-            "off_template": self.off_template_commands,
-        }
-        if several:
-            return commands[wordings]
-        if wordings == "held_out":
-            return self.held_out
-        names = {role: f"the {label}" for role, label in self.labels.items()}
-        sentences = [command.format(**names) for command in commands[wordings]]
-        if wordings == "seen":
-            sentences = self.instructions + self.paraphrases + sentences
-        return list(dict.fromkeys(sentences))
+        if several or wordings == "off_template":
+            choices = {"seen": self.commands, "held_out": self.held_out_commands}
+            choices["off_template"] = self.off_template_commands
+        else:
+            own = self.instructions + self.paraphrases
+            choices = {"seen": own + self.commands, "held_out": self.held_out}
+        return choices[wordings]
 
 
 def resize(spec, robot):

@@ -124,14 +124,17 @@ def ask(env, command, views, words):
         roles.append(patches_of(classes, 1 + len(bodies), first=1))
     # from here on the env's roles, task and success are this command's
     env.give(env.table.commands.index(command))
-    places = [np.round(project(env, "front", env.position(role)), 4).tolist() for role in env.roles]
+    points = [env.position(role) for role in env.roles]
+    places = [np.round(project(env, "front", point), 4).tolist() for point in points]
+    nowhere = [None] * (2 - len(points))  # a peg goes nowhere
     return {
         "task": command.task,
         "things": [labels[body] for body in bodies],
         "done": bool(env.succeeded()),
         "instruction": instruct(env.table, command, words),
         "roles": roles,
-        "places": places + [None] * (2 - len(places)),
+        "places": places + nowhere,
+        "points": np.round(points, 4).tolist() + nowhere,
     }
 
 

@@ -165,14 +165,20 @@ def question_targets(question, scene, ids, labels, tokenizer):
 
 
 def command_targets(command, V):
-    """(roles (V, 64), places (2, 3)) of a row's command; unknown and NaN of a row without one."""
+    """(roles (V, 64), places (2, 6)) of a row's command; unknown and NaN of a row without one.
+
+    Of a place the last three numbers are where the robot has it, in decimeters: the front camera is
+    not always at the same spot, and a hand must not care.
+    """
     roles = np.full((V, GRID**2), UNKNOWN)
-    places = np.full((2, 3), np.nan)
+    places = np.full((2, 6), np.nan)
     if command:
         for v, letters in enumerate(command["roles"]):
             roles[v] = [ord(letter) - ord("A") for letter in letters]
         for i, place in enumerate(command["places"]):
-            places[i] = to_place(place) if place else np.nan
+            places[i, :3] = to_place(place) if place else np.nan
+        for i, point in enumerate(command.get("points", [])):  # older scenes have none
+            places[i, 3:] = 10 * np.array(point) if point else np.nan
     return roles, places
 
 
@@ -209,7 +215,7 @@ class Grounding(nn.Module):
         self.vit = head(config.vision_config.hidden_size, C + 3)
         self.llm = head(config.hidden_size, self.merge**2 * (C + 5))
         self.role = head(config.hidden_size, self.merge**2 * ROLES)
-        self.place = head(config.hidden_size, 6)
+        self.place = head(config.hidden_size, 2 * 6)
         self.answer = nn.ModuleList([head(config.hidden_size, NUMBERS) for _ in range(2)])
 
     def load(self, tensors):
@@ -223,6 +229,9 @@ class Grounding(nn.Module):
             if tensor.shape == new.shape:
                 new.copy_(tensor)
                 continue
+            if name.startswith("place."):  # an earlier one knew pictures alone
+                new.unflatten(0, (2, 6))[:, :3] = tensor.unflatten(0, (2, 3))
+                continue
             places = 3 if name.startswith("vit") else 5  # numbers behind the classes
             groups = 1 if name.startswith("vit") else self.merge**2
             old = tensor.unflatten(0, (groups, -1))
@@ -234,7 +243,7 @@ class Grounding(nn.Module):
     def targets(self, rows, batch):
         """Of packed rows: patch_class (P,) and patch_place (P, 5), of which the ViT learns three;
         answer_token (N,), answer_number (N, NUMBERS), answer_weight (N,); patch_role (P,),
-        last_token (rows,) and command_place (rows, 2, 3)."""
+        last_token (rows,) and command_place (rows, 2, 6)."""
         grids = batch.get("image_grid_thw", torch.zeros(0))
         if any(tuple(grid) != (1, GRID, GRID) for grid in grids.tolist()):
             raise UserError(f"these heads need pictures of {GRID} x {GRID} patches")
@@ -309,11 +318,11 @@ class Grounding(nn.Module):
         return [head(h[0, batch["answer_token"]]) for head, h in zip(self.answer, hidden)]
 
     def read_commands(self, out, batch):
-        """Roles of patches (P, ROLES), and places (rows, 2, 3) read from the last tokens."""
+        """Roles of patches (P, ROLES), and places (rows, 2, 6) read from the last tokens."""
         hidden = out.hidden_states[self.intent_layer]
         roles = self.to_patches(self.role(hidden[batch["input_ids"] == self.image_token]))
         places = self.place(hidden[0, batch["last_token"]])
-        return roles, places.unflatten(1, (2, 3))
+        return roles, places.unflatten(1, (2, 6))
 
     def losses(self, out, batch, totals):
         """A batch's share of a step's losses, by name: cross-entropy of classes and smooth L1 of
@@ -363,8 +372,11 @@ class Grounding(nn.Module):
             truth = batch["patch_role"]
             meant = truth > 0
             figures["role_accuracy"] = (roles.argmax(1) == truth)[meant].float()
-            error = (places - batch["command_place"])[..., :2].norm(dim=-1) * PATCH
-            figures["command_error_px"] = error[error.isfinite()]
+            error = places - batch["command_place"]
+            pixels = error[..., :2].norm(dim=-1) * PATCH
+            centimeters = error[..., 3:].norm(dim=-1) * 10
+            figures["command_error_px"] = pixels[pixels.isfinite()]
+            figures["command_error_cm"] = centimeters[centimeters.isfinite()]
         for read in self.read_answers(out, batch)[1:]:  # the head at the top
             truth = batch["answer_number"]
             error = (read - truth)[:, :2].norm(dim=1) * PATCH

@@ -1,0 +1,59 @@
+"""One thing said in thousands of ways: what instructions of training are drawn from.
+
+A policy that was told each command in forty sentences did 80% of those, and 48% of what was said in
+others. So most of what it is told in training is drawn from patterns.json: of [a|b|c] one is taken, and
+things stand for {roles}. Now and then something is said before or behind it, or a letter is missing.
+"""
+
+import json
+import re
+from pathlib import Path
+
+PATTERNS = json.loads((Path(__file__).parent / "patterns.json").read_text())
+BEFORE = PATTERNS.pop("before")
+AFTER = PATTERNS.pop("after")
+SHARE = 2 / 3  # of what is said by a pattern, not by a sentence of wordings.json
+ASIDE = 0.2  # share with something said before it, and behind it
+TYPO = 0.1  # share with a letter missing, or two of them swapped
+CHOICE = re.compile(r"\[([^][]*)\]")
+
+
+def pick(choices, rng):
+    return choices[rng.integers(len(choices))]
+
+
+def expand(pattern, rng):
+    """A sentence of a pattern: one of each [a|b|c], the innermost first."""
+    while choice := CHOICE.search(pattern):
+        words = pick(choice[1].split("|"), rng)
+        pattern = pattern[: choice.start()] + words + pattern[choice.end() :]
+    # an empty choice leaves two spaces, and a comma has none before it
+    return " ".join(pattern.split()).replace(" ,", ",")
+
+
+def misspell(sentence, rng):
+    """A letter inside one of its longer words is missing, or swapped with the next."""
+    words = sentence.split(" ")
+    places = [i for i, word in enumerate(words) if len(word) > 3 and word.isalpha()]
+    if not places:
+        return sentence
+    i = pick(places, rng)
+    at = rng.integers(1, len(words[i]) - 1)
+    head = words[i][:at]
+    letter, after, *rest = words[i][at:]
+    kept = [after] if rng.random() < 0.5 else [after, letter]
+    words[i] = "".join([head, *kept, *rest])
+    return " ".join(words)
+
+
+def vary(sentence, rng):
+    """Now and then with an aside, or not quite right, as people write."""
+    if rng.random() < ASIDE:
+        sentence = f"{pick(BEFORE, rng)} {sentence}"
+    if rng.random() < ASIDE and sentence[-1] not in "?.!":
+        sentence += pick(AFTER, rng)
+    if rng.random() < TYPO:
+        sentence = misspell(sentence, rng)
+    if rng.random() < TYPO:
+        sentence = sentence[0].upper() + sentence[1:]
+    return sentence
