@@ -1,0 +1,80 @@
+import re
+
+import numpy as np
+import pytest
+
+from data.tasks import TASKS
+from data.words import AFTER, BEFORE, PATTERNS, expand, misspell, vary
+
+SLOT = re.compile(r"\{(\w+)\}")
+
+
+def as_regex(pattern):
+    """All that a pattern can say, as one regular expression; spaces count for nothing."""
+    pattern = re.escape(pattern.replace(" ", ""))
+    for plain, special in ((r"\[", "(?:"), (r"\]", ")"), (r"\|", "|")):
+        pattern = pattern.replace(plain, special)
+    return pattern
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_patterns_say_what_the_task_moves_and_nothing_else(task):
+    rng = np.random.default_rng(0)
+    moved = next(iter(TASKS[task].labels))
+    for pattern in PATTERNS[task]:
+        for _ in range(20):
+            sentence = expand(pattern, rng)
+            assert not set("[]|") & set(sentence)
+            assert sentence == " ".join(sentence.split()) and " ," not in sentence
+            slots = SLOT.findall(sentence)
+            assert set(slots) <= set(TASKS[task].labels) and len(set(slots)) == len(slots)
+            assert moved in slots or task == "LiftPegUpright"  # there is one peg
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_patterns_cannot_say_what_is_kept_for_evaluation(task):
+    known = TASKS[task]
+    for sentence in (*known.held_out, *known.held_out_commands, *known.off_template_commands):
+        for role, label in known.labels.items():
+            sentence = sentence.replace(f"the {label}", f"{{{role}}}")
+        sentence = re.escape(sentence.replace(" ", ""))
+        for pattern in PATTERNS[task]:
+            assert not re.fullmatch(as_regex(pattern), re.sub(r"\\(.)", r"\1", sentence))
+
+
+def test_a_regex_of_a_pattern_knows_what_it_says():
+    rng = np.random.default_rng(1)
+    for patterns in PATTERNS.values():
+        for pattern in patterns:
+            assert re.fullmatch(as_regex(pattern), expand(pattern, rng).replace(" ", ""))
+
+
+def test_a_task_is_told_in_hundreds_of_ways():
+    rng = np.random.default_rng(2)
+    for task, patterns in PATTERNS.items():
+        said = {expand(pattern, rng) for pattern in patterns for _ in range(200)}
+        assert len(said) > 500, task
+
+
+def test_a_slip_changes_one_word_by_a_letter():
+    rng = np.random.default_rng(3)
+    sentence = "put the blue ball into the white bin"
+    for _ in range(200):
+        wrong = misspell(sentence, rng)
+        pairs = zip(sentence.split(), wrong.split(), strict=True)
+        changed = [(right, slip) for right, slip in pairs if right != slip]
+        assert len(changed) <= 1  # two of the same letter may have been swapped
+        for right, slip in changed:
+            assert len(right) > 3 and right[0] == slip[0] and len(right) - len(slip) in (0, 1)
+    assert misspell("to the bin", rng) == "to the bin"
+
+
+def test_asides_leave_most_sentences_as_they_are():
+    rng = np.random.default_rng(4)
+    sentence = "put the blue ball into the white bin"
+    said = [vary(sentence, rng) for _ in range(1000)]
+    assert 400 < said.count(sentence) < 700
+    assert any(text.startswith(tuple(BEFORE)) for text in said)
+    assert any(text.endswith(tuple(AFTER)) for text in said)
+    asked = "could you put the blue ball into the white bin?"
+    assert all(vary(asked, rng)[-1] == "?" for _ in range(100))
