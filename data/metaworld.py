@@ -136,6 +136,8 @@ class MetaWorldEnv:
         number = list(TASKS).index(self.scene)
         self.inner.np_random = seeds.rng(seed, "metaworld", number)
         self.full, _ = self.inner.reset()  # (39,): what the expert reads, first what a policy does
+        # half of the tasks leave things or marks drawn where they were in the episode before
+        mujoco.mj_forward(self.inner.model, self.inner.data)
         self.instruction = instruction or self.task.sentence
         self.steps = 0
         self.near = False
