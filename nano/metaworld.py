@@ -32,7 +32,7 @@ MOMENTS = 6  # pairs of pictures of an episode
 LONGEST = 200  # control steps: an expert that needs more has lost the thing
 WANDERING = 60  # control steps of a hand that only looks
 STRIDE = 20  # of these to one place
-AROUND = 0.08  # m, of places around what is moved, which the second camera sees from there
+AROUND = 0.08  # m, of places around what is moved
 MARK = 0.01  # m, from the goal to what marks it
 
 
@@ -58,6 +58,7 @@ def geoms_moved(env):
     roots = model.body_rootid[model.geom_bodyid]
     robot = [model.body(name).id for name in ROBOT]
     loose = np.flatnonzero((weld != 0) & ~np.isin(roots, robot))
+    # a mug stands beside the button and a nail beside the hammer: the expert's thing is nearest
     ways = env.inner.data.geom_xpos[loose] - thing_position(env)
     nearest = loose[np.linalg.norm(ways, axis=1).argmin()]
     return np.flatnonzero(weld == weld[nearest])
@@ -70,6 +71,7 @@ def tables_of(env):
     if name := ABOUT[env.scene].get("goal"):
         geoms[geoms_under(model, name)] = 2
     geoms[geoms_moved(env)] = 1
+    # marks are sites; their names differ from task to task, so those at the goal are meant
     ways = env.inner.data.site_xpos - env.inner._target_pos
     sites = np.where(np.linalg.norm(ways, axis=1) < MARK, 2, 0)
     return {GEOM: geoms, SITE: sites}
@@ -85,6 +87,7 @@ def roles_of(env):
         for kind, table in tables.items():
             own = kinds == kind
             classes[own] = table[ids[own]]
+        # three classes, of which those from 1 on are objects
         roles.append(patches_of(classes, 3, first=1))
     return roles
 
@@ -100,15 +103,20 @@ def project(env, point):
     """[x, y, depth] of a point (m) in the front picture, px and m, or None outside of it."""
     camera = env.inner.data.camera(CAMERAS["front"])
     x, y, z = camera.xmat.reshape(3, 3).T @ (point - camera.xpos)
-    half = PUBLISHED_SIZE / 2
-    focal = half / np.tan(np.radians(env.inner.model.camera(CAMERAS["front"]).fovy[0]) / 2)
-    # cameras look along -z, and the published picture is turned by half a turn
-    published = half + focal / -z * np.array([-x, y])
-    corner = np.array(CROP_CENTER) - CROP_SIZE / 2
-    place = (published - corner) * IMAGE_SIZE / CROP_SIZE
-    if z >= 0 or (place < 0).any() or (place >= IMAGE_SIZE).any():
+    depth = -z  # cameras look along -z
+    if depth <= 0:
         return None
-    return np.round([*place, -z], 4).tolist()
+    # in pixels of the whole picture, as published: it is turned by half a turn
+    half = PUBLISHED_SIZE / 2
+    angle = np.radians(env.inner.model.camera(CAMERAS["front"]).fovy[0])
+    focal = half / np.tan(angle / 2)
+    whole = half + focal / depth * np.array([-x, y])
+    # in ours, which are those of its middle
+    corner = np.array(CROP_CENTER) - CROP_SIZE / 2
+    place = (whole - corner) * IMAGE_SIZE / CROP_SIZE
+    if (place < 0).any() or (place >= IMAGE_SIZE).any():
+        return None
+    return np.round([*place, depth], 4).tolist()
 
 
 # ---- moments
@@ -119,9 +127,11 @@ def wander(env, rng):
     for _ in range(WANDERING // STRIDE):
         place = rng.uniform(env.inner.mocap_low, env.inner.mocap_high)
         if rng.random() < 0.5:
+            # over it, so that the second camera sees it from near by
             place = thing_position(env) + rng.uniform(-AROUND, AROUND, 3) + (0, 0, AROUND)
         fingers = rng.uniform(-1, 1)
         for _ in range(STRIDE):
+            # a hundredth of a meter a step is the most; the env clips it
             yield np.append(10 * (place - env.state()[:3]), fingers)
 
 
@@ -129,12 +139,14 @@ def carry_out(env):
     """Actions of the expert."""
     for _ in range(LONGEST):
         with warnings.catch_warnings(action="ignore"):  # that it asks for more than 1
-            yield env.expert.get_action(env.full)
+            action = env.expert.get_action(env.full)
+        yield action
 
 
 def moments(env, seed, rng):
     """Bring the env to a few moments of an episode: yields at each whether the task is done."""
     env.reset(seed)
+    # from wherever the hand may look, or while the task is done
     looks = rng.random() < 0.5
     path = []
     for action in wander(env, rng) if looks else carry_out(env):
@@ -151,23 +163,35 @@ def moments(env, seed, rng):
         yield done
 
 
+def command_of(env, done):
+    """What the task is in the pictures of this moment, but for its words."""
+    points = thing_position(env), env.inner._target_pos
+    return {
+        "task": env.scene,
+        "things": ABOUT[env.scene]["things"],
+        "done": done,
+        "roles": roles_of(env),
+        "places": [project(env, point) for point in points],
+    }
+
+
 def scenes_of(env: MetaWorldEnv, seed):
     """Records of a seed; their images are still arrays."""
     rng = seeds.rng(seed, "scene")
     about = ABOUT[env.scene]
     records = []
     for done in moments(env, seed, rng):
-        points = thing_position(env), env.inner._target_pos
-        command = {
-            "task": env.scene,
+        command = command_of(env, done)
+        # half of the rows have the published words, and half some of ours
+        ours = about["wordings"][rng.integers(len(about["wordings"]))]
+        commands = [{**command, "instruction": words} for words in (env.task.sentence, ours)]
+        record = {
+            "images": [env.draw(view) for view in VIEWS],
+            "grounding": None,
+            "commands": commands,
             "things": about["things"],
-            "done": done,
-            "roles": roles_of(env),
-            "places": [project(env, point) for point in points],
+            "robot": env.robot.name,
+            "scene": env.scene,
         }
-        words = env.task.sentence, about["wordings"][rng.integers(len(about["wordings"]))]
-        commands = [{**command, "instruction": sentence} for sentence in words]
-        record = {"images": [env.draw(view) for view in VIEWS], "grounding": None}
-        record |= {"commands": commands, "things": about["things"]}
-        records.append({**record, "robot": env.robot.name, "scene": env.scene})
+        records.append(record)
     return records
