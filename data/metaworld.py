@@ -30,6 +30,7 @@ with reading("metaworld", "`pip install --no-deps -r requirements-metaworld.txt`
 
 HZ = 80
 CAMERA_POSITION = (0.75, 0.075, 0.7)  # m, of corner2: arXiv 2206.14244
+CAMERAS = {"front": "corner2", "render": "corner2", "wrist": "gripperPOV"}  # the package's names
 PUBLISHED_SIZE = 480  # pixels of a side, of 60 degrees
 CROP_CENTER = (258, 278)  # pixels of the published picture: the table is around it
 CROP_SIZE = 256  # a puck of 10 published pixels gets 5 of ours; with the whole picture 2 or 3
@@ -136,6 +137,8 @@ class MetaWorldEnv:
         number = list(TASKS).index(self.scene)
         self.inner.np_random = seeds.rng(seed, "metaworld", number)
         self.full, _ = self.inner.reset()  # (39,): what the expert reads, first what a policy does
+        # half of the tasks leave things or marks drawn where they were in the episode before
+        mujoco.mj_forward(self.inner.model, self.inner.data)
         self.instruction = instruction or self.task.sentence
         self.steps = 0
         self.near = False
@@ -170,11 +173,18 @@ class MetaWorldEnv:
 
     def draw(self, view, size=IMAGE_SIZE, pretty=False):
         """(size, size, 3) uint8: "front", "wrist", or "render" for people."""
+        picture = self.camera(size).draw(self.inner.data, CAMERAS[view], pretty)
+        return picture if view == "wrist" else picture[::-1, ::-1].copy()
+
+    def segment(self, view, size=IMAGE_SIZE):
+        """What the pixels of a picture show, see Camera.segment."""
+        both = self.camera(size).segment(self.inner.data, CAMERAS[view])
+        return both if view == "wrist" else [part[::-1, ::-1] for part in both]
+
+    def camera(self, size):
         if size not in self.cameras:
             self.cameras[size] = Camera(self.inner.model, size)
-        camera = "gripperPOV" if view == "wrist" else "corner2"
-        picture = self.cameras[size].draw(self.inner.data, camera, pretty)
-        return picture if view == "wrist" else picture[::-1, ::-1].copy()
+        return self.cameras[size]
 
     def held(self):
         return self.near

@@ -34,6 +34,10 @@ def load():
 run(load)  # scripts import this file before their own `run`
 import mujoco
 
+# kinds of what a pixel may show; plain numbers, as numpy compares with the enum itself in Python
+GEOM = int(mujoco.mjtObj.mjOBJ_GEOM)
+SITE = int(mujoco.mjtObj.mjOBJ_SITE)
+
 
 class Camera:
     """Draws the views of one model, size x size pixels, in 3 ms each. The GL is opened here.
@@ -63,18 +67,25 @@ class Camera:
 
         `pretty` adds shadows, for people.
         """
+        if segmentation:
+            ids, kinds = self.segment(data, view)
+            return np.where(kinds == GEOM, ids, -1)
+        self.aim(data, view, pretty)
+        return self.renderer.render().copy()
+
+    def segment(self, data, view):
+        """Ids of what each pixel shows and their kinds, each (size, size): geoms, sites and the like."""
+        self.aim(data, view)
+        self.renderer.enable_segmentation_rendering()
+        both = self.renderer.render()
+        self.renderer.disable_segmentation_rendering()
+        return both[..., 0], both[..., 1]
+
+    def aim(self, data, view, pretty=False):
         self.renderer.update_scene(data, view)
         flags = self.renderer.scene.flags
         flags[mujoco.mjtRndFlag.mjRND_SHADOW] = pretty
         flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = pretty
-        if not segmentation:
-            return self.renderer.render().copy()
-        # the ids, and the kinds of what has them: sites and the like have ids of their own
-        self.renderer.enable_segmentation_rendering()
-        ids = self.renderer.render()
-        self.renderer.disable_segmentation_rendering()
-        geom = int(mujoco.mjtObj.mjOBJ_GEOM)  # numpy compares with the enum itself in Python
-        return np.where(ids[..., 1] == geom, ids[..., 0], -1)
 
     def close(self):
         """Free the GL's memory; a picture after this is an error."""

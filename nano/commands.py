@@ -1,6 +1,7 @@
 """nano's pictures for acting: scenes with commands, and which patches show what each command means.
 
     python -m nano.commands --scenes 24000 --workers 2        writes out/corpus/commands in about 10 minutes
+    python -m nano.commands --env metaworld                   writes out/corpus/metaworld (metaworld.py)
 
 A policy reads a command and two pictures, and no answer is ever written there. So these rows have
 no answer either: Stage I learns from them what each patch shows *for this command*, in the hidden
@@ -32,6 +33,7 @@ from cli import parse, run
 from data import seeds
 from data.conversations import Row
 from data.env import VIEWS, TabletopEnv
+from data.environments import names_in
 from data.expert import Infeasible, control_steps
 from data.families import FAMILIES, instruct
 from data.media import load_image
@@ -62,7 +64,13 @@ class CommandsConfig:
     scenes: int = 24000  # pairs of pictures, spread over all robots, tasks and families
     seed: int = 0  # first layout seed
     workers: int = 2  # processes
-    out: str = "out/corpus/commands"  # folder
+    env: str = "tabletop"  # or metaworld
+    out: str = ""  # folder; empty: out/corpus/commands, or out/corpus/ and the env
+
+
+def folder_in(corpus, env):
+    """The folder of an environment's scenes with commands, inside that of the other scenes."""
+    return str(Path(corpus, "commands" if env == "tabletop" else env))
 
 
 # ---- scenes
@@ -159,16 +167,25 @@ def scenes_of(env, seed):
 # ---- files
 
 
+def open_cell(robot, scene):
+    """(the environment that has them, what makes records of its seeds)."""
+    if robot in ROBOTS:
+        # looks, camera and spare cubes vary as in the demonstrations that a policy learns from
+        return TabletopEnv(robot, scene, render=False, varied="all"), scenes_of
+    from nano import metaworld  # packages that the tabletop does without
+
+    return metaworld.MetaWorldEnv(scene, render=False), metaworld.scenes_of
+
+
 def make_shard(job):
     """Write the pictures of a shard, then its lines; returns how many they are."""
     part, robot, scene, first, count = job
     if part.exists():  # whole, of a rendering that was stopped
         return count
-    # looks, camera and spare cubes vary as in the demonstrations that a policy learns from
-    env = TabletopEnv(robot, scene, render=False, varied="all")
+    env, scenes_of_seed = open_cell(robot, scene)
     records = []
     for seed in itertools.count(first):
-        records += scenes_of(env, seed)
+        records += scenes_of_seed(env, seed)
         if len(records) >= count:
             break
     env.close()
@@ -179,11 +196,14 @@ def make_shard(job):
 def jobs_of(config):
     """{split: [(part, robot, scene, first seed, scenes)]}, as many of each cell."""
     jobs = {"train": [], "val": []}
-    cells = list(itertools.product(SCENES, ROBOTS))
+    scenes, robots = SCENES, ROBOTS
+    if config.env != "tabletop":
+        robots, scenes, _ = names_in(config.env)
+    cells = list(itertools.product(scenes, robots))
     # rounded up, so that a small folder has each cell
     each = math.ceil(config.scenes / len(cells))
     for scene, robot in cells:
-        # a seed gives MOMENTS scenes, so shards share none
+        # a seed gives several scenes, so shards share none
         for i in range(math.ceil(each / SHARD)):
             part = Path(config.out, "train", f"{robot}-{scene}-{i:03d}.jsonl")
             count = min(SHARD, each - SHARD * i)
@@ -194,12 +214,18 @@ def jobs_of(config):
 
 
 def join(parts, path):
-    """Files' lines as one file; of validation's another file with questions, for eval.py digital."""
+    """Files' lines as one file."""
     lines = []
     for part in parts:
         lines += part.read_text().splitlines()
     write_lines(path, lines)
+
+
+def join_and_ask(parts, path):
+    """The same, of validation's another file with questions, for eval.py digital."""
+    join(parts, path)
     if path.stem == "val":
+        lines = path.read_text().splitlines()
         write_lines(path.with_name("questions.jsonl"), questions_of(map(json.loads, lines)))
 
 
@@ -219,7 +245,9 @@ def questions_of(records):
 
 
 def make(config):
-    render(config, jobs_of(config), make_shard, join)
+    # the questions are about the tabletop's things
+    finish = join_and_ask if config.env == "tabletop" else join
+    render(config, jobs_of(config), make_shard, finish, config.env)
 
 
 @dataclass
@@ -308,6 +336,7 @@ class CommandQuestions(Commands):
 
 def main():
     config = parse(CommandsConfig, description="Render scenes with commands for Stage I.")
+    config.out = config.out or folder_in("out/corpus", config.env)
     make(config)
     print(f"scenes in {config.out}: train.jsonl, val.jsonl and their pictures")
 

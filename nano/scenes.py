@@ -468,20 +468,22 @@ def checksum(path):
     return zlib.crc32(path.read_bytes())
 
 
-def render(config, jobs, make_shard, join):
+def render(config, jobs, make_shard, join, env="tabletop"):
     """Render what is missing of a folder; the result does not depend on the number of workers.
 
     config has scenes, seed, workers and out; jobs {split: [job]}, whose first is the part that
-    make_shard(job) writes; join(parts, path) makes them one file.
+    make_shard(job) writes; join(parts, path) makes them one file. env: the world that they show.
     """
     at_least(config, 1, "scenes", "workers")
     at_least(config, 0, "seed")
     path = Path(config.out) / "made.json"
-    settings = {"scenes": config.scenes, "seed": config.seed}
+    settings = {"scenes": config.scenes, "seed": config.seed, "env": env}
     if path.exists():
-        before = read_json(path, "delete it")
+        before = {"env": "tabletop"} | read_json(path, "delete it")  # older folders do not say
         if before | settings != before:
             there = f"--scenes {before.get('scenes')} --seed {before.get('seed')}"
+            if before["env"] != env:
+                there = f"--env {before['env']} {there}"
             raise UserError(f"{path.parent} is of {there}: choose another --out, or delete it")
         if "checksums" in before:  # all is there
             return

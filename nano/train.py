@@ -11,7 +11,8 @@
 
 Rows, losses and loop are those of train_sft.py, with scenes.py's pictures, instructions.py's
 replay and grounding.py's heads; all are made if they are not there. --mixture can add the scenes of
-commands.py, from which a policy learns to listen (runs/listen.sh).
+commands.py, from which a policy learns to listen (runs/listen.sh), and with metaworld those of
+another world, for blocks that have never seen it (docs/METAWORLD.md).
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from data.conversations import Conversations
 from data.mixture import Source
 from files import read_json, reading
 from nano import commands, instructions, scenes
-from nano.commands import CommandQuestions, Commands, CommandsConfig
+from nano.commands import CommandQuestions, Commands, CommandsConfig, folder_in
 from nano.grounding import Grounding
 from nano.instructions import InstructionsConfig
 from nano.scenes import Scenes, ScenesConfig
@@ -55,7 +56,7 @@ class StageConfig(RunConfig):
     categories: str = "all"  # of questions about scenes, comma-separated, or all
     questions: int = 5  # at most so many questions of a scene in a step, drawn anew each time
     blind: float = 0.15  # share of scenes with noise for pictures
-    mixture: str = "scenes:1,instructions:1"  # rows of each; also commands and command_questions
+    mixture: str = "scenes:1,instructions:1"  # rows of each; also of the others in SOURCES
     pictures_only: bool = False  # ask nothing, and run k blocks alone
     intent_layer: int = 3  # k: the LLM block that the second head, and later the policy, reads
     frozen_blocks: int = 3  # LLM blocks, with the ViT: a policy that reads them stays valid
@@ -68,7 +69,9 @@ class StageConfig(RunConfig):
     checkpointing = False
 
 
-SOURCES = ("scenes", "commands", "command_questions", "instructions")
+SOURCES = ("scenes", "commands", "command_questions", "metaworld", "instructions")
+# of sources with commands, the world that they show
+WORLDS = {"commands": "tabletop", "command_questions": "tabletop", "metaworld": "metaworld"}
 SIMPLE = "attribute,existence,point,box"
 YOUNG = StageConfig(categories=SIMPLE, questions=8, blind=0.05, lr=4e-3, frozen_blocks=0)
 YOUNG.eval_every = 300
@@ -98,22 +101,21 @@ def weights_of(cfg):
     return weights
 
 
-def commands_of(cfg):
-    """The folder of scenes with commands, inside that of the other scenes."""
-    return str(Path(cfg.scenes) / "commands")
-
-
-def make_data(cfg):
-    """Make the scenes and instructions of a stage where they are not there."""
-    weights = weights_of(cfg)
+def make_data(stages):
+    """Make the scenes and instructions of stages where they are not there."""
+    cfg = stages[-1]  # all share the folders
+    names = set().union(*map(weights_of, stages))
+    if not all(stage.backbone for stage in stages):
+        names |= {"scenes", "instructions"}  # for a tokenizer
     workers = os.cpu_count() or 1
-    if not (Path(cfg.scenes) / "val.jsonl").exists():
+    if "scenes" in names and not (Path(cfg.scenes) / "val.jsonl").exists():
         scenes.make(ScenesConfig(out=cfg.scenes, workers=workers))
-    if not (Path(cfg.instructions) / "probes.jsonl").exists():
+    if "instructions" in names and not (Path(cfg.instructions) / "probes.jsonl").exists():
         instructions.make(InstructionsConfig(out=cfg.instructions))
-    told = weights.keys() & {"commands", "command_questions"}
-    if told and not (Path(commands_of(cfg)) / "val.jsonl").exists():
-        commands.make(CommandsConfig(out=commands_of(cfg), workers=workers))
+    for env in sorted({WORLDS[name] for name in names & WORLDS.keys()}):
+        folder = folder_in(cfg.scenes, env)
+        if not (Path(folder) / "val.jsonl").exists():
+            commands.make(CommandsConfig(env=env, out=folder, workers=workers))
 
 
 def open_source(name, cfg):
@@ -121,10 +123,10 @@ def open_source(name, cfg):
         case "scenes":
             kinds = (cfg.categories, cfg.questions, cfg.blind, cfg.pictures_only)
             return Scenes(cfg.scenes, "train", *kinds)
-        case "commands":
-            return Commands(commands_of(cfg))
+        case "commands" | "metaworld":
+            return Commands(folder_in(cfg.scenes, WORLDS[name]))
         case "command_questions":
-            return CommandQuestions(commands_of(cfg))
+            return CommandQuestions(folder_in(cfg.scenes, WORLDS[name]))
         case "instructions":
             return Conversations(Path(cfg.instructions) / "train.jsonl")
 
@@ -222,7 +224,7 @@ def main():
         check(stage)
     trainer.start_processes(cfg)
     if trainer.this_process()[0] == 0:
-        make_data(cfg)
+        make_data(missing)
     trainer.barrier()
     for stage in missing:  # mistakes are told now, not after other stages' training
         open_sources(stage)

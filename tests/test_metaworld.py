@@ -73,6 +73,16 @@ def test_an_episode_depends_on_its_seed_alone(metaworld):
     assert np.abs(first.actions).max() <= 1
 
 
+def test_the_first_picture_shows_nothing_of_the_episode_before(metaworld):
+    env = metaworld.MetaWorldEnv("window-open")
+    env.reset(0)
+    again = env.reset(2)[0]["images"]["front"]
+    other = metaworld.MetaWorldEnv("window-open")
+    assert np.array_equal(again, other.reset(2)[0]["images"]["front"])
+    env.close()
+    other.close()
+
+
 def test_the_expert_sees_the_goal(metaworld):
     # bounds kept from before the goal was shown would clip it to zero
     env = metaworld.MetaWorldEnv("reach", render=False)
