@@ -31,24 +31,25 @@ import numpy as np
 from cli import parse, run
 from data import seeds
 from data.conversations import Row
-from data.env import VIEWS, TabletopEnv
+from data.env import VIEWS
 from data.expert import Infeasible, control_steps
 from data.families import FAMILIES, instruct
 from data.media import load_image
 from data.robots import ROBOTS
 from data.simulator import mujoco
 from data.tasks import MAX_STEPS, RGBA, TASKS
-from files import atomic
 from nano.command_questions import Asker
 from nano.scenes import (
     check_whole,
     classes_of,
+    fill_shard,
     look,
     patches_of,
     pose_arm,
     project,
     render,
-    write_scenes,
+    shards_of,
+    write_lines,
 )
 
 SHARD = 100  # scenes of one job
@@ -116,7 +117,7 @@ def ask(env, command, views, words):
     """What a command means in the pictures whose segmentation is `views` {view: geom ids}."""
     bodies = list(command.roles.values())
     labels = labels_of(env)
-    numbers = {env.model.body(body).id: i for i, body in enumerate(bodies, start=1)}
+    numbers = {body: i for i, body in enumerate(bodies, start=1)}
     # patches that show both belong to what covers more of them
     roles = []
     for geoms in views.values():
@@ -157,52 +158,31 @@ def scenes_of(env, seed):
 
 
 def make_shard(job):
-    """Write the pictures of a shard, then its lines; returns how many they are."""
-    part, robot, scene, first, count = job
-    if part.exists():  # whole, of a rendering that was stopped
-        return count
     # looks, camera and spare cubes vary as in the demonstrations that a policy learns from
-    env = TabletopEnv(robot, scene, render=False, varied="all")
-    records = []
-    for seed in itertools.count(first):
-        records += scenes_of(env, seed)
-        if len(records) >= count:
-            break
-    env.close()
-    write_scenes(part, records[:count])
-    return count
+    return fill_shard(job, scenes_of, varied="all")
 
 
 def jobs_of(config):
     """{split: [(part, robot, scene, first seed, scenes)]}, as many of each cell."""
     jobs = {"train": [], "val": []}
+    out = Path(config.out)
     cells = list(itertools.product(SCENES, ROBOTS))
     # rounded up, so that a small folder has each cell
     each = math.ceil(config.scenes / len(cells))
+    few = max(4, each // 20)
     for scene, robot in cells:
         # a seed gives MOMENTS scenes, so shards share none
-        for i in range(math.ceil(each / SHARD)):
-            part = Path(config.out, "train", f"{robot}-{scene}-{i:03d}.jsonl")
-            count = min(SHARD, each - SHARD * i)
-            jobs["train"].append((part, robot, scene, config.seed + SHARD * i, count))
-        part = Path(config.out, "val", f"{robot}-{scene}-000.jsonl")
-        jobs["val"].append((part, robot, scene, seeds.FIRST_VALIDATION, max(4, each // 20)))
+        jobs["train"] += shards_of(out / "train", robot, scene, each, SHARD, config.seed, SHARD)
+        jobs["val"] += shards_of(out / "val", robot, scene, few, few, seeds.FIRST_VALIDATION)
     return jobs
 
 
-def join(parts, path):
-    """Files' lines as one file; of validation's another file with questions, for eval.py digital."""
-    lines = []
-    for part in parts:
-        lines += part.read_text().splitlines()
+def join(lines, path):
+    """Lines as a file; of validation's another file with questions, for eval.py digital."""
+    lines = list(lines)
     write_lines(path, lines)
     if path.stem == "val":
         write_lines(path.with_name("questions.jsonl"), questions_of(map(json.loads, lines)))
-
-
-def write_lines(path, lines):
-    with atomic(path) as temporary, open(temporary, "w") as file:
-        file.writelines(f"{line}\n" for line in lines)
 
 
 def questions_of(records):
