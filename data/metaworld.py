@@ -129,7 +129,7 @@ class MetaWorldEnv:
         self.inner = make_inner(task)
         self.expert = ENV_POLICY_MAP[f"{task}-v3"]()
         set_cameras(self.inner.model)
-        self.cameras = {}  # {size: Camera}, opened with the first picture
+        self.camera = Camera(self.inner.model)
 
     def reset(self, seed=0, instruction=None):
         """Goals and places drawn from `seed`; instruction: another sentence."""
@@ -170,10 +170,8 @@ class MetaWorldEnv:
 
     def draw(self, view, size=IMAGE_SIZE, pretty=False):
         """(size, size, 3) uint8: "front", "wrist", or "render" for people."""
-        if size not in self.cameras:
-            self.cameras[size] = Camera(self.inner.model, size)
-        camera = "gripperPOV" if view == "wrist" else "corner2"
-        picture = self.cameras[size].draw(self.inner.data, camera, pretty)
+        name = "gripperPOV" if view == "wrist" else "corner2"
+        picture = self.camera.draw(self.inner.data, name, size, pretty)
         return picture if view == "wrist" else picture[::-1, ::-1].copy()
 
     def held(self):
@@ -183,9 +181,7 @@ class MetaWorldEnv:
         return "out of time" if any(held) else "never near it"
 
     def close(self):
-        for camera in self.cameras.values():
-            camera.close()
-        self.cameras = {}
+        self.camera.close()
 
 
 def demonstrate(env, seed, noise=0.0, command=0, reset=True):

@@ -36,46 +36,54 @@ import mujoco
 
 
 class Camera:
-    """Draws the views of one model, size x size pixels, in 3 ms each. The GL is opened here.
+    """Draws the views of one model, in 3 ms each. The GL is opened with the first picture."""
 
-    UserError if there is none, with what to install.
-    """
+    def __init__(self, model):
+        self.model = model
+        self.renderers = {}  # {size: one that draws size x size pixels}
 
-    def __init__(self, model, size):
-        if sys.platform == "linux":
-            os.environ.setdefault("MUJOCO_GL", "egl")  # no display is needed
-        try:
-            rendering = sys.modules[mujoco.Renderer.__module__]  # its place depends on the version
-            if not hasattr(rendering.gl_context, "GLContext"):
-                importlib.reload(rendering.gl_context)  # with the GL this time
-                importlib.reload(rendering)
-            self.renderer = rendering.Renderer(model, size, size)
-        except Exception as error:  # noqa: BLE001, EGL, OSMesa and GLFW each raise their own
-            backend = os.environ.get("MUJOCO_GL", "unset")
-            raise UserError(
-                f"cannot draw with MUJOCO_GL={backend} ({type(error).__name__}: {error}); on Debian "
-                "or Ubuntu set MUJOCO_GL=egl after `apt-get install libegl1 libgl1-mesa-dri`, or "
-                "MUJOCO_GL=osmesa after `apt-get install libosmesa6`"
-            ) from None
-
-    def draw(self, data, view, pretty=False, segmentation=False):
+    def draw(self, data, view, size, pretty=False, segmentation=False):
         """(size, size, 3) uint8, or with `segmentation` (size, size) geom ids, -1 for the sky.
 
-        `pretty` adds shadows, for people.
+        `pretty` adds shadows, for people. UserError where there is no GL.
         """
-        self.renderer.update_scene(data, view)
-        flags = self.renderer.scene.flags
+        if size not in self.renderers:
+            self.renderers[size] = open_renderer(self.model, size)
+        renderer = self.renderers[size]
+        renderer.update_scene(data, view)
+        flags = renderer.scene.flags
         flags[mujoco.mjtRndFlag.mjRND_SHADOW] = pretty
         flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = pretty
         if not segmentation:
-            return self.renderer.render().copy()
+            return renderer.render().copy()
         # the ids, and the kinds of what has them: sites and the like have ids of their own
-        self.renderer.enable_segmentation_rendering()
-        ids = self.renderer.render()
-        self.renderer.disable_segmentation_rendering()
+        renderer.enable_segmentation_rendering()
+        ids = renderer.render()
+        renderer.disable_segmentation_rendering()
         geom = int(mujoco.mjtObj.mjOBJ_GEOM)  # numpy compares with the enum itself in Python
         return np.where(ids[..., 1] == geom, ids[..., 0], -1)
 
     def close(self):
-        """Free the GL's memory; a picture after this is an error."""
-        self.renderer.close()
+        """Free the GL's memory."""
+        for renderer in self.renderers.values():
+            renderer.close()
+        self.renderers = {}
+
+
+def open_renderer(model, size):
+    """mujoco's Renderer, with the GL loaded. UserError if there is none, with what to install."""
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # no display is needed
+    try:
+        rendering = sys.modules[mujoco.Renderer.__module__]  # its place depends on the version
+        if not hasattr(rendering.gl_context, "GLContext"):
+            importlib.reload(rendering.gl_context)  # with the GL this time
+            importlib.reload(rendering)
+        return rendering.Renderer(model, size, size)
+    except Exception as error:  # noqa: BLE001, EGL, OSMesa and GLFW each raise their own
+        backend = os.environ.get("MUJOCO_GL", "unset")
+        raise UserError(
+            f"cannot draw with MUJOCO_GL={backend} ({type(error).__name__}: {error}); on Debian "
+            "or Ubuntu set MUJOCO_GL=egl after `apt-get install libegl1 libgl1-mesa-dri`, or "
+            "MUJOCO_GL=osmesa after `apt-get install libosmesa6`"
+        ) from None
