@@ -139,9 +139,7 @@ def mrope_positions(
 
     texts = []  # (row, which of its tokens, lengths of a stem and its branches)
     if segments is None:
-        real = np.ones_like(ids)
-        if attention_mask is not None:
-            real = attention_mask.cpu().numpy()
+        real = np.ones_like(ids) if attention_mask is None else attention_mask.cpu().numpy()
         texts = [(b, kept, []) for b, kept in enumerate(real > 0)]
     start = 0
     for lengths in segments or ():
