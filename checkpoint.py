@@ -1,4 +1,4 @@
-"""The rule for reading a folder of weights, and the writing of one.
+"""The sizes of a VLM, the rule for reading a folder of weights, and the writing of one.
 
 A folder holds config.json, maybe generation_config.json, and model.safetensors (or shards and
 their index). Only safetensors are read, and weights/nano is such a folder too. Which transformers
@@ -19,8 +19,11 @@ with an lm_head of its own in the file: the file is right, as in transformers.
 """
 
 import dataclasses
+import hashlib
+import json
 import re
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -112,6 +115,112 @@ QUANTIZED = "the weights are quantized: take the model in float16, bfloat16 or f
 
 
 # ---- configuration
+
+
+SPECIAL_FIELDS = {
+    "bos_token_id": "<|endoftext|>",
+    "eos_token_id": "<|im_end|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+}
+
+
+MOST_BLOCKS = 1000  # a damaged file may ask for so many that nothing ends
+
+
+@dataclass
+class VisionConfig:
+    """The ViT. Field names and meanings are Hugging Face's."""
+
+    depth: int = 4
+    hidden_size: int = 192
+    intermediate_size: int = 384
+    num_heads: int = 6
+    out_hidden_size: int = 192  # the LLM's width
+    patch_size: int = 16  # pixels
+    spatial_merge_size: int = 2  # m
+    temporal_patch_size: int = 2  # frames in a patch; a still picture is shown twice
+    window_size: int = 64  # pixels: side of the squares that most blocks attend inside
+    fullatt_block_indexes: tuple = (1, 3)  # the blocks that attend to the whole frame
+    tokens_per_second: int = 2  # temporal positions a second of video
+    model_type: str = "qwen2_5_vl"  # or "qwen3_vl"
+    num_position_embeddings: int = 0  # rows of Qwen3-VL's table of places, which is a square
+    deepstack_visual_indexes: tuple = ()  # Qwen3-VL's blocks with a merger behind them
+
+    def __post_init__(self):
+        if self.qwen3:  # no windows
+            self.fullatt_block_indexes = range(self.depth)
+            assert self.num_position_embeddings > 0, "num_position_embeddings is below 1"
+        self.fullatt_block_indexes = tuple(self.fullatt_block_indexes)
+        self.deepstack_visual_indexes = tuple(self.deepstack_visual_indexes)
+        token = self.patch_size * self.spatial_merge_size  # pixels
+        assert self.window_size >= token, "window_size is smaller than a token"
+        assert 0 < self.depth < MOST_BLOCKS, "depth is no number of blocks"
+        # a head turns with rows and with columns, by two halves of as many pairs
+        assert self.hidden_size % (4 * self.num_heads) == 0, "hidden_size / num_heads / 4 is odd"
+
+    @property
+    def qwen3(self):
+        return self.model_type == "qwen3_vl"
+
+
+@dataclass
+class VLMConfig:
+    """The LLM, the special tokens and the ViT. Defaults are `nano`."""
+
+    vocab_size: int = 1038
+    hidden_size: int = 192
+    intermediate_size: int = 384
+    num_hidden_layers: int = 7
+    num_attention_heads: int = 6
+    num_key_value_heads: int = 2
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    mrope_section: tuple = (4, 6, 6)  # rotary pairs of a head for time, row, column
+    tie_word_embeddings: bool = True  # logits are read with the embedding's weights
+    max_position_embeddings: int = 4096
+    bos_token_id: int = 1024  # <|endoftext|>
+    eos_token_id: int = 1026  # <|im_end|>
+    vision_start_token_id: int = 1033
+    vision_end_token_id: int = 1034
+    image_token_id: int = 1036
+    video_token_id: int = 1037
+    model_type: str = "qwen2_5_vl"  # or "qwen3_vl"
+    head_dim: int | None = None  # Qwen3-VL's own; else hidden_size / num_attention_heads
+    vision_config: VisionConfig = field(default_factory=VisionConfig)
+
+    def __post_init__(self):
+        self.mrope_section = tuple(self.mrope_section)
+        heads = self.num_attention_heads
+        assert min(heads, self.num_key_value_heads, self.vocab_size) > 0, "a size is below 1"
+        assert 0 < self.num_hidden_layers < MOST_BLOCKS, "num_hidden_layers is no number of blocks"
+        if self.head_dim is None:
+            whole = self.hidden_size % heads == 0
+            assert whole, "hidden_size is no multiple of num_attention_heads"
+            self.head_dim = self.hidden_size // heads
+        assert heads % self.num_key_value_heads == 0, "num_key_value_heads do not divide the heads"
+        assert 2 * sum(self.mrope_section) == self.head_dim, "mrope_section is not half a head"
+        assert self.vision_config.out_hidden_size == self.hidden_size, "out_hidden_size differs"
+        assert self.vision_config.model_type == self.model_type, "model_type differs"
+
+    @property
+    def qwen3(self):
+        return self.model_type == "qwen3_vl"
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Of a folder's config.json. UserError if it is missing, or not this architecture."""
+        fields = read_config(folder)
+        with reading(Path(folder) / "config.json"):
+            vision = VisionConfig(**fields.pop("vision_config"))
+            return cls(**fields, vision_config=vision)
+
+    def for_tokenizer(self, tokenizer):
+        """A copy with this Tokenizer's vocabulary and special tokens."""
+        ids = {name: tokenizer.special[token] for name, token in SPECIAL_FIELDS.items()}
+        return dataclasses.replace(self, vocab_size=len(tokenizer), **ids)
 
 
 def known(fields):
@@ -350,3 +459,46 @@ def copy_model(source, folder):
         path = folder / "model.safetensors"
         with safe_open(path, "pt") as file:
             write_index(folder, list(file.keys()), path.stat().st_size)
+
+
+# ---- what a policy belongs to
+
+
+def backbone_hash(vlm, processor, num_layers, dtype=None):
+    """16 hex digits that name all that hidden states behind block `num_layers` depend on.
+
+    Configuration, weights, image settings and tokenizer; blocks behind k may be trained on, and a
+    policy that reads block k stays valid. The same for weights in float16 and in float32; dtype:
+    the hash that the model will have once it is stored so.
+    """
+    weights = sorted(hub_weights(vlm.state_dict(), vlm.config).items())
+    weights = ((name, tensor.to("cpu", dtype)) for name, tensor in weights)
+    return hash_of(vlm.config, processor, num_layers, weights)
+
+
+def folder_hash(folder, config, processor, num_layers):
+    """`backbone_hash` of the model in a folder, of which one tensor at a time is in memory."""
+    weights = ((name, tensor) for _, name, tensor in tensors_of(folder))
+    return hash_of(config, processor, num_layers, weights)
+
+
+def hash_of(config, processor, num_layers, weights):
+    # of the tokenizer what it does, not its file: versions of the library write it differently
+    tokenizer = json.loads(processor.tokenizer.fast.to_str())
+    # a merge is "a b" to one version of it and ["a", "b"] to another
+    merges = tokenizer["model"]["merges"]
+    settings = [
+        config_fields(config),
+        dataclasses.asdict(processor.image),
+        tokenizer["pre_tokenizer"],
+        processor.tokenizer.fast.get_vocab(),
+        [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
+    ]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    blocks = range(num_layers, config.num_hidden_layers)
+    unread = ("model.norm.", "lm_head.", *(f"model.layers.{i}." for i in blocks))
+    for name, tensor in weights:
+        if not name.startswith(unread):
+            digest.update(name.encode())
+            digest.update(tensor.to(torch.float16).contiguous().numpy())
+    return digest.hexdigest()[:16]

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm, trange
+from tqdm import trange
 
 from cli import UserError, at_least, choose, choose_many, parse, pick_device, run
 from data import seeds
@@ -36,10 +36,10 @@ from data.scoring import is_degenerate, is_right, wilson
 from data.seeds import FIRST_EVALUATION, FIRST_TOLD
 from data.tasks import TASKS
 from files import read_json, reading, writable, write_json
-from jobs import run_jobs
+from jobs import in_order, run_jobs
 from listening import plan_goals, told
 from rollout import EXECUTE_STEPS, jerk, load_model, make_env, robots_of, rollout
-from tables import mean_of_tiers, percent, print_table, rate, summary
+from tables import failures, mean_of_tiers, percent, print_table, rate, summary
 
 # BLM1's own table (arXiv 2510.24161)
 PAPER = Path(__file__).parent / "results" / "paper.json"
@@ -185,10 +185,10 @@ def work(job):
 def physical(what, config):
     """Success in %: a row a robot, or a row a perturbation of all robots. The result as a dict."""
     jobs = choose_jobs(what, config)
-    done = tqdm(run_jobs(work, jobs, config.workers), total=len(jobs), unit="episode")
+    done = in_order(run_jobs(work, jobs, config.workers), len(jobs))
     cells = defaultdict(lambda: defaultdict(list))
     everything = []
-    for _, row, task, episode in sorted(done):  # which job ended first must not matter
+    for _, row, task, episode in done:
         cells[row][task].append(episode)
         everything.append(episode)
 
@@ -198,7 +198,7 @@ def physical(what, config):
         texts = []
         for task, episodes in row.items():
             row[task] = summary(episodes)
-            row[task]["failures"] = {e["name"]: e["reason"] for e in episodes if not e["success"]}
+            row[task]["failures"] = failures(episodes)
             text = f"{100 * row[task]['success']:.0f}"
             texts.append(f"{text} ({paper[name][task]})" if name in paper else text)
         mean = np.mean([cell["success"] for cell in row.values()])
@@ -255,16 +255,16 @@ def switch_figures(episodes):
         "inner_step": np.mean(together["inner_steps"]),
         "delay": np.mean(together["delays"]),
         "act_ms": 1000 * np.mean([e["act_s"] for e in episodes]),
-        "failures": {e["name"]: e["reason"] for e in episodes if e["reason"]},
+        "failures": failures(episodes),
     }
 
 
 def delays(what, config):
     """Success, and how far targets jump from chunk to chunk, by delay. The result as a dict."""
     jobs = choose_jobs(what, config)
-    done = tqdm(run_jobs(work, jobs, config.workers), total=len(jobs), unit="episode")
+    done = in_order(run_jobs(work, jobs, config.workers), len(jobs))
     rows = defaultdict(list)
-    for _, row, task, episode in sorted(done, key=lambda item: item[0]):
+    for _, row, task, episode in done:
         rows[row].append(episode | {"name": f"{task} {episode['name']}"})
     figures = {row: switch_figures(episodes) for row, episodes in rows.items()}
     lines = []
@@ -319,10 +319,9 @@ def metaworld(what, config):
         episodes = config.episodes if way == "told" else config.controls
         jobs += [(config, task, way, config.seed + i) for i in range(episodes)]
     jobs = [(number, *job) for number, job in enumerate(jobs)]
-    done = tqdm(run_jobs(play_task, jobs, config.workers), total=len(jobs), unit="episode")
+    done = in_order(run_jobs(play_task, jobs, config.workers), len(jobs))
     cells = defaultdict(lambda: defaultdict(list))
-    # which job ended first must not matter
-    for _, way, task, episode in sorted(done, key=lambda item: item[0]):
+    for _, way, task, episode in done:
         cells[way][task].append(episode)
 
     ways = {}
@@ -333,10 +332,10 @@ def metaworld(what, config):
             if own:
                 tiers[tier] = rate(own)
         ways[way] = {"tiers": tiers, **mean_of_tiers(tiers)}
-        ways[way]["tasks"] = {task: summary(episodes, HZ) for task, episodes in row.items()}
-        for task, episodes in row.items():
-            reasons = {e["name"]: e["reason"] for e in episodes if not e["success"]}
-            ways[way]["tasks"][task]["failures"] = reasons
+        ways[way]["tasks"] = {
+            task: {**summary(episodes, HZ), "failures": failures(episodes)}
+            for task, episodes in row.items()
+        }
     print_ways(ways, tasks)
     acting = [e["act_s"] for episodes in cells["told"].values() for e in episodes]
     return {**ways.pop("told"), "controls": ways, "act_ms": 1000 * np.mean(acting)}
@@ -479,13 +478,17 @@ def digital(what, config):
     return {"files": files}
 
 
-KINDS = {kind: (physical, PhysicalConfig) for kind in ("expert", "physical", "perturbations")}
-KINDS["delays"] = (delays, DelaysConfig)
-KINDS["told"] = (told, ToldConfig)
-KINDS["plan"] = (plan_goals, PlanConfig)
-KINDS["replay"] = (replay, ReplayConfig)
-KINDS["metaworld"] = (metaworld, MetaWorldConfig)
-KINDS["digital"] = (digital, DigitalConfig)
+KINDS = {
+    "expert": (physical, PhysicalConfig),
+    "physical": (physical, PhysicalConfig),
+    "perturbations": (physical, PhysicalConfig),
+    "delays": (delays, DelaysConfig),
+    "told": (told, ToldConfig),
+    "plan": (plan_goals, PlanConfig),
+    "replay": (replay, ReplayConfig),
+    "metaworld": (metaworld, MetaWorldConfig),
+    "digital": (digital, DigitalConfig),
+}
 
 
 def main():

@@ -260,8 +260,15 @@ def find_folder(path_or_repo_id):
 
     A hub name looks like Qwen/Qwen2.5-VL-3B-Instruct. UserError if there is neither.
     """
-    folder = Path(path_or_repo_id)
-    name = str(path_or_repo_id)
+    # only the top folder: repositories also hold checkpoint-500/ and the like
+    files = ["*.json", "*.safetensors"]
+    return find_or_fetch(path_or_repo_id, allow_patterns=files, ignore_patterns="*/*")
+
+
+def find_or_fetch(source, **options):
+    """A folder, or what these options of `snapshot_download` name of a repository of the hub."""
+    folder = Path(source)
+    name = str(source)
     # what begins like a folder that is here is a mistyped folder, not a hub name
     on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not Path(folder.parts[0]).exists()
     if folder.exists() or not on_hub:
@@ -269,6 +276,4 @@ def find_folder(path_or_repo_id):
     from huggingface_hub import snapshot_download  # slow to load, and rarely needed
 
     with reading(name, "there is no folder of this name, and none on the hub, or no connection"):
-        # only the top folder: repositories also hold checkpoint-500/ and the like
-        files = ["*.json", "*.safetensors"]
-        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns="*/*"))
+        return Path(snapshot_download(name, **options))

@@ -20,6 +20,7 @@ from data.tasks import TASKS
 from embodiment import Embodiment
 from files import read_json, reading
 from model import BLM, load_training
+from tables import markdown
 
 # beside the weights, which may be in shards
 NEEDED = ("config.json", "tokenizer.json")
@@ -79,12 +80,6 @@ def results_of(folder):
 # ---- the card
 
 
-def table(head, rows):
-    """In markdown, as text."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
 def about_robots(policy):
     """The part of the card on what it drives, from policy.json."""
     rows = []
@@ -96,7 +91,7 @@ def about_robots(policy):
         rows.append([name, state, action, ", ".join(robot.views), f"{robot.control_hz:g}"])
     steps = policy["config"]["action_horizon"]
     return (
-        table(["robot", "state", "action", "pictures, in this order", "actions a second"], rows)
+        markdown(["robot", "state", "action", "pictures, in this order", "actions a second"], rows)
         + f"\nA chunk is {steps} actions. Pictures are square.\n"
     )
 
@@ -130,7 +125,7 @@ def about_training(training):
         figures = [f"{name} {value:.4g}" for name, value in record.get("figures", {}).items()]
         command = f"`{record['command']}`" if "command" in record else ""
         rows.append([stage, command, record.get("step", ""), "; ".join(figures)])
-    return table(["stage", "last command", "steps", "figures on validation data"], rows)
+    return markdown(["stage", "last command", "steps", "figures on validation data"], rows)
 
 
 def about_result(path):
@@ -160,7 +155,7 @@ def about_result(path):
         rows = []
         for row, cells in result["cells"].items():
             rows.append([row, *(f"{100 * cells[name]['success']:.0f}" for name in names)])
-        text += "\n" + table(["success, %", *names], rows)
+        text += "\n" + markdown(["success, %", *names], rows)
     return text
 
 

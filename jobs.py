@@ -8,6 +8,8 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 
+from tqdm import tqdm
+
 from cli import UserError
 
 
@@ -56,3 +58,9 @@ def run_jobs(function, jobs, workers):
             if running:  # nobody waits for the rest
                 for process in set(multiprocessing.active_children()) - others:
                     process.terminate()
+
+
+def in_order(results, count):
+    """The `count` results of episodes, (number, ...) each, as a list sorted by number; with a bar."""
+    done = tqdm(results, total=count, unit="episode")
+    return sorted(done, key=lambda result: result[0])  # which job ended first must not matter

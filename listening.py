@@ -8,13 +8,11 @@ out and judge each.
 import itertools
 from collections import defaultdict
 
-from tqdm import tqdm
-
 from cli import at_least, choose_many, pick_device
 from data import seeds
 from data.families import FAMILIES, instruct, plain, sequence
 from goal import DONE, GIVEN_UP, carry_out, go_home, pictures, pursue, write_plan
-from jobs import run_jobs
+from jobs import in_order, run_jobs
 from rollout import load_model, make_env, robots_of, rollout
 from tables import percent, print_table, rate
 
@@ -40,37 +38,52 @@ def play(job):
     env.wordings = "held_out" if held_out else "seen"
     if kind == "off template":
         env.wordings = "off_template"
-    new = kind == "new combination"
-    blm = load_model(config.weights, config.device)
+    # of two commands the other one is watched too: who ignores words does it as often
     result = rollout(
-        blm, env, seed, instruction=instruction, command=command, other=1 - command, new=new
+        load_model(config.weights, config.device),
+        env,
+        seed,
+        instruction=instruction,
+        command=command,
+        other=1 - command,
+        new=kind == "new combination",
     )
-    row = {"robot": robot, "family": family, "seed": seed, "kind": kind, "command": command}
-    row["held_out"] = held_out
-    return number, row | {"success": result["success"], "other": result["other"]}
+    return number, {
+        "robot": robot,
+        "family": family,
+        "seed": seed,
+        "kind": kind,
+        "command": command,
+        "held_out": held_out,
+        "success": result["success"],
+        "other": result["other"],
+    }
 
 
 def told_figures(rows):
     """What the rows of `play` say, as `rate`s by name."""
-    kinds = defaultdict(list)
-    for row in rows:
-        kinds[row["kind"]].append(row)
+    done = defaultdict(list)  # of each kind, and of either sort of wordings
+    others = []
     scenes = defaultdict(list)
-    for row in kinds["told"]:
-        scenes[row["robot"], row["family"], row["seed"]].append(row["success"])
-    wordings = {True: [], False: []}
-    for row in kinds["told"]:
-        wordings[row["held_out"]].append(row["success"])
+    for row in rows:
+        success = row["success"]
+        done[row["kind"]].append(success)
+        if row["kind"] == "told":
+            wordings = "held out" if row["held_out"] else "seen"
+            done[wordings].append(success)
+            others.append(row["other"])
+            # both of its commands
+            scenes[row["robot"], row["family"], row["seed"]].append(success)
     return {
-        "done": rate(row["success"] for row in kinds["told"]),
+        "done": rate(done["told"]),
         "pairs": rate(map(all, scenes.values())),
-        "other": rate(row["other"] for row in kinds["told"]),
-        "neutral": rate(row["success"] for row in kinds["neutral"]),
-        "no_words": rate(row["success"] for row in kinds["no words"]),
-        "seen_wordings": rate(wordings[False]),
-        "new_wordings": rate(wordings[True]),
-        "off_template": rate(row["success"] for row in kinds["off template"]),
-        "new_combination": rate(row["success"] for row in kinds["new combination"]),
+        "other": rate(others),
+        "neutral": rate(done["neutral"]),
+        "no_words": rate(done["no words"]),
+        "seen_wordings": rate(done["seen"]),
+        "new_wordings": rate(done["held out"]),
+        "off_template": rate(done["off template"]),
+        "new_combination": rate(done["new combination"]),
     }
 
 
@@ -87,9 +100,7 @@ def run_scenes(function, config, *choices):
     layouts = range(config.seed, config.seed + config.scenes)
     jobs = enumerate(itertools.product([config], robots, families, layouts, *choices))
     jobs = [(number, *job) for number, job in jobs]
-    done = tqdm(run_jobs(function, jobs, config.workers), total=len(jobs), unit="episode")
-    # which job ended first must not matter
-    done = sorted(done, key=lambda item: item[0])
+    done = in_order(run_jobs(function, jobs, config.workers), len(jobs))
     return [row for _, row in done if row], robots, families
 
 
@@ -107,12 +118,16 @@ def told(what, config):
     cells = defaultdict(dict)
     for robot, family in itertools.product(robots, families):
         cell = [row for row in rows if (row["robot"], row["family"]) == (robot, family)]
-        failures = [row for row in cell if row["kind"] == "told" and not row["success"]]
         figures = told_figures(cell)
+        failures = []
+        for row in cell:
+            # `sample.py --seed --command` draws them
+            if row["kind"] == "told" and not row["success"]:
+                failures.append(f"{row['seed']} command {row['command']}")
         cells[robot][family] = {
             "done": figures["done"],
             "pairs": figures["pairs"],
-            "failures": [f"{row['seed']} command {row['command']}" for row in failures],
+            "failures": failures,
         }
     return {**total, "families": tables, "cells": cells}
 
@@ -168,9 +183,16 @@ def pursue_goal(job):
     commands = sequence(env.table, length, rng)
     if not commands:
         return number, None
+    # as recorded commands are said, not in the plain words of a plan
     goal = ", then ".join(instruct(env.table, command, rng) for command in commands)
-    row = {"robot": robot, "family": family, "seed": seed, "length": length, "way": way}
-    row["goal"] = goal
+    row = {
+        "robot": robot,
+        "family": family,
+        "seed": seed,
+        "length": length,
+        "way": way,
+        "goal": goal,
+    }
     right = [plain(command.task, env.table.things(command)) for command in commands]
     if way == "plan":
         return number, row | follow_plan(blm, env, goal, commands, right)
@@ -180,15 +202,17 @@ def pursue_goal(job):
 
 def plan_figures(rows, length):
     """What the rows of `pursue_goal` say of goals of so many commands, as `rate`s by name."""
-    ways = {way: [] for way in WAYS}
-    for row in rows:
-        ways[row["way"]].append(row)
-    plans = ways["plan"]
+    plans = [row for row in rows if row["way"] == "plan"]
     judged = itertools.chain(*(row["judged_right"] for row in plans))
-    figures = {"planned": rate(row["planned"] for row in plans), "judged_right": rate(judged)}
-    for way, own in ways.items():
-        figures[f"{way}_first"] = rate(bool(row["done"][:1] == [True]) for row in own)
-        figures[f"{way}_done"] = rate(sum(row["done"]) == length for row in own)
+    figures = {
+        "planned": rate(row["planned"] for row in plans),
+        "judged_right": rate(judged),
+    }
+    for way in WAYS:
+        # [is it done?] of each goal, as far as it was carried out
+        done = [row["done"] for row in rows if row["way"] == way]
+        figures[f"{way}_first"] = rate(steps[:1] == [True] for steps in done)
+        figures[f"{way}_done"] = rate(sum(steps) == length for steps in done)
     return figures
 
 
@@ -200,8 +224,7 @@ def plan_goals(what, config):
     for length in (2, 3):
         figures = plan_figures([row for row in rows if row["length"] == length], length)
         lengths[length] = figures
-        lines.append(
-            [f"{length} commands", figures["planned"]["n"], *map(percent, figures.values())]
-        )
+        number = figures["planned"]["n"]
+        lines.append([f"{length} commands", number, *map(percent, figures.values())])
     print_table(["goals of", "number", *lengths[2]], lines)
     return {"lengths": lengths, "goals": rows}

@@ -19,8 +19,6 @@ action and state dims.
 """
 
 import dataclasses
-import hashlib
-import json
 import tempfile
 import warnings
 from pathlib import Path
@@ -30,7 +28,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from checkpoint import config_fields, hub_weights, tensors_of
+from checkpoint import backbone_hash, folder_hash
 from cli import UserError, choose
 from data.media import middle_square, to_rgb
 from embodiment import VIEWS, Embodiment
@@ -220,10 +218,10 @@ class BLM:
             name: tensor.to("cpu", None if name.startswith("normalizer.") else dtype)
             for name, tensor in (weights or policy.state_dict()).items()
         }
-        robots = {  # with an index, for JSON's keys have no order
-            name: {"index": i, **dataclasses.asdict(embodiment)}
-            for i, (name, embodiment) in enumerate(policy.embodiments.items())
-        }
+        robots = {}
+        for name, embodiment in policy.embodiments.items():
+            # with an index, for JSON's keys have no order
+            robots[name] = {"index": len(robots), **dataclasses.asdict(embodiment)}
         about = {
             "version": VERSION,
             "config": dataclasses.asdict(policy.config),
@@ -334,46 +332,6 @@ def read_targets(committed, planned, shape, action_dim):
 # ---- what belongs together
 
 
-def backbone_hash(vlm, processor, num_layers, dtype=None):
-    """16 hex digits that name all that hidden states behind block `num_layers` depend on.
-
-    Configuration, weights, image settings and tokenizer; blocks behind k may be trained on, and a
-    policy that reads block k stays valid. The same for weights in float16 and in float32; dtype:
-    the hash that the model will have once it is stored so.
-    """
-    weights = sorted(hub_weights(vlm.state_dict(), vlm.config).items())
-    weights = ((name, tensor.to("cpu", dtype)) for name, tensor in weights)
-    return hash_of(vlm.config, processor, num_layers, weights)
-
-
-def folder_hash(folder, config, processor, num_layers):
-    """`backbone_hash` of the model in a folder, of which one tensor at a time is in memory."""
-    weights = ((name, tensor) for _, name, tensor in tensors_of(folder))
-    return hash_of(config, processor, num_layers, weights)
-
-
-def hash_of(config, processor, num_layers, weights):
-    # of the tokenizer what it does, not its file: versions of the library write it differently
-    tokenizer = json.loads(processor.tokenizer.fast.to_str())
-    # a merge is "a b" to one version of it and ["a", "b"] to another
-    merges = tokenizer["model"]["merges"]
-    settings = [
-        config_fields(config),
-        dataclasses.asdict(processor.image),
-        tokenizer["pre_tokenizer"],
-        processor.tokenizer.fast.get_vocab(),
-        [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
-    ]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    blocks = range(num_layers, config.num_hidden_layers)
-    unread = ("model.norm.", "lm_head.", *(f"model.layers.{i}." for i in blocks))
-    for name, tensor in weights:
-        if not name.startswith(unread):
-            digest.update(name.encode())
-            digest.update(tensor.to(torch.float16).contiguous().numpy())
-    return digest.hexdigest()[:16]
-
-
 def load_policy(folder, vlm_config, processor):
     """The Policy in `folder`, which must belong to the language model there.
 
@@ -396,26 +354,27 @@ def load_policy(folder, vlm_config, processor):
         assert version in range(2, VERSION + 1), (
             f"format version {version}, this code reads 2 to {VERSION}"
         )
+        sizes = about["config"]
         if version < 4:
-            about["config"]["text_first"] = False
+            sizes["text_first"] = False
         counted = "version 4 of --text_first numbered the prompt's tokens from its beginning"
-        assert version > 4 or not about["config"]["text_first"], counted
+        assert version > 4 or not sizes["text_first"], counted
         if version == 2:  # a head that only training needs begins anew
-            about["config"] |= {"num_waypoints": 4, "waypoint_loss_weight": 1.0}
-            head = waypoint_head(PolicyConfig(**about["config"])).state_dict()
+            sizes |= {"num_waypoints": 4, "waypoint_loss_weight": 1.0}
+            head = waypoint_head(PolicyConfig(**sizes)).state_dict()
             tensors |= {f"waypoint_head.{name}": tensor for name, tensor in head.items()}
         if version < 5:  # of all robots; today each has its own
             assert about["views"] == list(VIEWS), f"views {about['views']}"
-        config = PolicyConfig(**about["config"])
-        assert about["config"] == vars(config), "sizes are missing in config"
+        config = PolicyConfig(**sizes)
+        assert sizes == vars(config), "sizes are missing in config"
         # before a network of a million layers is built
         assert config.num_layers + config.perceiver_layers < len(tensors), "too many layers"
         embodiments = {}
-        robots = about["embodiments"].items()
-        for name, robot in sorted(robots, key=lambda item: item[1]["index"]):
-            assert robot.pop("index") == len(embodiments), "robots without an index"
+        robots = about["embodiments"]
+        for name in sorted(robots, key=lambda name: robots[name]["index"]):
+            assert robots[name].pop("index") == len(embodiments), "robots without an index"
             with reading(f"the robot {name}"):
-                embodiments[name] = Embodiment(**robot)
+                embodiments[name] = Embodiment(**robots[name])
         with torch.device("meta"):  # shapes only
             policy = Policy(config, vlm_config.hidden_size, embodiments)
         backbone = folder_hash(folder, vlm_config, processor, config.intent_layer)

@@ -120,27 +120,28 @@ class Normalizer(nn.Module):
         super().__init__()
         with torch.device("cpu"):  # even where the rest are shapes alone: masks are in no file
             robots = embodiments.values()
-            sizes = torch.tensor(
-                [(robot.state_dim, robot.action_dim) for robot in robots]
-            )  # (E, 2)
-            E = len(sizes)
-            S, A = sizes.amax(0).tolist()
+            states = torch.tensor([[robot.state_dim] for robot in robots])  # (E, 1)
+            actions = torch.tensor([[robot.action_dim] for robot in robots])
+            E = len(robots)
+            S = int(states.max())
+            A = int(actions.max())
             targets = [torch.tensor(robot.relative) for robot in robots]
-            relative = pad_sequence(targets, batch_first=True, padding_value=-1)  # (E, A)
-            buffers = {
-                "state_mask": torch.arange(S) < sizes[:, :1],  # (E, S): the robot's own
-                "action_mask": torch.arange(A) < sizes[:, 1:],  # (E, A)
+            relative = pad_sequence(targets, True, -1)  # (E, A)
+            known = {  # by the embodiments alone
+                "state_mask": torch.arange(S) < states,  # (E, S): the robot's own
+                "action_mask": torch.arange(A) < actions,  # (E, A)
                 "relative_mask": relative >= 0,  # (E, A): targets for a number of the state
                 "relative_index": relative.clamp(min=0),  # (E, A): for which
+            }
+            statistics = {
                 "state_mean": torch.zeros(E, S),
                 "state_std": torch.ones(E, S),
                 "action_mean": torch.zeros(E, horizon, A),  # of each step, T
                 "action_std": torch.ones(E, horizon, A),
                 "fitted": torch.zeros(E, dtype=torch.bool),  # has statistics
             }
-        for name, buffer in buffers.items():
-            known = name.endswith(("_mask", "_index"))  # by the embodiments alone
-            self.register_buffer(name, buffer, persistent=not known)
+        for name, buffer in (known | statistics).items():
+            self.register_buffer(name, buffer, persistent=name in statistics)
 
     def fit(self, embodiment, state, action):
         """Statistics of one robot (its index) from demonstrations, padded to the largest robot.
@@ -277,11 +278,7 @@ class Perceiver(nn.Module):
         context = self.norm(hidden) + F.embedding(self.token_places(mask), self.positions)
         x = self.queries.expand(B, -1, -1)  # (B, N, D)
         real = mask[:, None, None]  # (B, 1, 1, L), for all heads and queries
-        layers = zip(
-            self.query_norms,
-            self.attentions,
-            self.mlps,
-        )
+        layers = zip(self.query_norms, self.attentions, self.mlps)
         for norm, attention, feed_forward in layers:
             key_value = attention.project_kv(context)
             x = x + attention(norm(x), key_value, real)
@@ -322,9 +319,9 @@ class EmbodimentMLP(nn.ModuleList):
     """Two layers for each robot: x (B, T, in) to (B, T, out)."""
 
     def __init__(self, embodiments, inner, width, outer):
-        super().__init__()
-        self.append(EmbodimentLinear(embodiments, inner, width))
-        self.append(EmbodimentLinear(embodiments, width, outer))
+        first = EmbodimentLinear(embodiments, inner, width)
+        second = EmbodimentLinear(embodiments, width, outer)
+        super().__init__([first, second])
 
     def forward(self, x, groups):
         first, second = self
@@ -463,12 +460,7 @@ class Policy(nn.Module):
                 bound = math.sqrt(6 / sum(module.weight.shape[-2:]))  # Xavier's, of each robot
                 nn.init.uniform_(module.weight, -bound, bound)
                 nn.init.zeros_(module.bias)
-        tables = (
-            self.perceiver.queries,
-            self.future_tokens,
-            self.action_positions,
-        )
-        for table in tables:
+        for table in (self.perceiver.queries, self.future_tokens, self.action_positions):
             nn.init.normal_(table, std=0.02)
         steps = torch.arange(self.config.action_horizon)
         with torch.no_grad():
@@ -586,8 +578,8 @@ class Policy(nn.Module):
         future = self.future_loss(tokens, batch, totals[1])
         places = self.normalizer.normalize_waypoints(batch["waypoints"], embodiment)
         waypoint = self.waypoint_loss(intent, places, totals[2])
-        loss = flow + self.config.future_loss_weight * future
-        loss = loss + self.config.waypoint_loss_weight * waypoint
+        weights = self.config
+        loss = flow + weights.future_loss_weight * future + weights.waypoint_loss_weight * waypoint
         return {
             "loss": loss,
             "flow": flow,

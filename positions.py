@@ -1,9 +1,10 @@
-"""Where patches and tokens stand, and which tokens see each other: the integers of vlm.py.
+"""Where patches and tokens stand, how far they turn, and which tokens see each other: for vlm.py.
 
     vision_plan        grids of pictures ─► patches sorted into windows, their rows and columns
     near_rows          rows and columns ─► where they lie in Qwen3-VL's learned table of places
     mrope_positions    token ids and grids ─► time, row and column of every token
     pair_axes          which of the three each rotary pair of a head turns with
+    patch_angles, text_angles    and by how much
     padding_mask, branch_mask    what a token may look at, where causal attention is not enough
 
 Sources: M-RoPE of Qwen2-VL (arXiv 2409.12191), window attention of Qwen2.5-VL (arXiv 2502.13923).
@@ -79,6 +80,24 @@ def near_rows(places, sizes, number):
     return indices.flatten(1), shares.flatten(1)
 
 
+def patch_angles(places, vision):
+    """(P, d/2) by how much each rotary pair of a head of the ViT turns; places (P, 2)."""
+    # half of the pairs turn with the row, the other half with the column
+    half = vision.hidden_size // vision.num_heads // 2
+    pairs = torch.arange(0, half, 2, device=places.device)
+    frequency = 10000.0 ** (-pairs / half)
+    angles = places[:, :, None] * frequency  # (P, 2, d/4)
+    return angles.flatten(1)
+
+
+def text_angles(positions, config):
+    """(B, L, d/2) by how much each rotary pair of a head of the LLM turns; positions (3, B, L)."""
+    pairs = torch.arange(0, config.head_dim, 2, device=positions.device)
+    frequency = config.rope_theta ** (-pairs / config.head_dim)  # (d/2,)
+    axes = torch.tensor(pair_axes(config), device=positions.device)
+    return positions.movedim(0, -1).index_select(-1, axes) * frequency
+
+
 def pair_axes(config):
     """[0, 1 or 2] for each rotary pair of a head: it turns with the time, the row or the column."""
     sections = config.mrope_section
@@ -118,24 +137,24 @@ def mrope_positions(
     # by the token that holds their places
     grids = {config.image_token_id: images, config.video_token_id: videos}
 
-    positions = np.zeros((3, *ids.shape), np.int64)
+    texts = []  # (row, which of its tokens, lengths of a stem and its branches)
     if segments is None:
-        real = np.ones_like(ids)
-        if attention_mask is not None:
-            real = attention_mask.cpu().numpy()
-        for b, kept in enumerate(real > 0):
-            text = text_positions(ids[b, kept], grids, seconds, config)
-            positions[:, b, kept] = text
+        real = np.ones_like(ids) if attention_mask is None else attention_mask.cpu().numpy()
+        texts = [(b, kept, []) for b, kept in enumerate(real > 0)]
     start = 0
     for lengths in segments or ():
-        ends = np.cumsum(lengths)  # of the stem, then of each branch
-        own = slice(start, start + ends[-1])
-        text = text_positions(ids[0, own], grids, seconds, config)
+        stop = start + sum(lengths)
+        texts.append((0, slice(start, stop), lengths))
+        start = stop
+
+    positions = np.zeros((3, *ids.shape), np.int64)
+    for b, own, lengths in texts:
+        text = text_positions(ids[b, own], grids, seconds, config)
+        ends = np.cumsum(lengths)
         # a branch goes on where the stem ends: it does not count those before it
         for before, end in pairwise(ends[:-1]):
             text[:, end:] -= end - before
-        positions[:, 0, own] = text
-        start = own.stop
+        positions[:, b, own] = text
     positions = torch.from_numpy(positions)
     return positions.to(input_ids.device)
 

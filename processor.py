@@ -470,9 +470,8 @@ class Processor:
         for row in rows:
             own = [next(grids) for _ in row.media]
             # each written out as if it were alone, then cut behind the stem
-            texts = []
-            for messages in row.conversations:
-                texts.append(chat(self.tokenizer, messages, own, self.image.merge_size, False))
+            about = (own, self.image.merge_size, False)
+            texts = [chat(self.tokenizer, messages, *about) for messages in row.conversations]
             first, first_labels = texts[0]
             ends = [i for i, token in enumerate(first) if token == special["<|vision_end|>"]]
             if ends:

@@ -73,22 +73,19 @@ def joints_of(episode):
     return names, ["rad"] * (size - 1) + ["m"]
 
 
-def open_demonstrations(config, policy):
-    """Demonstrations of what a config asks for, without hidden states: `act` makes its own."""
-    episodes = select_episodes(config, policy.embodiments)
-    for episode in episodes:
-        choose(episode.robot, policy.embodiments, "robot of this policy")
-    return Demonstrations(episodes, None, policy.config.action_horizon, 0, policy.embodiments)
-
-
 def compare(blm, config):
     """{robot: errors by joint of the policy and of both controls, and an episode to draw}.
 
     Over the held-out frames of --data. UserError on a robot that the policy does not know.
     """
     policy = blm.require_policy()
-    demonstrations = open_demonstrations(config, policy)
-    horizon = demonstrations.horizon
+    robots = policy.embodiments
+    episodes = select_episodes(config, robots)
+    for episode in episodes:
+        choose(episode.robot, robots, "robot of this policy")
+    horizon = policy.config.action_horizon
+    # without hidden states: `act` makes its own
+    demonstrations = Demonstrations(episodes, None, horizon, 0, robots)
     normalizer = copy.deepcopy(policy.normalizer).cpu()  # where demonstrations are
     nearest = {}  # {robot: its training rows}
     errors = defaultdict(lambda: defaultdict(list))
@@ -110,7 +107,8 @@ def compare(blm, config):
         # what lies past the end was never recorded
         done = episode.action[step : step + horizon]
         for name, chunk in chunks.items():
-            errors[episode.robot][name].append(np.abs(chunk[: len(done)] - done))
+            error = np.abs(chunk[: len(done)] - done)
+            errors[episode.robot][name].append(error)
         # the first episode of each robot, its chunks end to end
         first, parts = drawn.setdefault(episode.robot, (episode, []))
         if first is episode and step % horizon == 0:
@@ -121,8 +119,10 @@ def compare(blm, config):
 def figures(kinds, episode, chunks):
     """What is kept of a robot: kinds {policy or control: errors (steps, A) of each frame}."""
     names, units = joints_of(episode)
-    # every step counts as much as another
-    means = {name: np.concatenate(parts).mean(0).tolist() for name, parts in kinds.items()}
+    means = {}
+    for name, parts in kinds.items():
+        # every step counts as much as another
+        means[name] = np.concatenate(parts).mean(0).tolist()
     return {
         "frames": len(kinds["policy"]),
         "joints": names,

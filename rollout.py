@@ -124,6 +124,12 @@ class Pilot:
         self.targets += targets
         return targets
 
+    def stream(self, env, seed):
+        """Yield a target for each control step of an env that carries them out, for ever."""
+        while True:
+            # noise, if there is any, is this moment's own and the same again when it is repeated
+            yield from self.look(env.observe(render=True), [seed, env.steps])
+
 
 def rollout(
     blm,
@@ -154,23 +160,18 @@ def rollout(
     frames = []
     done_other = False
     pilot = Pilot(blm, env.robot.name, execute_steps, temperature, delay, inpaint, env.hz)
-    over = False
-    while not over:
-        observation = env.observe(render=True)
-        # noise, if there is any, is this moment's own and the same again when it is repeated
-        for action in pilot.look(observation, [seed, env.steps]):
-            if frame_size and env.steps % (env.hz // GIF_HZ) == 0:
-                frames.append(env.draw("render", frame_size, pretty=True))
-            *_, done, truncated, info = env.step(action)
-            states.append(env.state())
-            held.append(env.held())
-            if other is not None:
-                env.give(other)
-                done_other |= env.succeeded()
-                env.give(which.get("command", 0))
-            over = done or truncated or env.steps == max_steps
-            if over:
-                break
+    for action in pilot.stream(env, seed):
+        if frame_size and env.steps % (env.hz // GIF_HZ) == 0:
+            frames.append(env.draw("render", frame_size, pretty=True))
+        *_, done, truncated, info = env.step(action)
+        states.append(env.state())
+        held.append(env.held())
+        if other is not None:
+            env.give(other)
+            done_other |= env.succeeded()
+            env.give(which.get("command", 0))
+        if done or truncated or env.steps == max_steps:
+            break
     if frame_size:
         frames.append(env.draw("render", frame_size, pretty=True))
     borders, inner = joint_steps(pilot.targets[: env.steps], pilot.borders, env.robot.dof)
@@ -228,21 +229,18 @@ def draw_episode(blm, env, seed, folder, **options):
     """
     result = rollout(blm, env, seed, **options, frame_size=GIF_SIZE)
     outcome = f"{result['reason'] or 'success'} after {result['steps'] / env.hz:.1f} s"
+    text = f"{env.robot.display_name}\n{env.instruction}"
+    texts = [text] * len(result["frames"])
+    texts[-1] += f"\n{outcome}"  # below the last picture
     frames = []
-    for picture in result["frames"]:
-        # three lines below the picture, of which the last comes at the end
+    for picture, text in zip(result["frames"], texts):
         frame = Image.new("RGB", (GIF_SIZE, GIF_SIZE + 60), "white")
         frame.paste(Image.fromarray(picture))
-        lines = [env.robot.display_name, env.instruction]
-        if len(frames) == len(result["frames"]) - 1:
-            lines.append(outcome)
-        draw = ImageDraw.Draw(frame)
-        draw.text((6, GIF_SIZE + 4), "\n".join(lines), fill="black", font_size=13)
+        place = (6, GIF_SIZE + 4)
+        ImageDraw.Draw(frame).text(place, text, fill="black", font_size=13)
         frames.append(frame)
     # by name, so that another episode does not write over this one
-    name = f"{env.robot.name}-{env.scene}-{seed}"
-    if env.family:
-        name = f"{name}-{options['command']}"
-    path = Path(folder) / f"{name}.gif"
+    command = f"-{options['command']}" if env.family else ""
+    path = Path(folder) / f"{env.robot.name}-{env.scene}-{seed}{command}.gif"
     save_gif(path, frames)
     return path, outcome

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from data.env import CONTROL_HZ
 from data.scoring import wilson
+from embodiment import CONTROL_HZ
 
 
 def summary(episodes, hz=CONTROL_HZ):
@@ -17,6 +17,11 @@ def summary(episodes, hz=CONTROL_HZ):
         "seconds_to_success": np.mean(steps) / hz if steps else None,
         "jerk": np.mean([e["jerk"] for e in episodes]),
     }
+
+
+def failures(episodes):
+    """{name: why} of the episodes that failed."""
+    return {e["name"]: e["reason"] for e in episodes if not e["success"]}
 
 
 def rate(values):
@@ -45,7 +50,11 @@ def percent(figure):
     return "" if figure["rate"] is None else f"{100 * figure['rate']:.1f}"
 
 
+def markdown(head, rows):
+    """A table as text."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
 def print_table(head, rows):
-    """In markdown."""
-    for row in [head, ["---"] * len(head), *rows]:
-        print("| " + " | ".join(map(str, row)) + " |")
+    print(markdown(head, rows), end="")

@@ -15,7 +15,6 @@ folder (model.py) with the moving average of the weights, the state to resume fr
 
 import copy
 import dataclasses
-import math
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 
 import trainer
-from checkpoint import copy_model
+from checkpoint import copy_model, folder_hash
 from cli import UserError, at_least, choose, parse, run
 from data import record
 from data.demonstrations import (
@@ -38,7 +37,7 @@ from data.demonstrations import (
 )
 from data.robots import ROBOTS
 from files import find_folder, write_json
-from model import BLM, folder_hash
+from model import BLM
 from policy import PRESETS, EmbodimentLinear, Policy
 from rollout import EXECUTE_STEPS
 from trainer import RunConfig
@@ -131,15 +130,14 @@ def evaluate(policy, demos, cfg, device):
     for start in range(0, len(rows), cfg.batch_size):
         batch = demos.batch(rows[start : start + cfg.batch_size])
         batch |= policy.draw(len(batch["state"]), generator)
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        batch = trainer.to_device(batch, device)
         losses = policy(batch, totals)  # shares: they add up
         inputs = [batch[name] for name in ("hidden", "mask", "state", "embodiment")]
         chunk = policy.sample(*inputs, noise=torch.zeros_like(batch["noise"]))
         error = (chunk - batch["action"])[:, :EXECUTE_STEPS].abs()
         joints = compared[batch["embodiment"]][:, None].expand_as(error)
-        sums["val_flow"] += float(losses["flow"])
-        sums["val_future"] += float(losses["future"])
-        sums["val_waypoint"] += float(losses["waypoint"])
+        for name in ("flow", "future", "waypoint"):
+            sums[f"val_{name}"] += float(losses[name])
         sums["joint_error_rad"] += float(error[joints].sum())
         sums["joints"] += int(joints.sum())
     policy.train()
@@ -157,12 +155,14 @@ def sizes(config):
 
 
 def load_models(cfg, config, device):
-    """(BLM of --backbone, BLM of --start or None, hash of what the policy reads), without VLMs.
+    """(BLM of --backbone, its width, BLM of --start or None, hash of what the policy reads).
 
-    With all hidden states cached a language model is never in memory: files are hashed and copied.
+    Without VLMs: where all hidden states are cached, files are hashed and copied, and no language
+    model is ever in memory.
     """
     blm = BLM.from_pretrained(cfg.backbone, vlm=False)
     vlm_config = VLMConfig.from_pretrained(find_folder(cfg.backbone))
+    width = vlm_config.hidden_size
     blocks = vlm_config.num_hidden_layers
     if config.intent_layer > blocks:
         raise UserError(f"--intent_layer {config.intent_layer}: {cfg.backbone} has {blocks} blocks")
@@ -172,14 +172,13 @@ def load_models(cfg, config, device):
     backbone = hash_of_folder(cfg.backbone, blm, config.intent_layer)
     if cfg.resume and trainer.read_checkpoint(cfg, FREE)[1]["backbone"] != backbone:
         raise UserError(f"{cfg.out} was trained on another language model than {cfg.backbone}")
-    if not cfg.start:
-        return blm, None, backbone
-    start = BLM.from_pretrained(cfg.start, vlm=False)
-    width = vlm_config.hidden_size
-    old = start.policy
-    if old is None or old.condition_size != width or sizes(old.config) != sizes(config):
-        raise UserError(f"--start {cfg.start} holds no policy of the sizes that the flags say")
-    return blm, start, backbone
+    start = None
+    if cfg.start:
+        start = BLM.from_pretrained(cfg.start, vlm=False)
+        old = start.policy
+        if old is None or old.condition_size != width or sizes(old.config) != sizes(config):
+            raise UserError(f"--start {cfg.start} holds no policy of the sizes that the flags say")
+    return blm, width, start, backbone
 
 
 def hash_of_folder(name, blm, num_layers):
@@ -211,15 +210,16 @@ def load_demonstrations(cfg, config, blm, start, backbone):
         raise UserError(
             f"--waypoint_loss: where the tool of {min(imported)} is, its state does not say"
         )
-    if start and new and start.policy.config.intent_layer != config.intent_layer:
-        k = start.policy.config.intent_layer
-        raise UserError(f"--start {cfg.start} reads block {k}: add --intent_layer {k}")
-    if start and new and start.policy.config.text_first != config.text_first:
-        advice = "leave out --text_first" if config.text_first else "add --text_first"
-        raise UserError(f"--start {cfg.start} reads the prompt in the other order: {advice}")
-    # layers that stay frozen would read hidden states that they do not know
-    if start and new and hash_of_folder(cfg.start, start, config.intent_layer) != backbone:
-        raise UserError(f"--start {cfg.start} reads another language model than {cfg.backbone}")
+    if start and new:  # layers that stay frozen must read the hidden states that they know
+        old = start.policy.config
+        k = old.intent_layer
+        if k != config.intent_layer:
+            raise UserError(f"--start {cfg.start} reads block {k}: add --intent_layer {k}")
+        if old.text_first != config.text_first:
+            advice = "leave out --text_first" if config.text_first else "add --text_first"
+            raise UserError(f"--start {cfg.start} reads the prompt in the other order: {advice}")
+        if hash_of_folder(cfg.start, start, k) != backbone:
+            raise UserError(f"--start {cfg.start} reads another language model than {cfg.backbone}")
     folder = cache_folder(cfg.cache, backbone, config)
     missing = uncached(episodes, folder, rank)
     trainer.barrier()  # all look before one writes: they share the work by what they saw
@@ -275,7 +275,7 @@ def save(cfg, blm, modules, optimizers, about):
     # the checkpoint first: a model folder can be made from it, not the other way round
     trainer.save_checkpoint(cfg, modules, optimizers, about)
     weights = trainer.full_state_dict(blm.policy)
-    if trainer.this_process()[0] == 0:
+    if trainer.is_first():
         blm.training["policy"] = about
         blm.save_policy(cfg.out, torch.float16, weights, about["backbone"])
         write_json(Path(cfg.out) / "training.json", blm.training)
@@ -287,16 +287,20 @@ def train(cfg):
     at_least(cfg, 0, "demonstrations", "intent_layer")
     device = trainer.start_processes(cfg)
     config = policy_config(cfg)
-    blm, start, backbone = load_models(cfg, config, device)
+    blm, width, start, backbone = load_models(cfg, config, device)
     demos = load_demonstrations(cfg, config, blm, start, backbone)
-    facts = {"backbone": backbone, "robots": list(demos.embodiments)}
-    facts |= {"episodes": len(demos.episodes), "rows": len(demos.train), "cells": len(demos.cells)}
-    if trainer.this_process()[0] == 0 and not cfg.resume:
+    facts = {
+        "backbone": backbone,
+        "robots": list(demos.embodiments),
+        "episodes": len(demos.episodes),
+        "rows": len(demos.train),
+        "cells": len(demos.cells),
+    }
+    if trainer.is_first() and not cfg.resume:
         # a run that is killed before its first checkpoint shall not look like somebody's model
         (Path(cfg.out) / "state").mkdir(parents=True, exist_ok=True)
         copy_model(find_folder(cfg.backbone), cfg.out)
         blm.processor.save_pretrained(cfg.out)
-    width = VLMConfig.from_pretrained(find_folder(cfg.backbone)).hidden_size
 
     # on the CPU, so that a GPU begins with the same weights
     torch.manual_seed(cfg.seed)
@@ -331,7 +335,6 @@ def fit(cfg, blm, policy, demos, facts, device):
     adapting = not all(p.requires_grad for p in policy.parameters())
     dtype = trainer.compute_dtype(cfg, device)
     optimizers = trainer.make_optimizers([policy], cfg.lr, 0.0 if adapting else WEIGHT_DECAY, dtype)
-    parameters = trainer.trained_parameters(optimizers)
     modules = {"policy": policy, "ema": blm.policy}
     before = trainer.resume(cfg, FREE, modules, optimizers)
     if before["step"] and before["robots"] != facts["robots"]:
@@ -346,33 +349,26 @@ def fit(cfg, blm, policy, demos, facts, device):
         for step in trainer.progress_bar(steps):
             lr = trainer.learning_rate(step, cfg, WARMUP)
             batch, totals = next(batches)
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            batch = trainer.to_device(batch, device)
             with trainer.autocast(cfg, device):
                 losses = policy(batch, totals)
             losses["loss"].backward()
-            trainer.sum_gradients(parameters)
-            norm = trainer.clip_gradients(parameters)
-
-            losses, stop = trainer.sum_losses(losses, signals, device)
-            if math.isfinite(losses["loss"] + norm):
-                trainer.step_optimizers(optimizers, lr)
+            line, taken, stop = trainer.take_step(optimizers, lr, losses, signals, device)
+            skipped = 0 if taken else skipped + 1
+            if taken:
                 update_average(blm.policy, policy, step)
-                skipped = 0
             else:
-                skipped += 1
                 rows = demos.rows_of_step(cfg.seed, step, cfg.batch_size)
-                trainer.report_skipped(losses, norm, skipped, demos.describe(rows))
-            trainer.zero_gradients(optimizers)
+                trainer.report_skipped(line, skipped, demos.describe(rows))
 
-            line = {"step": step + 1, "lr": lr, **losses, "grad_norm": norm}
-            line["seconds"] = time.time() - began
-            last = stop or step + 1 == cfg.steps
-            if not stop and (last or (step + 1) % cfg.eval_every == 0):
+            line = {"step": step + 1, **line, "seconds": time.time() - began}
+            due = (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps
+            if due and not stop:
                 figures = evaluate(blm.policy, demos, cfg, device)
                 line |= figures
                 trainer.say(f"step {step + 1}: {figures}")
             log.write(line)
-            if last or (step + 1) % cfg.eval_every == 0:
+            if due or stop:
                 about = trainer.run_record(cfg, "policy", line, figures)
                 save(cfg, blm, modules, optimizers, about | facts)
             if stop:

@@ -35,7 +35,7 @@ from cli import UserError, at_least, choose, choose_many, parse, run
 from data.conversations import Row
 from data.mixture import Mixture, open_sources
 from files import atomic, find_folder, read_json, save_tensors, write_json
-from processor import Processor
+from processor import VISION_INPUTS, Processor
 from trainer import RunConfig
 from vlm import VLM
 
@@ -44,7 +44,7 @@ WARMUP = 100  # steps
 WEIGHT_DECAY = 0.05  # on matrices
 LORA_SCALE = 2.0  # as usual, with alpha = 2 rank
 PARTS = ("vision", "merger", "llm")
-INPUTS = ("input_ids", "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+INPUTS = ("input_ids", "segments", *VISION_INPUTS["image"], *VISION_INPUTS["video"])
 
 
 @dataclass
@@ -127,24 +127,22 @@ def batches_of_step(mixture, processor, auxiliary, cfg, step):
     return batches
 
 
-def to_device(batch, device):
-    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-
 # ---- losses
 
 
-def answer_starts(learned):
-    """(B, L) bool, True on answer tokens, to True on the first of each answer."""
-    return learned & ~F.pad(learned, (1, 0))[:, :-1]
+def answer_numbers(batch):
+    """(n,): which of the batch's answers each of their tokens belongs to, counted from 0."""
+    learned = batch["labels"][:, 1:] >= 0
+    first = learned & ~F.pad(learned, (1, 0))[:, :-1]  # of each answer
+    return first[learned].cumsum(0) - 1
 
 
-def answer_weights(learned):
-    """(B, L) bool of answer tokens to (n,): one over the root of their answer's length.
+def answer_weights(batch):
+    """(n,): for each token of answers one over the root of its answer's length.
 
     As InternVL 2.5 (arXiv 2412.05271): a box's thirty tokens would outweigh a color's two.
     """
-    answer = answer_starts(learned)[learned].cumsum(0) - 1  # (n,): which answer a token belongs to
+    answer = answer_numbers(batch)
     return torch.bincount(answer)[answer] ** -0.5
 
 
@@ -153,8 +151,8 @@ def count(batches, auxiliary):
     # means are over the step, not over a micro-batch: its split changes no gradient
     shares = []
     for batch in batches:
-        answers = float(answer_weights(batch["labels"][:, 1:] >= 0).sum())
-        shares.append([answers, *(auxiliary.count(batch) if auxiliary else [])])
+        answers = float(answer_weights(batch).sum())
+        shares.append([answers, *(auxiliary.count(batch) if auxiliary else ())])
     totals = np.sum(shares, axis=0).tolist()
     device = batches[0]["input_ids"].device
     return [max(1.0, total) for total in trainer.sum_over_processes(totals, device)]
@@ -165,10 +163,10 @@ def forward(model, auxiliary, batch):
     learned = batch["labels"][:, 1:] >= 0  # token i predicts token i + 1
     # logits of all tokens would be most of the memory: V is large
     inputs = {name: batch[name] for name in INPUTS if name in batch}
-    inputs |= {"segments": batch["segments"], "logits_at": F.pad(learned, (0, 1))}
-    if auxiliary is not None and auxiliary.num_layers:
-        inputs |= {"num_layers": auxiliary.num_layers, "logits_at": None}
-    return model(**inputs), batch["labels"][:, 1:][learned]
+    blocks = None if auxiliary is None else auxiliary.num_layers
+    places = None if blocks else F.pad(learned, (0, 1))
+    out = model(**inputs, num_layers=blocks, logits_at=places)
+    return out, batch["labels"][:, 1:][learned]
 
 
 def compute_losses(model, auxiliary, batch, totals):
@@ -177,9 +175,8 @@ def compute_losses(model, auxiliary, batch, totals):
     # every process names the same losses, or their sums would be mixed up
     losses = {}
     if out.logits is not None:
-        weights = answer_weights(batch["labels"][:, 1:] >= 0)
-        losses["answer"] = weights @ F.cross_entropy(out.logits, labels, reduction="none")
-        losses["answer"] = losses["answer"] / totals[0]
+        answer = answer_weights(batch) @ F.cross_entropy(out.logits, labels, reduction="none")
+        losses["answer"] = answer / totals[0]
     if auxiliary is not None:
         losses |= auxiliary.losses(out, batch, totals[1:])
     return {"loss": sum(losses.values()), **losses}
@@ -193,18 +190,18 @@ def evaluate(model, mixture, processor, auxiliary, cfg, device):
     counts = Counter()
     for source in mixture.sources:
         # the same rows every time, spread over all that there are
-        places = np.linspace(0, len(source.val_index) - 1, min(EVAL_ROWS, len(source.val_index)))
+        count = len(source.val_index)
+        places = np.linspace(0, count - 1, min(EVAL_ROWS, count))
         index = [source.val_index[int(place)] for place in places]
         for start in range(0, len(index), cfg.micro_batch):
             part = index[start : start + cfg.micro_batch]
             rows = [read_row(source.validation, i, None, cfg) for i in part]
-            batch = to_device(make_batch(rows, processor, auxiliary, cfg), device)
+            batch = trainer.to_device(make_batch(rows, processor, auxiliary, cfg), device)
             out, labels = forward(model, auxiliary, batch)
             figures = auxiliary.figures(out, batch) if auxiliary else {}
             if out.logits is not None:
-                learned = batch["labels"][:, 1:] >= 0
-                answer = answer_starts(learned)[learned].cumsum(0) - 1
-                wrong = torch.bincount(answer, weights=(out.logits.argmax(-1) != labels).float())
+                wrong = (out.logits.argmax(-1) != labels).float()
+                wrong = torch.bincount(answer_numbers(batch), weights=wrong)  # of each answer
                 figures["answer_loss"] = F.cross_entropy(out.logits, labels, reduction="none")
                 figures[f"exact_{source.name}"] = (wrong == 0).float()  # by teacher forcing
             for name, values in figures.items():
@@ -230,14 +227,6 @@ class LoRA(nn.Module):
 
     def forward(self, x):
         return self.linear(x) + LORA_SCALE * F.linear(F.linear(x, self.a), self.b)
-
-    @property
-    def weight(self):  # as one matrix: what generating reads
-        return self.linear.weight + LORA_SCALE * self.b @ self.a
-
-    @property
-    def bias(self):
-        return self.linear.bias
 
 
 def add_lora(model, rank):
@@ -292,7 +281,7 @@ def save(cfg, model, processor, auxiliary, dtype, about):
     """The model folder; every process must call this. A policy whose blocks were frozen comes along."""
     # gathered by all, written by the first
     weights = merge_lora(trainer.full_state_dict(model))
-    if trainer.this_process()[0]:
+    if not trainer.is_first():
         return
     model.save_pretrained(cfg.out, dtype, weights)
     processor.save_pretrained(cfg.out)
@@ -342,7 +331,6 @@ def fit(cfg, modules, processor, mixture, optimizers, before, device):
     auxiliary = modules.get("heads")
     # a downloaded model keeps the type of its file
     stored = stored_dtype(find_folder(cfg.backbone)) if cfg.backbone else torch.float16
-    parameters = trainer.trained_parameters(optimizers)
     figures = before["figures"]
     skipped = 0
     began = time.time() - before["seconds"]
@@ -353,7 +341,7 @@ def fit(cfg, modules, processor, mixture, optimizers, before, device):
     with trainer.catch_signals() as signals:
         for step in trainer.progress_bar(steps):
             lr = trainer.learning_rate(step, cfg, WARMUP)
-            batches = [to_device(batch, device) for batch in next(upcoming)]
+            batches = [trainer.to_device(batch, device) for batch in next(upcoming)]
             totals = count(batches, auxiliary)
             sums = Counter()
             for batch in batches:  # gradients add up
@@ -361,28 +349,20 @@ def fit(cfg, modules, processor, mixture, optimizers, before, device):
                     losses = compute_losses(model, auxiliary, batch, totals)
                 losses["loss"].backward()
                 sums.update({name: loss.detach() for name, loss in losses.items()})
-            trainer.sum_gradients(parameters)
-            norm = trainer.clip_gradients(parameters)
-
-            losses, stop = trainer.sum_losses(sums, signals, device)
-            if math.isfinite(losses["loss"] + norm):
-                trainer.step_optimizers(optimizers, lr)
-                skipped = 0
-            else:
-                skipped += 1
+            line, taken, stop = trainer.take_step(optimizers, lr, sums, signals, device)
+            skipped = 0 if taken else skipped + 1
+            if skipped:
                 rows = mixture.rows_of_step(step, cfg.batch_size)
-                trainer.report_skipped(losses, norm, skipped, mixture.describe(rows))
-            trainer.zero_gradients(optimizers)
+                trainer.report_skipped(line, skipped, mixture.describe(rows))
 
-            line = {"step": step + 1, "lr": lr, **losses, "grad_norm": norm}
-            line["seconds"] = time.time() - began
-            last = stop or step + 1 == cfg.steps
-            if not stop and (last or (step + 1) % cfg.eval_every == 0):
+            line = {"step": step + 1, **line, "seconds": time.time() - began}
+            due = (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps
+            if due and not stop:
                 figures = evaluate(model, mixture, processor, auxiliary, cfg, device)
                 line |= figures
                 trainer.say(f"step {step + 1}: {figures}")
             log.write(line)
-            if last or (step + 1) % cfg.eval_every == 0:
+            if due or stop:
                 about = trainer.run_record(cfg, "sft", line, figures)
                 trainer.save_checkpoint(cfg, modules, optimizers, about)
                 save(cfg, model, processor, auxiliary, stored, about)

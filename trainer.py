@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -69,6 +70,7 @@ def check(cfg):
     at_least(cfg, 0, "lr", "seed")
     choose(cfg.dtype, ("auto", "float32", "bfloat16"), "--dtype")
     _, world = this_process()
+    folder = Path(cfg.out)
     if cfg.fsdp and world == 1:
         raise UserError("--fsdp shards over processes: start it with `torchrun --nproc_per_node 2`")
     if cfg.batch_size % world:
@@ -78,16 +80,15 @@ def check(cfg):
         raise UserError(f"{cfg.out} already holds a training run: add --resume, or change --out")
     if cfg.resume and not started:
         raise UserError(f"{cfg.out} holds no training run to resume: leave out --resume")
-    folder = Path(cfg.out)
     if (folder / "config.json").exists() and not (folder / "state").exists():
         raise UserError(f"{cfg.out} already holds a model: choose another --out")
-    if this_process()[0] == 0:
+    if is_first():
         writable(cfg.out)
 
 
 def claim_out(cfg):
     """A context that holds --out for this run alone; the first process does it for all."""
-    return claim(cfg.out) if this_process()[0] == 0 else nullcontext()
+    return claim(cfg.out) if is_first() else nullcontext()
 
 
 # ---- processes
@@ -96,6 +97,11 @@ def claim_out(cfg):
 def this_process():
     """(rank, world): which of how many processes under torchrun; (0, 1) under python."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first():
+    """Is this the process that writes files and talks?"""
+    return this_process()[0] == 0
 
 
 def start_processes(cfg):
@@ -184,6 +190,10 @@ def full_state_dict(module):
 # ---- one optimizer step
 
 
+def to_device(batch, device):
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
 def prefetch(make_batch, steps):
     """Yield make_batch(step) for each of `steps`; the next one is made in a thread meanwhile."""
     with ThreadPoolExecutor(1) as loader:
@@ -233,20 +243,32 @@ def learning_rate(step, cfg, warmup):
     return cfg.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def sum_losses(losses, signals, device):
-    """({name: loss summed over processes, a float}, whether any process got a signal)."""
-    numbers = [*(loss.detach() for loss in losses.values()), len(signals)]
-    *values, stop = sum_over_processes(numbers, device)
-    return dict(zip(losses, values)), stop > 0
+def take_step(optimizers, lr, losses, signals, device):
+    """Add up and clip the gradients, and step unless loss or gradient is no number.
+
+    losses {name: this process's share}. Returns what the log says of it (lr, the losses of all
+    processes, grad_norm), whether the step was taken, and whether any process got a signal.
+    """
+    parameters = trained_parameters(optimizers)
+    sum_gradients(parameters)
+    norm = clip_gradients(parameters)
+    shares = [*(loss.detach() for loss in losses.values()), len(signals)]
+    *sums, stop = sum_over_processes(shares, device)
+    line = {"lr": lr, **dict(zip(losses, sums)), "grad_norm": norm}
+    finite = math.isfinite(line["loss"] + norm)
+    if finite:
+        step_optimizers(optimizers, lr)
+    zero_gradients(optimizers)
+    return line, finite, stop > 0
 
 
-def report_skipped(losses, norm, count, rows):
+def report_skipped(line, count, rows):
     """Say that a step was left out since its gradient is no number; end the run if many in a row are.
 
-    `rows` are the step's, in words.
+    `line` is the log's, `rows` are the step's in words.
     """
     # one spike is bad luck; many in a row are a wrong rate or wrong data
-    text = f"loss {losses['loss']}, gradient norm {norm}; its rows: {rows}"
+    text = f"loss {line['loss']}, gradient norm {line['grad_norm']}; its rows: {rows}"
     if count == MOST_SKIPPED:
         raise UserError(f"{count} steps in a row gave no number: {text}; try a smaller --lr")
     say(f"step skipped: {text}")
@@ -313,11 +335,12 @@ def orthogonalize(x, iterations=5):
 
 def make_optimizers(modules, lr, weight_decay, dtype=torch.float32):
     """[Muon for the matrices of blocks, AdamW for all else; vectors and biases do not decay]."""
-    named = []
-    for module in modules:
-        named += [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    matrices, decayed, plain = [], [], []
-    for name, p in named:
+    matrices = []
+    decayed = []
+    plain = []
+    for name, p in chain.from_iterable(module.named_parameters() for module in modules):
+        if not p.requires_grad:
+            continue
         # embeddings, heads and robots' own layers are no blocks: their rows are told apart
         if p.ndim == 2 and re.search(r"\b(layers|blocks|attentions|mlps)\.\d", name):
             matrices.append(p)
@@ -387,7 +410,7 @@ def save_checkpoint(cfg, modules, optimizers, record):
     """
     tensors = state_tensors(modules, optimizers)
     tensors = {name: full_tensor(tensor) for name, tensor in tensors.items()}
-    if this_process()[0] == 0:
+    if is_first():
         # two are kept: the newest may be the one that a full disk or a bad step spoiled
         save_tensors(Path(cfg.out) / "state" / f"{record['step']:08d}.safetensors", tensors, record)
         for path in checkpoints(cfg.out)[:-2]:
@@ -465,14 +488,13 @@ def run_record(cfg, stage, line, figures):
 
 def say(text):
     """A line for people, from the first process."""
-    if this_process()[0] == 0:
+    if is_first():
         tqdm.write(text)
 
 
 def progress_bar(steps):
     """tqdm over a range of steps, shown by the first process."""
-    rank, _ = this_process()
-    return tqdm(steps, initial=steps.start, total=steps.stop, disable=rank > 0, unit="step")
+    return tqdm(steps, initial=steps.start, total=steps.stop, disable=not is_first(), unit="step")
 
 
 class Log:
@@ -480,7 +502,7 @@ class Log:
 
     def __init__(self, out, step):
         self.path = Path(out) / "log.jsonl"
-        self.silent = this_process()[0] > 0
+        self.silent = not is_first()
         if not self.silent:
             text = self.path.read_text() if step and self.path.exists() else ""
             with atomic(self.path) as temporary:

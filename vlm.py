@@ -5,8 +5,8 @@
                                             └─► LLM blocks 1..k ─► H_k (B, L, D): what the policy reads
                                                 └─► blocks k+1..n ─► norm ─► logits: what a user reads
 
-The network alone: processor.py makes its inputs, checkpoint.py reads its weights, positions.py
-has the places of patches and tokens.
+The network alone: processor.py makes its inputs, checkpoint.py has its sizes and reads its
+weights, positions.py has the places of patches and tokens.
 
 What Qwen3-VL (2B to 32B, and Cosmos-Reason2) does differently, wherever `qwen3` is asked:
 
@@ -28,129 +28,33 @@ video_grid_thw and second_per_grid_ts (n,). Patches come as Hugging Face's proce
 m x m neighbors after one another, so that the merger is a reshape.
 """
 
-import dataclasses
 from collections import OrderedDict
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import load_weights, read_config, read_generation_config, save_model
+from checkpoint import (
+    VisionConfig,  # noqa: F401, where the ViT's sizes are looked for
+    VLMConfig,
+    load_weights,
+    read_generation_config,
+    save_model,
+)
 from files import find_folder, reading
-from positions import branch_mask, mrope_positions, near_rows, padding_mask, pair_axes, vision_plan
+from positions import (
+    branch_mask,
+    mrope_positions,
+    near_rows,
+    padding_mask,
+    patch_angles,
+    text_angles,
+    vision_plan,
+)
 
-# ---- configuration
-
-
-MOST_BLOCKS = 1000  # a damaged file may ask for so many that nothing ends
-
-
-@dataclass
-class VisionConfig:
-    """The ViT. Field names and meanings are Hugging Face's."""
-
-    depth: int = 4
-    hidden_size: int = 192
-    intermediate_size: int = 384
-    num_heads: int = 6
-    out_hidden_size: int = 192  # the LLM's width
-    patch_size: int = 16  # pixels
-    spatial_merge_size: int = 2  # m
-    temporal_patch_size: int = 2  # frames in a patch; a still picture is shown twice
-    window_size: int = 64  # pixels: side of the squares that most blocks attend inside
-    fullatt_block_indexes: tuple = (1, 3)  # the blocks that attend to the whole frame
-    tokens_per_second: int = 2  # temporal positions a second of video
-    model_type: str = "qwen2_5_vl"  # or "qwen3_vl"
-    num_position_embeddings: int = 0  # rows of Qwen3-VL's table of places, which is a square
-    deepstack_visual_indexes: tuple = ()  # Qwen3-VL's blocks with a merger behind them
-
-    def __post_init__(self):
-        if self.qwen3:  # no windows
-            self.fullatt_block_indexes = range(self.depth)
-            assert self.num_position_embeddings > 0, "num_position_embeddings is below 1"
-        self.fullatt_block_indexes = tuple(self.fullatt_block_indexes)
-        self.deepstack_visual_indexes = tuple(self.deepstack_visual_indexes)
-        token = self.patch_size * self.spatial_merge_size  # pixels
-        assert self.window_size >= token, "window_size is smaller than a token"
-        assert 0 < self.depth < MOST_BLOCKS, "depth is no number of blocks"
-        # a head turns with rows and with columns, by two halves of as many pairs
-        assert self.hidden_size % (4 * self.num_heads) == 0, "hidden_size / num_heads / 4 is odd"
-
-    @property
-    def qwen3(self):
-        return self.model_type == "qwen3_vl"
-
-
-@dataclass
-class VLMConfig:
-    """The LLM, the special tokens and the ViT. Defaults are `nano`."""
-
-    vocab_size: int = 1038
-    hidden_size: int = 192
-    intermediate_size: int = 384
-    num_hidden_layers: int = 7
-    num_attention_heads: int = 6
-    num_key_value_heads: int = 2
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    mrope_section: tuple = (4, 6, 6)  # rotary pairs of a head for time, row, column
-    tie_word_embeddings: bool = True  # logits are read with the embedding's weights
-    max_position_embeddings: int = 4096
-    bos_token_id: int = 1024  # <|endoftext|>
-    eos_token_id: int = 1026  # <|im_end|>
-    vision_start_token_id: int = 1033
-    vision_end_token_id: int = 1034
-    image_token_id: int = 1036
-    video_token_id: int = 1037
-    model_type: str = "qwen2_5_vl"  # or "qwen3_vl"
-    head_dim: int | None = None  # Qwen3-VL's own; else hidden_size / num_attention_heads
-    vision_config: VisionConfig = field(default_factory=VisionConfig)
-
-    def __post_init__(self):
-        self.mrope_section = tuple(self.mrope_section)
-        heads = self.num_attention_heads
-        assert min(heads, self.num_key_value_heads, self.vocab_size) > 0, "a size is below 1"
-        assert 0 < self.num_hidden_layers < MOST_BLOCKS, "num_hidden_layers is no number of blocks"
-        if self.head_dim is None:
-            whole = self.hidden_size % heads == 0
-            assert whole, "hidden_size is no multiple of num_attention_heads"
-            self.head_dim = self.hidden_size // heads
-        assert heads % self.num_key_value_heads == 0, "num_key_value_heads do not divide the heads"
-        assert 2 * sum(self.mrope_section) == self.head_dim, "mrope_section is not half a head"
-        assert self.vision_config.out_hidden_size == self.hidden_size, "out_hidden_size differs"
-        assert self.vision_config.model_type == self.model_type, "model_type differs"
-
-    @property
-    def qwen3(self):
-        return self.model_type == "qwen3_vl"
-
-    @classmethod
-    def from_pretrained(cls, folder):
-        """Of a folder's config.json. UserError if it is missing, or not this architecture."""
-        fields = read_config(folder)
-        with reading(Path(folder) / "config.json"):
-            vision = VisionConfig(**fields.pop("vision_config"))
-            return cls(**fields, vision_config=vision)
-
-    def for_tokenizer(self, tokenizer):
-        """A copy with this Tokenizer's vocabulary and special tokens."""
-        ids = {name: tokenizer.special[token] for name, token in SPECIAL_FIELDS.items()}
-        return dataclasses.replace(self, vocab_size=len(tokenizer), **ids)
-
-
-SPECIAL_FIELDS = {
-    "bos_token_id": "<|endoftext|>",
-    "eos_token_id": "<|im_end|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-}
 PRESETS = {"nano": VLMConfig()}
-
 
 # ---- blocks that both sides share
 
@@ -339,18 +243,13 @@ class VisionTransformer(nn.Module):
         config = self.config
         *plan, windows, frames = vision_plan(grid_thw.tolist(), config)
         order, raster, places = (index.to(pixel_values.device) for index in plan)
-        # half of a head's pairs turn with the row, the other half with the column
-        half = config.hidden_size // config.num_heads // 2
-        pairs = torch.arange(0, half, 2, device=places.device)
-        frequency = 10000.0 ** (-pairs / half)
-        angles = places[:, :, None] * frequency  # (P, 2, d/4)
-        angles = angles.view(-1, 1, 1, half)  # for queries and keys, and all heads
         x = self.patch_embed(pixel_values[order])
         if config.qwen3:
             sizes = grid_thw[:, 1:].repeat_interleave(grid_thw.prod(1), dim=0)  # (P, 2)
             rows, shares = near_rows(places, sizes[order], config.num_position_embeddings)
             learned = self.pos_embed(rows) * shares[..., None]  # (P, 4, D)
             x = x + learned.sum(1).to(x.dtype)
+        angles = patch_angles(places, config)[:, None, None]  # for queries and keys, and all heads
         cos, sin = cos_sin(angles, x.dtype)
         deep = []
         for i, block in enumerate(self.blocks):
@@ -420,14 +319,12 @@ class Attention(nn.Module):
             mask = segments[0][1]
             return self.step(x, cos, sin, mask, cache)
         B, L, _ = x.shape
-        heads = self.heads
-        kv_heads = self.kv_heads
         qkv = self.qkv_proj(x)
         qkv = qkv.view(B, L, -1, self.head_dim)
         qkv = qkv.transpose(1, 2)  # (B, H + 2 G, L, d)
-        qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         qk = self.turn(qk, cos, sin)
-        q, k = qk.split((heads, kv_heads), dim=1)
+        q, k = qk.split((self.heads, self.kv_heads), dim=1)
         if cache is not None:
             # room for the tokens to come: nothing is copied again
             prompt = torch.cat((k, v), dim=1)
@@ -469,10 +366,8 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=False)
 
     def forward(self, x, *where):
-        y = self.input_layernorm(x)
-        x = x + self.self_attn(y, *where)
-        y = self.post_attention_layernorm(x)
-        return x + self.mlp(y)
+        x = x + self.self_attn(self.input_layernorm(x), *where)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class TextModel(nn.Module):
@@ -512,13 +407,8 @@ class VLM(nn.Module):
         self.apply(initialize)
 
     def rotary(self, positions):
-        """cos and sin of positions (3, B, L): each rotary pair of a head has its axis."""
-        config = self.config
-        pairs = torch.arange(0, config.head_dim, 2, device=positions.device)
-        frequency = config.rope_theta ** (-pairs / config.head_dim)  # (d/2,)
-        axes = torch.tensor(pair_axes(config), device=positions.device)  # (d/2,)
-        own = positions.movedim(0, -1).index_select(-1, axes)  # (B, L, d/2)
-        angles = own * frequency
+        """cos and sin of positions (3, B, L), for all heads."""
+        angles = text_angles(positions, self.config)
         return cos_sin(angles[:, None], self.model.norm.weight.dtype)
 
     def see(self, x, input_ids, media):
@@ -528,22 +418,21 @@ class VLM(nn.Module):
         deep: what is added behind the first LLM blocks, (B, L, D) each, 0 where there is text.
         """
         features = []
-        deep = [torch.zeros_like(x) for _ in self.visual.deepstack_merger_list]
+        filled = [x, *(torch.zeros_like(x) for _ in self.visual.deepstack_merger_list)]
         for token_id, pixels, grids in media:
             if pixels is None:
                 continue
-            tokens, seen, *deeper = self.visual(pixels, grids)
-            places = input_ids == token_id  # (B, L)
+            tokens, seen, *deep = self.visual(pixels, grids)
+            features.append(seen)
+            places = (input_ids == token_id)[..., None]  # (B, L, 1)
             number = int(places.sum())
             if number != len(tokens):
                 raise ValueError(f"the text has {number} places, the pictures make {len(tokens)}")
-            x = x.masked_scatter(places[..., None], tokens.to(x.dtype))
-            features.append(seen)
-            for i, part in enumerate(deeper):
-                deep[i] = deep[i].masked_scatter(places[..., None], part.to(x.dtype))
+            parts = zip(filled, (tokens, *deep))
+            filled = [part.masked_scatter(places, new.to(x.dtype)) for part, new in parts]
         if not features:
             return x, None, []
-        return x, torch.cat(features), deep
+        return filled[0], torch.cat(features), filled[1:]
 
     def forward(
         self,
@@ -574,12 +463,10 @@ class VLM(nn.Module):
         videos = (config.video_token_id, pixel_values_videos, video_grid_thw)
         x = self.model.embed_tokens(input_ids)
         x, patch_features, deep = self.see(x, input_ids, [images, videos])
-        # without segments the whole row is one text
-        masked = [(input_ids.shape[1], padding_mask(attention_mask))]
-        if segments is not None:
-            masked = []
-            for lengths in segments:
-                masked.append((sum(lengths), branch_mask(lengths, x.device)))
+        if segments is None:  # the whole row is one text
+            masked = [(input_ids.shape[1], padding_mask(attention_mask))]
+        else:
+            masked = [(sum(lengths), branch_mask(lengths, x.device)) for lengths in segments]
         cos, sin = self.rotary(position_ids)
         hidden = [x]
         for i, layer in enumerate(self.model.layers[:num_layers]):
@@ -601,7 +488,7 @@ class VLM(nn.Module):
         return VLMOutput(self.head(last), hidden, patch_features, last)
 
     def head(self, x):
-        layer = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        layer = self.lm_head or self.model.embed_tokens
         return F.linear(x, layer.weight)
 
     def step(self, tokens, mask, cache):

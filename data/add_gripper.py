@@ -38,13 +38,16 @@ class Gripper:
 # ---- elements of the new file
 
 
+def to_text(numbers):
+    """A number or an array as an attribute."""
+    return " ".join(f"{number:.9g}" for number in np.ravel(numbers))
+
+
 def add(parent, tag, **attributes):
     """A new element, whose attributes are text or numbers."""
     element = ET.SubElement(parent, tag)
     for name, value in attributes.items():
-        if not isinstance(value, str):
-            value = " ".join(f"{number:.9g}" for number in np.ravel(value))
-        element.set(name, value)
+        element.set(name, value if isinstance(value, str) else to_text(value))
     return element
 
 
@@ -160,14 +163,15 @@ def find_gripper(model, body):
     hand = model.body_parentid[moving[0]]
     axes = hand_axes(model, data, hand, y, (left + right) / 2)
 
-    shifts = []  # m along y, until either is closed
+    sides = np.array([1, -1])
+    ways = np.ptp(model.jnt_range[joints], axis=1)  # m, of either finger
+    shifts = -sides * ways / 2  # m along y, until either is closed
     tips = []  # points of either, closed, in the hand's frame
-    for joint, part, side in zip(joints, points, (1, -1), strict=True):
-        shift = -side * np.ptp(model.jnt_range[joint]) / 2
+    for part, shift in zip(points, shifts, strict=True):
         part = (part - data.xpos[hand]) @ axes
         part[:, 1] += shift
-        shifts.append(shift)
-        tips.append(part[part[:, 2] > part[:, 2].max() - TIP])
+        ends = part[:, 2] > part[:, 2].max() - TIP
+        tips.append(part[ends])
     left_face = tips[0][:, 1].min()
     right_face = tips[1][:, 1].max()
     center = (left_face + right_face) / 2
@@ -179,7 +183,7 @@ def find_gripper(model, body):
     # at 0 the faces meet there, whether or not the file's fingers go so far
     shifts += center - np.array([left_face, right_face])
     poses = []
-    for finger, shift, side in zip(moving, shifts, (1, -1), strict=True):
+    for finger, shift, side in zip(moving, shifts, sides, strict=True):
         pos = (data.xpos[finger] - data.xpos[hand]) @ axes
         pos[1] += shift
         turned = data.xmat[finger].reshape(3, 3)
@@ -187,9 +191,9 @@ def find_gripper(model, body):
         mujoco.mju_mat2Quat(quat, (axes.T @ turned).ravel())
         poses.append((pos, quat, side * y @ turned))
     apart = max(0.0, (left_face - right_face) / 2)  # what overlaps meets before it is closed
-    travel = np.ptp(model.jnt_range[joints], axis=1).min()
+    ranges = np.array([apart, apart + ways.min()])
     axes = data.xmat[hand].reshape(3, 3).T @ axes
-    return Gripper(hand, moving, axes, tcp, poses, np.array([apart, apart + travel])), ""
+    return Gripper(hand, moving, axes, tcp, poses, ranges), ""
 
 
 # ---- into the new file
@@ -224,8 +228,9 @@ def add_finger(hand, assets, model, gripper, side, stiffness, damping):
             body = add(hand, "body", name=f"{name}_finger", pos=pos, quat=quat)
             body.set("childclass", "finger")
         else:
+            parent = bodies[model.body_parentid[i]]
             place = {"pos": model.body_pos[i], "quat": model.body_quat[i]}
-            body = add(bodies[model.body_parentid[i]], "body", name=f"part{i}", **place)
+            body = add(parent, "body", name=f"part{i}", **place)
         body.set("gravcomp", "1")
         bodies[i] = body
         add_inertial(body, model, i)
@@ -252,19 +257,19 @@ def add_gripper(hand, root, model, gripper, servos):
     camera = hand.find("camera")
     tool = hand.find("site")
     # the camera sees the tool as the other arms' do
-    place = np.array(camera.get("pos").split(), float) - np.array(tool.get("pos").split(), float)
+    eye, old_tcp = (np.array(part.get("pos").split(), float) for part in (camera, tool))
     for part in [part for part in hand if part.tag in ("body", "geom", "inertial")]:
         hand.remove(part)
-    for part, pos in ((tool, gripper.tcp), (camera, gripper.tcp + place)):
-        part.set("pos", " ".join(f"{number:.9g}" for number in pos))
+    tool.set("pos", to_text(gripper.tcp))
+    camera.set("pos", to_text(gripper.tcp + (eye - old_tcp)))
     servo = root.find("actuator/position[@tendon='fingers']")
-    servo.set("ctrlrange", f"-0.01 {gripper.ranges[1]:.9g}")
+    servo.set("ctrlrange", to_text([-0.01, gripper.ranges[1]]))
     kp, kv, force = servos[:, :3].sum(axis=0)  # one of them may drive both
     if kp > 0:
         unlimited = np.any((servos[:, 0] > 0) & (servos[:, 2] == 0))
         force = 0.0 if unlimited else force  # 0 0 is no limit in MJCF
-        servo.set("kp", f"{kp:.9g}")
-        servo.set("forcerange", f"{-force:.9g} {force:.9g}")
+        servo.set("kp", to_text(kp))
+        servo.set("forcerange", to_text([-force, force]))
     stiffness = float(servo.get("kp")) / 2  # of either finger
     assets = add(root, "asset")
     for side in range(2):

@@ -41,13 +41,6 @@ class AddConfig:
     gripper: str = ""  # its MJCF file, or "xarm6"; empty: behind --site, else the xArm-6's
 
 
-def refuse(reasons):
-    """UserError with the first of {reason: bool} that holds."""
-    for reason, holds in reasons.items():
-        if holds:
-            raise UserError(reason)
-
-
 # ---- the user's file
 
 
@@ -84,8 +77,8 @@ def find_path(model, config, gripper):
     turning = [body for body in path if model.body_jntnum[body]]
     for body in turning:
         refuse_what_is_lost(model, body)
-    few = f"{len(turning)} joints before {config.site}: the tasks need five"
-    refuse({few: len(turning) < 5})
+    if len(turning) < 5:
+        raise UserError(f"{len(turning)} joints before {config.site}: the tasks need five")
 
     if path[0] == turning[0]:
         path.insert(0, 0)  # it stands on the world itself
@@ -97,9 +90,11 @@ def find_path(model, config, gripper):
     pedestal = np.any(np.abs(column) > 0.01)
     away = (flange.xpos - data.xpos[turning[-2]]) @ flange.xmat.reshape(3, 3)
     sideways = not gripper and away[2] < 0.3 * np.linalg.norm(away)
-    which = f"say with --base which stands on the table: {', '.join(names)}"
-    turned = f"z of {config.site} is not outwards: say with --axes which is, such as x,y"
-    refuse({which: pedestal and not config.base, turned: sideways and not config.axes})
+    if pedestal and not config.base:
+        raise UserError(f"say with --base which stands on the table: {', '.join(names)}")
+    if sideways and not config.axes:
+        advice = "say with --axes which is, such as x,y"
+        raise UserError(f"z of {config.site} is not outwards: {advice}")
     base = choose(config.base or names[0], names, "--base")
     return path[names.index(base) :]  # what it stands on in the file is left out
 
@@ -122,7 +117,9 @@ def refuse_what_is_lost(model, body):
     }
     whose = f"cannot be kept: the joint of body {model.body(body).name}"
     advice = "take that out of a copy of the file, if the arm can do without"
-    refuse({f"{whose} {reason}; {advice}": holds for reason, holds in reasons.items()})
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(f"{whose} {reason}; {advice}")
 
 
 def measure_servos(model, joints):
@@ -228,8 +225,9 @@ def write_arm(config, root):
     reason = "asked for with --gripper"
     if config.gripper != GRIPPER:
         gripper, reason = find_gripper(model, flange.bodyid[0])
-    cannot = f"--gripper {config.gripper} cannot be kept, {reason}; leave it out for the xArm-6's"
-    refuse({cannot: config.gripper and not gripper and config.gripper != GRIPPER})
+        if config.gripper and not gripper:
+            cannot = f"--gripper {config.gripper} cannot be kept, {reason}"
+            raise UserError(f"{cannot}; leave it out for the xArm-6's")
     path = find_path(model, config, gripper)
     hand = root.find(".//body[@name='hand']")
     hand.append(root.find(".//camera"))
@@ -319,11 +317,12 @@ def find_workspace(robot):
         if best[0]:
             break
     _, near, far, *home = best  # none where no pose was found
-    found = f"only from {near:.2f} to {far:.2f} m" if best[0] else "and no pose was found"
-    short = (
-        f"with this gripper the arm cannot point straight down along 0.2 m of the table, {found}"
-    )
-    refuse({f"{short}: are --base, --site and --axes right?": far - near < 0.2})
+    if far - near < 0.2:
+        found = f"only from {near:.2f} to {far:.2f} m" if best[0] else "and no pose was found"
+        raise UserError(
+            "with this gripper the arm cannot point straight down along 0.2 m of the table, "
+            f"{found}: are --base, --site and --axes right?"
+        )
     scale = min(1.0, round((far - near) / 0.53, 2))  # 1 for arms with 0.53 m, as the xArms
     center = far - 0.21 * scale
     # 20 cm above the near half of the region, at scale 1
@@ -364,15 +363,12 @@ def main():
     config = parse(AddConfig, description="Add your own arm, from its MJCF file.")
     path = ARMS / f"{config.name}.xml"
     named = f"--name {config.name}:"
-    plain = re.fullmatch("[a-z][a-z0-9_]*", config.name)
-    missing = "" in (config.mjcf, config.name)
-    refuse(
-        {
-            "say which arm: python -m data.add_robot --mjcf arm.xml --name my_arm": missing,
-            f"{named} lower-case letters, digits and underscores only": not plain,
-            f"{named} there is such a robot already; delete {path} first": path.exists(),
-        }
-    )
+    if "" in (config.mjcf, config.name):
+        raise UserError("say which arm: python -m data.add_robot --mjcf arm.xml --name my_arm")
+    if not re.fullmatch("[a-z][a-z0-9_]*", config.name):
+        raise UserError(f"{named} lower-case letters, digits and underscores only")
+    if path.exists():
+        raise UserError(f"{named} there is such a robot already; delete {path} first")
     with atomic(path) as temporary:  # a refusal leaves nothing behind
         robot = convert(config, temporary)
     print(

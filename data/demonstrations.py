@@ -19,6 +19,7 @@ horizon, A and S action and state dims, padded to the largest robot's.
 """
 
 import hashlib
+from collections import defaultdict
 from itertools import groupby
 from pathlib import Path
 
@@ -58,9 +59,10 @@ def select_episodes(cfg, known):
         members = [episode for episode in cell if not new or episode.robot in new]
         episodes += members[: cfg.demonstrations or None]
     if not episodes:
-        wanted = f"--robots {cfg.robots} and --tasks {cfg.tasks}"
-        advice = f"record them with `python -m data.record --out {cfg.data}`"
-        raise UserError(f"{cfg.data} holds no episodes of {wanted}: {advice}")
+        raise UserError(
+            f"{cfg.data} holds no episodes of --robots {cfg.robots} and --tasks {cfg.tasks}: "
+            f"record them with `python -m data.record --out {cfg.data}`"
+        )
     return episodes
 
 
@@ -174,20 +176,22 @@ class Demonstrations:
         self.frame = np.array([(i, j) for i, count in enumerate(counts) for j in range(count)])
         self.has_future = self.frame[:, 1] + self.ahead < np.repeat(counts, counts)
         self.embodiment = np.repeat(indices, counts)
-        self.cells = sorted({cell_of(episode) for episode in episodes})
-        self.split(episodes)
+        self.cells = sorted(set(map(cell_of, episodes)))
+        self.split()
         self.partner = self.find_partners(counts)
 
-    def split(self, episodes):
+    def split(self):
         """Set every HELD_OUT-th episode of a cell aside; new ones come last, so those aside stay."""
+        number = self.frame[:, 0]  # of each row's episode
         self.held_out = []
         for cell in self.cells:
-            members = [i for i, episode in enumerate(episodes) if cell_of(episode) == cell]
+            members = [i for i, episode in enumerate(self.episodes) if cell_of(episode) == cell]
             # a small cell still has one to look at, and one to learn from
             aside = members[HELD_OUT - 1 :: HELD_OUT] or members[1:][-1:]
-            self.held_out.append(np.flatnonzero(np.isin(self.frame[:, 0], aside)))
-        rows = np.arange(len(self.frame))
-        self.train = np.setdiff1d(rows, np.concatenate(self.held_out))
+            rows = np.flatnonzero(np.isin(number, aside))
+            self.held_out.append(rows)
+        aside = np.concatenate(self.held_out)
+        self.train = np.setdiff1d(np.arange(len(number)), aside)
 
     def find_partners(self, counts):
         """(R,) for each row the one of the layout's other command at the same step.
@@ -195,28 +199,32 @@ class Demonstrations:
         Itself where there is none, or only one that is held out.
         """
         first = np.cumsum([0, *counts])  # row of each episode's first frame
-        layouts = {}
+        layouts = defaultdict(list)
         for i, episode in enumerate(self.episodes):
-            layouts.setdefault((*cell_of(episode), episode.seed), []).append(i)
-        partner = np.arange(len(self.frame))
+            layouts[(*cell_of(episode), episode.seed)].append(i)
+        itself = np.arange(len(self.frame))
+        partner = itself.copy()
         for members in layouts.values():
             for i, j in zip(members, members[1:] + members[:1]):
+                # the last frame of a shorter one
                 frames = np.arange(counts[i]).clip(max=counts[j] - 1)
                 partner[first[i] : first[i + 1]] = first[j] + frames
-        return np.where(np.isin(partner, self.train), partner, np.arange(len(partner)))
+        return np.where(np.isin(partner, self.train), partner, itself)
 
     def numbers(self, rows):
         """state (n, S) and action (n, T, A) of rows (n,); zeros where a robot has fewer numbers."""
-        S = max(robot.state_dim for robot in self.embodiments.values())
-        A = max(robot.action_dim for robot in self.embodiments.values())
+        robots = self.embodiments.values()
+        S = max(robot.state_dim for robot in robots)
+        A = max(robot.action_dim for robot in robots)
         state = torch.zeros(len(rows), S)
         action = torch.zeros(len(rows), self.horizon, A)
+        ahead = np.arange(self.horizon)
         for row, (i, frame) in enumerate(self.frame[rows]):
             episode = self.episodes[i]
+            robot = self.embodiments[episode.robot]
             step = frame * FRAME_STRIDE
             # past its end the last action is held
-            steps = np.arange(step, step + self.horizon).clip(max=len(episode) - 1)
-            robot = self.embodiments[episode.robot]
+            steps = (step + ahead).clip(max=len(episode) - 1)
             state[row, : robot.state_dim] = torch.from_numpy(episode.state[step])
             action[row, :, : robot.action_dim] = torch.from_numpy(episode.action[steps])
         return state, action
@@ -224,16 +232,15 @@ class Demonstrations:
     def waypoints(self, rows):
         """(n, W, 3) m: where the tool is T, 2 T, ... steps after each row, or at the episode's end."""
         ahead = self.horizon * np.arange(1, self.num_waypoints + 1)
-        places = []
-        for i, frame in self.frame[rows]:
+        # nobody says where an imported state has the tool
+        places = np.zeros((len(rows), len(ahead), 3), np.float32)
+        for row, (i, frame) in enumerate(self.frame[rows]):
             episode = self.episodes[i]
-            steps = (frame * FRAME_STRIDE + ahead).clip(max=len(episode) - 1)
-            first = episode.action.shape[1]  # it stands behind joints and finger
             if episode.robot in ROBOTS:
-                places.append(episode.state[steps, first : first + 3])
-            else:  # nobody says where an imported state has the tool
-                places.append(np.zeros((len(steps), 3), np.float32))
-        return np.array(places)
+                steps = (frame * FRAME_STRIDE + ahead).clip(max=len(episode) - 1)
+                first = episode.action.shape[1]  # it stands behind joints and finger
+                places[row] = episode.state[steps, first : first + 3]
+        return places
 
     def fit_statistics(self, normalizer):
         """Fit a policy's normalizer to the training rows of robots that have no statistics yet."""
@@ -255,8 +262,9 @@ class Demonstrations:
         # in an episode only the words tell the two apart. Rows without one leave theirs as drawn.
         half = len(rows) // 2
         first = rows[:half]
+        second = rows[half : 2 * half]  # a view
         other = self.partner[first]
-        rows[half : 2 * half] = np.where(other == first, rows[half : 2 * half], other)
+        second[:] = np.where(other == first, second, other)
         order = np.argsort(self.embodiment[rows], kind="stable")
         return rows[order]
 
@@ -278,11 +286,13 @@ class Demonstrations:
             states = [torch.as_tensor(self.hidden[i][int(j)]) for i, j in frames]
             real = [torch.ones(len(state), dtype=torch.bool) for state in states]
             # the policy casts float16 itself
-            batch[f"{name}hidden"] = pad_sequence(states, batch_first=True)  # (B, L, Dc)
-            batch[f"{name}mask"] = pad_sequence(real, batch_first=True)  # (B, L)
+            batch[f"{name}hidden"] = pad_sequence(states, True)  # (B, L, Dc)
+            batch[f"{name}mask"] = pad_sequence(real, True)  # (B, L)
         return batch
 
     def describe(self, rows):
         """Rows in words, for whoever looks for a bad one."""
-        frames = self.frame[rows]
-        return ", ".join(f"{self.episodes[i].path.name} step {j * FRAME_STRIDE}" for i, j in frames)
+        words = []
+        for i, frame in self.frame[rows]:
+            words.append(f"{self.episodes[i].path.name} step {frame * FRAME_STRIDE}")
+        return ", ".join(words)

@@ -227,7 +227,7 @@ class TabletopEnv:
         self.pads = []
         for side in ("left_pad", "right_pad"):
             self.pads.append([i for i, name in enumerate(names) if name.startswith(side)])
-        self.cameras = {}  # {size: Camera}, opened with the first picture
+        self.camera = Camera(self.model)
 
     # ---- gymnasium's two verbs
 
@@ -383,14 +383,10 @@ class TabletopEnv:
 
     def draw(self, view, size=IMAGE_SIZE, **how):
         """A picture of a camera, see Camera.draw. UserError where there is no GL."""
-        if size not in self.cameras:
-            self.cameras[size] = Camera(self.model, size)
-        return self.cameras[size].draw(self.data, view, **how)
+        return self.camera.draw(self.data, view, size, **how)
 
     def close(self):
-        for camera in self.cameras.values():
-            camera.close()
-        self.cameras = {}
+        self.camera.close()
 
     # ---- the true state: for success tests, the expert and scenes
 

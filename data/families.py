@@ -32,6 +32,7 @@ BIN_COLORS = ("white", "red", "green", "yellow", "purple")
 BALL_COLORS = ("blue", "red", "green", "yellow", "orange")
 GAP = 0.088  # m between the centers of neighbors: room for the open fingers
 CUBES = ("cube0", "cube1", "cube2")
+TWO_CUBES = CUBES[:2]
 BALLS = ("ball0", "ball1")
 BINS = ("bin0", "bin1")
 TARGETS = ("target0", "target1", "target2", "target3")  # ahead of two cubes, then behind them
@@ -74,8 +75,9 @@ class Table:
 
     def label(self, body):
         """What people call it, such as "red cube"."""
-        color = "green" if kind_of(body) == "marker" else self.colors.get(body)
-        return f"{color} {kind_of(body)}" if color else kind_of(body)
+        kind = kind_of(body)
+        color = "green" if kind == "marker" else self.colors.get(body)
+        return f"{color} {kind}" if color else kind
 
     def things(self, command):
         """The labels of what a command is about, in the order of its roles."""
@@ -89,7 +91,6 @@ class Table:
 class Family:
     """bodies: those of data/objects/things.xml that lie there. arrange(robot, rng) -> a Table."""
 
-    name: str
     bodies: tuple
     arrange: Callable
 
@@ -103,7 +104,7 @@ def scatter(robot, rng, boxes, gap=GAP):
     Boxes are for an arm of scale 1.
     """
     # all at once, again until they fit: one after another the last would have no place left
-    low, high = np.array(boxes).transpose(1, 0, 2) * robot.scale  # (n, 2) each
+    low, high = np.swapaxes(boxes, 0, 1) * robot.scale  # (n, 2) each
     first, second = np.triu_indices(len(low), 1)
     while True:
         points = rng.uniform(low, high)
@@ -129,6 +130,7 @@ def turned(rng, cubes, points):
     """{body: (position, yaw)} of cubes on the table, turned anyhow."""
     layout = {}
     for cube, (x, y) in zip(cubes, points):
+        # 0.02: half a cube's side, m
         yaw = rng.uniform(0, 2 * np.pi)
         layout[cube] = ((x, y, 0.02), yaw)
     return layout
@@ -150,7 +152,8 @@ def picks(cubes):
 
 
 def stacks(cubes):
-    return [Command("StackCube", {"cubeA": a, "cubeB": b}) for a, b in permutations(cubes, 2)]
+    pairs = permutations(cubes, 2)
+    return [Command("StackCube", {"cubeA": a, "cubeB": b}) for a, b in pairs]
 
 
 def places(balls, bins):
@@ -169,72 +172,76 @@ def which_cube(robot, rng):
 
 
 def which_way(robot, rng):
-    cubes = CUBES[:2]
     # one to the left and one to the right, so that neither is in the other's way
-    boxes = [box(0, 0.135, 0.05, 0.025), box(0, -0.135, 0.05, 0.025)]
-    points = scatter(robot, rng, boxes)
-    layout = straight(cubes, points, 0.02)
-    for way, targets in ((1, TARGETS[:2]), (-1, TARGETS[2:])):
-        # 0.5 mm up, so that the rings are seen
-        layout |= straight(targets, points + (way * 0.2 * robot.scale, 0), 0.0005)
+    left = box(0, 0.135, 0.05, 0.025)
+    right = box(0, -0.135, 0.05, 0.025)
+    points = scatter(robot, rng, [left, right])
+    layout = straight(TWO_CUBES, points, 0.02)
+    away = (0.2 * robot.scale, 0)
+    # 0.5 mm up, so that the rings are seen
+    layout |= straight(TARGETS, [*(points + away), *(points - away)], 0.0005)
     commands = []
-    for cube, ahead, behind in zip(cubes, TARGETS[:2], TARGETS[2:]):
-        commands.append(Command("PushCube", {"cube": cube, "goal": ahead}))
-        commands.append(Command("PullCube", {"cube": cube, "goal": behind}))
-    return Table(layout, colored(rng, cubes, RGBA), commands)
+    for i, cube in enumerate(TWO_CUBES):
+        commands.append(Command("PushCube", {"cube": cube, "goal": TARGETS[i]}))
+        commands.append(Command("PullCube", {"cube": cube, "goal": TARGETS[i + 2]}))
+    return Table(layout, colored(rng, TWO_CUBES, RGBA), commands)
 
 
 def which_stack(robot, rng):
-    layout = turned(rng, CUBES, scatter(robot, rng, [ANYWHERE] * 3))
+    points = scatter(robot, rng, [ANYWHERE] * 3)
+    layout = turned(rng, CUBES, points)
     return Table(layout, colored(rng, CUBES, RGBA), stacks(CUBES))
 
 
 def which_bin(robot, rng):
     # balls nearer to the robot than bins
-    boxes = [box(-0.08, 0, 0.05)] * 2 + [box(0.06, 0, 0.05)] * 2
-    points = scatter(robot, rng, boxes)
+    near = box(-0.08, 0, 0.05)
+    far = box(0.06, 0, 0.05)
+    points = scatter(robot, rng, [near, near, far, far])
+    # heights are those of PlaceSphere's ball and bin
     layout = straight(BALLS, points[:2], 0.02)
     layout |= straight(BINS, points[2:], 0.0025)
     # a ball may have the color of a bin: the words say which is meant
-    colors = colored(rng, BALLS, BALL_COLORS) | colored(rng, BINS, BIN_COLORS)
+    colors = colored(rng, BALLS, BALL_COLORS)
+    colors |= colored(rng, BINS, BIN_COLORS)
     return Table(layout, colors, places(BALLS, BINS))
 
 
 def peg_or_cube(robot, rng):
-    cubes = CUBES[:2]
     # the peg lies along x on one side, the cubes on the other
     side = rng.choice([-1, 1])
-    boxes = [box(0, 0.1 * side, 0.06, 0.03)]
-    boxes += [box(0, -0.09 * side, 0.1, 0.08)] * 3
-    peg, *points, goal = scatter(robot, rng, boxes)
-    layout = turned(rng, cubes, points)
+    here = box(0, 0.1 * side, 0.06, 0.03)
+    there = box(0, -0.09 * side, 0.1, 0.08)
+    peg, *points, goal = scatter(robot, rng, [here, there, there, there])
+    layout = turned(rng, TWO_CUBES, points)
     layout["peg0"] = ((*peg, PEG_RADIUS), 0.0)
     layout["marker0"] = floating(robot, rng, goal)
-    commands = [Command("LiftPegUpright", {"peg": "peg0"}), *picks(cubes)]
-    return Table(layout, colored(rng, cubes, RGBA), commands)
+    lift = Command("LiftPegUpright", {"peg": "peg0"})
+    return Table(layout, colored(rng, TWO_CUBES, RGBA), [lift, *picks(TWO_CUBES)])
 
 
 def mixed(robot, rng):
-    cubes = CUBES[:2]
     *points, ball, bin_, goal = scatter(robot, rng, [ANYWHERE] * 5, 0.08)
-    layout = turned(rng, cubes, points)
-    layout |= straight(BALLS[:1], [ball], 0.02)
-    layout |= straight(BINS[:1], [bin_], 0.0025)
+    layout = turned(rng, TWO_CUBES, points)
+    layout |= straight(["ball0"], [ball], 0.02)
+    layout |= straight(["bin0"], [bin_], 0.0025)
     layout["marker0"] = floating(robot, rng, goal)
-    colors = colored(rng, cubes, RGBA)
-    colors |= colored(rng, BALLS[:1], BALL_COLORS)
-    colors |= colored(rng, BINS[:1], BIN_COLORS)
-    commands = picks(cubes) + stacks(cubes) + places(BALLS[:1], BINS[:1])
+    colors = colored(rng, TWO_CUBES, RGBA)
+    colors |= colored(rng, ["ball0"], BALL_COLORS)
+    colors |= colored(rng, ["bin0"], BIN_COLORS)
+    commands = picks(TWO_CUBES)
+    commands += stacks(TWO_CUBES)
+    commands += places(["ball0"], ["bin0"])
     return Table(layout, colors, commands)
 
 
 FAMILIES = {
-    "which_cube": Family("which_cube", (*CUBES, "marker0"), which_cube),
-    "which_way": Family("which_way", (*CUBES[:2], *TARGETS), which_way),
-    "which_stack": Family("which_stack", CUBES, which_stack),
-    "which_bin": Family("which_bin", (*BALLS, *BINS), which_bin),
-    "peg_or_cube": Family("peg_or_cube", (*CUBES[:2], "peg0", "marker0"), peg_or_cube),
-    "mixed": Family("mixed", (*CUBES[:2], "ball0", "bin0", "marker0"), mixed),
+    "which_cube": Family((*CUBES, "marker0"), which_cube),
+    "which_way": Family((*TWO_CUBES, *TARGETS), which_way),
+    "which_stack": Family(CUBES, which_stack),
+    "which_bin": Family((*BALLS, *BINS), which_bin),
+    "peg_or_cube": Family((*TWO_CUBES, "peg0", "marker0"), peg_or_cube),
+    "mixed": Family((*TWO_CUBES, "ball0", "bin0", "marker0"), mixed),
 }
 
 
@@ -246,23 +253,24 @@ def arrange(family, robot, rng, new=False):
     while True:
         table = family.arrange(robot, rng)
         # in any order: the first two are what is played
-        table.commands = [table.commands[i] for i in rng.permutation(len(table.commands))]
-        fresh = [command for command in table.commands if table.is_new(command)]
-        seen = [command for command in table.commands if not table.is_new(command)]
-        if new and fresh and seen:
-            table.commands = [*fresh[:1], *seen]
-            return table
-        if not new and len(seen) > 1:
-            table.commands = seen
+        order = rng.permutation(len(table.commands))
+        fresh = []
+        seen = []
+        for i in order:
+            command = table.commands[i]
+            kind = fresh if table.is_new(command) else seen
+            kind.append(command)
+        first = fresh[:1] if new else []
+        table.commands = first + seen
+        if len(table.commands) > 1 and (first or not new):
             return table
 
 
 def table_of(task, robot, rng):
     """The Table of a task that has it to itself: its bodies are called as their roles."""
     layout = task.spawn(robot, rng)
-    roles = {body: body for body in layout}
-    command = Command(task.name, roles)
-    return Table(layout, {}, [command])
+    roles = dict(zip(layout, layout))
+    return Table(layout, {}, [Command(task.name, roles)])
 
 
 # ---- in words
@@ -272,8 +280,10 @@ def names_of(table, body):
     """Words for a thing by its color."""
     label = table.label(body)
     kind = kind_of(body)
-    other = label.replace(kind, OTHER_NAMES.get(kind, kind))
-    return list(dict.fromkeys([f"the {label}", f"the {other}"]))
+    names = [f"the {label}"]
+    if kind in OTHER_NAMES:
+        names.append(f"the {label.replace(kind, OTHER_NAMES[kind])}")
+    return names
 
 
 def relations(table, body):
@@ -286,16 +296,16 @@ def relations(table, body):
     if not others:
         return [f"the {kind}"]
     x, y, _ = table.layout[body][0]
-    places = np.array([table.layout[other][0][:2] for other in others])
+    xs, ys, _ = np.transpose([table.layout[other][0] for other in others])
     words = []
     # as the front camera sees it: its right is the robot's left
-    if y > places[:, 1].max() + CLEAR:
+    if y > ys.max() + CLEAR:
         words += [f"the {kind} on the right", f"the right {kind}"]
-    if y < places[:, 1].min() - CLEAR:
+    if y < ys.min() - CLEAR:
         words += [f"the {kind} on the left", f"the left {kind}"]
-    if x < places[:, 0].min() - CLEAR:
+    if x < xs.min() - CLEAR:
         words += [f"the {kind} nearest to the robot", f"the nearest {kind}"]
-    if x > places[:, 0].max() + CLEAR:
+    if x > xs.max() + CLEAR:
         words += [f"the {kind} farthest from the robot", f"the farthest {kind}"]
     return words
 
@@ -305,10 +315,9 @@ def plain(task, things):
 
     things: their labels, in the order of the task's roles.
     """
-    names = {}
-    for role, thing in zip(TASKS[task].labels, things):
-        names[role] = f"the {thing}"
-    return TASKS[task].commands[0].format(**names)
+    names = [f"the {thing}" for thing in things]
+    roles = dict(zip(TASKS[task].labels, names))
+    return TASKS[task].commands[0].format(**roles)
 
 
 def sequence(table, number, rng):
@@ -322,7 +331,7 @@ def sequence(table, number, rng):
         # bodies that earlier commands move or fill
         touched = [body for command in early for body in command.roles.values()]
         own = list(last.roles.values())
-        stacked = [command.roles["cubeA"] for command in early if command.task == "StackCube"]
+        stacked = [command.roles.get("cubeA") for command in early]
         if last.task == "PickCube" and own[0] in stacked:
             own = own[1:]
         touched += own

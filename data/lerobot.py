@@ -165,8 +165,11 @@ def find_relative(state, action, state_names, action_names):
 def describe_targets(relative, names):
     """A line for people: which numbers of the action are learned relative to the state."""
     names = names or [f"number {i}" for i in range(len(relative))]
-    targets = [name for name, index in zip(names, relative, strict=True) if index >= 0]
-    others = [name for name, index in zip(names, relative, strict=True) if index < 0]
+    targets = []
+    others = []
+    for name, index in zip(names, relative, strict=True):
+        kind = targets if index >= 0 else others
+        kind.append(name)
     said = f"learned relative to the state: {', '.join(targets) or 'none'}"
     return f"{said}; as they are: {', '.join(others) or 'none'}"
 
@@ -249,19 +252,28 @@ def import_dataset(source, out, flags):
     name = folder.resolve().name if here else source.rpartition("/")[2]
     name = re.sub(r"[^\w.-]", "_", name)
     # "dataset" tells data/record.py that robot and task are not the simulator's
-    about = {"robot": robot, "scene": name, "command": 0, "noise": 0.0, "maker": "lerobot"}
-    about |= {"dataset": str(source), "fps": dataset.fps, "cameras": views}
-    about["state_names"] = names_of(dataset.features[dataset.state])
-    about["action_names"] = names_of(dataset.features[dataset.action])
+    state_names = names_of(dataset.features[dataset.state])
+    action_names = names_of(dataset.features[dataset.action])
+    about = {
+        "robot": robot,
+        "scene": name,
+        "command": 0,
+        "noise": 0.0,
+        "maker": "lerobot",
+        "dataset": str(source),
+        "fps": dataset.fps,
+        "cameras": views,
+        "state_names": state_names,
+        "action_names": action_names,
+    }
     recordings = read_recordings(dataset)
     # what cannot be one robot's is told before the work, not when the episodes are read
     with reading(dataset.about):
         state = np.concatenate([recording.state for recording in recordings])
         action = np.concatenate([recording.action for recording in recordings])
-        names = about["state_names"], about["action_names"]
-        about["relative"] = find_relative(state, action, *names)
+        about["relative"] = find_relative(state, action, state_names, action_names)
         embodiment_of(about, state.shape[1], action.shape[1])
-    print(describe_targets(about["relative"], about["action_names"]))
+    print(describe_targets(about["relative"], action_names))
     with atomic_folder(out) as new:
         entries = zip(dataset.entries, recordings, strict=True)
         for entry, recording in tqdm(entries, total=len(recordings), unit="episode"):

@@ -17,7 +17,6 @@ L frames of an episode, S and A numbers of state and action; times in s.
 
 import importlib
 import json
-import re
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain
@@ -27,7 +26,7 @@ import numpy as np
 
 from cli import UserError, choose
 from data.media import load_image
-from files import inside, read_json, read_text, reading, whole_files
+from files import find_or_fetch, inside, read_json, read_text, reading, whole_files
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 # columns that are no feature of the robot
@@ -83,19 +82,11 @@ def find_dataset(source, cameras=()):
 
     UserError if there is neither.
     """
-    folder = Path(source)
-    # what begins like a folder that is here is a mistyped folder, not a hub name
-    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(source)) and not Path(folder.parts[0]).exists()
-    if folder.exists() or not on_hub:
-        return folder
-    # the newest version, not lerobot's tag of a format: older ones are read too
-    from huggingface_hub import snapshot_download  # slow to load, and rarely needed
-
     # both layouts: videos/<camera>/chunk-000/ and videos/chunk-000/<camera>/
     films = [f"videos/*{camera}/*" for camera in cameras] or ["videos/*"]
-    with reading(source, "there is no folder of this name, and none on the hub, or no connection"):
-        patterns = ["meta/*", "data/*", "images/*", *films]
-        return Path(snapshot_download(source, repo_type="dataset", allow_patterns=patterns))
+    # the newest version, not lerobot's tag of a format: older ones are read too
+    patterns = ["meta/*", "data/*", "images/*", *films]
+    return find_or_fetch(source, repo_type="dataset", allow_patterns=patterns)
 
 
 def names_of(feature):

@@ -178,15 +178,11 @@ def write_tasks(path, sentences):
     """
     arrow = extra("pyarrow")
     index = "__index_level_0__"  # pandas' name for an index without one
-    columns = []
-    for name, field, kind, type_ in (
-        ("task_index", "task_index", "int64", "int64"),
-        (None, index, "unicode", "object"),
-    ):
-        column = {"name": name, "field_name": field, "pandas_type": kind, "numpy_type": type_}
-        columns.append(column | {"metadata": None})
+    keys = ("name", "field_name", "pandas_type", "numpy_type", "metadata")
+    number = dict(zip(keys, ("task_index", "task_index", "int64", "int64", None)))
+    sentence = dict(zip(keys, (None, index, "unicode", "object", None)))
     # without this pandas would number the rows, and lerobot take a number for the sentence
-    about = {"index_columns": [index], "column_indexes": [], "columns": columns}
+    about = {"index_columns": [index], "column_indexes": [], "columns": [number, sentence]}
     # row i is task i
     table = arrow.table({"task_index": range(len(sentences)), index: sentences})
     table = table.replace_schema_metadata({"pandas": json.dumps(about)})
@@ -297,11 +293,18 @@ def write_rows(out, episodes, fps):
         writer.write_table(table)
         pixels, clips = film_episode(films, episode)
         own = {name: values.reshape(len(episode), -1) for name, values in columns.items()} | pixels
-        row = {"episode_index": number, "tasks": [episode.instruction], "length": len(episode)}
-        row |= {"data/chunk_index": 0, "data/file_index": 0}
-        row |= {"dataset_from_index": first, "dataset_to_index": first + len(episode)}
-        row |= clips
-        row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
+        row = {
+            "episode_index": number,
+            "tasks": [episode.instruction],
+            "length": len(episode),
+            "data/chunk_index": 0,
+            "data/file_index": 0,
+            "dataset_from_index": first,
+            "dataset_to_index": first + len(episode),
+            **clips,
+            "meta/episodes/chunk_index": 0,
+            "meta/episodes/file_index": 0,
+        }
         # lerobot merges and edits datasets by these
         for feature, table in all_statistics(own).items():
             row |= {f"stats/{feature}/{name}": values for name, values in table.items()}

@@ -130,7 +130,7 @@ class MetaWorldEnv:
         self.inner = make_inner(task)
         self.expert = ENV_POLICY_MAP[f"{task}-v3"]()
         set_cameras(self.inner.model)
-        self.cameras = {}  # {size: Camera}, opened with the first picture
+        self.camera = Camera(self.inner.model)
 
     def reset(self, seed=0, instruction=None):
         """Goals and places drawn from `seed`; instruction: another sentence."""
@@ -173,18 +173,13 @@ class MetaWorldEnv:
 
     def draw(self, view, size=IMAGE_SIZE, pretty=False):
         """(size, size, 3) uint8: "front", "wrist", or "render" for people."""
-        picture = self.camera(size).draw(self.inner.data, CAMERAS[view], pretty)
+        picture = self.camera.draw(self.inner.data, CAMERAS[view], size, pretty)
         return picture if view == "wrist" else picture[::-1, ::-1].copy()
 
     def segment(self, view, size=IMAGE_SIZE):
         """What the pixels of a picture show, see Camera.segment."""
-        both = self.camera(size).segment(self.inner.data, CAMERAS[view])
+        both = self.camera.segment(self.inner.data, CAMERAS[view], size)
         return both if view == "wrist" else [part[::-1, ::-1] for part in both]
-
-    def camera(self, size):
-        if size not in self.cameras:
-            self.cameras[size] = Camera(self.inner.model, size)
-        return self.cameras[size]
 
     def held(self):
         return self.near
@@ -193,9 +188,7 @@ class MetaWorldEnv:
         return "out of time" if any(held) else "never near it"
 
     def close(self):
-        for camera in self.cameras.values():
-            camera.close()
-        self.cameras = {}
+        self.camera.close()
 
 
 def demonstrate(env, seed, noise=0.0, command=0, reset=True):

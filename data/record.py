@@ -135,8 +135,15 @@ def record_slice(job):
             if not demonstration.success:
                 failed.append(seed)
                 continue
-            about = {"robot": robot, "scene": scene, "command": command, "task": env.task.name}
-            about |= {"seed": seed, "noise": config.noise, "maker": maker}
+            about = {
+                "robot": robot,
+                "scene": scene,
+                "command": command,
+                "task": env.task.name,
+                "seed": seed,
+                "noise": config.noise,
+                "maker": maker,
+            }
             if config.env != "tabletop":  # whose robot is none of ours
                 about |= {"env": config.env, "embodiment": asdict(env.embodiment)}
             write_episode(path, demonstration, about)

@@ -112,8 +112,9 @@ def is_degenerate(reply, answer):
 # ---- how sure a rate is
 
 
-def wilson(successes, n, z=1.96):
+def wilson(successes, n):
     """95% interval (low, high) of a rate, 0 to 1 (Wilson 1927)."""
+    z = 1.96  # deviations
     more = z * z  # trials that are imagined, half of them successes
     center = successes + more / 2
     # nothing tried is as unsure as can be: 0 to 1

@@ -40,53 +40,62 @@ SITE = int(mujoco.mjtObj.mjOBJ_SITE)
 
 
 class Camera:
-    """Draws the views of one model, size x size pixels, in 3 ms each. The GL is opened here.
+    """Draws the views of one model, in 3 ms each. The GL is opened with the first picture."""
 
-    UserError if there is none, with what to install.
-    """
+    def __init__(self, model):
+        self.model = model
+        self.renderers = {}  # {size: one that draws size x size pixels}
 
-    def __init__(self, model, size):
-        if sys.platform == "linux":
-            os.environ.setdefault("MUJOCO_GL", "egl")  # no display is needed
-        try:
-            rendering = sys.modules[mujoco.Renderer.__module__]  # its place depends on the version
-            if not hasattr(rendering.gl_context, "GLContext"):
-                importlib.reload(rendering.gl_context)  # with the GL this time
-                importlib.reload(rendering)
-            self.renderer = rendering.Renderer(model, size, size)
-        except Exception as error:  # noqa: BLE001, EGL, OSMesa and GLFW each raise their own
-            backend = os.environ.get("MUJOCO_GL", "unset")
-            raise UserError(
-                f"cannot draw with MUJOCO_GL={backend} ({type(error).__name__}: {error}); on Debian "
-                "or Ubuntu set MUJOCO_GL=egl after `apt-get install libegl1 libgl1-mesa-dri`, or "
-                "MUJOCO_GL=osmesa after `apt-get install libosmesa6`"
-            ) from None
-
-    def draw(self, data, view, pretty=False, segmentation=False):
+    def draw(self, data, view, size, pretty=False, segmentation=False):
         """(size, size, 3) uint8, or with `segmentation` (size, size) geom ids, -1 for the sky.
 
-        `pretty` adds shadows, for people.
+        `pretty` adds shadows, for people. UserError where there is no GL.
         """
         if segmentation:
-            ids, kinds = self.segment(data, view)
+            ids, kinds = self.segment(data, view, size)
             return np.where(kinds == GEOM, ids, -1)
-        self.aim(data, view, pretty)
-        return self.renderer.render().copy()
+        return self.aim(data, view, size, pretty).render().copy()
 
-    def segment(self, data, view):
+    def segment(self, data, view, size):
         """Ids of what each pixel shows and their kinds, each (size, size): geoms, sites and the like."""
-        self.aim(data, view)
-        self.renderer.enable_segmentation_rendering()
-        both = self.renderer.render()
-        self.renderer.disable_segmentation_rendering()
+        renderer = self.aim(data, view, size)
+        renderer.enable_segmentation_rendering()
+        both = renderer.render()
+        renderer.disable_segmentation_rendering()
         return both[..., 0], both[..., 1]
 
-    def aim(self, data, view, pretty=False):
-        self.renderer.update_scene(data, view)
-        flags = self.renderer.scene.flags
+    def aim(self, data, view, size, pretty=False):
+        """The renderer of this size, about to draw the view."""
+        if size not in self.renderers:
+            self.renderers[size] = open_renderer(self.model, size)
+        renderer = self.renderers[size]
+        renderer.update_scene(data, view)
+        flags = renderer.scene.flags
         flags[mujoco.mjtRndFlag.mjRND_SHADOW] = pretty
         flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = pretty
+        return renderer
 
     def close(self):
-        """Free the GL's memory; a picture after this is an error."""
-        self.renderer.close()
+        """Free the GL's memory."""
+        for renderer in self.renderers.values():
+            renderer.close()
+        self.renderers = {}
+
+
+def open_renderer(model, size):
+    """mujoco's Renderer, with the GL loaded. UserError if there is none, with what to install."""
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # no display is needed
+    try:
+        rendering = sys.modules[mujoco.Renderer.__module__]  # its place depends on the version
+        if not hasattr(rendering.gl_context, "GLContext"):
+            importlib.reload(rendering.gl_context)  # with the GL this time
+            importlib.reload(rendering)
+        return rendering.Renderer(model, size, size)
+    except Exception as error:  # noqa: BLE001, EGL, OSMesa and GLFW each raise their own
+        backend = os.environ.get("MUJOCO_GL", "unset")
+        raise UserError(
+            f"cannot draw with MUJOCO_GL={backend} ({type(error).__name__}: {error}); on Debian "
+            "or Ubuntu set MUJOCO_GL=egl after `apt-get install libegl1 libgl1-mesa-dri`, or "
+            "MUJOCO_GL=osmesa after `apt-get install libosmesa6`"
+        ) from None

@@ -22,7 +22,11 @@ from nano.scenes import class_of
 WORDINGS = json.loads((Path(__file__).parent / "commands.json").read_text())
 COLORS_OF = {"cube": list(RGBA), "ball": BALL_COLORS, "bin": BIN_COLORS}
 KINDS = ("done", "possible", "meant", "where", "goes", "goal")
-CHANCE = {"done": 0.5, "possible": 0.5, "meant": 1 / len(RGBA)}  # of a guess; others are open
+CHANCE = {  # of a guess; others are open
+    "done": 0.5,
+    "possible": 0.5,
+    "meant": 1 / len(RGBA),
+}
 NOT_DONE = 0.15  # share of scenes without a finished command that are asked whether one is done
 
 
@@ -35,12 +39,15 @@ def absent(record, command, rng):
     for i, thing in enumerate(command["things"]):
         kind = thing.split()[-1]
         for color in COLORS_OF.get(kind, ()):
+            missing = f"{color} {kind}"
             things = list(command["things"])
-            things[i] = f"{color} {kind}"
+            things[i] = missing
             # what training must not show is not even refused there
-            if things[i] not in present and not is_new(command["task"], things):
-                choices.append((things, things[i]))
-    return choices[rng.integers(len(choices))] if choices else (None, None)
+            if missing not in present and not is_new(command["task"], things):
+                choices.append((things, missing))
+    if not choices:
+        return None, None
+    return choices[rng.integers(len(choices))]
 
 
 class Asker:
@@ -58,15 +65,22 @@ class Asker:
     def ask(self, kind, words, answer, form="words", labels=(), place=None):
         """Add a question as nano/questions.py describes them."""
         text = self.pick(WORDINGS[kind][self.wordings])
-        question = {"question": text.format(words), "answer": answer}
-        question |= {"category": kind, "form": form, "labels": list(map(class_of, labels))}
-        question |= {"chance": CHANCE.get(kind, 0.0), "held_out": self.wordings != "seen"}
-        if place:
+        question = {
+            "question": text.format(words),
+            "answer": answer,
+            "category": kind,
+            "form": form,
+            "labels": list(map(class_of, labels)),
+            "chance": CHANCE.get(kind, 0.0),
+            "held_out": self.wordings != "seen",
+        }
+        if place:  # a label, or [x, y] in pixels
             question["place"] = place if isinstance(place, list) else class_of(place)
         self.questions.append(question)
 
     def words_of(self, command):
         """A command as it was recorded or, as often, plain."""
+        # a judge hears the steps of a plan, which are plain
         if self.rng.random() < 0.5:
             return command["instruction"]
         return plain(command["task"], command["things"])
@@ -91,8 +105,9 @@ class Asker:
         if others and (done or self.rng.random() < NOT_DONE):
             asked.append(self.pick(others))
         for command in asked:
-            truth = "yes" if command["done"] else "no"
-            self.ask("done", self.words_of(command), truth, "yes/no", command["things"])
+            words = self.words_of(command)
+            answer = "yes" if command["done"] else "no"
+            self.ask("done", words, answer, "yes/no", command["things"])
 
     def possible(self, command):
         things, missing = absent(self.record, command, self.rng)
@@ -101,29 +116,33 @@ class Asker:
             words = plain(command["task"], things)
             self.ask("possible", words, f"no: there is no {missing}")
         else:
-            self.ask("possible", self.words_of(command), "yes", labels=command["things"])
+            words = self.words_of(command)
+            self.ask("possible", words, "yes", labels=command["things"])
 
     def meant(self, command):
         label = command["things"][0]
-        self.ask("meant", self.words_of(command), label, labels=[label], place=label)
+        words = self.words_of(command)
+        self.ask("meant", words, label, labels=[label], place=label)
 
     def points(self, command):
         """Where is what moves, and where does it go?"""
         kinds = zip(("where", "goes"), command["things"], command["places"])
         for kind, label, place in kinds:
             if place:  # a peg goes nowhere
-                point = [int(pixel) for pixel in place[:2]]
+                x, y, _ = place
+                point = [int(x), int(y)]
                 answer = json.dumps({"point_2d": point, "label": label})
-                self.ask(kind, self.words_of(command), answer, "point", [label], point)
+                words = self.words_of(command)
+                self.ask(kind, words, answer, "point", [label], point)
 
     def goal(self, commands):
         """Two or three commands, in an order that their words give."""
-        number = min(len(commands), self.rng.integers(2, 4))
+        number = self.rng.integers(2, 4)  # of commands, if there are so many
         order = self.rng.permutation(len(commands))[:number]
-        *early, last = [commands[i] for i in order]
+        chosen = [commands[i] for i in order]
         # the last one is joined in a way that may turn the order of the words round
-        words = ", then ".join(self.words_of(command) for command in early)
+        words = ", then ".join(map(self.words_of, chosen[:-1]))
         join = self.pick(WORDINGS["joins"][self.wordings])
-        words = join.format(words, self.words_of(last))
-        steps = [plain(command["task"], command["things"]) for command in (*early, last)]
+        words = join.format(words, self.words_of(chosen[-1]))
+        steps = [plain(command["task"], command["things"]) for command in chosen]
         self.ask("goal", words, numbered(steps), "steps")

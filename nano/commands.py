@@ -32,7 +32,7 @@ import numpy as np
 from cli import parse, run
 from data import seeds
 from data.conversations import Row
-from data.env import VIEWS, TabletopEnv
+from data.env import VIEWS
 from data.environments import names_in
 from data.expert import Infeasible, control_steps
 from data.families import FAMILIES, instruct
@@ -40,17 +40,18 @@ from data.media import load_image
 from data.robots import ROBOTS
 from data.simulator import mujoco
 from data.tasks import MAX_STEPS, RGBA, TASKS
-from files import atomic
 from nano.command_questions import Asker
 from nano.scenes import (
     check_whole,
     classes_of,
+    fill_shard,
     look,
     patches_of,
     pose_arm,
     project,
     render,
-    write_scenes,
+    shards_of,
+    write_lines,
 )
 
 SHARD = 100  # scenes of one job
@@ -124,7 +125,7 @@ def ask(env, command, views, words):
     """What a command means in the pictures whose segmentation is `views` {view: geom ids}."""
     bodies = list(command.roles.values())
     labels = labels_of(env)
-    numbers = {env.model.body(body).id: i for i, body in enumerate(bodies, start=1)}
+    numbers = {body: i for i, body in enumerate(bodies, start=1)}
     # patches that show both belong to what covers more of them
     roles = []
     for geoms in views.values():
@@ -167,71 +168,42 @@ def scenes_of(env, seed):
 # ---- files
 
 
-def open_cell(robot, scene):
-    """(the environment that has them, what makes records of its seeds)."""
-    if robot in ROBOTS:
+def make_shard(job):
+    if job[1] in ROBOTS:
         # looks, camera and spare cubes vary as in the demonstrations that a policy learns from
-        return TabletopEnv(robot, scene, render=False, varied="all"), scenes_of
+        return fill_shard(job, scenes_of, varied="all")
     from nano import metaworld  # packages that the tabletop does without
 
-    return metaworld.MetaWorldEnv(scene, render=False), metaworld.scenes_of
-
-
-def make_shard(job):
-    """Write the pictures of a shard, then its lines; returns how many they are."""
-    part, robot, scene, first, count = job
-    if part.exists():  # whole, of a rendering that was stopped
-        return count
-    env, scenes_of_seed = open_cell(robot, scene)
-    records = []
-    for seed in itertools.count(first):
-        records += scenes_of_seed(env, seed)
-        if len(records) >= count:
-            break
-    env.close()
-    write_scenes(part, records[:count])
-    return count
+    return fill_shard(job, metaworld.scenes_of, "metaworld")
 
 
 def jobs_of(config):
     """{split: [(part, robot, scene, first seed, scenes)]}, as many of each cell."""
     jobs = {"train": [], "val": []}
+    out = Path(config.out)
     scenes, robots = SCENES, ROBOTS
     if config.env != "tabletop":
         robots, scenes, _ = names_in(config.env)
     cells = list(itertools.product(scenes, robots))
     # rounded up, so that a small folder has each cell
     each = math.ceil(config.scenes / len(cells))
+    few = max(4, each // 20)
     for scene, robot in cells:
         # a seed gives several scenes, so shards share none
-        for i in range(math.ceil(each / SHARD)):
-            part = Path(config.out, "train", f"{robot}-{scene}-{i:03d}.jsonl")
-            count = min(SHARD, each - SHARD * i)
-            jobs["train"].append((part, robot, scene, config.seed + SHARD * i, count))
-        part = Path(config.out, "val", f"{robot}-{scene}-000.jsonl")
-        jobs["val"].append((part, robot, scene, seeds.FIRST_VALIDATION, max(4, each // 20)))
+        jobs["train"] += shards_of(out / "train", robot, scene, each, SHARD, config.seed, SHARD)
+        jobs["val"] += shards_of(out / "val", robot, scene, few, few, seeds.FIRST_VALIDATION)
     return jobs
 
 
-def join(parts, path):
-    """Files' lines as one file."""
-    lines = []
-    for part in parts:
-        lines += part.read_text().splitlines()
+def join(lines, path):
+    """Lines as a file; of validation's another file with questions, for eval.py digital."""
+    lines = list(lines)
     write_lines(path, lines)
-
-
-def join_and_ask(parts, path):
-    """The same, of validation's another file with questions, for eval.py digital."""
-    join(parts, path)
-    if path.stem == "val":
-        lines = path.read_text().splitlines()
-        write_lines(path.with_name("questions.jsonl"), questions_of(map(json.loads, lines)))
-
-
-def write_lines(path, lines):
-    with atomic(path) as temporary, open(temporary, "w") as file:
-        file.writelines(f"{line}\n" for line in lines)
+    records = map(json.loads, lines)
+    # the questions are about the tabletop's things
+    known = [record for record in records if record["robot"] in ROBOTS]
+    if path.stem == "val" and known:
+        write_lines(path.with_name("questions.jsonl"), questions_of(known))
 
 
 def questions_of(records):
@@ -245,9 +217,7 @@ def questions_of(records):
 
 
 def make(config):
-    # the questions are about the tabletop's things
-    finish = join_and_ask if config.env == "tabletop" else join
-    render(config, jobs_of(config), make_shard, finish, config.env)
+    render(config, jobs_of(config), make_shard, join, config.env)
 
 
 @dataclass

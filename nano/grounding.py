@@ -50,6 +50,8 @@ MOMENTS = 4  # this and all behind it
 ANSWER_WEIGHT = 0.3  # of each part, beside the words' own loss; at 1 they drown them
 L1 = {"beta": 0.1}  # a tenth of a patch, or a centimeter, is near enough for squares
 CELLS = itertools.product(range(GRID), repeat=2)
+ROW_TARGETS = ("patch_class", "patch_place", "patch_role", "last_token", "command_place")
+ANSWER_TARGETS = ("answer_token", "answer_number", "answer_weight")
 ROLES = 3  # of a patch in a command: neither, what is moved, where it goes
 LATTICE = np.array([(x + 0.5, y + 0.5) for y, x in CELLS]) - GRID / 2  # (64, 2), patches' places
 
@@ -62,6 +64,11 @@ def to_place(numbers):
     x, y, *depth = numbers
     place = [x / PATCH - GRID / 2, y / PATCH - GRID / 2]
     return place + [10 * meters - 6 for meters in depth]  # 0.6 m is the middle of the scene
+
+
+def to_classes(letters):
+    """[0 for A, 1 for B, ...], of patches."""
+    return [ord(letter) - ord("A") for letter in letters]
 
 
 class Scene:
@@ -78,7 +85,7 @@ class Scene:
         self.opening = np.full(PICTURES, np.nan)
         centers = np.full((PICTURES, C, 3), np.nan)
         for v, picture in enumerate(grounding or []):
-            self.classes[v] = [ord(letter) - ord("A") for letter in picture["patches"]]
+            self.classes[v] = to_classes(picture["patches"])
             self.opening[v] = picture["opening"]
             for label, numbers in picture["objects"].items():
                 centers[v, CLASSES.index(label)] = to_place(numbers)
@@ -87,15 +94,15 @@ class Scene:
         offset = center[..., :2] - LATTICE
         # NaN is not near either
         near = np.abs(offset).max(-1) <= LARGEST_OFFSET
-        center[~near] = np.nan
-        offset[~near] = np.nan
-        depth = center[..., 2:]
-        self.offsets = np.concatenate([offset, depth, center[..., :2]], -1)[:V]
+        depth_first = np.roll(center, 1, axis=-1)
+        offsets = np.concatenate([offset, depth_first], axis=-1)
+        offsets[~near] = np.nan
+        self.offsets = offsets[:V]
         self.gripper = centers[:, 1].clip(-GRID, GRID)  # it may be beside the camera
         # of the objects only those that some patch shows
         self.centers = np.full_like(centers, np.nan)
-        for v in range(PICTURES):
-            self.centers[v, known[v, near[v]]] = center[v, near[v]]
+        v, _ = np.nonzero(near)
+        self.centers[v, known[near]] = center[near]
         self.classes = self.classes[:V]
 
     def moments(self, labels):
@@ -133,7 +140,8 @@ def option_tokens(ids, options, tokenizer):
     for span in spans:
         others = [ids[i] for other in spans if other is not span for i in other]
         telling = [i for i in span if ids[i] not in others]
-        tokens.append([*telling, *span][0])  # two options may be the same
+        first = (telling or span)[0]  # two options may be the same
+        tokens.append(first)
     return tokens
 
 
@@ -142,24 +150,22 @@ def question_targets(question, scene, ids, labels, tokenizer):
 
     Tokens that the answer is predicted from, then one of each option of a choice.
     """
-    answer = [i - 1 for i, label in enumerate(labels) if label >= 0]  # token i predicts i + 1
+    tokens = [i - 1 for i, label in enumerate(labels) if label >= 0]  # token i predicts i + 1
+    count = len(tokens)
     # one over the root of the answer's length, as the words: a box would drown a color
-    weights = [len(answer) ** -0.5] * len(answer)
-    tokens = list(answer)
-    numbers = np.full((len(answer), NUMBERS), np.nan)
-    numbers[:, :RIGHT] = scene.find(question.get("place"))
-    if question["form"] == "choice":
-        options = question["options"]
-        weights += [1.0] * len(options)
-        tokens += option_tokens(ids, options, tokenizer)
-        known = np.full((len(options), NUMBERS), np.nan)
-        for i, option in enumerate(options):
-            if option in CLASSES:
-                known[i, :RIGHT] = scene.find(option)
-            right = question["answer"].endswith(LETTERS[i])
-            known[i, RIGHT] = 1 if right else -1
-            known[i, LETTER] = i - 2
-        numbers = np.concatenate([numbers, known])
+    weights = [count**-0.5] * count
+    options = question["options"] if question["form"] == "choice" else []
+    tokens += option_tokens(ids, options, tokenizer)
+    weights += [1.0] * len(options)
+    numbers = np.full((len(tokens), NUMBERS), np.nan)
+    numbers[:count, :RIGHT] = scene.find(question.get("place"))
+    for i, option in enumerate(options):
+        row = numbers[count + i]
+        if option in CLASSES:
+            row[:RIGHT] = scene.find(option)
+        right = question["answer"].endswith(LETTERS[i])
+        row[RIGHT] = 1 if right else -1
+        row[LETTER] = i - 2
     numbers[:, MOMENTS:] = scene.moments(question.get("labels", []))
     return tokens, numbers, weights
 
@@ -174,12 +180,21 @@ def command_targets(command, V):
     places = np.full((2, 6), np.nan)
     if command:
         for v, letters in enumerate(command["roles"]):
-            roles[v] = [ord(letter) - ord("A") for letter in letters]
+            roles[v] = to_classes(letters)
         for i, place in enumerate(command["places"]):
             places[i, :3] = to_place(place) if place else np.nan
         for i, point in enumerate(command.get("points", [])):  # older scenes have none
             places[i, 3:] = 10 * np.array(point) if point else np.nan
     return roles, places
+
+
+def end_to_end(names, parts):
+    """{name: tensor} of tuples of arrays, those of each place in the tuples end to end."""
+    tensors = {}
+    for name, arrays in zip(names, zip(*parts)):
+        tensor = torch.from_numpy(np.concatenate(arrays))
+        tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return tensors
 
 
 # ---- heads and losses
@@ -188,6 +203,23 @@ def command_targets(command, V):
 def weight_of(classes):
     """How much patches of these classes count in all."""
     return (classes > 0).sum() + NOTHING_WEIGHT * (classes == 0).sum()
+
+
+def what_and_where(classes, places, true_classes, true_places, totals):
+    """Cross-entropy of the classes of patches, and smooth L1 of the places that are known."""
+    weight = torch.ones(classes.shape[1], device=classes.device)
+    weight[0] = NOTHING_WEIGHT
+    what = F.cross_entropy(classes, true_classes, weight, reduction="sum")
+    known = true_places.isfinite()
+    where = F.smooth_l1_loss(places[known], true_places[known], **L1, reduction="sum")
+    return what / totals[0] + where / totals[1]
+
+
+def pixels_between(places, true_places):
+    """(n,) pixels between places and those of them that are known."""
+    ways = places[..., :2] - true_places[..., :2]
+    pixels = ways.norm(dim=-1) * PATCH
+    return pixels[pixels.isfinite()]
 
 
 class Grounding(nn.Module):
@@ -204,7 +236,8 @@ class Grounding(nn.Module):
         self.intent_layer = intent_layer
         self.num_layers = intent_layer if pictures_only else None
         self.names = ["patches_vit", "patches_llm", "commands"]
-        self.names += ["answers"] * (not pictures_only)
+        if not pictures_only:
+            self.names.append("answers")
         # where comparisons still have blocks before them
         self.below = max(intent_layer, config.num_hidden_layers - 2)
 
@@ -241,59 +274,50 @@ class Grounding(nn.Module):
             new[:, -places:] = old[:, -places:]
 
     def targets(self, rows, batch):
-        """Of packed rows: patch_class (P,) and patch_place (P, 5), of which the ViT learns three;
-        answer_token (N,), answer_number (N, NUMBERS), answer_weight (N,); patch_role (P,),
-        last_token (rows,) and command_place (rows, 2, 6)."""
+        """Of packed rows: patch_class (P,), patch_place (P, 5), of which the ViT learns three, and
+        patch_role (P,); last_token (rows,) and command_place (rows, 2, 6); answer_token (N,),
+        answer_number (N, NUMBERS) and answer_weight (N,)."""
         grids = batch.get("image_grid_thw", torch.zeros(0))
-        if any(tuple(grid) != (1, GRID, GRID) for grid in grids.tolist()):
+        if any(grid != [1, GRID, GRID] for grid in grids.tolist()):
             raise UserError(f"these heads need pictures of {GRID} x {GRID} patches")
         ids = batch["input_ids"][0].tolist()
         labels = batch["labels"][0].tolist()
-        scenes = [Scene(row.record.get("grounding"), len(row.media)) for row in rows]
-        tokens = []
-        numbers = [np.zeros((0, NUMBERS))]
-        weights = []
-        ends = []
-        commands = [command_targets(row.record.get("command"), len(row.media)) for row in rows]
+        found = []  # of each row
+        answers = [(np.zeros(0, int), np.zeros((0, NUMBERS)), np.zeros(0))]  # of each question
         stop = 0  # where a row ends among the packed tokens
-        for row, scene, lengths in zip(rows, scenes, batch["segments"]):
-            questions = row.record.get("questions", [])
+        for row, lengths in zip(rows, batch["segments"]):
+            V = len(row.media)
+            scene = Scene(row.record.get("grounding"), V)
+            roles, places = command_targets(row.record.get("command"), V)
             stop += sum(lengths)
-            ends.append(stop - 1)
+            classes = scene.classes.ravel()
+            offsets = scene.offsets.reshape(-1, 5)
+            found.append((classes, offsets, roles.ravel(), [stop - 1], [places]))
+            questions = row.record.get("questions", [])
             lengths = lengths[len(lengths) - len(questions) :]  # without the stem
             start = stop - sum(lengths)
             for question, length in zip(questions, lengths):
                 own = slice(start, start + length)
                 text = (ids[own], labels[own], self.tokenizer)
-                places, known, counts = question_targets(question, scene, *text)
-                tokens += [start + place for place in places]
-                numbers.append(known)
-                weights += counts
+                tokens, numbers, weights = question_targets(question, scene, *text)
+                answers.append((start + np.array(tokens), numbers, weights))
                 start += length
-        classes = np.concatenate([scene.classes for scene in scenes])
-        offsets = np.concatenate([scene.offsets for scene in scenes])
-        return {
-            "patch_class": torch.tensor(classes).flatten(),  # (V, 64) to (P,)
-            "patch_place": torch.tensor(offsets).flatten(0, 1).float(),  # (V, 64, 5) to (P, 5)
-            "patch_role": torch.tensor(np.concatenate([roles for roles, _ in commands])).flatten(),
-            "last_token": torch.tensor(ends),
-            "command_place": torch.tensor(np.array([places for _, places in commands])).float(),
-            "answer_token": torch.tensor(tokens, dtype=torch.long),
-            "answer_number": torch.tensor(np.concatenate(numbers)).float(),
-            "answer_weight": torch.tensor(weights),
-        }
+        return {**end_to_end(ROW_TARGETS, found), **end_to_end(ANSWER_TARGETS, answers)}
 
     def count(self, batch):
         """What losses are divided by: patches by weight, those near the center of what they show,
         patches in a command by weight, numbers of its places, and of each of PARTS the tokens that
         learn it, by weight."""
-        shares = [weight_of(batch["patch_class"])]
-        shares.append(batch["patch_place"][:, 0].isfinite().sum())
-        shares.append(weight_of(batch["patch_role"]))
-        shares.append(batch["command_place"].isfinite().sum())
+        shares = [
+            weight_of(batch["patch_class"]),
+            batch["patch_place"][:, 0].isfinite().sum(),
+            weight_of(batch["patch_role"]),
+            batch["command_place"].isfinite().sum(),
+        ]
         for part in batch["answer_number"].split(PARTS, 1):
-            shares.append(batch["answer_weight"][part.isfinite().any(1)].sum())
-        return [float(share) for share in shares]
+            learns = part.isfinite().any(1)
+            shares.append(batch["answer_weight"][learns].sum())
+        return list(map(float, shares))
 
     def to_patches(self, tokens):
         """Numbers of image tokens (P / m², m² c) as numbers of their patches (P, c)."""
@@ -306,9 +330,12 @@ class Grounding(nn.Module):
         if out.patch_features is None:  # rows of words alone
             return {}
         images = batch["input_ids"] == self.image_token
-        tokens = self.llm(out.hidden_states[self.intent_layer][images])  # (P / m², m² (C + 5))
-        read = {"vit": self.vit(out.patch_features), "llm": self.to_patches(tokens)}
-        return {name: part.tensor_split([C], 1) for name, part in read.items()}
+        hidden = out.hidden_states[self.intent_layer]
+        tokens = self.llm(hidden[images])  # (P / m², m² (C + 5))
+        return {
+            "vit": self.vit(out.patch_features).tensor_split([C], 1),
+            "llm": self.to_patches(tokens).tensor_split([C], 1),
+        }
 
     def read_answers(self, out, batch):
         """[(N, NUMBERS)] from two blocks below the top and from there."""
@@ -320,30 +347,24 @@ class Grounding(nn.Module):
     def read_commands(self, out, batch):
         """Roles of patches (P, ROLES), and places (rows, 2, 6) read from the last tokens."""
         hidden = out.hidden_states[self.intent_layer]
-        roles = self.to_patches(self.role(hidden[batch["input_ids"] == self.image_token]))
+        images = batch["input_ids"] == self.image_token
+        roles = self.role(hidden[images])
         places = self.place(hidden[0, batch["last_token"]])
-        return roles, places.unflatten(1, (2, 6))
+        return self.to_patches(roles), places.unflatten(1, (2, 6))
 
     def losses(self, out, batch, totals):
         """A batch's share of a step's losses, by name: cross-entropy of classes and smooth L1 of
         places, twice; smooth L1 of what answers and options know, logistic of right and wrong."""
         # zeros where there is nothing to learn: all processes name the same
         losses = dict.fromkeys(self.names, out.hidden_states[0].new_zeros(()))
-        weight = torch.ones(C, device=batch["patch_class"].device)
-        weight[0] = NOTHING_WEIGHT
         if out.patch_features is not None:
-            roles, places = self.read_commands(out, batch)
-            truth = batch["command_place"]
-            what = F.cross_entropy(roles, batch["patch_role"], weight[:ROLES], reduction="sum")
-            known = truth.isfinite()
-            where = F.smooth_l1_loss(places[known], truth[known], **L1, reduction="sum")
-            losses["commands"] = what / totals[2] + where / totals[3]
-        for name, (classes, places) in self.read_patches(out, batch).items():
-            truth = batch["patch_place"][:, : places.shape[1]]
-            what = F.cross_entropy(classes, batch["patch_class"], weight, reduction="sum")
-            near = truth[:, 0].isfinite()
-            where = F.smooth_l1_loss(places[near], truth[near], **L1, reduction="sum")
-            losses[f"patches_{name}"] = what / totals[0] + where / totals[1]
+            truth = batch["patch_role"], batch["command_place"]
+            read = self.read_commands(out, batch)
+            losses["commands"] = what_and_where(*read, *truth, totals[2:])
+        for name, read in self.read_patches(out, batch).items():
+            _, places = read
+            truth = batch["patch_class"], batch["patch_place"][:, : places.shape[1]]
+            losses[f"patches_{name}"] = what_and_where(*read, *truth, totals)
         known = batch["answer_number"].isfinite()
         truth = batch["answer_number"].nan_to_num()
         for read in self.read_answers(out, batch):
@@ -363,25 +384,21 @@ class Grounding(nn.Module):
         figures = {}
         shows = batch["patch_class"] > 0
         for name, (classes, places) in self.read_patches(out, batch).items():
-            error = (places[:, :2] - batch["patch_place"][:, :2]).norm(dim=1) * PATCH
             hit = classes.argmax(1) == batch["patch_class"]
-            figures[f"center_error_px_{name}"] = error[error.isfinite()]
+            figures[f"center_error_px_{name}"] = pixels_between(places, batch["patch_place"])
             figures[f"object_accuracy_{name}"] = hit[shows].float()
         if out.patch_features is not None:
             roles, places = self.read_commands(out, batch)
-            truth = batch["patch_role"]
-            meant = truth > 0
-            figures["role_accuracy"] = (roles.argmax(1) == truth)[meant].float()
-            error = places - batch["command_place"]
-            pixels = error[..., :2].norm(dim=-1) * PATCH
-            centimeters = error[..., 3:].norm(dim=-1) * 10
-            figures["command_error_px"] = pixels[pixels.isfinite()]
-            figures["command_error_cm"] = centimeters[centimeters.isfinite()]
+            hit = roles.argmax(1) == batch["patch_role"]
+            meant = batch["patch_role"] > 0
+            figures["role_accuracy"] = hit[meant].float()
+            figures["command_error_px"] = pixels_between(places, batch["command_place"])
+            far = (places - batch["command_place"])[..., 3:].norm(dim=-1) * 10
+            figures["command_error_cm"] = far[far.isfinite()]
         for read in self.read_answers(out, batch)[1:]:  # the head at the top
             truth = batch["answer_number"]
-            error = (read - truth)[:, :2].norm(dim=1) * PATCH
+            figures["answer_error_px"] = pixels_between(read, truth)
             option = truth[:, RIGHT].isfinite()
             right = read[option, RIGHT] * truth[option, RIGHT] > 0
-            figures["answer_error_px"] = error[error.isfinite()]
             figures["option_accuracy"] = right.float()
         return figures

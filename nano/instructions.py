@@ -25,6 +25,7 @@ from data.robots import ROBOTS
 from data.tasks import TASKS
 from files import atomic, writable
 from nano.questions import LETTERS
+from nano.scenes import write_lines
 
 DATA = json.loads((Path(__file__).parent / "instructions.json").read_text())
 WORDS = DATA["words"].split()
@@ -52,17 +53,24 @@ def instruction(name, rng):
 
     if name.startswith("format"):
         [word] = draw(1)
-        answers = [word.upper(), f"{word} {word}", json.dumps({"word": word})]
-        how = ("format capitals", "format twice", "format json").index(name)
-        return [word], answers[how], None
+        answers = {
+            "format capitals": word.upper(),
+            "format twice": f"{word} {word}",
+            "format json": json.dumps({"word": word}),
+        }
+        return [word], answers[name], None
     if name == "copying":  # two to twelve words
         text = " ".join(draw(rng.integers(2, 13)))
         return [text], text, None
     if name.startswith("ordering"):
         number = rng.integers(3, 5)
-        things = draw(number) if name == "ordering words" else rng.choice(99, number, replace=False)
-        listed = [", ".join(map(str, order)) for order in (things, sorted(things))]
-        return listed[:1], listed[1], None
+        if name == "ordering words":
+            things = draw(number)
+        else:
+            things = rng.choice(99, number, replace=False)
+        listed = ", ".join(map(str, things))
+        ordered = ", ".join(map(str, sorted(things)))
+        return [listed], ordered, None
     if name.startswith("choice"):
         return choice(name, draw, rng)
     if name == "refusal":  # words for things that no scene has
@@ -81,11 +89,13 @@ def choice(name, draw, rng):
     options = [" ".join(part) for part in parts]
     right = rng.integers(len(options))
     # as questions about scenes list theirs
-    listed = " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options))
-    option, letter = options[right], LETTERS[right]
+    listed = " ".join(map("{}) {}".format, LETTERS, options))
+    option = options[right]
+    letter = LETTERS[right]
     if name == "choice words":
         return [letter, listed], option, options
-    return [option, listed], letter if name == "choice letter" else f"{option}: {letter}", options
+    answer = letter if name == "choice letter" else f"{option}: {letter}"
+    return [option, listed], answer, options
 
 
 def row(name, rng, pictures, held_out):
@@ -114,8 +124,7 @@ def draw_pictures(config):
     names = [f"pictures/{i:03d}.png" for i in range(config.pictures)]
     for i, name in enumerate(names):
         path = Path(config.out) / name
-        # they do not depend on the configuration
-        if not path.exists():
+        if not path.exists():  # else as it would be now: the configuration plays no part
             env = TabletopEnv(*cells[i % len(cells)])
             observation, _ = env.reset(FIRST_SEED + i)
             with atomic(path) as temporary:
@@ -143,19 +152,21 @@ def make(config):
         turn, kind = divmod(i, len(KINDS))
         same = [name for name in names if name.split()[0] == KINDS[kind]]
         turn, which = divmod(turn, len(same))
-        probes.append(row(same[which], rng, pictures[::8], turn % 2 == 1))
-    taken = {text_of(probe) for probe in probes}
+        held_out = turn % 2 == 1
+        probes.append(row(same[which], rng, pictures[::8], held_out))
+    taken = set(map(text_of, probes))
     odds = np.array([OFTEN.get(name, 1) for name in names])
+    odds = odds / odds.sum()
     # one picture in eight is for probes alone
     shown = [picture for i, picture in enumerate(pictures) if i % 8]
     train = []
     while len(train) < config.rows:
-        line = row(str(rng.choice(names, p=odds / odds.sum())), rng, shown, False)
+        name = str(rng.choice(names, p=odds))
+        line = row(name, rng, shown, False)
         if text_of(line) not in taken:
             train.append(line)
-    for name, lines in (("train", train), ("probes", probes)):
-        with atomic(Path(config.out) / f"{name}.jsonl") as path:
-            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(Path(config.out) / "train.jsonl", map(json.dumps, train))
+    write_lines(Path(config.out) / "probes.jsonl", map(json.dumps, probes))
 
 
 def main():

@@ -251,8 +251,15 @@ class Asker:
         steps = ("approach", "descend", "grasp", "lift")  # as the expert picks one up
         plans = [numbered(plan_of(steps, cube)) for cube in cubes]
         for word, label in clear_ends(cubes, where).items():
-            more = {"words": [word], "options": plans, "forms": ("steps",), "place": label}
-            self.ask("plan", plans[cubes.index(label)], guesses=HUES, **more)
+            self.ask(
+                "plan",
+                plans[cubes.index(label)],
+                words=[word],
+                options=plans,
+                forms=("steps",),
+                guesses=HUES,
+                place=label,
+            )
         color = COLORS.get(ends.get("nearest to"))
         if color:
             colors = {COLORS[label] for label in order} - {None}
@@ -281,13 +288,13 @@ class Asker:
         self.success(task, wording, cause is None)
         if cause:
             texts = {name: CAUSES[name]["text"].format(label) for name in causes}
-            about = {"words": [wording], "about": [task]}
             self.closed(
                 "failure",
                 texts[cause],
                 texts.values(),
                 ahead=3,
-                **about,
+                words=[wording],
+                about=[task],
             )
 
     def success(self, task, wording, success):

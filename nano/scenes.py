@@ -43,7 +43,8 @@ from tqdm import tqdm
 from cli import UserError, at_least, choose_many, parse, run
 from data import seeds
 from data.conversations import Conversations
-from data.env import CROWD, IMAGE_SIZE, VIEWS, TabletopEnv
+from data.env import CROWD, IMAGE_SIZE, VIEWS
+from data.environments import open_environment
 from data.expert import (
     PEG_LEVER,
     PRIMITIVES,
@@ -107,9 +108,12 @@ def class_of(label):
 
 
 def classes_of(env, geoms, numbers):
-    """(128, 128) the class of each pixel of a segmentation; numbers {id of a body: its class}."""
-    of_geom = [numbers.get(body, 0) for body in env.model.geom_bodyid]
-    return np.array([*of_geom, 0])[geoms]  # geom -1 is the sky
+    """(128, 128) the class of each pixel of a segmentation; numbers {name of a body: its class}."""
+    of_body = np.zeros(env.model.nbody, int)
+    for body, number in numbers.items():
+        of_body[env.model.body(body).id] = number
+    of_geom = of_body[env.model.geom_bodyid]
+    return np.append(of_geom, 0)[geoms]  # geom -1 is the sky
 
 
 def patches_of(classes, number, first):
@@ -128,21 +132,22 @@ def look(env, view, bodies):
     bodies {name of a body: label}; the last {label: (x1, y1, x2, y2, how many pixels, x, y)}. Of
     things that share a label it says which patches show one, and no center.
     """
-    bodies = {body: class_of(label) for body, label in bodies.items()}
-    numbers = {env.model.body(body).id: CLASSES.index(label) for body, label in bodies.items()}
-    for side in ("left", "right"):
-        numbers[env.model.body(f"{side}_finger").id] = 1  # gripper
-    classes = classes_of(env, env.draw(view, segmentation=True), numbers)
+    labels = list(map(class_of, bodies.values()))
+    things = sorted(zip(labels, bodies))
+    numbers = {body: CLASSES.index(label) for label, body in things}
+    numbers |= dict.fromkeys(("left_finger", "right_finger"), CLASSES.index("gripper"))
+    geoms = env.draw(view, segmentation=True)
+    classes = classes_of(env, geoms, numbers)
     centers = {"gripper": project(env, view, env.data.site_xpos[env.tcp])}
     seen = {}
-    labels = list(bodies.values())
-    for body, label in sorted(bodies.items(), key=lambda item: item[1]):
-        ys, xs = np.nonzero(classes == CLASSES.index(label))
+    for label, body in things:
+        ys, xs = np.nonzero(classes == numbers[body])
         if len(xs) and labels.count(label) == 1:
-            centers[label] = project(env, view, env.position(body))
+            center = project(env, view, env.position(body))
+            centers[label] = center
             # a box ends behind its last pixel
             corners = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
-            seen[label] = (*map(int, corners), len(xs), *centers[label][:2])
+            seen[label] = (*map(int, corners), len(xs), *center[:2])
     grounding = {
         "patches": patches_of(classes, len(CLASSES), first=2),
         "objects": {label: np.round(center, 4).tolist() for label, center in centers.items()},
@@ -154,14 +159,18 @@ def look(env, view, bodies):
 def scene(env, shots, questions, rng):
     """The record of a scene of what `look` returned; its images are still arrays."""
     mixed = [questions[i] for i in rng.permutation(len(questions))]
-    turns = []  # one of each category comes first, then a second of each
-    for question in mixed:
-        question["turn"] = turns.count(question["category"])
-        turns.append(question["category"])
-    mixed.sort(key=lambda question: question.pop("turn"))
+    categories = [question["category"] for question in mixed]
+    # one of each category comes first, then a second of each
+    turns = [categories[:i].count(category) for i, category in enumerate(categories)]
+    order = np.argsort(turns, kind="stable")[:MOST_QUESTIONS]
     images, grounding, _ = zip(*shots)
-    record = {"images": images, "questions": mixed[:MOST_QUESTIONS], "grounding": grounding}
-    return {**record, "robot": env.robot.name, "task": env.task.name}
+    return {
+        "images": images,
+        "questions": [mixed[i] for i in order],
+        "grounding": grounding,
+        "robot": env.robot.name,
+        "task": env.task.name,
+    }
 
 
 # ---- pictures
@@ -177,9 +186,10 @@ def picture(env, seed, rng, asker):
     mujoco.mj_forward(env.model, env.data)
     pose_arm(env, bodies, rng)
     views = VIEWS if rng.random() < 0.7 else VIEWS[:1]  # the front alone is what clips show
-    things = {body: label for label, body in bodies.items()}
+    things = dict(zip(bodies.values(), bodies))
     shots = [look(env, view, things) for view in views]
-    seen = {view: shown for view, (_, _, shown) in zip(views, shots)}
+    *_, shown = zip(*shots)
+    seen = dict(zip(views, shown))
     asker.arm(env.robot, [get_robot(name).display_name for name in ROBOTS])
     where = {label: env.position(body) for label, body in bodies.items()}
     for label in asker.things(seen, where, own):
@@ -294,7 +304,8 @@ def attempt(env, seed, rng, fault):
     Returns qpos (T, n) and the step's name of every control step, and whether it succeeded.
     """
     env.reset(seed)
-    qpos, names = [], []
+    qpos = []
+    names = []
     for name, action in commands(env, rng, fault):
         if name:
             qpos.append(env.data.qpos.copy())
@@ -313,30 +324,29 @@ def clips(env, seed, rng, asker):
     qpos, names, success = attempt(env, seed, rng, fault)
     if len(qpos) < 12 or success != (fault is None):
         return []
-    bodies = {label: body for body, label in env.task.labels.items()}
+    labels = list(env.task.labels.values())
+    task = env.task.instructions[0]
     scenes = []
 
     def add(times):
         """A scene of four moments, if anything has been asked."""
         questions = asker.take()
         for question in questions:  # all depend on all that the task is about
-            question["labels"] = list(bodies)
+            question["labels"] = labels
         if questions:
             shots = [replay(env, qpos[int(t)], env.task.labels) for t in times]
             scenes.append(scene(env, shots, questions, rng))
 
-    label = next(iter(bodies))
-    ask_as_a_whole(env, qpos, rng, asker, add, label, fault, causes)
+    ask_as_a_whole(env, qpos, rng, asker, add, labels[0], fault, causes)
     last = len(qpos) - 1
     begin = max(0, last - rng.integers(9, 40))  # the end of the attempt, half a second to two
-    asker.success(env.task.instructions[0], wording(env, rng), success)
+    asker.success(task, wording(env, rng), success)
     add(np.linspace(begin, last, 4))
     order = [name for name, _ in groupby(names)]
     if fault is None and "approach" in order and len(set(order)) == len(order):  # no second try
         for t in range(8, last):  # control steps, 20 a second
             if names[t] != names[t + 1] and names[t] in STEPS:  # the end of a step
-                task = env.task.instructions[0]
-                asker.within(task, wording(env, rng), label, order, names[t])
+                asker.within(task, wording(env, rng), labels[0], order, names[t])
                 add(np.linspace(max(0, t - 24), t, 4))
     ask_what_follows(qpos, rng, asker, add)
     return scenes
@@ -358,13 +368,14 @@ def ask_as_a_whole(env, qpos, rng, asker, add, label, fault, causes):
     """Scenes from the beginning to the end of an attempt: four if it failed, as that is rarer."""
     last = len(qpos) - 1
     tasks = [task.instructions[0] for task in TASKS.values()]
+    own = env.task.instructions[0]
     for _ in range(4 if fault else 2):
         times = np.linspace(0, last, 4)
         # ends stay ends, the two between them move
         times[1:3] += rng.uniform(-0.1, 0.1, 2) * last
         still = rng.random() < 0.25
         times = np.full(4, rng.integers(last)) if still else times.astype(int)
-        asker.whole(env.task.instructions[0], tasks, wording(env, rng), label, fault, causes)
+        asker.whole(own, tasks, wording(env, rng), label, fault, causes)
         if still:  # the same picture four times over: it tells nothing but that nothing moves
             asker.take()
         way = np.abs(qpos[times[-1]] - qpos[times[0]])
@@ -394,23 +405,36 @@ def ask_what_follows(qpos, rng, asker, add):
 
 
 def make_shard(job):
-    """Write the pictures of a shard, then its lines; returns how many they are."""
-    part, robot, task, first, count = job
+    """`fill_shard` with pictures and clips, and what is asked of them."""
+    part, *_, first, _ = job
+    draw = seeds.rng(first, "wording")
+    askers = [Asker(draw, wordings) for wordings in SPLITS[part.parent.name]]
+
+    def scenes_of(env, seed):
+        kind = picture if seed % 4 else clips  # a clip's seed gives up to nine scenes
+        scenes = [kind(env, seed, seeds.rng(seed, "scene"), asker) for asker in askers]
+        return itertools.chain(*scenes)
+
+    return fill_shard(job, scenes_of, clutter=CLUTTER, varied="looks")
+
+
+def fill_shard(job, scenes_of, environment="tabletop", **options):
+    """Write the pictures of a shard, then its lines; returns how many they are.
+
+    scenes_of(env, seed): records, whose images are still arrays; options: of the environment.
+    """
+    part, robot, scene, first, count = job
     if part.exists():  # whole, of a rendering that was stopped
         return count
     # render: what `reset` and `step` would draw is not looked at
-    env = TabletopEnv(robot, task, render=False, clutter=CLUTTER, varied="looks")
-    draw = seeds.rng(first, "wording")
-    askers = [Asker(draw, wordings) for wordings in SPLITS[part.parent.name]]
-    scenes = []
+    env = open_environment(environment, robot, scene, render=False, **options)
+    records = []
     for seed in itertools.count(first):
-        kind = picture if seed % 4 else clips  # a clip's seed gives up to nine scenes
-        for asker in askers:
-            scenes += kind(env, seed, seeds.rng(seed, "scene"), asker)
-        if len(scenes) >= count:
+        records += scenes_of(env, seed)
+        if len(records) >= count:
             break
     env.close()
-    write_scenes(part, scenes[:count])
+    write_scenes(part, records[:count])
     return count
 
 
@@ -419,12 +443,13 @@ def write_scenes(part, records):
     folder = part.parent.parent
     with atomic(part) as lines, open(lines, "w") as file:
         for number, record in enumerate(records):
-            names = [f"{number}-{i}.png" for i in range(len(record["images"]))]
-            paths = [part.with_suffix("") / name for name in names]
-            for path, image in zip(paths, record["images"]):
+            names = []
+            for i, image in enumerate(record["images"]):
+                path = part.with_suffix("") / f"{number}-{i}.png"
                 with atomic(path) as temporary:
                     Image.fromarray(image).save(temporary, compress_level=1)
-            record["images"] = [str(path.relative_to(folder)) for path in paths]
+                names.append(str(path.relative_to(folder)))
+            record["images"] = names
             file.write(json.dumps(record) + "\n")
 
 
@@ -434,34 +459,40 @@ def jobs_of(config):
     Each robot and task has as many; of all scenes, a fifteenth more for validation.
     """
     jobs = {split: [] for split in SPLITS}
+    out = Path(config.out)
     cells = list(itertools.product(TASKS, ROBOTS))
     # rounded up, so that a small corpus has each cell
     each = math.ceil(config.scenes / len(cells))
     few = max(20, config.scenes // 15 // len(cells))
     for number, (task, robot) in enumerate(cells):
         seed = config.seed + 10_000 * number  # no two cells share a seed
-        for i in range(math.ceil(each / SHARD)):
-            part = Path(config.out, "train", f"{robot}-{task}-{i:03d}.jsonl")
-            count = min(SHARD, each - SHARD * i)
-            # 300 seeds give more than SHARD scenes: shards share none
-            jobs["train"].append((part, robot, task, seed + 300 * i, count))
+        # 300 seeds give more than SHARD scenes: shards share none
+        jobs["train"] += shards_of(out / "train", robot, task, each, SHARD, seed, 300)
+        seed += seeds.FIRST_VALIDATION
         for split in ("val", "off_template"):
-            part = Path(config.out, split, f"{robot}-{task}-000.jsonl")
-            jobs[split].append((part, robot, task, seeds.FIRST_VALIDATION + seed, few))
+            jobs[split] += shards_of(out / split, robot, task, few, few, seed)
     return {split: sorted(shards) for split, shards in jobs.items()}
 
 
-def join(parts, path):
-    """Files' lines as one file, without the "yes" or "no" too many."""
-    lines = []
-    for part in parts:
-        lines += part.read_text().splitlines()
+def shards_of(folder, robot, scene, each, most, seed, apart=0):
+    """[(part, robot, scene, first seed, scenes)]: `each` scenes of a cell, at most so many a part."""
+    shards = []
+    for i in range(math.ceil(each / most)):
+        part = folder / f"{robot}-{scene}-{i:03d}.jsonl"
+        shards.append((part, robot, scene, seed + apart * i, min(most, each - most * i)))
+    return shards
+
+
+def join(lines, path):
+    """Lines as a file, without the "yes" or "no" too many."""
     records = [json.loads(line) for line in lines]
     equalise([record["questions"] for record in records])  # over all robots and tasks
+    write_lines(path, [json.dumps(record) for record in records if record["questions"]])
+
+
+def write_lines(path, lines):
     with atomic(path) as temporary, open(temporary, "w") as file:
-        for record in records:
-            if record["questions"]:
-                file.write(json.dumps(record) + "\n")
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def checksum(path):
@@ -472,7 +503,8 @@ def render(config, jobs, make_shard, join, env="tabletop"):
     """Render what is missing of a folder; the result does not depend on the number of workers.
 
     config has scenes, seed, workers and out; jobs {split: [job]}, whose first is the part that
-    make_shard(job) writes; join(parts, path) makes them one file. env: the world that they show.
+    make_shard(job) writes; join(lines, path) writes the lines of them all. env: the world that
+    they show.
     """
     at_least(config, 1, "scenes", "workers")
     at_least(config, 0, "seed")
@@ -496,7 +528,8 @@ def render(config, jobs, make_shard, join, env="tabletop"):
     checksums = {}
     for split in jobs:
         file = path.with_name(f"{split}.jsonl")
-        join([part for part, *_ in jobs[split]], file)
+        lines = [part.read_text().splitlines() for part, *_ in jobs[split]]
+        join(itertools.chain(*lines), file)
         checksums[file.name] = checksum(file)
     write_json(path, {**settings, "checksums": checksums})
     for part, *_ in shards:

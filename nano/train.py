@@ -223,7 +223,7 @@ def main():
     for stage in missing:
         check(stage)
     trainer.start_processes(cfg)
-    if trainer.this_process()[0] == 0:
+    if trainer.is_first():
         make_data(missing)
     trainer.barrier()
     for stage in missing:  # mistakes are told now, not after other stages' training
