@@ -90,11 +90,11 @@ def row_of(question, grounding, processor):
     return batch, batch["answer_number"].numpy(), batch["input_ids"][0].tolist()
 
 
-def command_row(roles, places):
+def command_row(roles, places, points=()):
     """A row of one picture with a command before it."""
     text = {"type": "text", "text": "bin"}
     media = [("image", np.zeros((128, 128, 3), np.uint8))]
-    command = {"roles": [roles], "places": places}
+    command = {"roles": [roles], "places": places, "points": points}
     return Row(
         [[{"role": "user", "content": [text, {"type": "image"}]}]], media, {"command": command}
     )
@@ -227,7 +227,8 @@ def test_the_token_head_lays_its_patches_where_the_pixels_are(processor):
 
 def test_every_head_learns_and_shares_of_a_step_add_up(corpus, processor):
     rows = [corpus.row(i) for i in range(4)]
-    rows.append(command_row("B" + "A" * 62 + "C", [[8, 8, 0.6], [120, 120, 0.7]]))
+    points = [[0.1, 0.0, 0.02], [-0.1, 0.2, 0.3]]
+    rows.append(command_row("B" + "A" * 62 + "C", [[8, 8, 0.6], [120, 120, 0.7]], points))
     heads = heads_of(processor)
     totals = heads.count(batch_of(rows, processor))
     sums = []
@@ -266,6 +267,13 @@ def test_shipped_heads_load(name, processor):
     assert torch.equal(heads.vit[1].bias[-3:], known[-3:])
 
 
+def test_a_head_that_knew_pictures_alone_keeps_what_it_knew(processor):
+    heads = heads_of(processor)
+    old = torch.arange(6.0)
+    heads.load({"place.1.bias": old})
+    assert torch.equal(heads.place[1].bias.view(2, 6)[:, :3], old.view(2, 3))
+
+
 def test_patches_know_their_role_in_a_command_and_other_rows_teach_none(corpus, processor):
     letters = ["A"] * 64
     letters[9] = "B"
@@ -278,7 +286,13 @@ def test_patches_know_their_role_in_a_command_and_other_rows_teach_none(corpus, 
     assert roles[-1, [9, 20]].tolist() == [1, 2]
     places = batch["command_place"]
     assert places[0].isnan().all() and places[1, 1].isnan().all()
-    assert torch.allclose(places[1, 0], torch.tensor([24 / 16 - 4, 24 / 16 - 4, 0.0]), atol=1e-5)
+    # x, y and depth in the picture; nothing says where the robot has it
+    place = torch.tensor([24 / 16 - 4, 24 / 16 - 4, 0.0])
+    assert torch.allclose(places[1, 0, :3], place, atol=1e-5) and places[1, 0, 3:].isnan().all()
+    known = command_row("".join(letters), [[24, 24, 0.6], None], [[0.1, -0.2, 0.02], None])
+    places = batch_of([known], processor)["command_place"][0]
+    assert torch.allclose(places[0, 3:], torch.tensor([1.0, -2.0, 0.2]))  # decimeters
+    assert places[1].isnan().all()
     # the last token of a row has seen all of it
     lengths = [sum(own) for own in batch["segments"]]
     assert batch["last_token"].tolist() == (np.cumsum(lengths) - 1).tolist()
