@@ -19,6 +19,7 @@ import numpy as np
 from cli import choose
 from data import seeds
 from data.env import IMAGE_SIZE
+from data.environments import Arm
 from data.expert import Demonstration
 from data.simulator import Camera, mujoco
 from embodiment import Embodiment
@@ -44,15 +45,6 @@ REST = 20
 
 
 @dataclass(frozen=True)
-class Arm:
-    """What a rollout asks of a robot."""
-
-    name: str
-    display_name: str
-    dof: int  # numbers of the state that say where the hand is
-
-
-@dataclass(frozen=True)
 class Task:
     """A row of metaworld.json: its difficulty, the steps that it has, and what the policy is told."""
 
@@ -62,7 +54,7 @@ class Task:
     sentence: str
 
 
-SAWYER = Arm("sawyer", "Sawyer in Meta-World", 3)
+ROBOT = Arm("sawyer", "Sawyer in Meta-World", 3)
 SAWYER_NUMBERS = Embodiment(
     state_dim=4,
     action_dim=4,
@@ -116,7 +108,7 @@ class MetaWorldEnv:
     """
 
     hz = HZ
-    robot = SAWYER
+    robot = ROBOT
     embodiment = SAWYER_NUMBERS
     family = None
 

@@ -79,3 +79,33 @@ class Camera:
     def close(self):
         """Free the GL's memory; a picture after this is an error."""
         self.renderer.close()
+
+
+def coarsen(model, cell):
+    """Merge corners of drawn meshes that share a cube of `cell` (m) of space, in place.
+
+    Without a GPU a picture costs as much as it has triangles, and scanned things have far more of
+    them than a small picture has pixels. Only what cannot be touched changes: physics stay as they
+    are. To be called before a Camera is made.
+    """
+    touched = (model.geom_contype | model.geom_conaffinity) != 0
+    meshes = model.geom_type == mujoco.mjtGeom.mjGEOM_MESH.value
+    solid = set(model.geom_dataid[meshes & touched].tolist())
+    for mesh in set(model.geom_dataid[meshes].tolist()) - solid:
+        first, count = model.mesh_vertadr[mesh], model.mesh_vertnum[mesh]
+        corners = model.mesh_vert[first : first + count]  # (V, 3)
+        _, cube = np.unique(np.floor(corners / cell), axis=0, return_inverse=True)  # (V,)
+        inside = np.bincount(cube)
+        middles = [np.bincount(cube, axis) / inside for axis in corners.T]
+        corners[:] = np.column_stack(middles)[cube]
+        # what has become a line or a point goes, the rest moves up
+        start, faces = model.mesh_faceadr[mesh], model.mesh_facenum[mesh]
+        now = cube[model.mesh_face[start : start + faces]]  # (F, 3)
+        now.sort(axis=1)
+        whole = (now[:, 0] < now[:, 1]) & (now[:, 1] < now[:, 2])
+        # of two triangles with the same corners one is enough
+        _, unlike = np.unique(now, axis=0, return_index=True)
+        kept = np.sort(unlike[whole[unlike]])
+        for array in (model.mesh_face, model.mesh_facenormal, model.mesh_facetexcoord):
+            array[start : start + len(kept)] = array[start + kept]
+        model.mesh_facenum[mesh] = len(kept)
