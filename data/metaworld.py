@@ -29,6 +29,7 @@ with reading("metaworld", "`pip install --no-deps -r requirements-metaworld.txt`
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
     from metaworld.policies import ENV_POLICY_MAP
 
+PACKAGES = ("metaworld",)
 HZ = 80
 CAMERA_POSITION = (0.75, 0.075, 0.7)  # m, of corner2: arXiv 2206.14244
 PUBLISHED_SIZE = 480  # pixels of a side, of 60 degrees
