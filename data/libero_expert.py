@@ -70,7 +70,7 @@ def height_below(env, x, y, z):
     """m: how high what lies below a point is, the arm aside."""
     geom = np.zeros(1, np.int32)
     groups = np.array([group == HIDDEN for group in range(6)], np.uint8)
-    way = mujoco.mj_ray(env.model, env.data, np.array([x, y, z]), -UP, groups, 1, -1, geom, None)
+    way = mujoco.mj_ray(env.model, env.data, np.array([x, y, z]), -UP, groups, 1, -1, geom)
     body = env.model.geom_bodyid[geom[0]]
     arm = env.model.body_rootid[body] == env.model.body("robot0_base").id
     return -np.inf if way < 0 or arm else z - way
