@@ -153,6 +153,7 @@ class LiberoEnv:
             body = self.model.body(fixture.root_body)
             body.pos[:] = 0
             body.quat[:] = (1, 0, 0, 0)
+        self.inner.robots[0].gripper.current_action[:] = 0  # it remembers where it was
         with drawn_from(seeds.rng(seed, "libero", number)):
             while True:
                 try:

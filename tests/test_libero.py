@@ -87,7 +87,7 @@ def test_evaluations_take_the_official_starts_in_order(env):
     official = env.starts[:, 1 : 1 + env.model.nq]  # between the time and the speeds
     for start in (0, 1):  # it has settled since
         assert np.allclose(places[start][basket][:2], official[start][basket][:2], atol=0.003)
-    assert np.array_equal(places[2], places[0])
+    assert np.allclose(places[2], places[0], atol=1e-3)  # there are 50
     assert not np.array_equal(places[0], places[1])
     # not the soup's place, for which the package leaves no room, but others'
     assert not np.array_equal(places[3], places[4])
