@@ -8,6 +8,7 @@
     python eval.py plan             goals of two and three commands: written down, carried out, judged
     python eval.py replay           recordings it was not trained on: what it would have done instead
     python eval.py metaworld        Meta-World's 50 tasks, in its own simulator (data/metaworld.py)
+    python eval.py libero           20 tasks of LIBERO, in its own simulator (data/libero.py)
     python eval.py digital          questions about pictures, beside chance and beside noise
 
 Layout seeds start beyond those of every demonstration; the same seeds give the same table. Results
@@ -21,6 +22,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ from cli import UserError, at_least, choose, choose_many, parse, pick_device, ru
 from data import seeds
 from data.conversations import Conversations
 from data.env import PERTURBATIONS
+from data.environments import simulator
 from data.expert import demonstrate
 from data.robots import ROBOTS
 from data.scoring import is_degenerate, is_right, wilson
@@ -102,6 +105,17 @@ class MetaWorldConfig:
     device: str = "auto"  # auto, cpu, cuda or mps
     execute_steps: int = EXECUTE_STEPS  # steps of a chunk before the policy looks again
     out: str = ""  # result file; default out/results/metaworld.json
+
+
+@dataclass
+class LiberoConfig(MetaWorldConfig):
+    tasks: str = (
+        "all"  # comma-separated tasks, object-0 to object-9 and spatial-0 to spatial-9, or all
+    )
+    episodes: int = 50  # of each task: its official starts in order, of which there are 50
+    seed: int = FIRST_EVALUATION  # official start 0; below, starts are drawn as for demonstrations
+    weights: str = "out/libero-policy"  # checkpoint folder
+    out: str = ""  # result file; default out/results/libero.json
 
 
 @dataclass
@@ -280,44 +294,51 @@ def delays(what, config):
 
 # ---- other people's tasks
 
-TIERS = ("easy", "medium", "hard", "very_hard")  # as SmolVLA (arXiv 2506.01844) has them
+TIERS = {
+    "metaworld": ("easy", "medium", "hard", "very_hard"),  # as SmolVLA (arXiv 2506.01844) has them
+    "libero": ("object", "spatial"),  # its suites
+}
 CONTROLS = ("no sentence", "another sentence", "no picture")
 
 
 def play_task(job):
-    """A rollout in Meta-World, in a process of its own: (number, way, task, what came of it)."""
-    number, config, task, way, seed = job
-    from data.metaworld import SAWYER, TASKS
-
-    env = make_env("metaworld", SAWYER.name, task, render=False, blind=way == "no picture")
+    """A rollout elsewhere, in a process of its own: (number, way, task, what came of it)."""
+    number, what, config, task, way, seed = job
+    module = simulator(what)
+    env = make_env(what, module.ROBOT.name, task, render=False, blind=way == "no picture")
     instruction = None
     if way == "no sentence":
         instruction = "."
     if way == "another sentence":
         own = env.task.sentence
-        # two tasks share theirs
-        others = [other.sentence for other in TASKS.values() if other.sentence != own]
-        instruction = str(seeds.rng(seed, "command", number).choice(others))
+        # two tasks of Meta-World share theirs
+        others = [other for other in module.TASKS.values() if other.sentence != own]
+        if what == "libero":  # of the same suite: the other has other things
+            others = [other for other in others if other.tier == env.task.tier]
+        sentences = [other.sentence for other in others]
+        instruction = str(seeds.rng(seed, "command", number).choice(sentences))
     blm = load_model(config.weights, config.device)
     result = rollout(blm, env, seed, config.execute_steps, instruction=instruction)
     return number, way, task, result | {"name": str(seed)}
 
 
-def metaworld(what, config):
-    """Success in %: a row a tier, a column a way of telling the policy. The result as a dict."""
-    from data.metaworld import HZ, TASKS
+def elsewhere(what, config):
+    """Success in %: a row a tier, a column a way of telling the policy. The result as a dict.
 
+    what: an environment (data/environments.py) that is somebody else's.
+    """
+    module = simulator(what)
     at_least(config, 1, "episodes", "workers", "execute_steps")
     at_least(config, 0, "seed", "controls")
-    tasks = choose_many(config.tasks, TASKS, "task")
+    tasks = choose_many(config.tasks, module.TASKS, "task")
     config.device = str(pick_device(config.device))
     blm = load_model(config.weights, config.device)  # a bad folder is told here, once
-    robots_of(blm, "all", "metaworld")
+    robots_of(blm, "all", what)
     check_chunk(config, blm)
     jobs = []
     for task, way in itertools.product(tasks, ("told", *CONTROLS)):
         episodes = config.episodes if way == "told" else config.controls
-        jobs += [(config, task, way, config.seed + i) for i in range(episodes)]
+        jobs += [(what, config, task, way, config.seed + i) for i in range(episodes)]
     jobs = [(number, *job) for number, job in enumerate(jobs)]
     done = in_order(run_jobs(play_task, jobs, config.workers), len(jobs))
     cells = defaultdict(lambda: defaultdict(list))
@@ -327,22 +348,24 @@ def metaworld(what, config):
     ways = {}
     for way, row in cells.items():
         tiers = {}
-        for tier in TIERS:
-            own = [e["success"] for task in row if TASKS[task].tier == tier for e in row[task]]
+        for tier in TIERS[what]:
+            own = [task for task in row if module.TASKS[task].tier == tier]
             if own:
-                tiers[tier] = rate(own)
+                tiers[tier] = rate(e["success"] for task in own for e in row[task])
         ways[way] = {"tiers": tiers, **mean_of_tiers(tiers)}
         ways[way]["tasks"] = {
-            task: {**summary(episodes, HZ), "failures": failures(episodes)}
+            task: {**summary(episodes, module.HZ), "failures": failures(episodes)}
             for task, episodes in row.items()
         }
     print_ways(ways, tasks)
     acting = [e["act_s"] for episodes in cells["told"].values() for e in episodes]
-    return {**ways.pop("told"), "controls": ways, "act_ms": 1000 * np.mean(acting)}
+    told_result = {**ways.pop("told"), "controls": ways, "act_ms": 1000 * np.mean(acting)}
+    told_result["versions"] = {name: version(name) for name in ("mujoco", *module.PACKAGES)}
+    return told_result
 
 
 def print_ways(ways, tasks):
-    """Tables of what `metaworld` found: by task, then by tier."""
+    """Tables of what `elsewhere` found: by task, then by tier."""
     lines = []
     for task in tasks:
         rates = [f"{100 * way['tasks'][task]['success']:.0f}" for way in ways.values()]
@@ -486,7 +509,8 @@ KINDS = {
     "told": (told, ToldConfig),
     "plan": (plan_goals, PlanConfig),
     "replay": (replay, ReplayConfig),
-    "metaworld": (metaworld, MetaWorldConfig),
+    "metaworld": (elsewhere, MetaWorldConfig),
+    "libero": (elsewhere, LiberoConfig),
     "digital": (digital, DigitalConfig),
 }
 

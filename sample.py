@@ -15,6 +15,7 @@ One scene, two commands:
 One of other people's tasks, in their simulator (data/environments.py):
 
     python sample.py --env metaworld --task drawer-open --weights out/metaworld-policy
+    python sample.py --env libero --task object-0 --weights out/libero-policy
 
 Several commands, which a model that was taught to (runs/listen.sh) lists, carries out and judges:
 
@@ -42,7 +43,7 @@ from rollout import EXECUTE_STEPS, GIF_HZ, GIF_SIZE, draw_episode, save_gif
 
 @dataclass
 class SampleConfig:
-    env: str = "tabletop"  # tabletop or metaworld
+    env: str = "tabletop"  # tabletop, metaworld or libero
     robot: str = ""  # panda, xarm6, xarm7 or widowx; empty: widowx, or whichever --env has
     task: str = "PickCube"  # a task, or a family of scenes with several, such as which_cube
     command: int = 0  # which of such a scene's commands is given

@@ -2,6 +2,7 @@
 
     tabletop     this repository's own (data/env.py): four arms, six tasks, families of scenes
     metaworld    Meta-World's 50 tasks (data/metaworld.py), with packages of its own
+    libero       20 tasks of LIBERO (data/libero.py), with packages of its own
 
 An environment is an object with
 
@@ -23,17 +24,36 @@ and its expert is a function (env, seed, noise, command, reset) -> Demonstration
 Episodes name the robot, and policies the robots they know, so training asks for no environment.
 """
 
+from dataclasses import dataclass
+from importlib import import_module
+
 from cli import choose, choose_many
 
-ENVIRONMENTS = ("tabletop", "metaworld")
+ENVIRONMENTS = ("tabletop", "metaworld", "libero")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a rollout asks of a robot."""
+
+    name: str
+    display_name: str
+    dof: int  # numbers of the state that say where the hand is
+
+
+def simulator(environment):
+    """The module of somebody else's: its ROBOT, TASKS, HZ and PACKAGES.
+
+    UserError if it needs packages that are not there: the tabletop does without.
+    """
+    return import_module(f"data.{environment}")
 
 
 def names_in(environment):
     """(robots, tasks, further scenes) that an environment has. UserError if there is no such one."""
-    if choose(environment, ENVIRONMENTS, "environment") == "metaworld":
-        from data.metaworld import SAWYER, TASKS  # packages that the tabletop does without
-
-        return (SAWYER.name,), tuple(TASKS), ()
+    if choose(environment, ENVIRONMENTS, "environment") != "tabletop":
+        module = simulator(environment)
+        return (module.ROBOT.name,), tuple(module.TASKS), ()
     from data.families import FAMILIES
     from data.robots import ROBOTS
     from data.tasks import TASKS
@@ -53,9 +73,9 @@ def cells_of(config):
 def open_environment(environment, robot, scene, **options):
     """One of the classes' objects; options are the tabletop's own (data/env.py)."""
     if environment == "metaworld":
-        from data.metaworld import MetaWorldEnv
-
-        return MetaWorldEnv(scene, **options)
+        return simulator(environment).MetaWorldEnv(scene, **options)
+    if environment == "libero":
+        return simulator(environment).LiberoEnv(scene, **options)
     from data.env import TabletopEnv
 
     return TabletopEnv(robot, scene, **options)
@@ -64,7 +84,9 @@ def open_environment(environment, robot, scene, **options):
 def expert_of(environment):
     """The function that demonstrates there."""
     if environment == "metaworld":
-        from data.metaworld import demonstrate
+        return simulator(environment).demonstrate
+    if environment == "libero":
+        from data.libero_expert import demonstrate
     else:
         from data.expert import demonstrate
     return demonstrate

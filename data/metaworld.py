@@ -19,6 +19,7 @@ import numpy as np
 from cli import choose
 from data import seeds
 from data.env import IMAGE_SIZE
+from data.environments import Arm
 from data.expert import Demonstration
 from data.simulator import Camera, mujoco
 from embodiment import Embodiment
@@ -28,6 +29,7 @@ with reading("metaworld", "`pip install --no-deps -r requirements-metaworld.txt`
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
     from metaworld.policies import ENV_POLICY_MAP
 
+PACKAGES = ("metaworld",)
 HZ = 80
 CAMERA_POSITION = (0.75, 0.075, 0.7)  # m, of corner2: arXiv 2206.14244
 CAMERAS = {"front": "corner2", "render": "corner2", "wrist": "gripperPOV"}  # the package's names
@@ -45,15 +47,6 @@ REST = 20
 
 
 @dataclass(frozen=True)
-class Arm:
-    """What a rollout asks of a robot."""
-
-    name: str
-    display_name: str
-    dof: int  # numbers of the state that say where the hand is
-
-
-@dataclass(frozen=True)
 class Task:
     """A row of metaworld.json: its difficulty, the steps that it has, and what the policy is told."""
 
@@ -63,7 +56,7 @@ class Task:
     sentence: str
 
 
-SAWYER = Arm("sawyer", "Sawyer in Meta-World", 3)
+ROBOT = Arm("sawyer", "Sawyer in Meta-World", 3)
 SAWYER_NUMBERS = Embodiment(
     state_dim=4,
     action_dim=4,
@@ -117,7 +110,7 @@ class MetaWorldEnv:
     """
 
     hz = HZ
-    robot = SAWYER
+    robot = ROBOT
     embodiment = SAWYER_NUMBERS
     family = None
 

@@ -3,6 +3,7 @@
     python -m data.record --robots all --tasks all --episodes 100 --workers 2
     python -m data.record --show out/demos      a contact sheet, out/demos.png
     python -m data.record --env metaworld --episodes 50 --out out/metaworld
+    python -m data.record --env libero --episodes 50 --out out/libero
                                                 other people's tasks (data/environments.py)
 
 An episode is one file, L control steps at 20 Hz long: <folder>/<robot>-<task>-<seed>.safetensors,
@@ -68,7 +69,7 @@ ADVICE = "delete it and record again"
 
 @dataclass
 class RecordConfig:
-    env: str = "tabletop"  # tabletop or metaworld
+    env: str = "tabletop"  # tabletop, metaworld or libero
     robots: str = "all"  # comma-separated robots, or all
     tasks: str = "all"  # comma-separated tasks, or all; families of scenes by name
     episodes: int = 100  # successful episodes for each robot and each of these

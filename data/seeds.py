@@ -22,6 +22,7 @@ STREAMS = {
     "mixed": 26,
     "command": 27,  # in which words a command is given
     "metaworld": 29,  # goals and places of a Meta-World task; its number comes behind
+    "libero": 31,  # where things lie in a LIBERO task; its number comes behind
     "disturbance": 7,  # of the joint targets that the expert executes
     "appearance": 9,  # light and table top of demonstrations
     "camera": 13,  # place of the front camera and one more cube, in demonstrations

@@ -99,3 +99,33 @@ def open_renderer(model, size):
             "or Ubuntu set MUJOCO_GL=egl after `apt-get install libegl1 libgl1-mesa-dri`, or "
             "MUJOCO_GL=osmesa after `apt-get install libosmesa6`"
         ) from None
+
+
+def coarsen(model, cell):
+    """Merge corners of drawn meshes that share a cube of `cell` (m) of space, in place.
+
+    Without a GPU a picture costs as much as it has triangles, and scanned things have far more of
+    them than a small picture has pixels. Only what cannot be touched changes: physics stay as they
+    are. To be called before a Camera is made.
+    """
+    touched = (model.geom_contype | model.geom_conaffinity) != 0
+    meshes = model.geom_type == mujoco.mjtGeom.mjGEOM_MESH.value
+    solid = set(model.geom_dataid[meshes & touched].tolist())
+    for mesh in set(model.geom_dataid[meshes].tolist()) - solid:
+        first = model.mesh_vertadr[mesh]
+        corners = model.mesh_vert[first : first + model.mesh_vertnum[mesh]]  # (V, 3)
+        _, cube = np.unique(np.floor(corners / cell), axis=0, return_inverse=True)  # (V,)
+        inside = np.bincount(cube)
+        middles = [np.bincount(cube, axis) / inside for axis in corners.T]
+        corners[:] = np.column_stack(middles)[cube]
+        # what has become a line or a point goes, the rest moves up
+        start = model.mesh_faceadr[mesh]
+        now = cube[model.mesh_face[start : start + model.mesh_facenum[mesh]]]  # (F, 3)
+        now.sort(axis=1)
+        whole = (now[:, 0] < now[:, 1]) & (now[:, 1] < now[:, 2])
+        # of two triangles with the same corners one is enough
+        _, unlike = np.unique(now, axis=0, return_index=True)
+        kept = np.sort(unlike[whole[unlike]])
+        for array in (model.mesh_face, model.mesh_facenormal, model.mesh_facetexcoord):
+            array[start : start + len(kept)] = array[start + kept]
+        model.mesh_facenum[mesh] = len(kept)

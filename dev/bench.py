@@ -6,6 +6,7 @@
     python -m dev.bench --only serve                  `act` through serve.py beside `act` alone
     python -m dev.bench --only data --dataset FOLDER --lerobot PYTHON       beside lerobot's loader
     python -m dev.bench --only metaworld              pictures beside Meta-World's own renderer
+    python -m dev.bench --only libero                 pictures beside LIBERO's own renderer
     python -m dev.bench --only gpu                    the large sizes on a large GPU: bench_gpu.py
 
     act            one chunk of the shipped policy: two pictures, a state, an instruction
@@ -296,6 +297,11 @@ def main():
         from dev import bench_metaworld  # its packages are extras
 
         rows = bench_metaworld.measure(config.rounds)
+        against = "its own renderer, CPU time"
+    elif config.only == "libero":
+        from dev import bench_libero  # its packages are extras
+
+        rows = bench_libero.measure(config.rounds)
         against = "its own renderer, CPU time"
     elif config.only == "gpu":
         from dev import bench_gpu

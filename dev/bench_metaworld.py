@@ -5,22 +5,13 @@ its default of 480 x 480, with its defaults: shadows, reflections and four sampl
 CPU time: without a GPU drawing may use several threads.
 """
 
-import time
-
 import numpy as np
 
 from data.metaworld import CAMERA_POSITION, MetaWorldEnv, make_inner
+from dev.drawing import milliseconds
 
 TASK = "drawer-open"
-PICTURES = 10  # in a turn
 SIZES = (128, 480)  # pixels of the package's pictures
-
-
-def milliseconds(job):
-    start = time.process_time()
-    for _ in range(PICTURES):
-        job()
-    return 1000 * (time.process_time() - start) / PICTURES
 
 
 def package_renderer(size):

@@ -20,7 +20,7 @@ ROWS = json.loads((ROOT / "data" / "metaworld.json").read_text())["tasks"]
 
 def test_there_are_fifty_tasks_in_the_published_tiers():
     tiers = [row["tier"] for row in ROWS.values()]
-    counts = {tier: tiers.count(tier) for tier in evaluation.TIERS}
+    counts = {tier: tiers.count(tier) for tier in evaluation.TIERS["metaworld"]}
     assert counts == {"easy": 28, "medium": 11, "hard": 6, "very_hard": 5}
     sentences = [row["sentence"] for row in ROWS.values()]
     twice = {sentence for sentence in sentences if sentences.count(sentence) > 1}
@@ -170,7 +170,7 @@ def test_controls_tell_words_from_pictures(metaworld, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "run_jobs", here)
     config = evaluation.MetaWorldConfig(tasks="handle-press", episodes=2, controls=1)
     config.execute_steps = 4
-    result = evaluation.metaworld("metaworld", config)
+    result = evaluation.elsewhere("metaworld", config)
     assert result["tiers"]["easy"]["rate"] == result["mean"] == 1
     assert list(result["controls"]) == list(evaluation.CONTROLS)
     for control in result["controls"].values():
@@ -183,4 +183,4 @@ def test_controls_tell_words_from_pictures(metaworld, monkeypatch, capsys):
 def test_weights_of_another_world_are_told_apart(metaworld):
     flags = {"weights": str(ROOT / "weights" / "nano"), "tasks": "reach", "episodes": 1}
     with pytest.raises(UserError, match="no robot of metaworld"):
-        evaluation.metaworld("metaworld", evaluation.MetaWorldConfig(**flags))
+        evaluation.elsewhere("metaworld", evaluation.MetaWorldConfig(**flags))

