@@ -29,9 +29,9 @@ def test_solution_of_an_exercise_is_right(program, tmp_path, monkeypatch):
 
 def test_one_image_has_the_real_shapes():
     blm = BLM.from_pretrained(ROOT / "weights" / "nano")
-    observation, _ = TabletopEnv("widowx", "PickCube").reset(seed=1_000_001)
+    instruction = "raise the red block to the green ball and stay there"
+    observation, _ = TabletopEnv("widowx", "PickCube").reset(1_000_001, instruction)
     images = [list(observation["images"].values())]
-    instruction = observation["instruction"]
     inputs = blm.processor.prompt(images, [instruction])
     hidden, _ = blm.intent_states(images, [instruction])
     shapes = {}
