@@ -45,8 +45,9 @@ CUBE = np.array(list(product((-1, 1), repeat=3)))  # corners of one
 
 def corners(env, name):
     """(n, 3) m: corners of the shapes that a thing collides with, where they are now."""
-    model, data = env.model, env.data
-    found = []
+    model = env.model
+    data = env.data
+    shapes = []
     for geom in np.flatnonzero(model.body_rootid[model.geom_bodyid] == env.inner.obj_body_id[name]):
         if model.geom_group[geom] != HIDDEN:
             continue
@@ -56,8 +57,8 @@ def corners(env, name):
             first = model.mesh_vertadr[mesh]
             points = model.mesh_vert[first : first + model.mesh_vertnum[mesh]]
         turned = data.geom_xmat[geom].reshape(3, 3)
-        found.append(points @ turned.T + data.geom_xpos[geom])
-    return np.concatenate(found)
+        shapes.append(points @ turned.T + data.geom_xpos[geom])
+    return np.concatenate(shapes)
 
 
 def middle_of(env, name):
