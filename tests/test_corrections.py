@@ -10,6 +10,8 @@ import corrections
 from cli import UserError
 from data import seeds
 from data.env import TabletopEnv
+from data.expert import demonstrate
+from data.record import RecordConfig, record_slice
 from data.robots import get_robot
 from data.tasks import MAX_STEPS
 from embodiment import Embodiment
@@ -66,6 +68,23 @@ def test_nothing_is_corrected_where_the_policy_was_done(lazy, monkeypatch):
     monkeypatch.setattr(corrections, "rollout", lambda *args, **options: {"success": True})
     env = TabletopEnv("widowx", "PickCube", render=False)
     assert corrections.correct("some", env, 5, 0.0, 0) is None
+
+
+def test_a_policy_that_needs_few_corrections_is_no_mistake(tmp_path, capsys):
+    def seldom(env, seed, noise, command):
+        return demonstrate(env, seed, noise) if seed == 3 else None
+
+    config = RecordConfig(out=str(tmp_path))
+    job = (config, seldom, "expert after a policy", "widowx", "PickCube", range(2, 6), 2)
+    assert record_slice(job) == ("widowx-PickCube", [])
+    assert [path.name for path in tmp_path.iterdir()] == ["widowx-PickCube-3.safetensors"]
+    said = capsys.readouterr().out
+    assert said == "1 of 2 episodes of widowx PickCube: of the others 3 went well\n"
+    # an expert that cannot do it is one
+    failure = SimpleNamespace(success=False)
+    job = (config, lambda *_: failure, "expert", "widowx", "PushCube", range(2, 6), 2)
+    with pytest.raises(UserError, match="0 of 2 episodes of widowx PushCube, and no more"):
+        record_slice(job)
 
 
 def test_corrections_have_seeds_of_their_own_and_name_their_policy(lazy, monkeypatch):
