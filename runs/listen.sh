@@ -1,7 +1,8 @@
 #!/bin/sh
 # A policy that listens: in scenes with several commands it does the one that it is told. It starts
-# from weights/nano, whose policy does not, and takes about five hours on two CPU cores with AMX.
-# docs/RESULTS.md says how good it is; a training that was stopped goes on with --resume.
+# from weights/nano, whose policy does not, and takes about seven hours on two CPU cores with AMX.
+# docs/WEIGHTS.md says what has been made of it so far, docs/RESULTS.md how good that is; a training
+# that was stopped goes on with --resume.
 set -ex
 cd "$(dirname "$0")/.."
 workers=$(nproc)
@@ -11,9 +12,9 @@ families=which_cube,which_way,which_stack,which_bin,peg_or_cube,mixed
 
 # Stage I, blocks 1 to 4: what each patch shows, and what it is for in the command before it
 python -m nano.scenes --scenes 12000 --workers "$workers"
-python -m nano.commands --scenes 28800 --workers "$workers"
+python -m nano.commands --scenes 76800 --workers "$workers"
 $two -m nano.train --preset look --backbone weights/nano --out out/listen \
-    --mixture scenes:1,commands:4 --intent_layer 4 --steps 3600 --lr 3e-3 --batch_size 64 --dtype bfloat16
+    --mixture scenes:1,commands:5 --intent_layer 4 --steps 6000 --lr 3e-3 --batch_size 64 --dtype bfloat16
 
 # Stage I, blocks 5 to 7: answers again, now about commands too
 $two -m nano.train --backbone out/listen --out out/sft \
@@ -25,9 +26,9 @@ python -m data.record --tasks "$families" --episodes 280 --workers "$workers"
 python -m data.record --tasks "$tasks" --episodes 110 --workers "$workers"
 $two -- train_policy.py --start weights/nano --backbone out/sft --tasks "$tasks,$families" \
     --intent_layer 4 --text_first --waypoint_loss --steps 14500 --eval_every 2000 --dtype bfloat16
-python corrections.py --policy out/policy --tasks "$tasks,$families" --episodes 20 --workers "$workers"
+python corrections.py --policy out/policy --tasks "$tasks,$families" --episodes 80 --workers "$workers"
 $two -- train_policy.py --start weights/nano --backbone out/sft --tasks "$tasks,$families" \
-    --intent_layer 4 --text_first --waypoint_loss --steps 17000 --eval_every 2000 --dtype bfloat16 \
+    --intent_layer 4 --text_first --waypoint_loss --steps 20000 --eval_every 2000 --dtype bfloat16 \
     --resume
 
 # what it can do
