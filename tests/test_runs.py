@@ -135,7 +135,7 @@ def test_the_recipe_of_a_policy_that_listens_fits_together(go, monkeypatch):
     assert policy.backbone == answer.out
     # what the policy reads is what Stage I taught, and stays as it was taught
     assert policy.intent_layer == look.intent_layer == answer.frozen_blocks
-    assert policy.text_first and "commands:4" in look.mixture
+    assert policy.text_first and "commands:5" in look.mixture
     recorded = [config.tasks for line, config in configs.items() if "data.record" in line]
     assert sorted(",".join(recorded).split(",")) == sorted(policy.tasks.split(","))
 
