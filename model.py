@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from checkpoint import backbone_hash, folder_hash
+from checkpoint import VLMConfig, backbone_hash, folder_hash
 from cli import UserError, choose
 from data.media import middle_square, to_rgb
 from embodiment import VIEWS, Embodiment
@@ -36,7 +36,7 @@ from files import atomic, find_folder, read_json, reading, write_json
 from inpainting import soft_mask
 from policy import Policy, PolicyConfig, waypoint_head
 from processor import Processor
-from vlm import VLM, VLMConfig
+from vlm import VLM
 
 # of policy.json; 2 had no waypoint head, 2 and 3 no text_first, 2 to 4 one pair of cameras for all
 VERSION = 5

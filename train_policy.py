@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import trainer
-from checkpoint import copy_model, folder_hash
+from checkpoint import VLMConfig, copy_model, folder_hash
 from cli import UserError, at_least, choose, parse, run
 from data import record
 from data.demonstrations import (
@@ -41,7 +41,7 @@ from model import BLM
 from policy import PRESETS, EmbodimentLinear, Policy
 from rollout import EXECUTE_STEPS
 from trainer import RunConfig
-from vlm import VLM, VLMConfig
+from vlm import VLM
 
 EVAL_ROWS = 512  # validation rows
 WARMUP = 200  # steps

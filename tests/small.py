@@ -5,6 +5,7 @@ from functools import cache
 import numpy as np
 import torch
 
+from checkpoint import VisionConfig, VLMConfig
 from processor import (
     ImageConfig,
     Processor,
@@ -15,7 +16,7 @@ from processor import (
     process_videos,
     train_tokenizer,
 )
-from vlm import VLM, VisionConfig, VLMConfig
+from vlm import VLM
 
 CORPUS = [
     "Where is the red cube? It is left of the blue sphere.",

@@ -22,11 +22,11 @@ from small import (
     with_transformers,
 )
 
-from checkpoint import copy_model, read_config
+from checkpoint import VisionConfig, VLMConfig, copy_model, read_config
 from cli import UserError
 from files import read_json
 from processor import ImageConfig, Tokenizer, chat, process_images
-from vlm import VLM, VisionConfig, VLMConfig
+from vlm import VLM
 
 
 @pytest.fixture(scope="module")

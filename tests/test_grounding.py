@@ -11,12 +11,13 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from squares import write_squares
 
+from checkpoint import VisionConfig, VLMConfig
 from cli import UserError
 from data.conversations import Row
 from nano.grounding import RIGHT, ROLES, UNKNOWN, C, Grounding, Scene, option_tokens
 from nano.scenes import CLASSES, Scenes
 from processor import Processor, train_tokenizer
-from vlm import VLM, VisionConfig, VLMConfig
+from vlm import VLM
 
 TINY = VLMConfig(
     hidden_size=48,

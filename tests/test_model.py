@@ -15,12 +15,13 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from checkpoint import VisionConfig, VLMConfig, backbone_hash
 from cli import UserError
 from embodiment import Embodiment
-from model import BLM, backbone_hash, load_training
+from model import BLM, load_training
 from policy import Policy, PolicyConfig
 from processor import ImageConfig, Processor, train_tokenizer
-from vlm import VLM, VisionConfig, VLMConfig
+from vlm import VLM
 
 CORPUS = [
     "push the cube to the goal",

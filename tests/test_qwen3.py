@@ -21,13 +21,23 @@ from small import (
 from test_train_policy import small_sizes  # noqa: F401
 from test_vlm import by_formula
 
-from checkpoint import HIDDEN_ACT, config_fields, hub_weights, read_config, stored_dtype
+from checkpoint import (
+    HIDDEN_ACT,
+    VisionConfig,
+    VLMConfig,
+    backbone_hash,
+    config_fields,
+    folder_hash,
+    hub_weights,
+    read_config,
+    stored_dtype,
+)
 from cli import UserError
-from model import BLM, backbone_hash, folder_hash
+from model import BLM
 from positions import mrope_positions, pair_axes
 from processor import QWEN3_TEMPLATE, ImageConfig, Processor, chat, process_images
 from train_sft import PRESETS
-from vlm import VLM, Cache, VisionConfig, VLMConfig
+from vlm import VLM, Cache
 
 VIDEO = [picture(32, 48, seed) for seed in range(3, 6)]  # an odd number of frames
 # a frame has more rows than the table of places, or fewer

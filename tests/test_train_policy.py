@@ -17,11 +17,12 @@ from test_model import small_blm
 import policy
 import train_policy
 import trainer
+from checkpoint import backbone_hash
 from cli import UserError
 from data import demonstrations
 from data.record import load_episodes, write_episode
 from embodiment import Embodiment
-from model import BLM, backbone_hash
+from model import BLM
 from policy import PolicyConfig
 from train_policy import TrainConfig, train
 

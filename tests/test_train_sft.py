@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import train_sft
 import trainer
+from checkpoint import VisionConfig, VLMConfig
 from cli import UserError
 from data.conversations import Conversations
 from data.mixture import Mixture, Source, open_sources
@@ -24,7 +25,7 @@ from model import BLM
 from policy import Policy, PolicyConfig
 from processor import ImageConfig, Processor, collate, train_tokenizer
 from train_sft import LoRA, SFTConfig, add_lora, merge_lora
-from vlm import VLM, VisionConfig, VLMConfig
+from vlm import VLM
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 TINY = VLMConfig(

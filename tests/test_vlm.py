@@ -16,10 +16,10 @@ from small import (
     with_transformers,
 )
 
-from checkpoint import hub_weights
+from checkpoint import VLMConfig, hub_weights
 from positions import mrope_positions
 from processor import process_images, process_videos
-from vlm import VLM, Cache, VLMConfig, attend
+from vlm import VLM, Cache, attend
 
 
 @pytest.fixture(scope="module")
