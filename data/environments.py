@@ -27,6 +27,8 @@ Episodes name the robot, and policies the robots they know, so training asks for
 from dataclasses import dataclass
 from importlib import import_module
 
+import numpy as np
+
 from cli import choose, choose_many
 
 ENVIRONMENTS = ("tabletop", "metaworld", "libero")
@@ -39,6 +41,57 @@ class Arm:
     name: str
     display_name: str
     dof: int  # numbers of the state that say where the hand is
+
+
+class PackageEnv:
+    """What environments of other people's packages share: one task, told by a sentence.
+
+    Each sets hz, robot and embodiment, and has state(), draw(view), reset and step. tasks: {name: its
+    name, tier, horizon and sentence}. render=False leaves the images out; blind=True puts noise in
+    their place. UserError on an unknown task.
+    """
+
+    family = None
+
+    def __init__(self, tasks, task, render=True, blind=False):
+        self.scene = choose(task, tasks, "task")
+        self.task = tasks[task]
+        self.number = list(tasks).index(task)  # among the package's, for random streams
+        self.horizon = self.task.horizon
+        self.render = render
+        self.blind = blind
+
+    def start_episode(self, seed, instruction):
+        """Start the time and the noise of an episode that is laid out: what `reset` returns."""
+        self.instruction = instruction or self.task.sentence
+        self.steps = 0
+        self.static = np.random.default_rng([seed, self.number])  # pictures of noise
+        return self.observe(), {}
+
+    def read_action(self, action):
+        """(A,) from -1 to 1. ValueError if the action has another shape, or is not finite."""
+        action = np.asarray(action, float)
+        size = self.embodiment.action_dim
+        if action.shape != (size,) or not np.isfinite(action).all():
+            raise ValueError(f"{self.robot.name} takes {size} finite numbers, not {action}")
+        return np.clip(action, -1, 1)
+
+    def count_step(self, reward, success, render):
+        """What `step` returns, once the physics are done."""
+        self.steps += 1
+        success = bool(success)
+        truncated = self.steps >= self.horizon and not success
+        info = {"success": success, "clipped": {}}
+        return self.observe(render), reward, success, truncated, info
+
+    def observe(self, render=None):
+        images = {}
+        if self.render if render is None else render:
+            images = {view: self.draw(view) for view in self.embodiment.views}
+        if self.blind:
+            for image in images.values():
+                image[:] = self.static.integers(0, 256, image.shape)
+        return {"images": images, "state": self.state(), "instruction": self.instruction}
 
 
 def simulator(environment):

@@ -68,6 +68,13 @@ class Demonstration:
     success: bool
     instruction: str
 
+    @classmethod
+    def of(cls, rows, success, instruction):
+        """From rows of (state, action, phase, images), one a control step."""
+        states, actions, phases, images = zip(*rows)
+        actions = np.array(actions, np.float32)
+        return cls(np.array(states), actions, phases, images, success, instruction)
+
 
 # ---- poses of the hand
 
@@ -481,7 +488,4 @@ def demonstrate(env, seed, noise=0.0, command=0, reset=True):
         observation, _, success, late, _ = env.step(target)
         if success or late:
             break
-    states, actions, phases, images = zip(*rows)
-    states = np.array(states)
-    actions = np.array(actions, np.float32)
-    return Demonstration(states, actions, phases, images, success, env.instruction)
+    return Demonstration.of(rows, success, env.instruction)

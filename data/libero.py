@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import choose
 from data import seeds
 from data.env import IMAGE_SIZE
-from data.environments import Arm
+from data.environments import Arm, PackageEnv
 from data.simulator import Camera, coarsen
 from embodiment import Embodiment
 from files import reading
@@ -115,23 +114,15 @@ def make_inner(task, **options):
     return inner, load_initial_states(Path(get_libero_path("init_states"), folder, starts))
 
 
-class LiberoEnv:
-    """One task; what it has to have is in data/environments.py. UserError on an unknown task.
-
-    render=False leaves the images out; blind=True puts noise in their place.
-    """
+class LiberoEnv(PackageEnv):
+    """One task; what it has to have is in data/environments.py."""
 
     hz = HZ
     robot = ROBOT
     embodiment = NUMBERS
-    family = None
 
-    def __init__(self, task="object-0", render=True, blind=False):
-        self.scene = choose(task, TASKS, "task")
-        self.task = TASKS[task]
-        self.horizon = self.task.horizon
-        self.render = render
-        self.blind = blind
+    def __init__(self, task="object-0", **options):
+        super().__init__(TASKS, task, **options)
         self.inner, self.starts = make_inner(self.task)
         # what is to be grasped, and what it goes into or onto
         self.target, self.place = self.inner.obj_of_interest
@@ -147,14 +138,13 @@ class LiberoEnv:
 
         Drawers and stoves are drawn in both cases: the starts do not have their places.
         """
-        number = list(TASKS).index(self.scene)
         for fixture in self.inner.fixtures_dict.values():
             # its samplers reckon from where a fixture stands in its file, not from the last episode
             body = self.model.body(fixture.root_body)
             body.pos[:] = 0
             body.quat[:] = (1, 0, 0, 0)
         self.inner.robots[0].gripper.current_action[:] = 0  # it remembers where it was
-        with drawn_from(seeds.rng(seed, "libero", number)):
+        with drawn_from(seeds.rng(seed, "libero", self.number)):
             while True:
                 try:
                     self.full = self.inner.reset()
@@ -167,36 +157,18 @@ class LiberoEnv:
             self.inner.sim.forward()
         for _ in range(SETTLE):
             self.full, *_ = self.inner.step(np.array([*REST, OPEN]))
-        self.instruction = instruction or self.task.sentence
-        self.steps = 0
-        self.static = np.random.default_rng([seed, number])  # pictures of noise
-        return self.observe(), {}
+        return self.start_episode(seed, instruction)
 
     def step(self, action, render=None):
         """1/20 s. ValueError if the action has another shape, or is not finite."""
-        action = np.asarray(action, float)
-        if action.shape != (7,) or not np.isfinite(action).all():
-            raise ValueError(f"{self.robot.name} takes 7 finite numbers, not {action}")
-        self.full, reward, done, _ = self.inner.step(np.clip(action, -1, 1))
-        self.steps += 1
-        done = bool(done)
-        truncated = self.steps >= self.horizon and not done
-        return self.observe(render), reward, done, truncated, {"success": done, "clipped": {}}
+        self.full, reward, success, _ = self.inner.step(self.read_action(action))
+        return self.count_step(reward, success, render)
 
     def state(self):
         names = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
         position, quaternion, fingers = (self.full[name] for name in names)
         turn = quat2axisangle(quaternion)  # 0 to 2 pi long, as published
         return np.concatenate([position, turn, fingers]).astype(np.float32)
-
-    def observe(self, render=None):
-        images = {}
-        if self.render if render is None else render:
-            images = {view: self.draw(view) for view in ("front", "wrist")}
-        if self.blind:
-            for image in images.values():
-                image[:] = self.static.integers(0, 256, image.shape)
-        return {"images": images, "state": self.state(), "instruction": self.instruction}
 
     def draw(self, view, size=IMAGE_SIZE, pretty=False):
         """(size, size, 3) uint8: "front", "wrist", or "render" for people.

@@ -218,6 +218,4 @@ def demonstrate(env, seed, noise=0.0, command=0, reset=True):
         _, _, success, late, _ = env.step(done, render=False)
         if success or late:
             break
-    states, actions, phases, pictures = zip(*rows)
-    actions = np.array(actions, np.float32)
-    return Demonstration(np.array(states), actions, phases, pictures, success, env.instruction)
+    return Demonstration.of(rows, success, env.instruction)

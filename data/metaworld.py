@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import choose
 from data import seeds
 from data.env import IMAGE_SIZE
-from data.environments import Arm
+from data.environments import Arm, PackageEnv
 from data.expert import Demonstration
 from data.simulator import Camera, mujoco
 from embodiment import Embodiment
@@ -57,7 +56,7 @@ class Task:
 
 
 ROBOT = Arm("sawyer", "Sawyer in Meta-World", 3)
-SAWYER_NUMBERS = Embodiment(
+NUMBERS = Embodiment(
     state_dim=4,
     action_dim=4,
     relative=(-1, -1, -1, -1),  # steps, no targets
@@ -103,23 +102,15 @@ def set_cameras(model):
     model.cam_intrinsic[camera.id] = [focal, focal, *away]
 
 
-class MetaWorldEnv:
-    """One task; what it has to have is in data/environments.py. UserError on an unknown task.
-
-    render=False leaves the images out; blind=True puts noise in their place.
-    """
+class MetaWorldEnv(PackageEnv):
+    """One task; what it has to have is in data/environments.py."""
 
     hz = HZ
     robot = ROBOT
-    embodiment = SAWYER_NUMBERS
-    family = None
+    embodiment = NUMBERS
 
-    def __init__(self, task="drawer-open", render=True, blind=False):
-        self.scene = choose(task, TASKS, "task")
-        self.task = TASKS[task]
-        self.horizon = self.task.horizon
-        self.render = render
-        self.blind = blind
+    def __init__(self, task="drawer-open", **options):
+        super().__init__(TASKS, task, **options)
         self.inner = make_inner(task)
         self.expert = ENV_POLICY_MAP[f"{task}-v3"]()
         set_cameras(self.inner.model)
@@ -127,42 +118,23 @@ class MetaWorldEnv:
 
     def reset(self, seed=0, instruction=None):
         """Goals and places drawn from `seed`; instruction: another sentence."""
-        number = list(TASKS).index(self.scene)
-        self.inner.np_random = seeds.rng(seed, "metaworld", number)
+        self.inner.np_random = seeds.rng(seed, "metaworld", self.number)
         self.full, _ = self.inner.reset()  # (39,): what the expert reads, first what a policy does
         # half of the tasks leave things or marks drawn where they were in the episode before
         mujoco.mj_forward(self.inner.model, self.inner.data)
-        self.instruction = instruction or self.task.sentence
-        self.steps = 0
         self.near = False
-        self.static = np.random.default_rng([seed, number])  # pictures of noise
-        return self.observe(), {}
+        return self.start_episode(seed, instruction)
 
     def step(self, action, render=None):
         """1/80 s. ValueError if the action has another shape, or is not finite."""
-        action = np.asarray(action, float)
-        if action.shape != (4,) or not np.isfinite(action).all():
-            raise ValueError(f"{self.robot.name} takes 4 finite numbers, not {action}")
+        action = self.read_action(action)
         self.inner.curr_path_length = 0  # time is measured here
-        self.full, reward, _, _, info = self.inner.step(np.clip(action, -1, 1))
-        self.steps += 1
+        self.full, reward, _, _, info = self.inner.step(action)
         self.near = bool(info["near_object"])
-        done = bool(info["success"])
-        truncated = self.steps >= self.horizon and not done
-        info = {"success": done, "clipped": {}}
-        return self.observe(render), reward, done, truncated, info
+        return self.count_step(reward, info["success"], render)
 
     def state(self):
         return self.full[:4].astype(np.float32)
-
-    def observe(self, render=None):
-        images = {}
-        if self.render if render is None else render:
-            images = {view: self.draw(view) for view in ("front", "wrist")}
-        if self.blind:
-            for image in images.values():
-                image[:] = self.static.integers(0, 256, image.shape)
-        return {"images": images, "state": self.state(), "instruction": self.instruction}
 
     def draw(self, view, size=IMAGE_SIZE, pretty=False):
         """(size, size, 3) uint8: "front", "wrist", or "render" for people."""
@@ -202,13 +174,10 @@ def demonstrate(env, seed, noise=0.0, command=0, reset=True):
             images = env.observe()["images"]
         with warnings.catch_warnings(action="ignore"):  # that it asks for more than 1
             action = np.clip(env.expert.get_action(env.full), -1, 1)
-        rows.append((env.state(), action, images))
+        rows.append((env.state(), action, "expert", images))
         step = NOISE_SCALE * noise * rng.normal(size=3)
         disturbance[:3] = 0.8 * disturbance[:3] + 0.6 * step
         burst = (env.steps + first) % (BURST + REST) < BURST
         _, _, success, late, _ = env.step(action + burst * disturbance, render=False)
         over = success or late
-    states, actions, pictures = zip(*rows)
-    phases = ["expert"] * len(rows)
-    actions = np.array(actions, np.float32)
-    return Demonstration(np.array(states), actions, phases, pictures, success, env.instruction)
+    return Demonstration.of(rows, success, env.instruction)
