@@ -1,8 +1,9 @@
-"""One thing said in thousands of ways: what instructions of training are drawn from.
+"""One thing said in hundreds of ways: what instructions of training are drawn from.
 
-A policy that was told each command in forty sentences did 80% of those, and 48% of what was said in
-others. So most of what it is told in training is drawn from patterns.json: of [a|b|c] one is taken, and
-things stand for {roles}. Now and then something is said before or behind it, or a letter is missing.
+A policy that was told each command in forty sentences did 74% of commands in those, and 60% in others
+(results/told-text-first.json). So most of what it is told in training is drawn from patterns.json: of
+[a|b|c] one is taken, and things stand for {roles}. Now and then something is said before or behind it,
+or a letter is missing.
 """
 
 import json

@@ -5,6 +5,7 @@ import pytest
 
 from data.tasks import TASKS
 from data.words import AFTER, BEFORE, PATTERNS, expand, misspell, vary
+from dev import wordings
 
 SLOT = re.compile(r"\{(\w+)\}")
 
@@ -67,6 +68,27 @@ def test_a_slip_changes_one_word_by_a_letter():
         for right, slip in changed:
             assert len(right) > 3 and right[0] == slip[0] and len(right) - len(slip) in (0, 1)
     assert misspell("to the bin", rng) == "to the bin"
+
+
+def test_scenes_are_told_in_words_of_every_kind_and_in_none():
+    rng = np.random.default_rng(5)
+    command = {"task": "StackCube", "things": ["red cube", "white cube"]}
+    record = {"scene": "which_stack", "commands": [command]}
+    assert wordings.sentence(record, command, ".", rng) == "."
+    known = TASKS["StackCube"]
+    said = {kind: wordings.sentence(record, command, kind, rng) for kind in wordings.KINDS[:3]}
+    assert len(set(said.values())) == 3
+    assert all("the red cube" in text and "the white cube" in text for text in said.values())
+    text = said["held_out"].replace("red cube", "{A}").replace("white cube", "{B}")
+    kept = [
+        t.replace("{cubeA}", "the {A}").replace("{cubeB}", "the {B}")
+        for t in known.held_out_commands
+    ]
+    assert text in kept
+    # alone on its table it has sentences as they stand
+    alone = {"scene": "PickCube", "commands": []}
+    command = {"task": "PickCube", "things": ["red cube"]}
+    assert wordings.sentence(alone, command, "held_out", rng) in TASKS["PickCube"].held_out
 
 
 def test_asides_leave_most_sentences_as_they_are():
