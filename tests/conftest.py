@@ -81,3 +81,8 @@ def live_and_die(function, moments, arguments):
             function(*arguments, moment)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def here(work, jobs, workers):
+    """Stands for run_jobs: in this process, which has a package open already or a function of its own."""
+    return map(work, jobs)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, here
 
 import eval as evaluation
 import sample
@@ -136,11 +136,6 @@ def test_time_runs_out_and_bad_actions_are_refused(env):
             env.step(bad)
 
 
-def here(work, jobs, workers):
-    """Stands for run_jobs: this process has the package open already."""
-    return map(work, jobs)
-
-
 def test_demonstrations_are_episodes_like_any_other(libero, env, monkeypatch, tmp_path):
     monkeypatch.setattr(record, "run_jobs", here)
     monkeypatch.setattr(record, "open_environment", lambda *args, **options: env)
@@ -160,8 +155,8 @@ def test_demonstrations_are_episodes_like_any_other(libero, env, monkeypatch, tm
     assert robot.relative == (-1,) * 7 and robot.control_hz == 20
 
 
-class Expert:
-    """A policy that cheats: it moves as the expert begins, if it is told the right sentence."""
+class Still:
+    """A policy that stays where it is, and keeps what it was told and whether it saw noise."""
 
     policy = SimpleNamespace(
         embodiments={"libero_panda": (8, 7)}, config=SimpleNamespace(action_horizon=16)
@@ -179,7 +174,7 @@ class Expert:
 
 
 def test_controls_are_of_the_same_suite(libero, env, monkeypatch, capsys):
-    policy = Expert()
+    policy = Still()
     monkeypatch.setattr(evaluation, "load_model", lambda *args: policy)
     monkeypatch.setattr(evaluation, "run_jobs", here)
 

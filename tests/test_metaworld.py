@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, here
 
 import eval as evaluation
 import sample
@@ -117,11 +117,6 @@ def test_time_runs_out_and_bad_actions_are_refused(metaworld):
     for bad in (np.zeros(3), np.full(4, np.nan)):
         with pytest.raises(ValueError, match="sawyer takes 4 finite numbers"):
             env.step(bad)
-
-
-def here(work, jobs, workers):
-    """Stands for run_jobs: this process has the package open already."""
-    return map(work, jobs)
 
 
 def test_demonstrations_are_episodes_like_any_other(metaworld, monkeypatch, tmp_path):

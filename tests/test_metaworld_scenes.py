@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, here
 from test_grounding import TINY
-from test_metaworld import ROWS, here
+from test_metaworld import ROWS
 
 from cli import UserError
 from nano import commands, scenes
