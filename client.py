@@ -44,9 +44,8 @@ class RemotePolicy:
         self.connection = connection
         self.metadata = unpack(connection.recv())
 
-    def act(self, observation, robot, temperature=0.0, seed=None):
+    def act(self, observation, robot):
         """(T, dof + 1) float32. UserError with the server's words if it refuses."""
-        assert temperature == 0, "the server draws no noise, so a seed plays no part"
         self.connection.send(pack({**observation, "robot": robot}))
         reply = self.connection.recv()
         # text is for people: what was wrong

@@ -406,7 +406,10 @@ def flow_loss(velocity, actions, noise, valid, total):
 def waypoint_head(config):
     """Intent's mean (B, D) to places of the tool (B, 3 W)."""
     D = config.hidden_size
-    return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 3 * config.num_waypoints))
+    places = nn.Linear(D, 3 * config.num_waypoints)
+    nn.init.zeros_(places.weight)  # a policy that had none begins with the same one every time
+    nn.init.zeros_(places.bias)
+    return nn.Sequential(nn.LayerNorm(D), places)
 
 
 class Policy(nn.Module):

@@ -77,7 +77,6 @@ class Pilot:
         blm,
         robot,
         execute_steps,
-        temperature=0.0,
         delay=0,
         inpaint=False,
         hz=CONTROL_HZ,
@@ -86,7 +85,6 @@ class Pilot:
         self.robot = robot
         self.hz = hz
         self.execute_steps = execute_steps
-        self.temperature = temperature
         self.delay = delay
         self.inpaint = inpaint
         self.targets = []  # all that were handed out, (dof + 1,) each
@@ -99,14 +97,14 @@ class Pilot:
         """The delay to reckon with, control steps."""
         return max([self.delay or 0, *self.delays[-RECENT:]])
 
-    def look(self, observation, seed):
+    def look(self, observation):
         """[(dof + 1,)]: the targets until the next look."""
         options = {}
         if self.inpaint:
             options["committed"] = self.left[: self.expected()]
             options["planned"] = self.left[self.expected() :]
         start = time.perf_counter()
-        chunk = self.blm.act(observation, self.robot, self.temperature, seed=seed, **options)
+        chunk = self.blm.act(observation, self.robot, **options)
         seconds = time.perf_counter() - start
         self.act_seconds.append(seconds)
         delay = math.ceil(seconds * self.hz) if self.delay is None else self.delay
@@ -124,11 +122,10 @@ class Pilot:
         self.targets += targets
         return targets
 
-    def stream(self, env, seed):
+    def stream(self, env):
         """Yield a target for each control step of an env that carries them out, for ever."""
         while True:
-            # noise, if there is any, is this moment's own and the same again when it is repeated
-            yield from self.look(env.observe(render=True), [seed, env.steps])
+            yield from self.look(env.observe(render=True))
 
 
 def rollout(
@@ -136,7 +133,6 @@ def rollout(
     env,
     seed,
     execute_steps=EXECUTE_STEPS,
-    temperature=0.0,
     instruction=None,
     max_steps=None,
     frame_size=0,
@@ -159,8 +155,8 @@ def rollout(
     held = []  # after each step
     frames = []
     done_other = False
-    pilot = Pilot(blm, env.robot.name, execute_steps, temperature, delay, inpaint, env.hz)
-    for action in pilot.stream(env, seed):
+    pilot = Pilot(blm, env.robot.name, execute_steps, delay, inpaint, env.hz)
+    for action in pilot.stream(env):
         if frame_size and env.steps % (env.hz // GIF_HZ) == 0:
             frames.append(env.draw("render", frame_size, pretty=True))
         *_, done, truncated, info = env.step(action)

@@ -28,7 +28,7 @@ class Lazy:
     def require_policy(self):
         return self.policy
 
-    def act(self, observation, robot, temperature, seed):
+    def act(self, observation, robot):
         self.asked.append(seed)
         pose = get_robot(robot).home + (0.3, 0, 0, 0, 0, 0)
         return np.tile(np.append(pose, 0.0), (16, 1))

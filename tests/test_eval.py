@@ -135,7 +135,7 @@ def test_the_other_command_is_watched():
     shown = demonstrate(env, 2, command=1)
 
     class Deaf:  # it does the second command, whatever it is told
-        def act(self, observation, robot, temperature, seed):
+        def act(self, observation, robot):
             step = seed[1]
             return shown.actions[step : step + 12]
 

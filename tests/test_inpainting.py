@@ -132,7 +132,7 @@ class Counting:
         self.seconds = seconds
         monkeypatch.setattr(rollout.time, "perf_counter", lambda: self.now)
 
-    def act(self, observation, robot, temperature, seed, **options):
+    def act(self, observation, robot, **options):
         chunk = np.zeros((16, 3), np.float32)
         chunk[:, 0] = 100 * len(self.looks) + np.arange(16)
         self.looks.append({name: [row[0] for row in rows] for name, rows in options.items()})
@@ -147,8 +147,8 @@ def first(targets):
 def test_without_a_delay_chunks_follow_each_other_as_ever(monkeypatch):
     blm = Counting(monkeypatch)
     pilot = Pilot(blm, "panda", 12)
-    assert first(pilot.look({}, 0)) == [*range(12)]
-    assert first(pilot.look({}, 0)) == [*range(100, 112)]
+    assert first(pilot.look({})) == [*range(12)]
+    assert first(pilot.look({})) == [*range(100, 112)]
     assert blm.looks == [{}, {}] and pilot.borders == [12]
 
 
@@ -156,9 +156,9 @@ def test_without_a_delay_chunks_follow_each_other_as_ever(monkeypatch):
 def test_with_a_delay_the_old_chunk_goes_on(monkeypatch, delay, stop):
     blm = Counting(monkeypatch)
     pilot = Pilot(blm, "panda", 12, delay=delay, inpaint=True)
-    assert first(pilot.look({}, 0)) == [*range(stop)]  # the first one is waited for
+    assert first(pilot.look({})) == [*range(stop)]  # the first one is waited for
     old = [*range(stop, stop + delay)]
-    assert first(pilot.look({}, 0)) == [*old, *range(100 + delay, 100 + stop)]
+    assert first(pilot.look({})) == [*old, *range(100 + delay, 100 + stop)]
     assert pilot.borders == [stop + delay]
     known = blm.looks[1]
     assert known["committed"] == old
@@ -168,10 +168,10 @@ def test_with_a_delay_the_old_chunk_goes_on(monkeypatch, delay, stop):
 def test_a_measured_delay_is_the_clocks(monkeypatch):
     blm = Counting(monkeypatch, seconds=0.12)
     pilot = Pilot(blm, "panda", 12, delay=None, inpaint=True)
-    pilot.look({}, 0)
-    assert first(pilot.look({}, 0)) == [12, 13, 14, *range(103, 112)]
+    pilot.look({})
+    assert first(pilot.look({})) == [12, 13, 14, *range(103, 112)]
     blm.seconds = 0.04  # faster than expected: what was committed is in the chunk too
-    assert first(pilot.look({}, 0)) == [112, *range(201, 212)]
+    assert first(pilot.look({})) == [112, *range(201, 212)]
     assert blm.looks[2]["committed"] == [112, 113, 114]
     assert pilot.delays == [3, 3, 1]
 
@@ -179,14 +179,14 @@ def test_a_measured_delay_is_the_clocks(monkeypatch):
 def test_an_arm_whose_chunk_comes_too_late_waits_at_its_last_target(monkeypatch):
     blm = Counting(monkeypatch, seconds=0.09)
     pilot = Pilot(blm, "panda", 12, delay=None)
-    pilot.look({}, 0)
+    pilot.look({})
     blm.seconds = 0.49  # once: four targets were left for ten steps
-    assert first(pilot.look({}, 0)) == [12, 13, 14, 15, *[15] * 6]
+    assert first(pilot.look({})) == [12, 13, 14, 15, *[15] * 6]
     blm.seconds = 1.99  # longer than a chunk: nothing of it is of use
-    assert first(pilot.look({}, 0)) == [*range(110, 116), *[115] * 34]
+    assert first(pilot.look({})) == [*range(110, 116), *[115] * 34]
     blm.seconds = 0.09
-    assert first(pilot.look({}, 0)) == [115, 115]
-    assert first(pilot.look({}, 0)) == [302, 303]
+    assert first(pilot.look({})) == [115, 115]
+    assert first(pilot.look({})) == [302, 303]
 
 
 def test_steps_between_targets_are_told_apart_by_where_they_are():

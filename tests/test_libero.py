@@ -168,7 +168,7 @@ class Still:
     def require_policy(self):
         return self.policy
 
-    def act(self, observation, robot, temperature, seed):
+    def act(self, observation, robot):
         self.told.append((observation["instruction"], observation["images"]["front"].std() > 70))
         return np.zeros((16, 7))
 

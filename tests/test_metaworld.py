@@ -152,7 +152,7 @@ class Expert:
     def require_policy(self):
         return self.policy
 
-    def act(self, observation, robot, temperature, seed):
+    def act(self, observation, robot):
         env = evaluation.make_env("metaworld", "sawyer", "handle-press", render=False, blind=False)
         told = observation["instruction"] == ROWS["handle-press"]["sentence"]
         sees = observation["images"]["front"].std() < 60  # noise has 74
