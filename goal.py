@@ -86,7 +86,7 @@ def pursue(blm, env, command, is_done, execute_steps=EXECUTE_STEPS, after_step=l
     for _ in range(TRIES):
         env.steps = 0
         while env.steps < MAX_STEPS:
-            chunk = blm.act(env.observe(render=True), env.robot.name, seed=[0, env.steps])
+            chunk = blm.act(env.observe(render=True), env.robot.name)
             for action in chunk[:execute_steps]:
                 env.step(action)
                 after_step()

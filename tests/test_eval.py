@@ -136,8 +136,7 @@ def test_the_other_command_is_watched():
 
     class Deaf:  # it does the second command, whatever it is told
         def act(self, observation, robot):
-            step = seed[1]
-            return shown.actions[step : step + 12]
+            return shown.actions[env.steps : env.steps + 12]
 
     told = {"command": 1, "other": 0}
     result = rollout(Deaf(), env, 2, **told)

@@ -30,7 +30,7 @@ class Model:
             return "no: there is no yellow ball" if refused else "yes"
         return "yes" if self.done() else "no"
 
-    def act(self, observation, robot, seed):
+    def act(self, observation, robot):
         instruction = observation["instruction"]
         assert instruction == self.env.instruction
         targets = self.targets.setdefault(instruction, control_steps(self.env))
