@@ -30,7 +30,7 @@ from data.lerobot_read import Clip, Dataset, Recording, film_pictures, find_data
 from data.lerobot_write import export
 
 FIXTURES = Path(__file__).parent / "fixtures" / "lerobot"
-ALL = ("v30_av1", "v30_h264", "v30_image", "v21")
+ALL = ("v30_av1", "v30_h264", "v30_image", "v21", "v061_av1", "v061_h264", "v061_image")
 TOP, WRIST = (f"observation.images.{camera}" for camera in scene.CAMERAS)
 CAMERAS = f"front={TOP},wrist={WRIST}"
 
@@ -106,7 +106,9 @@ def test_every_number_and_picture_of_lerobots_own_datasets_is_right(name):
             for t, seen in enumerate(pictures):
                 true = [scene.picture(entry.index, u, camera) for u in range(entry.length)]
                 errors = [np.abs(seen.astype(float) - one).mean() for one in true]
-                assert np.argmin(errors) == t and errors[t] < (0.01 if name == "v30_image" else 4)
+                assert np.argmin(errors) == t and errors[t] < (
+                    0.01 if name.endswith("image") else 4
+                )
 
 
 def test_a_camera_has_files_of_its_own():
@@ -133,6 +135,7 @@ def test_an_import_keeps_numbers_words_and_the_middle_of_the_pictures(name, tmp_
     printed = capsys.readouterr().out
     assert "action, 6 numbers: shoulder_pan.pos" in printed
     assert "not read: next.reward, observation.touch" in printed
+    assert ("language_events" in printed) == (name in ("v061_av1", "v061_image"))
 
 
 def test_pictures_are_shrunk_and_robots_and_tasks_renamed_if_asked(tmp_path):
@@ -850,8 +853,9 @@ def test_a_camera_that_stands_still_while_the_robot_moves_is_found():
     }
 
 
-def test_check_finds_nothing_wrong_with_a_good_dataset_but_its_size(tmp_path, capsys):
-    faults = check(Dataset(FIXTURES / "v30_h264"), tmp_path / "sheet.png")
+@pytest.mark.parametrize("name", ["v30_h264", "v061_av1", "v061_image"])
+def test_check_finds_nothing_wrong_with_a_good_dataset_but_its_size(name, tmp_path, capsys):
+    faults = check(Dataset(FIXTURES / name), tmp_path / "sheet.png")
     assert [question for question, found in faults.items() if found] == ["few episodes"]
     printed = capsys.readouterr().out
     assert "actions come 1 frames (0.10 s) before the movement" in printed
