@@ -272,6 +272,23 @@ def chosen_entries(dataset, text):
     return chosen
 
 
+def about_dataset(source, dataset, robot, name, views):
+    """What the headers of all its episodes say; "relative" is not known yet."""
+    # "dataset" tells data/record.py that robot and task are not the simulator's
+    return {
+        "robot": robot,
+        "scene": name,
+        "command": 0,
+        "noise": 0.0,
+        "maker": "lerobot",
+        "dataset": str(source),
+        "fps": dataset.fps,
+        "cameras": views,
+        "state_names": names_of(dataset.features[dataset.state]),
+        "action_names": names_of(dataset.features[dataset.action]),
+    }
+
+
 def import_dataset(source, out, flags):
     """Write an episode file for each episode of a LeRobotDataset into the new folder `out`.
 
@@ -298,29 +315,19 @@ def import_dataset(source, out, flags):
     here = Path(source).is_dir()
     name = folder.resolve().name if here else source.rpartition("/")[2]
     name = re.sub(r"[^\w.-]", "_", name)
-    # "dataset" tells data/record.py that robot and task are not the simulator's
-    state_names = names_of(dataset.features[dataset.state])
-    action_names = names_of(dataset.features[dataset.action])
-    about = {
-        "robot": robot,
-        "scene": name,
-        "command": 0,
-        "noise": 0.0,
-        "maker": "lerobot",
-        "dataset": str(source),
-        "fps": dataset.fps,
-        "cameras": views,
-        "state_names": state_names,
-        "action_names": action_names,
-    }
+    about = about_dataset(source, dataset, robot, name, views)
+    names = about["state_names"], about["action_names"]
     recordings = read_recordings(dataset)
     # what cannot be one robot's is told before the work, not when the episodes are read
     with reading(dataset.about):
         state = np.concatenate([recording.state for recording in recordings])
         action = np.concatenate([recording.action for recording in recordings])
-        about["relative"] = find_relative(state, action, state_names, action_names)
+        about["relative"] = find_relative(state, action, *names)
         embodiment_of(about, state.shape[1], action.shape[1])
-    print(describe_targets(about["relative"], action_names))
+    # what is relative is in the header of each of ours
+    ours = recordings[0].header
+    known = "exported here: seeds, scenes, commands, phases and what is relative come back"
+    print(known if ours else describe_targets(about["relative"], about["action_names"]))
     with atomic_folder(out) as new:
         entries = zip(dataset.entries, recordings, strict=True)
         for entry, recording in tqdm(entries, total=len(recordings), unit="episode"):

@@ -320,6 +320,7 @@ class Dataset:
             assert all(isinstance(phase, str) for phase in phases), f"{PHASE} holds no words"
         if HEADER not in self.ours:
             return phases, {}
+        # every row says the same
         header = json.loads(rows[HEADER][0].as_py())
         return phases, {name: header[name] for name in KEPT}
 

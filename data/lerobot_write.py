@@ -199,7 +199,8 @@ def to_table(columns):
     arrow = extra("pyarrow")
     arrays = {}
     for name, values in columns.items():
-        if isinstance(values, list):  # of pictures
+        # of pictures: arrow finds the type that lerobot expects, bytes and path
+        if isinstance(values, list):
             arrays[name] = arrow.array(values)
             continue
         flat = arrow.array(values.ravel())  # (L n,)
@@ -232,6 +233,7 @@ def camera_feature(picture, fps, video):
     height, width, _ = picture.shape
     names = ["height", "width", "channels"]
     feature = {"dtype": "image", "shape": [height, width, 3], "names": names}
+    # 0.6.1 says more of the encoder, and does without
     if not video:
         return feature
     about = {
@@ -255,6 +257,7 @@ def feature_table(episode, fps, video):
     features = {"observation.state": state, "action": action}
     for view, picture in zip(episode.embodiment.views, episode.images(0), strict=True):
         features[f"observation.images.{view}"] = camera_feature(picture, fps, video)
+    # lerobot hands them on as they are, and makes no statistics of them
     for name in (PHASE, HEADER):
         features[name] = {"dtype": "string", "shape": [1], "names": None}
     scalars = {name: {"dtype": t, "shape": [1], "names": None} for name, t in SCALARS.items()}
