@@ -642,6 +642,21 @@ def test_an_export_without_films_trains_the_same_policy_to_the_bit(tmp_path):
     assert losses_of(direct) == losses_of(back)
 
 
+def test_films_keep_the_color_of_every_pixel(tmp_path):
+    from data.lerobot_write import Film
+
+    # stripes one pixel wide, of one brightness, and an odd number of pixels
+    stripes = np.full((33, 33, 3), (200, 60, 60), np.uint8)
+    stripes[:, ::2] = (60, 130, 60)
+    film = Film(tmp_path, 20)
+    for _ in range(4):
+        film.add(stripes)
+    film.close()
+    clip = Clip(tmp_path / "chunk-000/file-000.mp4", 0.0, None)
+    seen = next(film_pictures(clip, [0.0], 20))
+    assert np.abs(seen.astype(float) - stripes).mean() < 6
+
+
 def test_films_keep_all_but_the_pictures(tmp_path):
     played_twice(tmp_path / "demos")
     export(tmp_path / "demos", tmp_path / "v3")
