@@ -6,7 +6,8 @@
 
 FOLDER is a folder, or user/name on the hub; versions 2.0, 2.1 and 3.0 are read, 3.0 is written.
 `import` decodes every picture once, into episodes as data/record.py keeps them, so that training
-never touches a film. Needs `pip install -r requirements-lerobot.txt`.
+never touches a film. An export with --no-video comes back as it was, and trains the same policy to
+the bit. Needs `pip install -r requirements-lerobot.txt`.
 
 Not supported: more than three cameras (choose three), several instructions in one episode, numbers
 of 1,000 and above.
@@ -16,6 +17,7 @@ import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +29,9 @@ from data.expert import Demonstration
 from data.lerobot_check import check
 from data.lerobot_read import Dataset, find_dataset, names_of
 from data.lerobot_write import export
-from data.media import middle_square
+from data.media import load_image, middle_square, open_image
 from data.record import LARGEST, embodiment_of, write_episode
-from embodiment import MOST_VIEWS, VIEW_NAME
+from embodiment import MOST_VIEWS, VIEW_NAME, Embodiment
 from files import atomic_folder, reading
 
 GRIPPER = "gripper|finger|jaw"  # in the name of a number
@@ -56,6 +58,7 @@ class CheckFlags:
 @dataclass
 class ExportFlags:
     robot: str = ""  # the robot, if there are episodes of several
+    video: bool = True  # off: the pictures as they are, nothing lost, in several times the space
 
 
 # ---- importing
@@ -88,6 +91,30 @@ def to_picture(pixels, size):
     if len(square) <= size:
         return square
     return np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def as_kept(body, size):
+    """An encoded picture as `write_episode` takes it: these bytes if they can stay, else an array."""
+    pixels = np.asarray(load_image(BytesIO(body)))
+    height, width, _ = pixels.shape
+    with open_image(BytesIO(body)) as image:
+        # a note in the file may turn it
+        plain = (image.format, image.mode) == ("JPEG", "RGB") and not image.getexif()
+    # every coding loses: what we exported comes back as it was
+    if plain and height == width <= size:
+        return body
+    return to_picture(pixels, size)
+
+
+def import_pictures(dataset, entry, camera, times, size):
+    """Yield a camera's pictures of an episode as `write_episode` takes them."""
+    if camera in entry.clips:
+        for pixels in dataset.pictures(entry, camera, times):
+            yield to_picture(pixels, size)
+        return
+    for body in dataset.encoded(entry, camera):
+        with reading(entry.data):
+            yield as_kept(body, size)
 
 
 @contextmanager
@@ -182,19 +209,39 @@ def demonstration_of(dataset, entry, recording, views, flags):
     # one frame of all cameras at a time: an hour of pictures does not fit into memory
     def images():
         times = recording.timestamp
-        films = [dataset.pictures(entry, camera, times) for camera in views.values()]
+        cameras = views.values()
+        films = [import_pictures(dataset, entry, camera, times, flags.size) for camera in cameras]
         for pictures in zip(*films, strict=True):
-            squares = [to_picture(pixels, flags.size) for pixels in pictures]
-            yield dict(zip(views, squares, strict=True))
+            yield dict(zip(views, pictures, strict=True))
 
     return Demonstration(
         states=recording.state.astype(np.float32),  # (L, S)
         actions=recording.action.astype(np.float32),  # (L, A)
-        phases=["teleoperation"] * entry.length,  # nobody knows what the hand was about to do
+        phases=recording.phases,
         images=images(),
         success=True,
         instruction=instruction,
     )
+
+
+def header_of(entry, recording, about):
+    """What an episode of ours said of itself before it was exported, {} of anybody else's.
+
+    UserError if it cannot be.
+    """
+    header = dict(recording.header)
+    if not header:
+        return {}
+    with reading(entry.data):
+        embodiment = Embodiment(**header["embodiment"])
+        words = [header["scene"], header["task"]]
+        assert all(isinstance(word, str) and word for word in words), f"scene and task are {words}"
+        assert min(header["seed"], header["command"]) >= 0, "seeds and commands count from 0"
+    # other cameras or numbers were asked for: it is no more that robot
+    shape = embodiment_of(about, recording.state.shape[1], recording.action.shape[1]).shape()
+    if embodiment.shape() != shape:
+        del header["embodiment"]
+    return header
 
 
 def robot_name(given, dataset):
@@ -225,6 +272,23 @@ def chosen_entries(dataset, text):
     return chosen
 
 
+def about_dataset(source, dataset, robot, name, views):
+    """What the headers of all its episodes say; "relative" is not known yet."""
+    # "dataset" tells data/record.py that robot and task are not the simulator's
+    return {
+        "robot": robot,
+        "scene": name,
+        "command": 0,
+        "noise": 0.0,
+        "maker": "lerobot",
+        "dataset": str(source),
+        "fps": dataset.fps,
+        "cameras": views,
+        "state_names": names_of(dataset.features[dataset.state]),
+        "action_names": names_of(dataset.features[dataset.action]),
+    }
+
+
 def import_dataset(source, out, flags):
     """Write an episode file for each episode of a LeRobotDataset into the new folder `out`.
 
@@ -251,29 +315,19 @@ def import_dataset(source, out, flags):
     here = Path(source).is_dir()
     name = folder.resolve().name if here else source.rpartition("/")[2]
     name = re.sub(r"[^\w.-]", "_", name)
-    # "dataset" tells data/record.py that robot and task are not the simulator's
-    state_names = names_of(dataset.features[dataset.state])
-    action_names = names_of(dataset.features[dataset.action])
-    about = {
-        "robot": robot,
-        "scene": name,
-        "command": 0,
-        "noise": 0.0,
-        "maker": "lerobot",
-        "dataset": str(source),
-        "fps": dataset.fps,
-        "cameras": views,
-        "state_names": state_names,
-        "action_names": action_names,
-    }
+    about = about_dataset(source, dataset, robot, name, views)
+    names = about["state_names"], about["action_names"]
     recordings = read_recordings(dataset)
     # what cannot be one robot's is told before the work, not when the episodes are read
     with reading(dataset.about):
         state = np.concatenate([recording.state for recording in recordings])
         action = np.concatenate([recording.action for recording in recordings])
-        about["relative"] = find_relative(state, action, state_names, action_names)
+        about["relative"] = find_relative(state, action, *names)
         embodiment_of(about, state.shape[1], action.shape[1])
-    print(describe_targets(about["relative"], action_names))
+    # what is relative is in the header of each of ours
+    ours = recordings[0].header
+    known = "exported here: seeds, scenes, commands, phases and what is relative come back"
+    print(known if ours else describe_targets(about["relative"], about["action_names"]))
     with atomic_folder(out) as new:
         entries = zip(dataset.entries, recordings, strict=True)
         for entry, recording in tqdm(entries, total=len(recordings), unit="episode"):
@@ -281,6 +335,7 @@ def import_dataset(source, out, flags):
                 demonstration = demonstration_of(dataset, entry, recording, views, flags)
                 # the seed orders episodes, and sets every 25th aside
                 own = {"task": demonstration.instruction, "seed": entry.index}
+                own |= header_of(entry, recording, about)
                 path = new / f"{robot}-{name}-{entry.index:06d}.safetensors"
                 write_episode(path, demonstration, about | own)
     print(f"{len(dataset.entries)} episodes of {robot} in {out}; train on them:")
@@ -313,7 +368,7 @@ def main():
     if what == "import":
         import_dataset(*folders, flags)
     elif what == "export":
-        export(*folders, flags.robot)
+        export(*folders, flags.robot, flags.video)
     else:
         # all cameras: which of them are any good is the question
         dataset = Dataset(find_dataset(folders[0]), flags.state, flags.action)

@@ -32,6 +32,10 @@ VERSIONS = ("v2.0", "v2.1", "v3.0")
 # columns that are no feature of the robot
 INDEX = ("timestamp", "frame_index", "episode_index", "task_index")
 ADVICE = "is the download whole?"
+# what our own exports say in columns of text: what a frame is for, and, as JSON, the episode's header
+PHASE = "nanoblm.phase"
+HEADER = "nanoblm.episode"
+KEPT = ("scene", "command", "task", "seed", "embodiment", "noise", "maker")  # of the header
 
 
 @dataclass
@@ -58,6 +62,7 @@ class Recording:
     """An episode's numbers: state (L, S), action (L, A) float64, timestamp (L,), frame (L,) int.
 
     tasks: L sentences, None where the dataset has none for the frame's task_index.
+    phases: L words; header: KEPT of the episode that was exported, {} if it is nobody's of ours.
     """
 
     index: int
@@ -66,6 +71,8 @@ class Recording:
     timestamp: np.ndarray
     frame: np.ndarray
     tasks: list
+    phases: list
+    header: dict
 
 
 def extra(module):
@@ -147,6 +154,7 @@ class Dataset:
             # strict: what merely looks like it may be the gripper's alone
             self.state = choose(state, numbers, "feature")
             self.action = choose(action, numbers, "feature")
+            self.ours = [name for name in (PHASE, HEADER) if name in self.features]
             kinds = {name: feature["dtype"] for name, feature in self.features.items()}
             self.cameras = [name for name, kind in kinds.items() if kind in ("image", "video")]
             self.films = [name for name in self.cameras if kinds[name] == "video"]
@@ -246,7 +254,7 @@ class Dataset:
         for camera in self.cameras:
             feature = self.features[camera]
             lines.append(f"{camera}, {feature['dtype']} {'x'.join(map(str, feature['shape']))}")
-        used = {self.state, self.action, *self.cameras, *INDEX, "index"}
+        used = {self.state, self.action, *self.cameras, *INDEX, "index", *self.ours}
         # such as rewards, and the language columns since lerobot 0.6
         unused = [name for name in self.features if name not in used]
         return [*lines, f"not read: {', '.join(unused)}"] if unused else lines
@@ -281,7 +289,7 @@ class Dataset:
         """The Recording of an Entry. UserError if columns or rows are missing, or not numbers."""
         if self.opened[0] != entry.data:
             # not the pictures, which may be in it and are read an episode at a time
-            wanted = [self.state, self.action, *INDEX]
+            wanted = [self.state, self.action, *INDEX, *self.ours]
             self.opened = entry.data, read_table(entry.data, list(dict.fromkeys(wanted)))
         table = self.opened[1]
         with reading(entry.data):
@@ -300,7 +308,21 @@ class Dataset:
                 matrix(own["timestamp"])[:, 0],
                 matrix(own["frame_index"])[:, 0].astype(int),
                 tasks,
+                *self.own_words(own),
             )
+
+    def own_words(self, rows):
+        """(phases, header) of an episode's rows, as a Recording has them."""
+        # nobody knows what a hand was about to do
+        phases = ["teleoperation"] * len(rows)
+        if PHASE in self.ours:
+            phases = rows[PHASE].to_pylist()
+            assert all(isinstance(phase, str) for phase in phases), f"{PHASE} holds no words"
+        if HEADER not in self.ours:
+            return phases, {}
+        # every row says the same
+        header = json.loads(rows[HEADER][0].as_py())
+        return phases, {name: header[name] for name in KEPT}
 
     def pictures(self, entry, camera, timestamps):
         """Yield a camera's picture (height, width, 3) uint8 at each of an episode's timestamps (L,).
@@ -311,15 +333,19 @@ class Dataset:
             clip = entry.clips[camera]
             yield from film_pictures(clip, timestamps, self.fps)
             return
+        for body in self.encoded(entry, camera):
+            with reading(entry.data):
+                yield np.asarray(load_image(BytesIO(body)))
+
+    def encoded(self, entry, camera):
+        """Yield the pictures of a camera that is no film, as the bytes of a file each."""
         cells = read_table(entry.data, [camera], entry.index)[camera]
-        assert len(cells) == len(timestamps)
+        assert len(cells) == entry.length
         for cell in cells:
             with reading(entry.data):
                 # nearly always the bytes; a path is below the folder or nothing that we open
                 picture = cell.as_py()  # {"bytes": an encoded picture, or None, "path": its file}
-                body = picture["bytes"]
-                source = BytesIO(body) if body else inside(self.folder, picture["path"])
-            yield np.asarray(load_image(source))
+                yield picture["bytes"] or inside(self.folder, picture["path"]).read_bytes()
 
 
 def indices_of(row, prefix):

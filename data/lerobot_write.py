@@ -1,7 +1,9 @@
 """Our episodes as a LeRobotDataset v3.0, which lerobot loads, edits and trains on.
 
 One data file, a row group an episode; films of all episodes of a camera end to end, a new one when
-one is full. Pictures become H.264 with a key picture every second one, so that any is found fast.
+one is full. Pictures become H.264 with a key picture every second one, so that any is found fast;
+with --no-video they stay the JPEG files that they are, in the rows, and nothing is lost.
+Two columns of text hold what lerobot has no place for: PHASE and HEADER, which `import` reads back.
 Statistics are computed from all numbers of the dataset: lerobot's own quantiles are averages of
 those of the episodes. Source: lerobot 0.4.4, lerobot/datasets.
 
@@ -9,19 +11,21 @@ L frames of an episode, S and A numbers of state and action.
 """
 
 import json
+from dataclasses import asdict
 from fractions import Fraction
 
 import numpy as np
 from tqdm import tqdm
 
 from cli import UserError, choose
-from data.lerobot_read import extra
+from data.lerobot_read import HEADER, PHASE, extra
 from data.record import load_episodes
 from data.robots import get_robot
 from files import atomic_folder, write_json
 
 FILM_BYTES = 200_000_000  # of an mp4, lerobot's own limit
 CHUNK = "chunk-000/file-{:03d}"  # a chunk is 1,000 files: more than there will be
+PIXELS = "yuv444p"  # with 4:2:0 the shipped policy's joint targets are off by 1.7 times as much
 CODEC = {"crf": "18", "g": "2", "bf": "0"}  # bf 0: a picture's time is its number / fps
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 STRIDE = 10  # frames between those whose pixels count for the statistics
@@ -43,6 +47,9 @@ def names_in(episode):
     # imported: as its dataset called them
     if "dataset" in about:
         return about["state_names"], about["action_names"]
+    # another simulator's: they are described in words, not named one by one
+    if "env" in about:
+        return [], []
     robot = get_robot(episode.robot)
     # the unit behind the dot, for info.json has no place for it
     joints = [f"{robot.model.joint(i).name}.rad" for i in range(robot.dof)]
@@ -74,7 +81,8 @@ class Film:
         self.file = av.open(str(path), "w")
         # H.264, though lerobot's default is AV1: every decoder has it
         self.stream = self.file.add_stream("libx264", rate=self.fps, options=CODEC)
-        self.stream.pix_fmt = "yuv420p"
+        # color at full resolution: objects are a few pixels wide
+        self.stream.pix_fmt = PIXELS
 
     def add(self, picture):
         av = extra("av")
@@ -144,6 +152,23 @@ def pixels_of(pictures):
 # ---- tables
 
 
+def header_of(episode):
+    """What training depends on beside rows and words, as JSON: the same in each of its rows.
+
+    Not in meta/episodes, where lerobot's own tools drop columns that they do not know.
+    """
+    header = {
+        "scene": episode.scene,
+        "command": episode.command,
+        "task": episode.task,
+        "seed": episode.seed,
+        "embodiment": asdict(episode.embodiment),
+        "noise": episode.about.get("noise"),
+        "maker": episode.about.get("maker", "expert"),  # older episodes do not name theirs
+    }
+    return json.dumps(header)
+
+
 def data_columns(episode, number, first, task_index, fps):
     """{feature: (L,) or (L, n)}: an episode's rows; first is the number of its first row."""
     frames = np.arange(len(episode))
@@ -151,6 +176,8 @@ def data_columns(episode, number, first, task_index, fps):
     return {
         "observation.state": episode.state,
         "action": episode.action,
+        PHASE: np.array(episode.phases),
+        HEADER: np.full(len(frames), header_of(episode)),
         "timestamp": (frames / fps).astype(np.float32),
         "frame_index": frames,
         "episode_index": np.full(len(frames), number),
@@ -159,11 +186,25 @@ def data_columns(episode, number, first, task_index, fps):
     }
 
 
+def picture_columns(cameras, episode):
+    """{camera: its pictures, files as they are}: the columns of cameras that are no films."""
+    columns = {camera: [] for camera in cameras}
+    for t in range(len(episode)):
+        # lerobot makes them PNG, and reads what PIL reads
+        for camera, body in zip(cameras, episode.jpegs(t), strict=True):
+            columns[camera].append({"bytes": body, "path": f"frame-{t:06d}.jpg"})
+    return columns
+
+
 def to_table(columns):
     """Columns as an arrow table: (L, n) becomes lists of n, (L,) and (L, 1) plain numbers."""
     arrow = extra("pyarrow")
     arrays = {}
     for name, values in columns.items():
+        # of pictures: arrow finds the type that lerobot expects, bytes and path
+        if isinstance(values, list):
+            arrays[name] = arrow.array(values)
+            continue
         flat = arrow.array(values.ravel())  # (L n,)
         width = values.size // len(values)
         # lerobot reads a feature of shape (1,) as a plain number
@@ -189,29 +230,38 @@ def write_tasks(path, sentences):
     extra("pyarrow.parquet").write_table(table, path)
 
 
-def feature_table(episode, fps):
+def camera_feature(picture, fps, video):
+    """What info.json says of a camera with such pictures."""
+    height, width, _ = picture.shape
+    names = ["height", "width", "channels"]
+    feature = {"dtype": "image", "shape": [height, width, 3], "names": names}
+    # 0.6.1 says more of the encoder, and does without
+    if not video:
+        return feature
+    about = {
+        "video.fps": fps,
+        "video.height": height,
+        "video.width": width,
+        "video.channels": 3,
+        "video.codec": "h264",
+        "video.pix_fmt": PIXELS,
+        "video.is_depth_map": False,
+        "has_audio": False,
+    }
+    return feature | {"dtype": "video", "info": about}
+
+
+def feature_table(episode, fps, video):
     """What info.json says of each feature."""
     state_names, action_names = names_in(episode)
     state = {"dtype": "float32", "shape": [episode.state.shape[1]], "names": state_names or None}
     action = {"dtype": "float32", "shape": [episode.action.shape[1]], "names": action_names or None}
     features = {"observation.state": state, "action": action}
     for view, picture in zip(episode.embodiment.views, episode.images(0), strict=True):
-        height, width, _ = picture.shape
-        features[f"observation.images.{view}"] = {
-            "dtype": "video",
-            "shape": [height, width, 3],
-            "names": ["height", "width", "channels"],
-            "info": {
-                "video.fps": fps,
-                "video.height": height,
-                "video.width": width,
-                "video.channels": 3,
-                "video.codec": "h264",
-                "video.pix_fmt": "yuv420p",
-                "video.is_depth_map": False,
-                "has_audio": False,
-            },
-        }
+        features[f"observation.images.{view}"] = camera_feature(picture, fps, video)
+    # lerobot hands them on as they are, and makes no statistics of them
+    for name in (PHASE, HEADER):
+        features[name] = {"dtype": "string", "shape": [1], "names": None}
     scalars = {name: {"dtype": t, "shape": [1], "names": None} for name, t in SCALARS.items()}
     return features | scalars
 
@@ -235,9 +285,6 @@ def chosen_episodes(folder, robot):
             raise UserError(
                 f"{episode.path}: {shape_of(episode)}, not {first} as the first episode"
             )
-    # colors have half the resolution in 4:2:0
-    if any(side % 2 for side in episodes[0].images(0)[0].shape[:2]):
-        raise UserError(f"{folder}: pictures of an odd number of pixels do not go into a film")
     return episodes
 
 
@@ -247,20 +294,26 @@ def shape_of(episode):
     return f"{episode.embodiment.shape()}, pictures of {sizes} pixels"
 
 
+def sample_pixels(cameras, episode):
+    """{camera: pixels (n, 3)} for the statistics."""
+    kept = {camera: [] for camera in cameras}
+    # neighbors look alike
+    for t in range(0, len(episode), STRIDE):
+        for camera, picture in zip(cameras, episode.images(t), strict=True):
+            kept[camera].append(picture)
+    return {camera: pixels_of(pictures) for camera, pictures in kept.items()}
+
+
 def film_episode(films, episode):
-    """Append an episode to {camera: Film}: ({camera: pixels (n, 3)}, what its row says of films)."""
+    """Append an episode to {camera: Film}; what its row says of films."""
     starts = {}
     # where it begins, now that it is known in which file
     for camera, film in films.items():
         film.make_room()
         starts[camera] = film.frames
-    kept = {camera: [] for camera in films}
     for t in range(len(episode)):
-        for (camera, film), picture in zip(films.items(), episode.images(t), strict=True):
+        for film, picture in zip(films.values(), episode.images(t), strict=True):
             film.add(picture)
-            # neighbors look alike
-            if t % STRIDE == 0:
-                kept[camera].append(picture)
     row = {}
     for camera, film in films.items():
         prefix = f"videos/{camera}"
@@ -269,15 +322,16 @@ def film_episode(films, episode):
         row[f"{prefix}/file_index"] = film.number
         row[f"{prefix}/from_timestamp"] = float(starts[camera] / film.fps)
         row[f"{prefix}/to_timestamp"] = float(film.frames / film.fps)
-    return {camera: pixels_of(pictures) for camera, pictures in kept.items()}, row
+    return row
 
 
-def write_rows(out, episodes, fps):
+def write_rows(out, episodes, fps, video):
     """Data and films of all episodes: (rows of meta/episodes, {feature: [values of each]})."""
     # task_index is a sentence's place here
     sentences = list(dict.fromkeys(episode.instruction for episode in episodes))
     cameras = [f"observation.images.{view}" for view in episodes[0].embodiment.views]
-    films = {camera: Film(out / "videos" / camera, fps) for camera in cameras}
+    filmed = cameras if video else []
+    films = {camera: Film(out / "videos" / camera, fps) for camera in filmed}
     path = out / "data" / f"{CHUNK.format(0)}.parquet"
     path.parent.mkdir(parents=True)
     rows = []
@@ -287,12 +341,16 @@ def write_rows(out, episodes, fps):
     for number, episode in enumerate(tqdm(episodes, unit="episode")):
         task_index = sentences.index(episode.instruction)
         columns = data_columns(episode, number, first, task_index, fps)
-        table = to_table(columns)
+        pictures = {} if video else picture_columns(cameras, episode)
+        table = to_table(columns | pictures)
         # the schema is the first episode's
         writer = writer or extra("pyarrow.parquet").ParquetWriter(path, table.schema)
         writer.write_table(table)
-        pixels, clips = film_episode(films, episode)
-        own = {name: values.reshape(len(episode), -1) for name, values in columns.items()} | pixels
+        # words have no statistics
+        numbers = {name: values for name, values in columns.items() if values.dtype.kind != "U"}
+        own = {name: values.reshape(len(episode), -1) for name, values in numbers.items()}
+        own |= sample_pixels(cameras, episode)
+        clips = film_episode(films, episode) if video else {}
         row = {
             "episode_index": number,
             "tasks": [episode.instruction],
@@ -318,9 +376,10 @@ def write_rows(out, episodes, fps):
     return rows, samples, sentences
 
 
-def export(folder, out, robot=""):
+def export(folder, out, robot="", video=True):
     """Write the episodes of `folder` as a LeRobotDataset v3.0 into the new folder `out`.
 
+    robot: which, if there are several; video: films, which are small, or pictures as they are.
     It appears whole or not at all. UserError if the episodes are not of one robot, size and rate.
     """
     arrow = extra("pyarrow")
@@ -330,7 +389,7 @@ def export(folder, out, robot=""):
     with atomic_folder(out) as new:
         meta = new / "meta"
         (meta / "episodes" / "chunk-000").mkdir(parents=True)
-        rows, samples, sentences = write_rows(new, episodes, fps)
+        rows, samples, sentences = write_rows(new, episodes, fps, video)
         write_tasks(meta / "tasks.parquet", sentences)
         table = arrow.Table.from_pylist(rows)
         extra("pyarrow.parquet").write_table(
@@ -351,7 +410,7 @@ def export(folder, out, robot=""):
             "splits": {"train": f"0:{len(episodes)}"},
             "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
             "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
-            "features": feature_table(episodes[0], fps),
+            "features": feature_table(episodes[0], fps, video),
         }
         # last, as lerobot does: a folder without it is no dataset
         write_json(meta / "info.json", info)

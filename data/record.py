@@ -92,10 +92,8 @@ def write_episode(path, demonstration, about):
     pictures = []
     for images in demonstration.images:
         for image in images.values():  # in the order of the prompt
-            body = io.BytesIO()
-            # full color resolution: objects are a few pixels wide
-            Image.fromarray(image).save(body, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-            pictures.append(body.getvalue())
+            # what is JPEG already would lose by being made so twice
+            pictures.append(image if isinstance(image, bytes) else to_jpeg(image))
     # words become numbers, the header says which
     names, phase = np.unique(demonstration.phases, return_inverse=True)
     tensors = {
@@ -111,6 +109,14 @@ def write_episode(path, demonstration, about):
         "made": shlex.join(sys.argv),
     }
     save_tensors(path, tensors, about)
+
+
+def to_jpeg(pixels):
+    """(height, width, 3) uint8 as the bytes of a JPEG file."""
+    body = io.BytesIO()
+    # full color resolution: objects are a few pixels wide
+    Image.fromarray(pixels).save(body, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return body.getvalue()
 
 
 def record_slice(job):
@@ -251,16 +257,21 @@ class Episode:
     def __len__(self):
         return len(self.state)
 
-    def images(self, t):
-        """[front, wrist] (128, 128, 3) uint8 of step t; of an imported episode any squares."""
+    def jpegs(self, t):
+        """The pictures of step t as they are kept, bytes of a JPEG file each."""
         count = len(self.embodiment.views)
         pieces = self.offset[count * t : count * (t + 1) + 1].tolist()
-        pictures = []
         with reading(self.path, ADVICE):
             # opened anew: thousands of open maps would not do
             jpeg = Tensors(self.path).slice("jpeg")
-            for start, stop in pairwise(pieces):
-                with open_image(io.BytesIO(jpeg[start:stop].tobytes())) as image:
+            return [jpeg[start:stop].tobytes() for start, stop in pairwise(pieces)]
+
+    def images(self, t):
+        """[front, wrist] (128, 128, 3) uint8 of step t; of an imported episode any squares."""
+        pictures = []
+        with reading(self.path, ADVICE):
+            for body in self.jpegs(t):
+                with open_image(io.BytesIO(body)) as image:
                     assert max(image.size) <= MOST_PIXELS, f"a picture of {image.size} pixels"
                     pictures.append(np.asarray(image))
         return pictures
