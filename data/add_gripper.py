@@ -199,18 +199,18 @@ def find_gripper(model, body):
 # ---- into the new file
 
 
-def add_geom(body, assets, model, geom, name):
-    """A geom that touches things as the file's does."""
+def add_geom(body, assets, model, geom, name, points):
+    """A geom that touches things as the file's does; of a mesh the convex hull of `points`."""
     options = {option: getattr(model, f"geom_{option}")[geom] for option in CONTACT}
     kind = mujoco.mjtGeom(model.geom_type[geom])
     if kind == mujoco.mjtGeom.mjGEOM_MESH:
         options["mesh"] = f"{name}_hull"
-        add(assets, "mesh", name=f"{name}_hull", vertex=corners(model, geom), inertia="convex")
+        add(assets, "mesh", name=f"{name}_hull", vertex=points, inertia="convex")
     else:
         options["size"] = model.geom_size[geom]
     word = kind.name.removeprefix("mjGEOM_").lower()
     place = {"pos": model.geom_pos[geom], "quat": model.geom_quat[geom]}
-    add(body, "geom", name=name, type=word, **place, **options)
+    return add(body, "geom", name=name, type=word, **place, **options)
 
 
 def add_finger(hand, assets, model, gripper, side, stiffness, damping):
@@ -246,7 +246,19 @@ def add_finger(hand, assets, model, gripper, side, stiffness, damping):
     )
     for number, geom in enumerate(pads):
         body = bodies[model.geom_bodyid[geom]]
-        add_geom(body, assets, model, geom, f"{name}_pad{number or ''}")
+        add_geom(body, assets, model, geom, f"{name}_pad{number or ''}", corners(model, geom))
+
+
+def place_tool(hand, tcp):
+    """Take the fingers out of the new file's body `hand`, whose tool is now at `tcp` (3,) m."""
+    camera = hand.find("camera")
+    tool = hand.find("site")
+    # the camera sees the tool as the other arms' do
+    eye, old_tcp = (np.array(part.get("pos").split(), float) for part in (camera, tool))
+    for part in [part for part in hand if part.tag in ("body", "geom", "inertial")]:
+        hand.remove(part)
+    tool.set("pos", to_text(tcp))
+    camera.set("pos", to_text(tcp + (eye - old_tcp)))
 
 
 def add_gripper(hand, root, model, gripper, servos):
@@ -254,14 +266,7 @@ def add_gripper(hand, root, model, gripper, servos):
 
     servos: of both fingers, rows kp N/m, kv N s/m, force N, ... as measured; zeros: it has none.
     """
-    camera = hand.find("camera")
-    tool = hand.find("site")
-    # the camera sees the tool as the other arms' do
-    eye, old_tcp = (np.array(part.get("pos").split(), float) for part in (camera, tool))
-    for part in [part for part in hand if part.tag in ("body", "geom", "inertial")]:
-        hand.remove(part)
-    tool.set("pos", to_text(gripper.tcp))
-    camera.set("pos", to_text(gripper.tcp + (eye - old_tcp)))
+    place_tool(hand, gripper.tcp)
     servo = root.find("actuator/position[@tendon='fingers']")
     servo.set("ctrlrange", to_text([-0.01, gripper.ranges[1]]))
     kp, kv, force = servos[:, :3].sum(axis=0)  # one of them may drive both

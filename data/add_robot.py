@@ -18,7 +18,8 @@ from itertools import combinations
 import numpy as np
 
 from cli import UserError, choose, parse, run
-from data.add_gripper import add, add_gripper, add_inertial, find_gripper
+from data.add_gripper import add, add_gripper, add_inertial, below, find_gripper
+from data.add_jaws import Jaws, add_jaws, find_jaws
 from data.robots import ARMS, Kinematics, Robot, get_robot
 from data.simulator import mujoco
 from files import atomic, reading
@@ -45,7 +46,7 @@ class AddConfig:
 
 
 def read_model(config):
-    """The file's MjModel, with a site `config.site` even where that is a body. UserError.
+    """The file's MjSpec and MjModel, with a site `config.site` even where that is a body. UserError.
 
     A gripper with a file of its own stands at that site.
     """
@@ -63,7 +64,7 @@ def read_model(config):
             for option in ("cone", "impratio", "timestep", "integrator"):  # else it warns
                 setattr(hand.option, option, getattr(spec.option, option))
             spec.attach(hand, site=site, prefix="gripper/")
-        return spec.compile()
+        return spec, spec.compile()
 
 
 def find_path(model, config, gripper):
@@ -219,12 +220,18 @@ def add_joint(body, actuators, model, joint, servo):
 
 def write_arm(config, root):
     """Put the arm into `root`, the gripper's parsed file; how many joints it has."""
-    model = read_model(config)
+    spec, model = read_model(config)
     flange = model.site(config.site)
     gripper = None
     reason = "asked for with --gripper"
     if config.gripper != GRIPPER:
-        gripper, reason = find_gripper(model, flange.bodyid[0])
+        body = flange.bodyid[0]
+        moving = model.jnt_bodyid[np.isin(model.jnt_bodyid, below(model, body)[1:])]
+        turns = model.jnt_type[model.body_jntadr[moving]] == mujoco.mjtJoint.mjJNT_HINGE
+        if turns.any():
+            gripper, reason = find_jaws(spec, model, body)
+        else:
+            gripper, reason = find_gripper(model, body)
         if config.gripper and not gripper:
             cannot = f"--gripper {config.gripper} cannot be kept, {reason}"
             raise UserError(f"{cannot}; leave it out for the xArm-6's")
@@ -240,7 +247,8 @@ def write_arm(config, root):
 
     joints = model.body_jntadr[path]
     joints = joints[joints >= 0]
-    slides = model.body_jntadr[gripper.fingers] if gripper else joints[:0]
+    jaws = isinstance(gripper, Jaws)
+    slides = joints[:0] if jaws or not gripper else model.body_jntadr[gripper.fingers]
     measured = measure_servos(model, np.append(joints, slides))
     servos = dict(zip(joints, measured, strict=False))  # the fingers' come last
     # where the base stood in the file does not matter
@@ -249,14 +257,21 @@ def write_arm(config, root):
     for i in path[1:]:
         place = {"pos": model.body_pos[i], "quat": model.body_quat[i]}
         body = add(body, "body", name=f"part{i}", gravcomp="1", **place)
-        fill_body(body, model, i)
+        if jaws and gripper.fixed and i == gripper.hand:
+            add_inertial(body, model, i)  # its geoms are a jaw
+        else:
+            fill_body(body, model, i)
         joint = model.body_jntadr[i]
         if joint in servos:
             add_joint(body, actuators, model, joint, servos[joint])
-    actuators.append(fingers)
+    if not jaws:
+        actuators.append(fingers)
     if gripper:
         x, y, _ = gripper.axes.T
         add(body, "frame", xyaxes=(x, y)).append(hand)
+    if jaws:
+        add_jaws(hand, root, gripper)
+    elif gripper:
         add_gripper(hand, root, model, gripper, measured[len(joints) :])
     else:
         body = add(body, "frame", pos=flange.pos, quat=flange.quat)
@@ -303,7 +318,7 @@ def find_workspace(robot):
     kinematics = Kinematics(robot)
     low, high = np.clip(robot.joint_range.T, -np.pi, np.pi)  # one turn is enough to look at
     starts = np.random.default_rng(0).uniform(low, high, (80, robot.dof))
-    links = robot.model.body_pos[: robot.model.body("left_finger").id]
+    links = robot.model.body_pos[: robot.model.body("hand").id + 1]
     best = (0.0, 0.0, 0.0)
     for stretched in (0.4, 0.25):  # where to begin: not quite half of the arm stretched out
         middle = stretched * np.linalg.norm(links, axis=1).sum()  # m

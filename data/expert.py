@@ -142,7 +142,7 @@ def retreat(env, finger):
     """Fingers there first, then up from the table, if the hand is low."""
     tcp = tcp_of(env)
     steps = []
-    travel = env.data.qpos[env.robot.dof] - max(finger, 0.0)
+    travel = env.opening() - max(finger, 0.0)
     if abs(travel) > 0.1 * env.robot.travel:
         steps.append(Primitive("retreat", finger))
     if tcp[2] < 0.06:
@@ -164,7 +164,7 @@ def grasp(env, name, point, turn, close=SQUEEZE, tilts=TILTS):
     x, y, z = hand_offset(env, point)
     over = np.hypot(x, y) < 0.006 and z < CLEARANCE + 0.02
     # m, each finger; a hand that holds nothing may still be closed
-    is_open = env.data.qpos[env.robot.dof] > 0.9 * wide
+    is_open = env.opening() > 0.9 * wide
     if not (turned and over and is_open):
         high = point + CLEARANCE * UP
         approach = Primitive("approach", wide, high, turn, tilts, straight=False)
@@ -335,8 +335,9 @@ def collides(env, path, finger):
     model = env.model
     scratch = copy.copy(env.data)
     is_free = model.body_dofnum[model.geom_bodyid] == 6  # may be touched: that is the task
+    fingers = env.robot.finger_joints(finger)
     for q in path:
-        scratch.qpos[: len(q) + 2] = [*q, finger, finger]
+        scratch.qpos[: len(q) + len(fingers)] = [*q, *fingers]
         mujoco.mj_kinematics(model, scratch)
         mujoco.mj_collision(model, scratch)
         fixed = ~is_free[scratch.contact.geom].any(axis=1)  # (contacts, 2) -> (contacts,)

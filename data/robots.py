@@ -66,6 +66,15 @@ class Robot:
             self.state_dim = self.dof + 10
             self.action_dim = self.dof + 1
             self.joint_range = self.model.jnt_range[: self.dof]  # (dof, 2) rad
+            self.jaws = None  # of jaws that turn (data/add_jaws.py): opening m, control, angles rad
+            names = [self.model.numeric(i).name for i in range(self.model.nnumeric)]
+            if "jaw_openings" in names:
+                openings = self.model.numeric("jaw_openings").data
+                angles = self.model.numeric("jaw_angles").data.reshape(len(openings), -1)
+                self.jaws = (openings, self.model.numeric("jaw_controls").data, angles)
+                self.travel = openings[-1]
+                self.finger_kp = self.model.numeric("jaw_stiffness").data[0]
+                return
             self.travel = self.model.joint("left_finger").range[1]  # of either finger, m
             # N/m of either finger: the last servo drives both
             self.finger_kp = self.model.actuator_gainprm[self.dof, 0] / 2
@@ -74,6 +83,33 @@ class Robot:
         """The action (A,) inside the arm's joint and finger limits."""
         low, high = self.joint_range.T
         return np.clip(action, [*low, SQUEEZE], [*high, self.travel])
+
+    # ---- one number says how far the fingers are open; of jaws that turn it is not their joints'
+
+    def finger_control(self, finger):
+        """What the fingers' servo is told for a target (m)."""
+        if self.jaws is None:
+            return finger
+        openings, controls, _ = self.jaws
+        return np.interp(finger, openings, controls)
+
+    def finger_joints(self, opening):
+        """The places of all joints of the fingers at an opening (m)."""
+        if self.jaws is None:
+            return [opening, opening]
+        openings, _, angles = self.jaws
+        return [np.interp(opening, openings, angle) for angle in angles.T]
+
+    def opening(self, qpos):
+        """m, of a scene's qpos, in which the fingers' joints follow the arm's."""
+        if self.jaws is None:
+            return qpos[self.dof]
+        openings, _, angles = self.jaws
+        # the joint that turns the most tells the most
+        joint = np.ptp(angles, axis=0).argmax()
+        rising = np.sign(angles[-1, joint] - angles[0, joint])
+        angle = rising * qpos[self.dof + joint]
+        return max(0.0, np.interp(angle, rising * angles[:, joint], openings))
 
 
 @cache

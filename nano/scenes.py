@@ -151,7 +151,7 @@ def look(env, view, bodies):
     grounding = {
         "patches": patches_of(classes, len(CLASSES), first=2),
         "objects": {label: np.round(center, 4).tolist() for label, center in centers.items()},
-        "opening": round(env.data.qpos[env.robot.dof] / env.robot.travel, 4),
+        "opening": round(env.opening() / env.robot.travel, 4),
     }
     return env.draw(view), grounding, seen
 
@@ -262,7 +262,7 @@ def beside(rng):
 def ready(env, label, body):
     """Would closing the gripper now grasp the body? It stands open around the right place."""
     offset = np.abs(hand_offset(env, grasp_point(env, label, body)))
-    opened = env.data.qpos[env.robot.dof] > 0.028  # m, a finger's: half a cube takes 0.02
+    opened = env.opening() > 0.028  # m, a finger's: half a cube takes 0.02
     return bool((offset < (0.012, 0.015, 0.02)).all() and opened and not env.grasped(body))
 
 
@@ -295,7 +295,7 @@ def commands(env, rng, fault):
             if fault == "dropped" and name == "carry":
                 break  # there is nothing left to set down
     for _ in range(8):  # what was let go comes to rest
-        yield None, env.data.ctrl[: env.robot.dof + 1].copy()
+        yield None, env.target.copy()
 
 
 def attempt(env, seed, rng, fault):
