@@ -38,6 +38,7 @@ CUBE = 0.02  # m; at this opening the tool's place and the closing axis are meas
 CLEARANCE = 0.006  # m, of a jaw that does not move, from a cube that is in the middle
 REACH = 0.05  # m; what is so far behind the end of the jaws touches nothing
 SLICE = 0.01  # m
+CORNERS = 24  # of a slice, at most
 KEPT = ("default", "tendon", "equality", "actuator")  # sections that belong to the jaws
 SHAPELESS = ("default", "joint", "general", "tendon", "equality")  # defaults that are still needed
 
@@ -202,7 +203,26 @@ def slices(model, geom, way):
         part = np.vstack(part)
         if len(part) > 3 and np.ptp(part, axis=0).min() > 1e-4:  # else it is flat
             parts.append(part)
-    return parts
+    return hulls(parts)
+
+
+def hulls(parts):
+    """[(n, 3)] m: of every part (n, 3) the corners of its convex hull, the most prominent ones."""
+    spec = mujoco.MjSpec()
+    for number, part in enumerate(parts):
+        inertia = mujoco.mjtMeshInertia.mjMESH_INERTIA_CONVEX
+        mesh = spec.add_mesh(name=str(number), uservert=part.ravel(), inertia=inertia)
+        mesh.maxhullvert = CORNERS
+        kind = mujoco.mjtGeom.mjGEOM_MESH
+        spec.worldbody.add_geom(type=kind, meshname=mesh.name)
+    model = spec.compile()
+    data = mujoco.MjData(model)
+    mujoco.mj_kinematics(model, data)
+    found = []
+    for geom in range(model.ngeom):
+        turned = data.geom_xmat[geom].reshape(3, 3)
+        found.append(data.geom_xpos[geom] + corners(model, geom) @ turned.T)
+    return found
 
 
 def pads_of(model, data, geoms, axes, end):
@@ -213,6 +233,7 @@ def pads_of(model, data, geoms, axes, end):
     for geom in geoms:
         pad = Pad(geom, corners(model, geom), False)
         if around(model, data, pad, axes)[:, 2].max() < end - REACH:
+            pad.points = hulls([pad.points])[0]
             others.append(pad)
         elif model.geom_type[geom] != mujoco.mjtGeom.mjGEOM_MESH:
             plain.append(pad)

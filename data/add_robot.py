@@ -29,6 +29,7 @@ KP = 1000.0  # N m/rad, of joints whose file has no position servo
 KV = 100.0  # N m s/rad, of those
 TORQUE = 87.0  # N m, of those if it has no limit either
 ADVICE = "MuJoCo itself must load it, with meshes as .stl, .obj or .msh"
+SPAN = 0.15  # m, of the table: with less the tasks' things do not find room
 SPEED = 2.0  # rad/s, velocity limit of the joints: MJCF has none
 
 
@@ -301,9 +302,12 @@ def point_down(kinematics, start, distance, height):
     return None if qpos is None or low else qpos
 
 
-def farthest(kinematics, qpos, distance, step):
-    """The distance (m) up to which the hand points down at the table, in steps of `step`."""
-    while qpos is not None and distance > 0.15:
+def farthest(kinematics, qpos, distance, step, nearest):
+    """The distance (m) up to which the hand points down at the table, in steps of `step`.
+
+    Nearer than `nearest` it would stand at the base.
+    """
+    while qpos is not None and distance > nearest:
         distance += step
         qpos = point_down(kinematics, qpos, distance, 0.02)
     return distance - step
@@ -319,24 +323,25 @@ def find_workspace(robot):
     low, high = np.clip(robot.joint_range.T, -np.pi, np.pi)  # one turn is enough to look at
     starts = np.random.default_rng(0).uniform(low, high, (80, robot.dof))
     links = robot.model.body_pos[: robot.model.body("hand").id + 1]
+    length = np.linalg.norm(links, axis=1).sum()  # m, stretched out
+    nearest = min(0.15, 0.25 * length)
     best = (0.0, 0.0, 0.0)
     for stretched in (0.4, 0.25):  # where to begin: not quite half of the arm stretched out
-        middle = stretched * np.linalg.norm(links, axis=1).sum()  # m
+        middle = stretched * length
         for start in [(low + high) / 2, *starts]:
             qpos = point_down(kinematics, start, middle, 0.3 * middle)
             if qpos is not None:
-                near = farthest(kinematics, qpos, middle, -0.01)
-                far = farthest(kinematics, qpos, middle, 0.01)
+                near = farthest(kinematics, qpos, middle, -0.01, nearest)
+                far = farthest(kinematics, qpos, middle, 0.01, nearest)
                 bent = np.abs(qpos - robot.joint_range.mean(axis=1)).max()
                 best = max(best, (1 + far - near - 0.05 * bent, near, far, *qpos))
         if best[0]:
             break
     _, near, far, *home = best  # none where no pose was found
-    if far - near < 0.2:
+    if far - near < SPAN:
         found = f"only from {near:.2f} to {far:.2f} m" if best[0] else "and no pose was found"
         raise UserError(
-            "with this gripper the arm cannot point straight down along 0.2 m of the table, "
-            f"{found}: are --base, --site and --axes right?"
+            f"with this gripper the arm cannot point straight down along {SPAN} m of the table, {found}: are --base, --site and --axes right?"
         )
     scale = min(1.0, round((far - near) / 0.53, 2))  # 1 for arms with 0.53 m, as the xArms
     center = far - 0.21 * scale

@@ -90,11 +90,14 @@ def closing_sign(robot):
     return -np.sign(rotation[1, 1])
 
 
-def tool_rotation(robot, direction, tilt):
+def tool_rotation(robot, direction, tilt, azimuth=None):
     """(3, 3) rotation of a tool that points down, tilted by `tilt` towards `direction` (both rad).
 
-    The closing axis is horizontal; direction is about the vertical, 0 along the base's x.
+    The closing axis is horizontal; direction is about the vertical, 0 along the base's x. An arm
+    of five joints tilts its hand only outwards, which is towards `azimuth`, after it has turned.
     """
+    if robot.dof == 5 and tilt:
+        return outwards(azimuth, tilt) @ tool_rotation(robot, direction, 0.0)
     x = np.cos(direction)
     y = np.sin(direction)
     ahead = np.sin(tilt)
@@ -103,14 +106,31 @@ def tool_rotation(robot, direction, tilt):
     return np.column_stack([np.cross(closing, approach), closing, approach])
 
 
+def outwards(azimuth, tilt):
+    """(3, 3) rotation that turns what points down by `tilt` towards `azimuth` (both rad)."""
+    x = np.cos(azimuth)
+    y = np.sin(azimuth)
+    quat = np.empty(4)
+    rotation = np.empty(9)
+    mujoco.mju_axisAngle2Quat(quat, np.array([y, -x, 0.0]), tilt)
+    mujoco.mju_quat2Mat(rotation, quat)
+    return rotation.reshape(3, 3)
+
+
 def hand_pose(env):
     """(direction, tilt) of the hand as it is: the nearest arguments of tool_rotation."""
-    _, closing, approach = env.tool().T
+    tool = env.tool()
+    tilt = 0.0
+    if env.robot.dof == 5:
+        azimuth = azimuth_of(env, tcp_of(env))
+        tilt = np.arctan2(tool[:2, 2] @ (np.cos(azimuth), np.sin(azimuth)), -tool[2, 2])
+        tool = outwards(azimuth, -tilt) @ tool
+    _, closing, approach = tool.T
     x, y, _ = closing_sign(env.robot) * closing
     direction = np.arctan2(x, -y)
     ahead = (np.cos(direction), np.sin(direction))
     forward = approach[:2] @ ahead
-    return direction, np.arctan2(forward, -approach[2])
+    return direction, tilt or np.arctan2(forward, -approach[2])
 
 
 def hand_offset(env, point):
@@ -251,7 +271,8 @@ def peg_style(env, high):
     arm = get_kinematics(name)
     q = env.data.ctrl[: env.robot.dof]
     for how, tilt in (("upright", np.pi / 2), ("leaning", np.pi / 2 - 0.25)):
-        rotation = tool_rotation(env.robot, azimuth_of(env, high), tilt)
+        azimuth = azimuth_of(env, high)
+        rotation = tool_rotation(env.robot, azimuth, tilt, azimuth)
         if arm.solve_ik(high - env.base, rotation, q) is not None:
             return how
     return "loose"
@@ -376,7 +397,7 @@ def find_path(env, q, primitive, pose):
     """Waypoints (n, dof) from `q` to a primitive's position and a pose. Raises Infeasible."""
     arm = get_kinematics(env.robot.name)
     goal = primitive.position - env.base
-    rotation = tool_rotation(env.robot, *pose)
+    rotation = tool_rotation(env.robot, *pose, azimuth_of(env, primitive.position))
     if primitive.straight:
         path = straight_path(arm, q, goal, rotation)
     else:

@@ -42,6 +42,7 @@ NUMBERS = (
 # The finger target that means "closed", m: 10 mm beyond contact, as in ManiSkill, so that a held
 # cube is pressed with 30 N.
 SQUEEZE = -0.01
+LEAN = 0.25  # rad, of the hand of an arm of five joints
 
 
 class Robot:
@@ -139,7 +140,8 @@ class Kinematics:
         """qpos (dof,) rad inside the limits that reaches a TCP pose; None if none is found.
 
         To 0.2 mm and 1 mrad. Damped least squares from `start` (dof,), joints clamped; a seventh
-        joint leans towards `start` in the null space.
+        joint leans towards `start` in the null space. Five joints cannot choose how far the hand
+        leans sideways: that comes as it comes, up to LEAN.
         """
         dof = self.robot.dof
         low, high = self.robot.joint_range.T
@@ -159,15 +161,30 @@ class Kinematics:
             mujoco.mj_comPos(self.model, self.data)
             mujoco.mj_jacSite(self.model, self.data, jac[:3], jac[3:], self.tcp.id)
             J = jac[:, :dof]  # (6, dof), without the fingers
+            missing = error
+            if dof == 5:
+                turns = turns_in_place(J)
+                missing = np.append(error[:3], turns @ error[3:])
+                J = np.vstack([J[:3], turns @ J[3:]])
+                leans = np.linalg.norm(error[3:]) < LEAN
+                if leans and (np.abs(missing) < exact[:5]).all():
+                    return q
             # damping: near a singularity a step stays small
-            inverse = J.T @ np.linalg.inv(J @ J.T + 1e-4 * np.eye(6))
-            step = inverse @ error
+            inverse = J.T @ np.linalg.inv(J @ J.T + 1e-4 * np.eye(len(J)))
+            step = inverse @ missing
             if dof > 6:  # what does not move the tool
                 still = np.eye(dof) - inverse @ J
                 step += still @ (0.1 * (start - q))
             longest = np.abs(step).max() + 1e-9  # rad; steps are at most 0.4 long
             q = np.clip(q + step * min(1.0, 0.4 / longest), low, high)
         return None
+
+
+def turns_in_place(J):
+    """(2, 3): the axes about which five joints turn the tool where it is. J (6, 5) its Jacobian."""
+    _, _, directions = np.linalg.svd(J[:3])
+    axes, _ = np.linalg.qr(J[3:] @ directions[3:].T)  # of what does not move the tool
+    return axes.T
 
 
 @cache

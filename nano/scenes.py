@@ -242,7 +242,7 @@ def pose_arm(env, bodies, rng):
             finger = env.robot.travel
             position = point - env.base + beside(rng)
         azimuth = np.arctan2(position[1], position[0])
-        rotation = tool_rotation(env.robot, azimuth + turn, tilt)
+        rotation = tool_rotation(env.robot, azimuth + turn, tilt, azimuth)
         qpos = get_kinematics(env.robot.name).solve_ik(position, rotation, env.robot.home)
         if qpos is not None:
             env.set_arm([*qpos, finger])
