@@ -68,6 +68,7 @@ class Jaws:
     controls: np.ndarray  # (K,) of the servo
     places: np.ndarray  # (K, n) rad, of the joints
     stiffness: float  # N/m, of either jaw at a cube
+    fist: float  # m along y, from the tool's place to where the jaws close
 
 
 # ---- the hand alone
@@ -287,7 +288,7 @@ def find_jaws(spec, model, body):
     gaps = np.array([faces[0] - faces[1] for faces, _ in rows])
     rising = np.append(True, np.diff(np.maximum.accumulate(gaps)) > 1e-6)
     openings = gaps[rising] / 2
-    jaws = Jaws(hand, axes, None, spec, alone, touched, sum(seen, []), fixed, openings, None, None, 0)
+    jaws = Jaws(hand, axes, None, spec, alone, touched, sum(seen, []), fixed, openings, None, None, 0, 0)
     jaws.controls = controls[rising]
     jaws.places = places[rising]
     if openings[-1] < LEAST or openings[0] > CUBE:
@@ -295,6 +296,8 @@ def find_jaws(spec, model, body):
         return None, f"its jaws open {span}"
     jaws.tcp = tool_place(jaws, rows)
     jaws.stiffness = stiffness(jaws)
+    faces, _ = measure(alone, at(jaws, 0.0)[1], touched, axes)
+    jaws.fist = faces.mean() - jaws.tcp[1]
     return jaws, ""
 
 
@@ -405,3 +408,4 @@ def add_jaws(hand, root, jaws):
     add(custom, "numeric", name="jaw_controls", data=controls)
     add(custom, "numeric", name="jaw_angles", data=places)
     add(custom, "numeric", name="jaw_stiffness", data=jaws.stiffness)
+    add(custom, "numeric", name="jaw_fist", data=jaws.fist)

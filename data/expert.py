@@ -22,7 +22,7 @@ import numpy as np
 
 from data import seeds
 from data.env import CONTROL_HZ
-from data.robots import SHIPPED, SQUEEZE, get_kinematics
+from data.robots import SHIPPED, get_kinematics
 from data.simulator import mujoco
 from data.tasks import PEG_LENGTH, PEG_RADIUS, region_radius
 
@@ -35,6 +35,7 @@ PEG_LEVER = 0.07  # m from its center to where it is held
 FINGER_STEPS = 6  # control steps for every closing or opening, as ManiSkill's experts
 # Tilts to try, rad forwards from straight down: the WidowX points straight down only below 0.175 m.
 TILTS = (0.0, 0.3, 0.6)
+STEEP = (0.9, 1.2)  # and for an arm of five joints, which is small: high up it must reach out
 PLANS = 6  # how often the expert may look again and plan from where things are
 UP = np.array([0.0, 0.0, 1.0])
 
@@ -48,7 +49,7 @@ class Primitive:
     """One movement of the TCP to a `position`, or of the fingers alone where there is none."""
 
     name: str
-    finger: float  # m, where the fingers are sent; see SQUEEZE
+    finger: float  # m, where the fingers are sent; see SQUEEZE in data/robots.py
     position: np.ndarray = None  # m, in the task's frame
     turn: float = None  # rad from the hand's rest direction there; None: as the hand is
     tilts: tuple = TILTS  # to be tried with that turn
@@ -171,10 +172,11 @@ def retreat(env, finger):
     return steps
 
 
-def grasp(env, name, point, turn, close=SQUEEZE, tilts=TILTS):
+def grasp(env, name, point, turn, close=None, tilts=TILTS):
     """Open, go above, go down, close; nothing if the body is held."""
     if env.grasped(name):
         return []
+    close = env.robot.squeeze if close is None else close
     wide = env.robot.travel
     steps = [Primitive("descend", wide, point, slow=0.6, hold=2), Primitive("grasp", close)]
     # Is the hand above it already, open and turned? Half a turn makes no difference.
@@ -207,14 +209,14 @@ def fetch(env, name, height, low):
     # what is about to be grasped lies low, whatever it is now
     if steps or body[2] < low:
         high = held_at(env, name, body) + height * UP
-        steps.append(Primitive("lift", SQUEEZE, high))
+        steps.append(Primitive("lift", env.robot.squeeze, high))
     return steps
 
 
 def pick_cube(env):
     goal = held_at(env, "cube", env.position("goal"))
     steps = fetch(env, "cube", height=0.04, low=0.04)
-    return [*steps, Primitive("carry", SQUEEZE, goal, hold=8)]
+    return [*steps, Primitive("carry", env.robot.squeeze, goal, hold=8)]
 
 
 def slide(env, name, side):
@@ -222,8 +224,10 @@ def slide(env, name, side):
 
     Push: side 1; pull: side -1.
     """
-    cube = env.position("cube")
-    turn = -azimuth_of(env, cube)
+    turn = -azimuth_of(env, env.position("cube"))
+    # one jaw that closes against another closes beside the tool's place
+    aside = env.robot.fist * tool_rotation(env.robot, 0.0, 0.0)[:, 1]
+    cube = env.position("cube") - aside
     start = cube - (side * 0.055, 0, 0)
     # the fingers' half thickness and the cube's half side stand between TCP and cube center
     short = 0.03 + 0.6 * region_radius(env.robot)
@@ -254,10 +258,10 @@ def put(env, name, support, rest, lift, drop):
     away = np.hypot(x, y) >= 0.01
     steps = fetch(env, name, lift, low=place[2] + 0.03 if away else 0.0)
     if steps or away:
-        steps.append(Primitive("carry", SQUEEZE, target + 0.05 * UP))
+        steps.append(Primitive("carry", env.robot.squeeze, target + 0.05 * UP))
     return [
         *steps,
-        Primitive("place", SQUEEZE, target + drop * UP, slow=0.5, hold=4),
+        Primitive("place", env.robot.squeeze, target + drop * UP, slow=0.5, hold=4),
         Primitive("release", wide),
         Primitive("retreat", wide, target + 0.065 * UP),
     ]
@@ -437,10 +441,12 @@ def reach(env, q, pose, primitive, following):
     An approach is taken only if the way that follows is possible too. Raises Infeasible.
     """
     direction, tilt = pose
-    tilts = sorted((tilt, *TILTS), key=lambda other: abs(other - tilt))  # as the hand is, first
+    more = STEEP if env.robot.dof == 5 else ()
+    # as the hand is, first
+    tilts = sorted((tilt, *TILTS, *more), key=lambda other: abs(other - tilt))
     if primitive.turn is not None:
         direction = azimuth_of(env, primitive.position) + primitive.turn
-        tilts = primitive.tilts
+        tilts = (*primitive.tilts, *more)
     for tilt in tilts:
         try:
             path = find_path(env, q, primitive, (direction, tilt))

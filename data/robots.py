@@ -40,8 +40,9 @@ NUMBERS = (
 )
 
 # The finger target that means "closed", m: 10 mm beyond contact, as in ManiSkill, so that a held
-# cube is pressed with 30 N.
+# cube is pressed with 30 N. For jaws that turn on stiffer servos it is the one that does so.
 SQUEEZE = -0.01
+FORCE = 30.0  # N
 LEAN = 0.25  # rad, of the hand of an arm of five joints
 
 
@@ -68,6 +69,8 @@ class Robot:
             self.action_dim = self.dof + 1
             self.joint_range = self.model.jnt_range[: self.dof]  # (dof, 2) rad
             self.jaws = None  # of jaws that turn (data/add_jaws.py): opening m, control, angles rad
+            self.squeeze = SQUEEZE  # m, the target that presses what is held
+            self.fist = 0.0  # m along the closing axis, from the tool's place to the closed fingers
             names = [self.model.numeric(i).name for i in range(self.model.nnumeric)]
             if "jaw_openings" in names:
                 openings = self.model.numeric("jaw_openings").data
@@ -75,6 +78,8 @@ class Robot:
                 self.jaws = (openings, self.model.numeric("jaw_controls").data, angles)
                 self.travel = openings[-1]
                 self.finger_kp = self.model.numeric("jaw_stiffness").data[0]
+                self.squeeze = max(SQUEEZE, 0.02 - FORCE / self.finger_kp)
+                self.fist = self.model.numeric("jaw_fist").data[0]
                 return
             self.travel = self.model.joint("left_finger").range[1]  # of either finger, m
             # N/m of either finger: the last servo drives both
