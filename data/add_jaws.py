@@ -27,6 +27,7 @@ from data.add_gripper import (
     hand_axes,
     place_tool,
 )
+from data.robots import FORCE, SQUEEZE
 from data.simulator import mujoco
 
 PREFIX = "jaws/"  # of all names that come from the file
@@ -35,10 +36,14 @@ SETTLE = 400  # steps of 2 ms, until the servo is at its next place
 WIDE = 0.04  # m; the tasks need no larger opening, and a jaw that turns far leaves the table
 LEAST = 0.027  # m; the peg is 0.05 m wide
 CUBE = 0.02  # m; at this opening the tool's place and the closing axis are measured
+MARGIN = 0.003  # m; so much nearer to a cube than the table says its jaws may touch it
 CLEARANCE = 0.006  # m, of a jaw that does not move, from a cube that is in the middle
 REACH = 0.05  # m; what is so far behind the end of the jaws touches nothing
 SLICE = 0.01  # m
 CORNERS = 24  # of a slice, at most
+KP = 20.0  # N m/rad, of a jaw whose file has no servo: about that of Feetech's STS3215
+KV = 1.0  # N m s/rad
+TORQUE = 3.0  # N m
 KEPT = ("default", "tendon", "equality", "actuator")  # sections that belong to the jaws
 SHAPELESS = ("default", "joint", "general", "tendon", "equality")  # defaults that are still needed
 
@@ -77,11 +82,11 @@ class Jaws:
 def cut_out(spec, hand):
     """(MjSpec, MjModel) of body `hand` without its own joint, and of all that hangs on it."""
     alone = mujoco.MjSpec()
-    alone.option.gravity = (0, 0, 0)
-    alone.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
-    alone.option.disableflags = mujoco.mjtDisableBit.mjDSBL_CONTACT
-    for option in ("cone", "impratio", "timestep"):  # else it warns
-        setattr(alone.option, option, getattr(spec.option, option))
+    for option in (name for name in dir(alone.option) if name[0] != "_"):
+        setattr(spec.option, option, getattr(alone.option, option))  # else it warns
+    spec.visual.map.znear = alone.visual.map.znear
+    spec.njmax = alone.njmax
+    spec.nconmax = alone.nconmax
     whole = next(body for body in spec.bodies if body.id == hand)
     root = alone.worldbody.add_frame().attach_body(whole, PREFIX, "")
     for joint in list(root.joints):
@@ -91,7 +96,18 @@ def cut_out(spec, hand):
         alone.delete(joint)
     for number, body in enumerate(alone.bodies[1:]):
         body.name = body.name or f"{PREFIX}{number}"
+    if not alone.actuators and len(alone.joints) == 1:  # as in a URDF
+        add_servo(alone, alone.joints[0])
     return alone, alone.compile()
+
+
+def add_servo(spec, joint):
+    """A hobby servo for the one joint of a jaw whose file has none."""
+    servo = spec.add_actuator(name=f"{PREFIX}servo", target=joint.name)
+    servo.trntype = mujoco.mjtTrn.mjTRN_JOINT
+    servo.set_to_position(kp=KP, kv=KV)
+    servo.ctrlrange = joint.range
+    servo.forcerange = (-TORQUE, TORQUE)
 
 
 def why_not(model):
@@ -113,7 +129,15 @@ def why_not(model):
 
 def sweep(model):
     """(controls (K,), places (K, n)): where the joints settle as the servo goes along its range."""
+    model.opt.gravity[:] = 0
+    model.opt.disableflags = mujoco.mjtDisableBit.mjDSBL_CONTACT
+    model.opt.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
+    model.opt.timestep = 0.002  # s
     data = mujoco.MjData(model)
+    friction = model.dof_frictionloss.copy()
+    damping = model.dof_damping.copy()
+    model.dof_frictionloss[:] = 0  # else it stops short
+    model.dof_damping += np.minimum(friction, 1.0)  # N m s/rad, else it may swing
     controls = np.linspace(*model.actuator_ctrlrange[0], PLACES)
     places = []
     for control in (controls[0], *controls):  # it begins anywhere
@@ -121,6 +145,8 @@ def sweep(model):
         for _ in range(SETTLE):
             mujoco.mj_step(model, data)
         places.append(data.qpos.copy())
+    model.dof_frictionloss[:] = friction
+    model.dof_damping[:] = damping
     return controls, np.array(places[1:])
 
 
@@ -149,6 +175,8 @@ def split(model, places):
     """
     first, last = (pose(model, places[i]).geom_xpos for i in (0, -1))
     touches = (model.geom_contype | model.geom_conaffinity) > 0
+    if not touches.any():  # as in a URDF that has pictures alone
+        return None
     ways = (last - first) * touches[:, None]
     on = ways @ ways[np.linalg.norm(ways, axis=1).argmax()]
     left = np.flatnonzero(on > 1e-6)
@@ -333,19 +361,25 @@ def tool_place(jaws, rows):
     return np.array([x, middle, deepest - TCP])
 
 
-def stiffness(jaws, step=0.002):
+def stiffness(jaws):
     """N/m: how the force of either pad grows when the servo is sent further in than a cube lets it.
 
-    The work of the servo is that of the pads.
+    Up to FORCE; what friction in the joints takes away does not arrive. The work of the servo is
+    that of the pads.
     """
+    step = 0.001
     _, place = at(jaws, CUBE)
-    control, further = at(jaws, CUBE - step)
+    _, further = at(jaws, CUBE - step)
+    way = (further - place) / step / 2  # rad/m, of a joint, for either pad
     data = mujoco.MjData(jaws.model)
-    data.qpos[:] = place
-    data.ctrl[:] = control
-    mujoco.mj_forward(jaws.model, data)
-    work = data.qfrc_actuator @ (further - place) / step
-    return work / 2 / step
+    for target in np.arange(CUBE, SQUEEZE, -step / 4):
+        data.qpos[:] = place
+        data.ctrl[:] = at(jaws, target)[0]
+        mujoco.mj_forward(jaws.model, data)
+        force = data.qfrc_actuator @ way - jaws.model.dof_frictionloss @ np.abs(way)
+        if force >= FORCE:
+            break
+    return FORCE / max(MARGIN, CUBE - target)
 
 
 # ---- into the new file

@@ -324,7 +324,7 @@ def find_workspace(robot):
     starts = np.random.default_rng(0).uniform(low, high, (80, robot.dof))
     links = robot.model.body_pos[: robot.model.body("hand").id + 1]
     length = np.linalg.norm(links, axis=1).sum()  # m, stretched out
-    nearest = min(0.15, 0.25 * length)
+    nearest = min(0.15, 0.2 * length)
     best = (0.0, 0.0, 0.0)
     for stretched in (0.4, 0.25):  # where to begin: not quite half of the arm stretched out
         middle = stretched * length
@@ -341,7 +341,8 @@ def find_workspace(robot):
     if far - near < SPAN:
         found = f"only from {near:.2f} to {far:.2f} m" if best[0] else "and no pose was found"
         raise UserError(
-            f"with this gripper the arm cannot point straight down along {SPAN} m of the table, {found}: are --base, --site and --axes right?"
+            f"with this gripper the arm cannot point straight down along {SPAN} m of the table, "
+            f"{found}: are --base, --site and --axes right?"
         )
     scale = min(1.0, round((far - near) / 0.53, 2))  # 1 for arms with 0.53 m, as the xArms
     center = far - 0.21 * scale
