@@ -50,30 +50,31 @@ SHAPELESS = ("default", "joint", "general", "tendon", "equality")  # defaults th
 
 @dataclass
 class Pad:
-    """What of a jaw can be touched, or at least be seen."""
+    """A convex part of a jaw."""
 
-    geom: int
+    geom: int  # of which it is a part
     points: np.ndarray  # (n, 3) m, in the geom's frame: around it
-    sliced: bool  # a part of a mesh
 
 
 @dataclass
 class Jaws:
-    """What was found; lengths in m, rotations and places in the frame of the hand's body."""
+    """What was found, in the model of the hand alone; m, in the hand's frame."""
 
     hand: int  # id, in the file's model, of the body that carries the jaws
-    axes: np.ndarray  # (3, 3), columns x, y, z of the hand's frame
-    tcp: np.ndarray  # (3,) the tool's place, in the hand's frame
-    spec: object  # the hand alone
-    model: object  # and compiled
-    pads: list  # of the left and of the right jaw: Pads
-    seen: list  # Pads that nothing touches
-    fixed: bool  # whether the right jaw is a part of the hand
-    openings: np.ndarray  # (K,) m, increasing
-    controls: np.ndarray  # (K,) of the servo
-    places: np.ndarray  # (K, n) rad, of the joints
-    stiffness: float  # N/m, of either jaw at a cube
-    fist: float  # m along y, from the tool's place to where the jaws close
+    spec: mujoco.MjSpec  # that body alone, and all that hangs on it
+    model: mujoco.MjModel
+    controls: np.ndarray  # (K,) of the servo, from closed to open
+    places: np.ndarray  # (K, n) rad: where the joints settle
+    left: np.ndarray  # ids of the geoms of the jaw that turns, or of one of them
+    right: np.ndarray  # of the other
+    fixed: bool  # whether the other one is a part of the hand
+    axes: np.ndarray = None  # (3, 3), columns x, y, z of the hand's frame in its body's
+    pads: list = None  # of the left and of the right jaw: Pads that touch things
+    seen: list = None  # Pads that are only seen
+    openings: np.ndarray = None  # (K,) m, increasing
+    tcp: np.ndarray = None  # (3,) the tool's place
+    stiffness: float = 0.0  # N/m, of either jaw at a cube
+    fist: float = 0.0  # m along y, from the tool's place to where the jaws close
 
 
 # ---- the hand alone
@@ -158,52 +159,67 @@ def pose(model, place):
     return data
 
 
-def around(model, data, pad, axes):
+def around(jaws, data, pad):
     """(n, 3) m: the points of a Pad, in the hand's frame."""
     turned = data.geom_xmat[pad.geom].reshape(3, 3)
     points = data.geom_xpos[pad.geom] + pad.points @ turned.T
-    return (points - data.xpos[1]) @ data.xmat[1].reshape(3, 3) @ axes
+    body = data.xmat[1].reshape(3, 3)
+    return (points - data.xpos[1]) @ body @ jaws.axes
 
 
 # ---- which is the left jaw, which is closed, where is ahead
 
 
-def split(model, places):
-    """(left, right) ids of the geoms that touch things, and whether the first place is closed.
+def split(hand, spec, model):
+    """The Jaws of a hand alone, with its two sides and its ways, or None if it has no two sides.
 
-    The left ones move on; the right ones move the other way, or if none does, they stay.
+    The geoms that touch things and move on are the left ones; the right ones move the other way, or
+    if none does, they stay.
     """
-    first, last = (pose(model, places[i]).geom_xpos for i in (0, -1))
+    controls, places = sweep(model)
+    first = pose(model, places[0]).geom_xpos
+    last = pose(model, places[-1]).geom_xpos
     touches = (model.geom_contype | model.geom_conaffinity) > 0
-    if not touches.any():  # as in a URDF that has pictures alone
-        return None
     ways = (last - first) * touches[:, None]
-    on = ways @ ways[np.linalg.norm(ways, axis=1).argmax()]
+    if not ways.any():
+        return None
+    longest = np.linalg.norm(ways, axis=1).argmax()
+    on = ways @ ways[longest]
     left = np.flatnonzero(on > 1e-6)
     right = np.flatnonzero(on < -1e-6)
     fixed = not len(right)
     if fixed:
         right = np.flatnonzero(touches & (on == 0))
-    if not len(left) or not len(right):
+    if not len(right):
         return None
-    apart = [np.linalg.norm(at[left].mean(axis=0) - at[right].mean(axis=0)) for at in (first, last)]
-    return left, right, fixed, apart[0] < apart[1]
+
+    def apart(centers):
+        return np.linalg.norm(centers[left].mean(axis=0) - centers[right].mean(axis=0))
+
+    if apart(first) > apart(last):  # it begins open
+        controls = controls[::-1]
+        places = places[::-1]
+    return Jaws(hand, spec, model, controls, places, left, right, fixed)
 
 
-def jaw_axes(model, hand, alone, closed, left, right, fixed):
-    """(3, 3): columns x, y and z of the hand's frame in that of its body. x is what jaws turn about."""
+def jaw_axes(model, jaws):
+    """(3, 3): columns x, y and z of the hand's frame in that of its body.
+
+    x is what the jaws turn about, z leads out of the hand, y from the right jaw to the left.
+    """
+    closed = pose(jaws.model, jaws.places[0])
     here = closed.xmat[1].reshape(3, 3)
-    moving = left if fixed else np.append(left, right)
-    middle = (closed.geom_xpos[moving].mean(axis=0) - closed.xpos[1]) @ here
+    left, right = ((closed.geom_xpos[side] - closed.xpos[1]) @ here for side in (jaws.left, jaws.right))
+    middle = left if jaws.fixed else np.vstack([left, right])
     x = closed.xaxis[0] @ here
+    # where the wrist is, only the whole model knows
     data = mujoco.MjData(model)
     mujoco.mj_kinematics(model, data)
-    there = data.xmat[hand].reshape(3, 3)
-    ahead = hand_axes(model, data, hand, there @ x, data.xpos[hand] + there @ middle)
-    z = there.T @ ahead[:, 2]
+    there = data.xmat[jaws.hand].reshape(3, 3)
+    place = data.xpos[jaws.hand] + there @ middle.mean(axis=0)
+    z = there.T @ hand_axes(model, data, jaws.hand, there @ x, place)[:, 2]
     y = np.cross(z, x)
-    centers = [closed.geom_xpos[side].mean(axis=0) for side in (left, right)]
-    side = np.sign((centers[0] - centers[1]) @ here @ y)
+    side = np.sign((left.mean(axis=0) - right.mean(axis=0)) @ y)
     return np.column_stack([side * x, side * y, z])
 
 
@@ -216,19 +232,19 @@ def slices(model, geom, way):
     points = model.mesh_vert[model.mesh_vertadr[mesh] :][: model.mesh_vertnum[mesh]]
     faces = model.mesh_face[model.mesh_faceadr[mesh] :][: model.mesh_facenum[mesh]]
     edges = np.vstack([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
-    start, end = points[edges].transpose(1, 0, 2)  # (edges, 3) each
-    low = start @ way
-    rise = end @ way - low
-    cuts = np.arange((points @ way).min(), (points @ way).max() + SLICE, SLICE)
+    start = points[edges[:, 0]]  # (edges, 3)
+    along = points[edges[:, 1]] - start
+    heights = points @ way
+    rise = along @ way
+    rise[rise == 0] = np.inf  # an edge in the plane of a cut does not pass through it
     parts = []
-    for bottom, top in zip(cuts[:-1], cuts[1:], strict=True):
-        inside = points[(points @ way >= bottom) & (points @ way <= top)]
-        part = [inside]
-        for height in (bottom, top):
-            # where edges pass through the plane of a cut
-            share = (height - low) / np.where(rise == 0, np.inf, rise)
+    for bottom in np.arange(heights.min(), heights.max(), SLICE):
+        top = bottom + SLICE
+        part = [points[(heights >= bottom) & (heights <= top)]]
+        for cut in (bottom, top):
+            share = (cut - start @ way) / rise  # of the edge, up to the cut
             crosses = (share > 0) & (share < 1)
-            part.append(start[crosses] + share[crosses, None] * (end - start)[crosses])
+            part.append(start[crosses] + share[crosses, None] * along[crosses])
         part = np.vstack(part)
         if len(part) > 3 and np.ptp(part, axis=0).min() > 1e-4:  # else it is flat
             parts.append(part)
@@ -254,88 +270,67 @@ def hulls(parts):
     return found
 
 
-def pads_of(model, data, geoms, axes, end):
-    """(Pads that touch, Pads that are only seen) of a jaw's geoms; its end is at z `end` (m)."""
+def pads_of(jaws, geoms, end):
+    """(Pads that touch, Pads that are only seen) of a jaw's geoms; z of its end is `end` (m)."""
+    model = jaws.model
+    closed = pose(model, jaws.places[0])
+    out = closed.xmat[1].reshape(3, 3) @ jaws.axes[:, 2]  # across it meshes are cut
     plain = []
     cut = []
     others = []
     for geom in geoms:
-        pad = Pad(geom, corners(model, geom), False)
-        if around(model, data, pad, axes)[:, 2].max() < end - REACH:
+        pad = Pad(geom, corners(model, geom))
+        if around(jaws, closed, pad)[:, 2].max() < end - REACH:
             pad.points = hulls([pad.points])[0]
             others.append(pad)
         elif model.geom_type[geom] != mujoco.mjtGeom.mjGEOM_MESH:
             plain.append(pad)
         else:
-            # across the jaw as it is when closed, whose length is along z
-            way = data.geom_xmat[geom].reshape(3, 3).T @ data.xmat[1].reshape(3, 3) @ axes[:, 2]
-            cut += [Pad(geom, part, True) for part in slices(model, geom, way)]
+            parts = slices(model, geom, out @ closed.geom_xmat[geom].reshape(3, 3))
+            cut += [Pad(geom, part) for part in parts]
     return (plain, cut + others) if plain else (cut, others)
 
 
-def measure(model, place, pads, axes):
-    """(faces (2,) m: y of the left and the right jaw's, points (n, 3) m around the ends of both)."""
-    data = pose(model, place)
-    sides = []
-    for side in pads:
-        sides.append(np.vstack([around(model, data, pad, axes) for pad in side]))
-    end = min(points[:, 2].max() for points in sides)
-    left, right = (points[points[:, 2] > end - TIP] for points in sides)
+def find_pads(jaws):
+    """Set the Pads of both jaws."""
+    closed = pose(jaws.model, jaws.places[0])
+    ends = []
+    for geom in jaws.left:
+        pad = Pad(geom, corners(jaws.model, geom))
+        ends.append(around(jaws, closed, pad)[:, 2].max())
+    jaws.pads = []
+    jaws.seen = []
+    for geoms in (jaws.left, jaws.right):
+        touched, seen = pads_of(jaws, geoms, max(ends))
+        jaws.pads.append(touched)
+        jaws.seen += seen
+
+
+# ---- how far the jaws are open, and where the tool is
+
+
+def measure(jaws, place):
+    """(faces (2,) m: y of the left and of the right jaw's, points (n, 3) m around their ends)."""
+    data = pose(jaws.model, place)
+    left, right = (np.vstack([around(jaws, data, pad) for pad in side]) for side in jaws.pads)
+    end = min(left[:, 2].max(), right[:, 2].max()) - TIP
+    left = left[left[:, 2] > end]
+    right = right[right[:, 2] > end]
     faces = np.array([left[:, 1].min(), right[:, 1].max()])
     return faces, np.vstack([left, right])
 
 
-def find_jaws(spec, model, body):
-    """The Jaws behind the flange's body and "", or None and the reason why none can be kept."""
-    moving = [i for i in below(model, body)[1:] if model.body_jntnum[i]]
-    first = [i for i in moving if not set(moving) & set(parents(model, i))]
-    hands = {model.body_parentid[i] for i in first}
-    if len(hands) != 1:
-        return None, "its jaws turn on several bodies" if hands else "the file has none"
-    hand = hands.pop()
-    spec, alone = cut_out(spec, hand)
-    reason = why_not(alone)
-    if reason:
-        return None, reason
-    controls, places = sweep(alone)
-    found = split(alone, places)
-    if found is None:
-        return None, "its jaws have nothing that touches things"
-    left, right, fixed, increasing = found
-    if not increasing:
-        controls = controls[::-1]
-        places = places[::-1]
-    closed = pose(alone, places[0])
-    axes = jaw_axes(model, hand, alone, closed, left, right, fixed)
-    ends = [around(alone, closed, Pad(g, corners(alone, g), False), axes) for g in left]
-    end = max(points[:, 2].max() for points in ends)
-    touched, seen = zip(*[pads_of(alone, closed, side, axes, end) for side in (left, right)])
-    if not all(touched):
-        return None, "its jaws have nothing at their ends that touches things"
-    rows = [measure(alone, place, touched, axes) for place in places]
-    gaps = np.array([faces[0] - faces[1] for faces, _ in rows])
-    rising = np.append(True, np.diff(np.maximum.accumulate(gaps)) > 1e-6)
-    openings = gaps[rising] / 2
-    jaws = Jaws(hand, axes, None, spec, alone, touched, sum(seen, []), fixed, openings, None, None, 0, 0)
-    jaws.controls = controls[rising]
-    jaws.places = places[rising]
-    if openings[-1] < LEAST or openings[0] > CUBE:
-        span = f"from {2 * openings[0]:.3f} to {2 * openings[-1]:.3f} m"
-        return None, f"its jaws open {span}"
-    jaws.tcp = tool_place(jaws, rows)
-    jaws.stiffness = stiffness(jaws)
-    faces, _ = measure(alone, at(jaws, 0.0)[1], touched, axes)
-    jaws.fist = faces.mean() - jaws.tcp[1]
-    return jaws, ""
-
-
-def parents(model, body):
-    """Ids of all bodies that a body hangs on."""
-    found = []
-    while body:
-        body = model.body_parentid[body]
-        found.append(body)
-    return found
+def tabulate(jaws):
+    """Set the openings, and leave out the places between which the jaws do not open."""
+    gaps = []
+    for place in jaws.places:
+        faces, _ = measure(jaws, place)
+        gaps.append(faces[0] - faces[1])
+    widest = np.maximum.accumulate(gaps)
+    opens = np.append(True, np.diff(widest) > 1e-6)
+    jaws.openings = widest[opens] / 2
+    jaws.controls = jaws.controls[opens]
+    jaws.places = jaws.places[opens]
 
 
 def at(jaws, opening):
@@ -345,20 +340,17 @@ def at(jaws, opening):
     return control, np.array(place)
 
 
-def tool_place(jaws, rows):
+def tool_place(jaws):
     """(3,) m, in the hand's frame: between the pads around a cube, behind all that sticks out."""
-    _, place = at(jaws, CUBE)
-    faces, ends = measure(jaws.model, place, jaws.pads, jaws.axes)
+    faces, ends = measure(jaws, at(jaws, CUBE)[1])
     middle = faces.mean()
     if jaws.fixed:  # it shall not scrape along what the open hand comes down around
         middle = faces[1] + CUBE + CLEARANCE
-    deepest = max(
-        points[:, 2].max()
-        for faces, points in rows
-        if 0 <= faces[0] - faces[1] <= 2 * WIDE
-    )
+    deepest = []
+    for place in jaws.places[(jaws.openings >= 0) & (jaws.openings <= WIDE)]:
+        deepest.append(measure(jaws, place)[1][:, 2].max())
     x = (ends[:, 0].min() + ends[:, 0].max()) / 2
-    return np.array([x, middle, deepest - TCP])
+    return np.array([x, middle, max(deepest) - TCP])
 
 
 def stiffness(jaws):
@@ -380,6 +372,49 @@ def stiffness(jaws):
         if force >= FORCE:
             break
     return FORCE / max(MARGIN, CUBE - target)
+
+
+def carrier(model, body):
+    """The one body behind `body` on which all jaws hang, or None."""
+    carriers = []
+    moved = set()
+    for i in below(model, body)[1:]:
+        parent = model.body_parentid[i]
+        if parent in moved or model.body_jntnum[i]:
+            moved.add(i)
+            if parent not in moved:
+                carriers.append(parent)
+    return carriers[0] if len(set(carriers)) == 1 else None
+
+
+def find_jaws(spec, model, body):
+    """The Jaws behind the flange's body and "", or None and the reason why none can be kept.
+
+    The file's spec is changed.
+    """
+    hand = carrier(model, body)
+    if hand is None:
+        return None, "its jaws turn on several bodies"
+    spec, alone = cut_out(spec, hand)
+    reason = why_not(alone)
+    if reason:
+        return None, reason
+    jaws = split(hand, spec, alone)
+    if not jaws:
+        return None, "its jaws have nothing that touches things"
+    jaws.axes = jaw_axes(model, jaws)
+    find_pads(jaws)
+    if not all(jaws.pads):
+        return None, "its jaws have nothing at their ends that touches things"
+    tabulate(jaws)
+    ends = jaws.openings[[0, -1]]
+    if ends[0] > CUBE or ends[1] < LEAST:
+        return None, f"its jaws open from {2 * ends[0]:.3f} to {2 * ends[1]:.3f} m"
+    jaws.tcp = tool_place(jaws)
+    jaws.stiffness = stiffness(jaws)
+    faces, _ = measure(jaws, at(jaws, 0.0)[1])
+    jaws.fist = faces.mean() - jaws.tcp[1]
+    return jaws, ""
 
 
 # ---- into the new file
@@ -411,35 +446,39 @@ def add_jaws(hand, root, jaws):
     place_tool(hand, jaws.tcp)
     source = ET.fromstring(jaws.spec.to_xml())
     bodies = clean(source)
-    frame = add(hand, "frame", xyaxes=jaws.axes[:2])  # the hand's body's own
+    frame = add(hand, "frame", xyaxes=jaws.axes[:2])  # that of the file's body
     model = jaws.model
-    names = [model.body(i).name for i in range(1, model.nbody)]
-    for child in bodies[names[0]].findall("body"):
+    first, *others = [model.body(i).name for i in range(1, model.nbody)]
+    for child in bodies[first].findall("body"):
         frame.append(child)
-    bodies[names[0]] = frame
-    for name in names[1:]:
+    bodies[first] = frame
+    for name in others:
         bodies[name].set("gravcomp", "1")
         add_inertial(bodies[name], model, model.body(name).id)
 
     assets = add(root, "asset")
-    named = [(name, pad) for name, side in zip(("left_pad", "right_pad"), jaws.pads) for pad in side]
-    for number, (name, pad) in enumerate(named):
-        add_pad(bodies, assets, model, pad, f"{name}{number or ''}")
+    for name, side in zip(("left_pad", "right_pad"), jaws.pads, strict=True):
+        for number, pad in enumerate(side):
+            add_pad(bodies, assets, model, pad, f"{name}{number or ''}")
     for number, pad in enumerate(jaws.seen):
         geom = add_pad(bodies, assets, model, pad, f"seen{number}")
         geom.set("contype", "0")
         geom.set("conaffinity", "0")
-    for tag in ("tendon", "equality"):
+    for tag in ("tendon", "equality"):  # of the fingers that were there
         root.remove(root.find(tag))
     for section in source:
         if section.tag in KEPT:
             root.append(section)
+
     wide = min(WIDE, jaws.openings[-1])
     openings = [*jaws.openings[jaws.openings < wide], wide]
-    controls, places = zip(*[at(jaws, opening) for opening in openings])
-    custom = root.find("custom")
-    add(custom, "numeric", name="jaw_openings", data=openings)
-    add(custom, "numeric", name="jaw_controls", data=controls)
-    add(custom, "numeric", name="jaw_angles", data=places)
-    add(custom, "numeric", name="jaw_stiffness", data=jaws.stiffness)
-    add(custom, "numeric", name="jaw_fist", data=jaws.fist)
+    rows = [at(jaws, opening) for opening in openings]
+    numbers = {
+        "jaw_openings": openings,
+        "jaw_controls": [control for control, _ in rows],
+        "jaw_angles": [place for _, place in rows],
+        "jaw_stiffness": jaws.stiffness,
+        "jaw_fist": jaws.fist,
+    }
+    for name, data in numbers.items():
+        add(root.find("custom"), "numeric", name=name, data=data)

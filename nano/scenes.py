@@ -135,7 +135,9 @@ def look(env, view, bodies):
     labels = list(map(class_of, bodies.values()))
     things = sorted(zip(labels, bodies))
     numbers = {body: CLASSES.index(label) for label, body in things}
-    numbers |= dict.fromkeys(("left_finger", "right_finger"), CLASSES.index("gripper"))
+    for geom in np.concatenate(env.pads):
+        finger = env.model.body(env.model.geom_bodyid[geom])
+        numbers[finger.name] = CLASSES.index("gripper")
     geoms = env.draw(view, segmentation=True)
     classes = classes_of(env, geoms, numbers)
     centers = {"gripper": project(env, view, env.data.site_xpos[env.tcp])}
