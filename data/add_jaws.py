@@ -33,7 +33,8 @@ from data.simulator import mujoco
 PREFIX = "jaws/"  # of all names that come from the file
 PLACES = 21  # rows of the table
 SETTLE = 400  # steps of 2 ms, until the servo is at its next place
-WIDE = 0.04  # m; the tasks need no larger opening, and a jaw that turns far leaves the table
+WIDE = 0.04  # m; the tasks need no larger opening
+WIDE_ALONE = 0.033  # m, of a jaw that opens alone, and so twice as far to its side
 LEAST = 0.027  # m; the peg is 0.05 m wide
 CUBE = 0.02  # m; at this opening the tool's place and the closing axis are measured
 MARGIN = 0.003  # m; so much nearer to a cube than the table says its jaws may touch it
@@ -470,7 +471,7 @@ def add_jaws(hand, root, jaws):
         if section.tag in KEPT:
             root.append(section)
 
-    wide = min(WIDE, jaws.openings[-1])
+    wide = min(WIDE_ALONE if jaws.fixed else WIDE, jaws.openings[-1])
     openings = [*jaws.openings[jaws.openings < wide], wide]
     rows = [at(jaws, opening) for opening in openings]
     numbers = {

@@ -228,7 +228,9 @@ def slide(env, name, side):
     # one jaw that closes against another closes beside the tool's place
     aside = env.robot.fist * tool_rotation(env.robot, 0.0, 0.0)[:, 1]
     cube = env.position("cube") - aside
-    start = cube - (side * 0.055, 0, 0)
+    # m, behind the cube and above it: near its base an arm of five joints comes no higher
+    back, above = (0.04, 0.045) if env.robot.dof == 5 else (0.055, 0.07)
+    start = cube - (side * back, 0, 0)
     # the fingers' half thickness and the cube's half side stand between TCP and cube center
     short = 0.03 + 0.6 * region_radius(env.robot)
     end = start.copy()
@@ -240,7 +242,7 @@ def slide(env, name, side):
         return [drive]
     return [
         *retreat(env, 0.0),
-        Primitive("approach", 0.0, start + 0.07 * UP, turn, straight=False),
+        Primitive("approach", 0.0, start + above * UP, turn, straight=False),
         Primitive("descend", 0.0, start, slow=0.8),
         drive,
     ]
