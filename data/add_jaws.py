@@ -210,7 +210,9 @@ def jaw_axes(model, jaws):
     """
     closed = pose(jaws.model, jaws.places[0])
     here = closed.xmat[1].reshape(3, 3)
-    left, right = ((closed.geom_xpos[side] - closed.xpos[1]) @ here for side in (jaws.left, jaws.right))
+    centers = (closed.geom_xpos - closed.xpos[1]) @ here
+    left = centers[jaws.left]
+    right = centers[jaws.right]
     middle = left if jaws.fixed else np.vstack([left, right])
     x = closed.xaxis[0] @ here
     # where the wrist is, only the whole model knows
@@ -247,7 +249,8 @@ def slices(model, geom, way):
             crosses = (share > 0) & (share < 1)
             part.append(start[crosses] + share[crosses, None] * along[crosses])
         part = np.vstack(part)
-        if len(part) > 3 and np.ptp(part, axis=0).min() > 1e-4:  # else it is flat
+        flat = np.ptp(part @ way) < 1e-3 or np.ptp(part, axis=0).min() < 1e-4
+        if len(part) > 3 and not flat:
             parts.append(part)
     return hulls(parts)
 
@@ -313,7 +316,11 @@ def find_pads(jaws):
 def measure(jaws, place):
     """(faces (2,) m: y of the left and of the right jaw's, points (n, 3) m around their ends)."""
     data = pose(jaws.model, place)
-    left, right = (np.vstack([around(jaws, data, pad) for pad in side]) for side in jaws.pads)
+    sides = []
+    for pads in jaws.pads:
+        points = [around(jaws, data, pad) for pad in pads]
+        sides.append(np.vstack(points))
+    left, right = sides
     end = min(left[:, 2].max(), right[:, 2].max()) - TIP
     left = left[left[:, 2] > end]
     right = right[right[:, 2] > end]

@@ -3,8 +3,8 @@
     python -m data.add_robot --mjcf universal_robots_ur5e/ur5e.xml --name ur5e
 
 Chain, limits, inertias and servos are the file's; its geoms become ellipsoids. The gripper is the
-file's own if it has two sliding fingers (data/add_gripper.py), or that of a file of its own, else the
-xArm-6's. Where the tasks take place follows from how far the arm reaches. What cannot be kept
+file's own if it has two sliding fingers (data/add_gripper.py) or jaws that turn (data/add_jaws.py),
+or that of a file of its own, else the xArm-6's. Where the tasks take place follows from how far the arm reaches. What cannot be kept
 (springs, coupled joints, ...) is refused, with the reason.
 
 The chain stays as MuJoCo compiled it, body by body: all poses are in the frame of the body before.
@@ -219,23 +219,48 @@ def add_joint(body, actuators, model, joint, servo):
     add(actuators, "position", joint=name, kp=kp, kv=kv, **ranges)
 
 
+def choose_gripper(config, spec, model, body):
+    """The Gripper or Jaws behind the flange's body, or None for the xArm-6's, and why."""
+    if config.gripper == GRIPPER:
+        return None, "asked for with --gripper"
+    moving = np.isin(model.jnt_bodyid, below(model, body)[1:])
+    turns = model.jnt_type[moving] == mujoco.mjtJoint.mjJNT_HINGE
+    if turns.any():
+        gripper, reason = find_jaws(spec, model, body)
+    else:
+        gripper, reason = find_gripper(model, body)
+    if config.gripper and not gripper:
+        cannot = f"--gripper {config.gripper} cannot be kept, {reason}"
+        raise UserError(f"{cannot}; leave it out for the xArm-6's")
+    return gripper, reason
+
+
+def add_chain(world, actuators, model, path, servos, jaw):
+    """The bodies of `path`, each in the one before; the last one. The body `jaw` has no geoms yet.
+
+    servos: {joint: row of measure_servos}.
+    """
+    # where the base stood in the file does not matter
+    body = add(world, "body", name="base", childclass="link")
+    fill_body(body, model, path[0])
+    for i in path[1:]:
+        place = {"pos": model.body_pos[i], "quat": model.body_quat[i]}
+        body = add(body, "body", name=f"part{i}", gravcomp="1", **place)
+        if i == jaw:
+            add_inertial(body, model, i)
+        else:
+            fill_body(body, model, i)
+        joint = model.body_jntadr[i]
+        if joint in servos:
+            add_joint(body, actuators, model, joint, servos[joint])
+    return body
+
+
 def write_arm(config, root):
     """Put the arm into `root`, the gripper's parsed file; how many joints it has."""
     spec, model = read_model(config)
     flange = model.site(config.site)
-    gripper = None
-    reason = "asked for with --gripper"
-    if config.gripper != GRIPPER:
-        body = flange.bodyid[0]
-        moving = model.jnt_bodyid[np.isin(model.jnt_bodyid, below(model, body)[1:])]
-        turns = model.jnt_type[model.body_jntadr[moving]] == mujoco.mjtJoint.mjJNT_HINGE
-        if turns.any():
-            gripper, reason = find_jaws(spec, model, body)
-        else:
-            gripper, reason = find_gripper(model, body)
-        if config.gripper and not gripper:
-            cannot = f"--gripper {config.gripper} cannot be kept, {reason}"
-            raise UserError(f"{cannot}; leave it out for the xArm-6's")
+    gripper, reason = choose_gripper(config, spec, model, flange.bodyid[0])
     path = find_path(model, config, gripper)
     hand = root.find(".//body[@name='hand']")
     hand.append(root.find(".//camera"))
@@ -252,31 +277,20 @@ def write_arm(config, root):
     slides = joints[:0] if jaws or not gripper else model.body_jntadr[gripper.fingers]
     measured = measure_servos(model, np.append(joints, slides))
     servos = dict(zip(joints, measured, strict=False))  # the fingers' come last
-    # where the base stood in the file does not matter
-    body = add(world, "body", name="base", childclass="link")
-    fill_body(body, model, path[0])
-    for i in path[1:]:
-        place = {"pos": model.body_pos[i], "quat": model.body_quat[i]}
-        body = add(body, "body", name=f"part{i}", gravcomp="1", **place)
-        if jaws and gripper.fixed and i == gripper.hand:
-            add_inertial(body, model, i)  # its geoms are a jaw
-        else:
-            fill_body(body, model, i)
-        joint = model.body_jntadr[i]
-        if joint in servos:
-            add_joint(body, actuators, model, joint, servos[joint])
-    if not jaws:
-        actuators.append(fingers)
+    jaw = gripper.hand if jaws and gripper.fixed else None
+    body = add_chain(world, actuators, model, path, servos, jaw)
     if gripper:
         x, y, _ = gripper.axes.T
         add(body, "frame", xyaxes=(x, y)).append(hand)
-    if jaws:
-        add_jaws(hand, root, gripper)
-    elif gripper:
-        add_gripper(hand, root, model, gripper, measured[len(joints) :])
     else:
         body = add(body, "frame", pos=flange.pos, quat=flange.quat)
         add(body, "frame", xyaxes=xy_axes(config.axes or "z,y")).append(hand)
+    if jaws:
+        add_jaws(hand, root, gripper)
+    else:
+        actuators.append(fingers)
+    if gripper and not jaws:
+        add_gripper(hand, root, model, gripper, measured[len(joints) :])
     whose = "the file's own" if gripper else f"the xArm-6's: {reason}"
     add(root.find("custom"), "text", name="gripper", data=whose)
     # bodies overlap at their joints: an arm does not collide with itself

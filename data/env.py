@@ -359,11 +359,13 @@ class TabletopEnv:
 
     def state(self):
         """(S,) float32 in physical units and the order of data/robots.py."""
-        joints = self.data.qpos[: self.robot.dof]
-        finger = self.opening()
-        position = self.data.site_xpos[self.tcp] - self.base
-        columns = self.tool().T[:2]
-        return np.concatenate([joints, [finger], position, *columns], dtype=np.float32)
+        numbers = (
+            self.data.qpos[: self.robot.dof],
+            [self.opening()],
+            self.data.site_xpos[self.tcp] - self.base,
+            *self.tool().T[:2],
+        )
+        return np.concatenate(numbers, dtype=np.float32)
 
     def opening(self):
         """m, of either finger, live."""
@@ -415,9 +417,11 @@ class TabletopEnv:
         """Joints rad and both fingers m (A,) there at once, servos holding."""
         *joints, finger = targets
         places = [*joints, *self.robot.finger_joints(finger)]
-        self.data.qpos[: len(places)] = places
-        self.data.qvel[: len(places)] = 0
-        self.data.ctrl[: len(targets)] = [*joints, self.robot.finger_control(finger)]
+        moving = len(places)
+        self.data.qpos[:moving] = places
+        self.data.qvel[:moving] = 0
+        control = self.robot.finger_control(finger)
+        self.data.ctrl[: len(targets)] = [*joints, control]
         self.target = np.array(targets)
 
     def body(self, name):

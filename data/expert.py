@@ -98,7 +98,8 @@ def tool_rotation(robot, direction, tilt, azimuth=None):
     of five joints tilts its hand only outwards, which is towards `azimuth`, after it has turned.
     """
     if robot.dof == 5 and tilt:
-        return outwards(azimuth, tilt) @ tool_rotation(robot, direction, 0.0)
+        straight = tool_rotation(robot, direction, 0.0)
+        return outwards(azimuth, tilt) @ straight
     x = np.cos(direction)
     y = np.sin(direction)
     ahead = np.sin(tilt)
@@ -109,11 +110,10 @@ def tool_rotation(robot, direction, tilt, azimuth=None):
 
 def outwards(azimuth, tilt):
     """(3, 3) rotation that turns what points down by `tilt` towards `azimuth` (both rad)."""
-    x = np.cos(azimuth)
-    y = np.sin(azimuth)
+    axis = np.array([np.sin(azimuth), -np.cos(azimuth), 0.0])
     quat = np.empty(4)
     rotation = np.empty(9)
-    mujoco.mju_axisAngle2Quat(quat, np.array([y, -x, 0.0]), tilt)
+    mujoco.mju_axisAngle2Quat(quat, axis, tilt)
     mujoco.mju_quat2Mat(rotation, quat)
     return rotation.reshape(3, 3)
 
@@ -124,7 +124,9 @@ def hand_pose(env):
     tilt = 0.0
     if env.robot.dof == 5:
         azimuth = azimuth_of(env, tcp_of(env))
-        tilt = np.arctan2(tool[:2, 2] @ (np.cos(azimuth), np.sin(azimuth)), -tool[2, 2])
+        x, y, z = tool[:, 2]
+        ahead = x * np.cos(azimuth) + y * np.sin(azimuth)
+        tilt = np.arctan2(ahead, -z)
         tool = outwards(azimuth, -tilt) @ tool
     _, closing, approach = tool.T
     x, y, _ = closing_sign(env.robot) * closing
@@ -224,12 +226,16 @@ def slide(env, name, side):
 
     Push: side 1; pull: side -1.
     """
-    turn = -azimuth_of(env, env.position("cube"))
-    # one jaw that closes against another closes beside the tool's place
-    aside = env.robot.fist * tool_rotation(env.robot, 0.0, 0.0)[:, 1]
-    cube = env.position("cube") - aside
-    # m, behind the cube and above it: near its base an arm of five joints comes no higher
-    back, above = (0.04, 0.045) if env.robot.dof == 5 else (0.055, 0.07)
+    cube = env.position("cube")
+    turn = -azimuth_of(env, cube)
+    # a jaw that turns against a fixed one closes beside the tool's place
+    _, closing, _ = tool_rotation(env.robot, 0.0, 0.0).T
+    cube -= env.robot.fist * closing
+    back = 0.055  # m, behind the cube
+    above = 0.07
+    if env.robot.dof == 5:  # near its base it comes no higher
+        back = 0.04
+        above = 0.045
     start = cube - (side * back, 0, 0)
     # the fingers' half thickness and the cube's half side stand between TCP and cube center
     short = 0.03 + 0.6 * region_radius(env.robot)
@@ -403,7 +409,8 @@ def find_path(env, q, primitive, pose):
     """Waypoints (n, dof) from `q` to a primitive's position and a pose. Raises Infeasible."""
     arm = get_kinematics(env.robot.name)
     goal = primitive.position - env.base
-    rotation = tool_rotation(env.robot, *pose, azimuth_of(env, primitive.position))
+    azimuth = azimuth_of(env, primitive.position)
+    rotation = tool_rotation(env.robot, *pose, azimuth)
     if primitive.straight:
         path = straight_path(arm, q, goal, rotation)
     else:
@@ -444,8 +451,8 @@ def reach(env, q, pose, primitive, following):
     """
     direction, tilt = pose
     more = STEEP if env.robot.dof == 5 else ()
-    # as the hand is, first
-    tilts = sorted((tilt, *TILTS, *more), key=lambda other: abs(other - tilt))
+    choices = (tilt, *TILTS, *more)
+    tilts = sorted(choices, key=lambda other: abs(other - tilt))  # as the hand is, first
     if primitive.turn is not None:
         direction = azimuth_of(env, primitive.position) + primitive.turn
         tilts = (*primitive.tilts, *more)

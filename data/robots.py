@@ -68,19 +68,24 @@ class Robot:
             self.state_dim = self.dof + 10
             self.action_dim = self.dof + 1
             self.joint_range = self.model.jnt_range[: self.dof]  # (dof, 2) rad
-            self.jaws = None  # of jaws that turn (data/add_jaws.py): opening m, control, angles rad
-            self.squeeze = SQUEEZE  # m, the target that presses what is held
-            self.fist = 0.0  # m along the closing axis, from the tool's place to the closed fingers
-            names = [self.model.numeric(i).name for i in range(self.model.nnumeric)]
-            if "jaw_openings" in names:
-                openings = self.model.numeric("jaw_openings").data
-                angles = self.model.numeric("jaw_angles").data.reshape(len(openings), -1)
-                self.jaws = (openings, self.model.numeric("jaw_controls").data, angles)
-                self.travel = openings[-1]
-                self.finger_kp = self.model.numeric("jaw_stiffness").data[0]
-                self.squeeze = max(SQUEEZE, 0.02 - FORCE / self.finger_kp)
-                self.fist = self.model.numeric("jaw_fist").data[0]
-                return
+            self.find_fingers()
+
+    def find_fingers(self):
+        """Set how far the fingers open, how stiff they are, and where they close."""
+        self.jaws = None  # of jaws that turn (data/add_jaws.py): openings m, controls, angles rad
+        self.squeeze = SQUEEZE  # m, the target that presses what is held
+        self.fist = 0.0  # m along the closing axis, from the tool's place to the closed fingers
+        names = [self.model.numeric(i).name for i in range(self.model.nnumeric)]
+        numbers = {name: self.model.numeric(name).data for name in names}
+        if "jaw_openings" in names:
+            openings = numbers["jaw_openings"]
+            angles = numbers["jaw_angles"].reshape(len(openings), -1)
+            self.jaws = (openings, numbers["jaw_controls"], angles)
+            self.travel = openings[-1]
+            self.finger_kp = numbers["jaw_stiffness"][0]
+            self.squeeze = max(SQUEEZE, 0.02 - FORCE / self.finger_kp)  # for a cube, half its side
+            self.fist = numbers["jaw_fist"][0]
+        else:
             self.travel = self.model.joint("left_finger").range[1]  # of either finger, m
             # N/m of either finger: the last servo drives both
             self.finger_kp = self.model.actuator_gainprm[self.dof, 0] / 2
