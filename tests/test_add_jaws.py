@@ -61,13 +61,12 @@ LIKE_ONE = {
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """{kind: Robot}"""
+    found = {"home": np.full(7, 0.3), "reach": (0.2, 0.6), "spawn_distance": 0.4}
     robots = {}
-    for kind, text in KINDS.items():
-        folder = tmp_path_factory.mktemp(kind)
-        with pytest.MonkeyPatch.context() as patch:
-            found = {"home": np.full(7, 0.3), "reach": (0.2, 0.6), "spawn_distance": 0.4}
-            patch.setattr("data.add_robot.find_workspace", lambda robot: found)
-            robots[kind] = fitted(text, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.add_robot.find_workspace", lambda robot: found)
+        for kind, text in KINDS.items():
+            robots[kind] = fitted(text, tmp_path_factory.mktemp(kind))
     return robots
 
 
