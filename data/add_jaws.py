@@ -96,6 +96,7 @@ def cut_out(spec, hand):
             if actuator.target == joint.name:
                 alone.delete(actuator)
         alone.delete(joint)
+    # bodies are found again by their names
     for number, body in enumerate(alone.bodies[1:]):
         body.name = body.name or f"{PREFIX}{number}"
     if not alone.actuators and len(alone.joints) == 1:  # as in a URDF
@@ -459,7 +460,7 @@ def add_jaws(hand, root, jaws):
     first, *others = [model.body(i).name for i in range(1, model.nbody)]
     for child in bodies[first].findall("body"):
         frame.append(child)
-    bodies[first] = frame
+    bodies[first] = frame  # what a fixed jaw has is a part of the hand
     for name in others:
         bodies[name].set("gravcomp", "1")
         add_inertial(bodies[name], model, model.body(name).id)
