@@ -89,13 +89,15 @@ def corners(model, geom):
         signs = np.stack(np.meshgrid(*[(-1, 1)] * 3), axis=-1)  # (2, 2, 2, 3)
         return center + signs.reshape(8, 3) * half
     mesh = model.geom_dataid[geom]
-    points = model.mesh_vert[model.mesh_vertadr[mesh] :][: model.mesh_vertnum[mesh]]
+    first = model.mesh_vertadr[mesh]
+    points = model.mesh_vert[first:][: model.mesh_vertnum[mesh]]
     start = model.mesh_graphadr[mesh]
     if start < 0:  # MuJoCo makes none for what does not collide
         return points
     # a graph: numbers of vertices and faces, as many addresses as vertices, then their ids
     count = model.mesh_graph[start]
-    return points[model.mesh_graph[start + 2 + count :][:count]]
+    ids = model.mesh_graph[start + 2 + count :][:count]
+    return points[ids]
 
 
 def outline(model, data, finger):
@@ -103,7 +105,8 @@ def outline(model, data, finger):
     points = []
     for geom in pads_of(model, finger):
         turned = data.geom_xmat[geom].reshape(3, 3)
-        points.append(data.geom_xpos[geom] + corners(model, geom) @ turned.T)
+        from_center = corners(model, geom) @ turned.T
+        points.append(data.geom_xpos[geom] + from_center)
     return np.concatenate(points)
 
 
@@ -114,7 +117,7 @@ def why_not(model, moving):
     slides = np.sum(kinds == mujoco.mjtJoint.mjJNT_SLIDE)
     reasons = {
         "the file has none behind --site": not moving,
-        f"its own has {len(moving) - slides} turning joints": slides < len(moving),
+        "its joints neither turn nor slide": slides < len(moving),
         f"its own has {slides} fingers": slides != 2,
         "its fingers slide on two bodies": len(set(model.body_parentid[moving])) > 1,
         "its fingers have no range": not all(model.jnt_limited[joints]),
@@ -128,6 +131,7 @@ def hand_axes(model, data, hand, y, middle):
 
     z is the axis of the hand's body that looks most from the wrist to `middle`, between the fingers.
     """
+    # the body of the last joint of the arm
     wrist = hand
     while wrist and not model.body_jntnum[wrist]:
         wrist = model.body_parentid[wrist]
@@ -136,11 +140,13 @@ def hand_axes(model, data, hand, y, middle):
     frame = data.xmat[hand].reshape(3, 3)
     along = out @ frame
     best = np.abs(along).argmax()
-    z = frame[:, best] * np.sign(along[best])
+    side = np.sign(along[best])
+    z = side * frame[:, best]
     # the fingers may slide askew to the body's own axes
     z -= y * (z @ y)
     z /= np.linalg.norm(z)
-    return np.column_stack([np.cross(y, z), y, z])
+    x = np.cross(y, z)
+    return np.column_stack([x, y, z])
 
 
 def find_gripper(model, body):
@@ -157,11 +163,13 @@ def find_gripper(model, body):
     y, other = data.xaxis[joints]
     if abs(y @ other) < 0.99:
         return None, "its fingers do not slide along one line"
+    # all that can be touched says which is which, and where they are
     points = [outline(model, data, finger) for finger in moving]
     left, right = (part.mean(axis=0) for part in points)
     y = y * np.sign(y @ (left - right))  # the first one is the left
     hand = model.body_parentid[moving[0]]
-    axes = hand_axes(model, data, hand, y, (left + right) / 2)
+    middle = (left + right) / 2
+    axes = hand_axes(model, data, hand, y, middle)
 
     sides = np.array([1, -1])
     ways = np.ptp(model.jnt_range[joints], axis=1)  # m, of either finger
@@ -172,13 +180,15 @@ def find_gripper(model, body):
         part[:, 1] += shift
         ends = part[:, 2] > part[:, 2].max() - TIP
         tips.append(part[ends])
+    # what is pressed stands between the innermost points of both tips
     left_face = tips[0][:, 1].min()
     right_face = tips[1][:, 1].max()
     center = (left_face + right_face) / 2
     ends = np.vstack(tips)
     low = ends.min(axis=0)
     high = ends.max(axis=0)
-    tcp = np.array([(low[0] + high[0]) / 2, center, high[2] - TCP])
+    x = (low[0] + high[0]) / 2
+    tcp = np.array([x, center, high[2] - TCP])
 
     # at 0 the faces meet there, whether or not the file's fingers go so far
     shifts += center - np.array([left_face, right_face])
@@ -192,25 +202,34 @@ def find_gripper(model, body):
         poses.append((pos, quat, side * y @ turned))
     apart = max(0.0, (left_face - right_face) / 2)  # what overlaps meets before it is closed
     ranges = np.array([apart, apart + ways.min()])
-    axes = data.xmat[hand].reshape(3, 3).T @ axes
+    frame = data.xmat[hand].reshape(3, 3)
+    axes = frame.T @ axes
     return Gripper(hand, moving, axes, tcp, poses, ranges), ""
 
 
 # ---- into the new file
 
 
-def add_geom(body, assets, model, geom, name):
-    """A geom that touches things as the file's does."""
+def add_geom(body, assets, model, geom, name, points):
+    """A geom that touches things as the file's does; of a mesh the convex hull of `points`."""
     options = {option: getattr(model, f"geom_{option}")[geom] for option in CONTACT}
     kind = mujoco.mjtGeom(model.geom_type[geom])
     if kind == mujoco.mjtGeom.mjGEOM_MESH:
         options["mesh"] = f"{name}_hull"
-        add(assets, "mesh", name=f"{name}_hull", vertex=corners(model, geom), inertia="convex")
+        add(
+            assets,
+            "mesh",
+            name=f"{name}_hull",
+            vertex=points,
+            inertia="convex",
+        )
     else:
         options["size"] = model.geom_size[geom]
-    word = kind.name.removeprefix("mjGEOM_").lower()
-    place = {"pos": model.geom_pos[geom], "quat": model.geom_quat[geom]}
-    add(body, "geom", name=name, type=word, **place, **options)
+    # in the frame of its body, as MuJoCo compiled it: a mesh is moved to its center of mass
+    options["type"] = kind.name.removeprefix("mjGEOM_").lower()
+    options["pos"] = model.geom_pos[geom]
+    options["quat"] = model.geom_quat[geom]
+    return add(body, "geom", name=name, **options)
 
 
 def add_finger(hand, assets, model, gripper, side, stiffness, damping):
@@ -221,7 +240,7 @@ def add_finger(hand, assets, model, gripper, side, stiffness, damping):
     joint = model.body_jntadr[finger]
     dof = model.jnt_dofadr[joint]
     damping = max(damping + model.dof_damping[dof], DAMPING * stiffness)
-    pads = list(pads_of(model, finger))
+    pads = list(pads_of(model, finger))  # what is only seen is left out
     bodies = {}
     for i in below(model, finger):
         if i == finger:
@@ -229,8 +248,9 @@ def add_finger(hand, assets, model, gripper, side, stiffness, damping):
             body.set("childclass", "finger")
         else:
             parent = bodies[model.body_parentid[i]]
-            place = {"pos": model.body_pos[i], "quat": model.body_quat[i]}
-            body = add(parent, "body", name=f"part{i}", **place)
+            body = add(parent, "body", name=f"part{i}")
+            body.set("pos", to_text(model.body_pos[i]))
+            body.set("quat", to_text(model.body_quat[i]))
         body.set("gravcomp", "1")
         bodies[i] = body
         add_inertial(body, model, i)
@@ -246,7 +266,22 @@ def add_finger(hand, assets, model, gripper, side, stiffness, damping):
     )
     for number, geom in enumerate(pads):
         body = bodies[model.geom_bodyid[geom]]
-        add_geom(body, assets, model, geom, f"{name}_pad{number or ''}")
+        pad = f"{name}_pad{number or ''}"
+        add_geom(body, assets, model, geom, pad, corners(model, geom))
+
+
+def place_tool(hand, tcp):
+    """Take the fingers out of the new file's body `hand`, whose tool is now at `tcp` (3,) m."""
+    camera = hand.find("camera")
+    tool = hand.find("site")
+    # the camera sees the tool as the other arms' do
+    eye, old_tcp = (np.array(part.get("pos").split(), float) for part in (camera, tool))
+    for part in list(hand):
+        if part.tag in ("body", "geom", "inertial"):
+            hand.remove(part)
+    eye = tcp + (eye - old_tcp)
+    tool.set("pos", to_text(tcp))
+    camera.set("pos", to_text(eye))
 
 
 def add_gripper(hand, root, model, gripper, servos):
@@ -254,22 +289,16 @@ def add_gripper(hand, root, model, gripper, servos):
 
     servos: of both fingers, rows kp N/m, kv N s/m, force N, ... as measured; zeros: it has none.
     """
-    camera = hand.find("camera")
-    tool = hand.find("site")
-    # the camera sees the tool as the other arms' do
-    eye, old_tcp = (np.array(part.get("pos").split(), float) for part in (camera, tool))
-    for part in [part for part in hand if part.tag in ("body", "geom", "inertial")]:
-        hand.remove(part)
-    tool.set("pos", to_text(gripper.tcp))
-    camera.set("pos", to_text(gripper.tcp + (eye - old_tcp)))
+    place_tool(hand, gripper.tcp)
     servo = root.find("actuator/position[@tendon='fingers']")
     servo.set("ctrlrange", to_text([-0.01, gripper.ranges[1]]))
     kp, kv, force = servos[:, :3].sum(axis=0)  # one of them may drive both
     if kp > 0:
         unlimited = np.any((servos[:, 0] > 0) & (servos[:, 2] == 0))
         force = 0.0 if unlimited else force  # 0 0 is no limit in MJCF
+        limits = [-force, force]
         servo.set("kp", to_text(kp))
-        servo.set("forcerange", to_text([-force, force]))
+        servo.set("forcerange", to_text(limits))
     stiffness = float(servo.get("kp")) / 2  # of either finger
     assets = add(root, "asset")
     for side in range(2):

@@ -3,8 +3,8 @@
     python -m data.add_robot --mjcf universal_robots_ur5e/ur5e.xml --name ur5e
 
 Chain, limits, inertias and servos are the file's; its geoms become ellipsoids. The gripper is the
-file's own if it has two sliding fingers (data/add_gripper.py), or that of a file of its own, else the
-xArm-6's. Where the tasks take place follows from how far the arm reaches. What cannot be kept
+file's own if it has two sliding fingers (data/add_gripper.py) or jaws that turn (data/add_jaws.py),
+or that of a file of its own, else the xArm-6's. Where the tasks take place follows from how far the arm reaches. What cannot be kept
 (springs, coupled joints, ...) is refused, with the reason.
 
 The chain stays as MuJoCo compiled it, body by body: all poses are in the frame of the body before.
@@ -18,7 +18,8 @@ from itertools import combinations
 import numpy as np
 
 from cli import UserError, choose, parse, run
-from data.add_gripper import add, add_gripper, add_inertial, find_gripper
+from data.add_gripper import add, add_gripper, add_inertial, below, find_gripper
+from data.add_jaws import Jaws, add_jaws, find_jaws
 from data.robots import ARMS, Kinematics, Robot, get_robot
 from data.simulator import mujoco
 from files import atomic, reading
@@ -28,6 +29,7 @@ KP = 1000.0  # N m/rad, of joints whose file has no position servo
 KV = 100.0  # N m s/rad, of those
 TORQUE = 87.0  # N m, of those if it has no limit either
 ADVICE = "MuJoCo itself must load it, with meshes as .stl, .obj or .msh"
+SPAN = 0.15  # m, of the table: with less the tasks' things do not find room
 SPEED = 2.0  # rad/s, velocity limit of the joints: MJCF has none
 
 
@@ -45,7 +47,7 @@ class AddConfig:
 
 
 def read_model(config):
-    """The file's MjModel, with a site `config.site` even where that is a body. UserError.
+    """The file's MjSpec and MjModel, with a site `config.site` even where that is a body. UserError.
 
     A gripper with a file of its own stands at that site.
     """
@@ -63,7 +65,7 @@ def read_model(config):
             for option in ("cone", "impratio", "timestep", "integrator"):  # else it warns
                 setattr(hand.option, option, getattr(spec.option, option))
             spec.attach(hand, site=site, prefix="gripper/")
-        return spec.compile()
+        return spec, spec.compile()
 
 
 def find_path(model, config, gripper):
@@ -217,17 +219,48 @@ def add_joint(body, actuators, model, joint, servo):
     add(actuators, "position", joint=name, kp=kp, kv=kv, **ranges)
 
 
+def choose_gripper(config, spec, model, body):
+    """The Gripper or Jaws behind the flange's body, or None for the xArm-6's, and why."""
+    if config.gripper == GRIPPER:
+        return None, "asked for with --gripper"
+    moving = np.isin(model.jnt_bodyid, below(model, body)[1:])
+    turns = model.jnt_type[moving] == mujoco.mjtJoint.mjJNT_HINGE
+    if turns.any():
+        gripper, reason = find_jaws(spec, model, body)
+    else:
+        gripper, reason = find_gripper(model, body)
+    if config.gripper and not gripper:
+        cannot = f"--gripper {config.gripper} cannot be kept, {reason}"
+        raise UserError(f"{cannot}; leave it out for the xArm-6's")
+    return gripper, reason
+
+
+def add_chain(world, actuators, model, path, servos, jaw):
+    """The bodies of `path`, each in the one before; the last one. The body `jaw` has no geoms yet.
+
+    servos: {joint: row of measure_servos}.
+    """
+    # where the base stood in the file does not matter
+    body = add(world, "body", name="base", childclass="link")
+    fill_body(body, model, path[0])
+    for i in path[1:]:
+        place = {"pos": model.body_pos[i], "quat": model.body_quat[i]}
+        body = add(body, "body", name=f"part{i}", gravcomp="1", **place)
+        if i == jaw:
+            add_inertial(body, model, i)
+        else:
+            fill_body(body, model, i)
+        joint = model.body_jntadr[i]
+        if joint in servos:
+            add_joint(body, actuators, model, joint, servos[joint])
+    return body
+
+
 def write_arm(config, root):
     """Put the arm into `root`, the gripper's parsed file; how many joints it has."""
-    model = read_model(config)
+    spec, model = read_model(config)
     flange = model.site(config.site)
-    gripper = None
-    reason = "asked for with --gripper"
-    if config.gripper != GRIPPER:
-        gripper, reason = find_gripper(model, flange.bodyid[0])
-        if config.gripper and not gripper:
-            cannot = f"--gripper {config.gripper} cannot be kept, {reason}"
-            raise UserError(f"{cannot}; leave it out for the xArm-6's")
+    gripper, reason = choose_gripper(config, spec, model, flange.bodyid[0])
     path = find_path(model, config, gripper)
     hand = root.find(".//body[@name='hand']")
     hand.append(root.find(".//camera"))
@@ -240,27 +273,24 @@ def write_arm(config, root):
 
     joints = model.body_jntadr[path]
     joints = joints[joints >= 0]
-    slides = model.body_jntadr[gripper.fingers] if gripper else joints[:0]
+    jaws = isinstance(gripper, Jaws)
+    slides = joints[:0] if jaws or not gripper else model.body_jntadr[gripper.fingers]
     measured = measure_servos(model, np.append(joints, slides))
     servos = dict(zip(joints, measured, strict=False))  # the fingers' come last
-    # where the base stood in the file does not matter
-    body = add(world, "body", name="base", childclass="link")
-    fill_body(body, model, path[0])
-    for i in path[1:]:
-        place = {"pos": model.body_pos[i], "quat": model.body_quat[i]}
-        body = add(body, "body", name=f"part{i}", gravcomp="1", **place)
-        fill_body(body, model, i)
-        joint = model.body_jntadr[i]
-        if joint in servos:
-            add_joint(body, actuators, model, joint, servos[joint])
-    actuators.append(fingers)
+    jaw = gripper.hand if jaws and gripper.fixed else None
+    body = add_chain(world, actuators, model, path, servos, jaw)
     if gripper:
         x, y, _ = gripper.axes.T
         add(body, "frame", xyaxes=(x, y)).append(hand)
-        add_gripper(hand, root, model, gripper, measured[len(joints) :])
     else:
         body = add(body, "frame", pos=flange.pos, quat=flange.quat)
         add(body, "frame", xyaxes=xy_axes(config.axes or "z,y")).append(hand)
+    if jaws:
+        add_jaws(hand, root, gripper)
+    else:
+        actuators.append(fingers)
+    if gripper and not jaws:
+        add_gripper(hand, root, model, gripper, measured[len(joints) :])
     whose = "the file's own" if gripper else f"the xArm-6's: {reason}"
     add(root.find("custom"), "text", name="gripper", data=whose)
     # bodies overlap at their joints: an arm does not collide with itself
@@ -286,9 +316,12 @@ def point_down(kinematics, start, distance, height):
     return None if qpos is None or low else qpos
 
 
-def farthest(kinematics, qpos, distance, step):
-    """The distance (m) up to which the hand points down at the table, in steps of `step`."""
-    while qpos is not None and distance > 0.15:
+def farthest(kinematics, qpos, distance, step, nearest):
+    """The distance (m) up to which the hand points down at the table, in steps of `step`.
+
+    Nearer than `nearest` it would stand at the base.
+    """
+    while qpos is not None and distance > nearest:
         distance += step
         qpos = point_down(kinematics, qpos, distance, 0.02)
     return distance - step
@@ -303,24 +336,26 @@ def find_workspace(robot):
     kinematics = Kinematics(robot)
     low, high = np.clip(robot.joint_range.T, -np.pi, np.pi)  # one turn is enough to look at
     starts = np.random.default_rng(0).uniform(low, high, (80, robot.dof))
-    links = robot.model.body_pos[: robot.model.body("left_finger").id]
+    links = robot.model.body_pos[: robot.model.body("hand").id + 1]
+    length = np.linalg.norm(links, axis=1).sum()  # m, stretched out
+    nearest = min(0.15, 0.2 * length)
     best = (0.0, 0.0, 0.0)
     for stretched in (0.4, 0.25):  # where to begin: not quite half of the arm stretched out
-        middle = stretched * np.linalg.norm(links, axis=1).sum()  # m
+        middle = stretched * length
         for start in [(low + high) / 2, *starts]:
             qpos = point_down(kinematics, start, middle, 0.3 * middle)
             if qpos is not None:
-                near = farthest(kinematics, qpos, middle, -0.01)
-                far = farthest(kinematics, qpos, middle, 0.01)
+                near = farthest(kinematics, qpos, middle, -0.01, nearest)
+                far = farthest(kinematics, qpos, middle, 0.01, nearest)
                 bent = np.abs(qpos - robot.joint_range.mean(axis=1)).max()
                 best = max(best, (1 + far - near - 0.05 * bent, near, far, *qpos))
         if best[0]:
             break
     _, near, far, *home = best  # none where no pose was found
-    if far - near < 0.2:
+    if far - near < SPAN:
         found = f"only from {near:.2f} to {far:.2f} m" if best[0] else "and no pose was found"
         raise UserError(
-            "with this gripper the arm cannot point straight down along 0.2 m of the table, "
+            f"with this gripper the arm cannot point straight down along {SPAN} m of the table, "
             f"{found}: are --base, --site and --axes right?"
         )
     scale = min(1.0, round((far - near) / 0.53, 2))  # 1 for arms with 0.53 m, as the xArms

@@ -203,6 +203,7 @@ class TabletopEnv:
         self.family = FAMILIES.get(task)
         self.task = TASKS.get(task)  # of a family's scenes, that of the command
         self.roles = {}  # {name in the task: body} of the command
+        self.target = None  # (A,) that the servos hold: the action, inside the limits
         self.render = render
         self.perturbation = choose(perturbation, ["", *PERTURBATIONS], "perturbation")
         if self.family and perturbation in ("outside", "distractor"):
@@ -341,7 +342,9 @@ class TabletopEnv:
         # fingers are sent to their end stops on purpose, and not counted
         self.clipped["limits"] += not np.allclose(inside, action[:dof], 0, 1e-6)
         self.clipped["speed"] += not np.allclose(target, inside, 0, 1e-6)
-        self.data.ctrl[dof] = finger  # at once: their servo's force is limited
+        self.target = np.append(target, finger)
+        # at once: their servo's force is limited
+        self.data.ctrl[dof] = robot.finger_control(finger)
         for i in range(1, SUBSTEPS + 1):  # targets slide there, so that servos see no jumps
             way = (target - before) * i
             self.data.ctrl[:dof] = before + way / SUBSTEPS
@@ -356,10 +359,17 @@ class TabletopEnv:
 
     def state(self):
         """(S,) float32 in physical units and the order of data/robots.py."""
-        joints = self.data.qpos[: self.robot.dof + 1]  # the arm's and one finger's
-        position = self.data.site_xpos[self.tcp] - self.base
-        columns = self.tool().T[:2]
-        return np.concatenate([joints, position, *columns], dtype=np.float32)
+        numbers = (
+            self.data.qpos[: self.robot.dof],
+            [self.opening()],
+            self.data.site_xpos[self.tcp] - self.base,
+            *self.tool().T[:2],
+        )
+        return np.concatenate(numbers, dtype=np.float32)
+
+    def opening(self):
+        """m, of either finger, live."""
+        return self.robot.opening(self.data.qpos)
 
     def tool(self):
         """(3, 3) rotation of the tool, live."""
@@ -405,10 +415,14 @@ class TabletopEnv:
 
     def set_arm(self, targets):
         """Joints rad and both fingers m (A,) there at once, servos holding."""
-        moving = self.robot.action_dim + 1  # the other finger's joint stands next
-        self.data.qpos[:moving] = [*targets, targets[-1]]
+        *joints, finger = targets
+        places = [*joints, *self.robot.finger_joints(finger)]
+        moving = len(places)
+        self.data.qpos[:moving] = places
         self.data.qvel[:moving] = 0
-        self.data.ctrl[: moving - 1] = targets
+        control = self.robot.finger_control(finger)
+        self.data.ctrl[: len(targets)] = [*joints, control]
+        self.target = np.array(targets)
 
     def body(self, name):
         """The body's number, by its own name or by its role in the task."""

@@ -22,7 +22,7 @@ import numpy as np
 
 from data import seeds
 from data.env import CONTROL_HZ
-from data.robots import SHIPPED, SQUEEZE, get_kinematics
+from data.robots import SHIPPED, get_kinematics
 from data.simulator import mujoco
 from data.tasks import PEG_LENGTH, PEG_RADIUS, region_radius
 
@@ -35,6 +35,7 @@ PEG_LEVER = 0.07  # m from its center to where it is held
 FINGER_STEPS = 6  # control steps for every closing or opening, as ManiSkill's experts
 # Tilts to try, rad forwards from straight down: the WidowX points straight down only below 0.175 m.
 TILTS = (0.0, 0.3, 0.6)
+STEEP = (0.9, 1.2)  # and for an arm of five joints, which is small: high up it must reach out
 PLANS = 6  # how often the expert may look again and plan from where things are
 UP = np.array([0.0, 0.0, 1.0])
 
@@ -48,7 +49,7 @@ class Primitive:
     """One movement of the TCP to a `position`, or of the fingers alone where there is none."""
 
     name: str
-    finger: float  # m, where the fingers are sent; see SQUEEZE
+    finger: float  # m, where the fingers are sent; see SQUEEZE in data/robots.py
     position: np.ndarray = None  # m, in the task's frame
     turn: float = None  # rad from the hand's rest direction there; None: as the hand is
     tilts: tuple = TILTS  # to be tried with that turn
@@ -90,11 +91,15 @@ def closing_sign(robot):
     return -np.sign(rotation[1, 1])
 
 
-def tool_rotation(robot, direction, tilt):
+def tool_rotation(robot, direction, tilt, azimuth=None):
     """(3, 3) rotation of a tool that points down, tilted by `tilt` towards `direction` (both rad).
 
-    The closing axis is horizontal; direction is about the vertical, 0 along the base's x.
+    The closing axis is horizontal; direction is about the vertical, 0 along the base's x. An arm
+    of five joints tilts its hand only outwards, which is towards `azimuth`, after it has turned.
     """
+    if robot.dof == 5 and tilt:
+        straight = tool_rotation(robot, direction, 0.0)
+        return outwards(azimuth, tilt) @ straight
     x = np.cos(direction)
     y = np.sin(direction)
     ahead = np.sin(tilt)
@@ -103,14 +108,32 @@ def tool_rotation(robot, direction, tilt):
     return np.column_stack([np.cross(closing, approach), closing, approach])
 
 
+def outwards(azimuth, tilt):
+    """(3, 3) rotation that turns what points down by `tilt` towards `azimuth` (both rad)."""
+    axis = np.array([np.sin(azimuth), -np.cos(azimuth), 0.0])
+    quat = np.empty(4)
+    rotation = np.empty(9)
+    mujoco.mju_axisAngle2Quat(quat, axis, tilt)
+    mujoco.mju_quat2Mat(rotation, quat)
+    return rotation.reshape(3, 3)
+
+
 def hand_pose(env):
     """(direction, tilt) of the hand as it is: the nearest arguments of tool_rotation."""
-    _, closing, approach = env.tool().T
+    tool = env.tool()
+    tilt = 0.0
+    if env.robot.dof == 5:
+        azimuth = azimuth_of(env, tcp_of(env))
+        x, y, z = tool[:, 2]
+        ahead = x * np.cos(azimuth) + y * np.sin(azimuth)
+        tilt = np.arctan2(ahead, -z)
+        tool = outwards(azimuth, -tilt) @ tool
+    _, closing, approach = tool.T
     x, y, _ = closing_sign(env.robot) * closing
     direction = np.arctan2(x, -y)
     ahead = (np.cos(direction), np.sin(direction))
     forward = approach[:2] @ ahead
-    return direction, np.arctan2(forward, -approach[2])
+    return direction, tilt or np.arctan2(forward, -approach[2])
 
 
 def hand_offset(env, point):
@@ -142,7 +165,7 @@ def retreat(env, finger):
     """Fingers there first, then up from the table, if the hand is low."""
     tcp = tcp_of(env)
     steps = []
-    travel = env.data.qpos[env.robot.dof] - max(finger, 0.0)
+    travel = env.opening() - max(finger, 0.0)
     if abs(travel) > 0.1 * env.robot.travel:
         steps.append(Primitive("retreat", finger))
     if tcp[2] < 0.06:
@@ -151,10 +174,11 @@ def retreat(env, finger):
     return steps
 
 
-def grasp(env, name, point, turn, close=SQUEEZE, tilts=TILTS):
+def grasp(env, name, point, turn, close=None, tilts=TILTS):
     """Open, go above, go down, close; nothing if the body is held."""
     if env.grasped(name):
         return []
+    close = env.robot.squeeze if close is None else close
     wide = env.robot.travel
     steps = [Primitive("descend", wide, point, slow=0.6, hold=2), Primitive("grasp", close)]
     # Is the hand above it already, open and turned? Half a turn makes no difference.
@@ -164,7 +188,7 @@ def grasp(env, name, point, turn, close=SQUEEZE, tilts=TILTS):
     x, y, z = hand_offset(env, point)
     over = np.hypot(x, y) < 0.006 and z < CLEARANCE + 0.02
     # m, each finger; a hand that holds nothing may still be closed
-    is_open = env.data.qpos[env.robot.dof] > 0.9 * wide
+    is_open = env.opening() > 0.9 * wide
     if not (turned and over and is_open):
         high = point + CLEARANCE * UP
         approach = Primitive("approach", wide, high, turn, tilts, straight=False)
@@ -187,14 +211,14 @@ def fetch(env, name, height, low):
     # what is about to be grasped lies low, whatever it is now
     if steps or body[2] < low:
         high = held_at(env, name, body) + height * UP
-        steps.append(Primitive("lift", SQUEEZE, high))
+        steps.append(Primitive("lift", env.robot.squeeze, high))
     return steps
 
 
 def pick_cube(env):
     goal = held_at(env, "cube", env.position("goal"))
     steps = fetch(env, "cube", height=0.04, low=0.04)
-    return [*steps, Primitive("carry", SQUEEZE, goal, hold=8)]
+    return [*steps, Primitive("carry", env.robot.squeeze, goal, hold=8)]
 
 
 def slide(env, name, side):
@@ -204,7 +228,15 @@ def slide(env, name, side):
     """
     cube = env.position("cube")
     turn = -azimuth_of(env, cube)
-    start = cube - (side * 0.055, 0, 0)
+    # a jaw that turns against a fixed one closes beside the tool's place
+    _, closing, _ = tool_rotation(env.robot, 0.0, 0.0).T
+    cube -= env.robot.fist * closing
+    back = 0.055  # m, behind the cube
+    above = 0.07
+    if env.robot.dof == 5:  # near its base it comes no higher
+        back = 0.04
+        above = 0.045
+    start = cube - (side * back, 0, 0)
     # the fingers' half thickness and the cube's half side stand between TCP and cube center
     short = 0.03 + 0.6 * region_radius(env.robot)
     end = start.copy()
@@ -216,7 +248,7 @@ def slide(env, name, side):
         return [drive]
     return [
         *retreat(env, 0.0),
-        Primitive("approach", 0.0, start + 0.07 * UP, turn, straight=False),
+        Primitive("approach", 0.0, start + above * UP, turn, straight=False),
         Primitive("descend", 0.0, start, slow=0.8),
         drive,
     ]
@@ -234,10 +266,10 @@ def put(env, name, support, rest, lift, drop):
     away = np.hypot(x, y) >= 0.01
     steps = fetch(env, name, lift, low=place[2] + 0.03 if away else 0.0)
     if steps or away:
-        steps.append(Primitive("carry", SQUEEZE, target + 0.05 * UP))
+        steps.append(Primitive("carry", env.robot.squeeze, target + 0.05 * UP))
     return [
         *steps,
-        Primitive("place", SQUEEZE, target + drop * UP, slow=0.5, hold=4),
+        Primitive("place", env.robot.squeeze, target + drop * UP, slow=0.5, hold=4),
         Primitive("release", wide),
         Primitive("retreat", wide, target + 0.065 * UP),
     ]
@@ -251,7 +283,8 @@ def peg_style(env, high):
     arm = get_kinematics(name)
     q = env.data.ctrl[: env.robot.dof]
     for how, tilt in (("upright", np.pi / 2), ("leaning", np.pi / 2 - 0.25)):
-        rotation = tool_rotation(env.robot, azimuth_of(env, high), tilt)
+        azimuth = azimuth_of(env, high)
+        rotation = tool_rotation(env.robot, azimuth, tilt, azimuth)
         if arm.solve_ik(high - env.base, rotation, q) is not None:
             return how
     return "loose"
@@ -335,8 +368,9 @@ def collides(env, path, finger):
     model = env.model
     scratch = copy.copy(env.data)
     is_free = model.body_dofnum[model.geom_bodyid] == 6  # may be touched: that is the task
+    fingers = env.robot.finger_joints(finger)
     for q in path:
-        scratch.qpos[: len(q) + 2] = [*q, finger, finger]
+        scratch.qpos[: len(q) + len(fingers)] = [*q, *fingers]
         mujoco.mj_kinematics(model, scratch)
         mujoco.mj_collision(model, scratch)
         fixed = ~is_free[scratch.contact.geom].any(axis=1)  # (contacts, 2) -> (contacts,)
@@ -375,7 +409,8 @@ def find_path(env, q, primitive, pose):
     """Waypoints (n, dof) from `q` to a primitive's position and a pose. Raises Infeasible."""
     arm = get_kinematics(env.robot.name)
     goal = primitive.position - env.base
-    rotation = tool_rotation(env.robot, *pose)
+    azimuth = azimuth_of(env, primitive.position)
+    rotation = tool_rotation(env.robot, *pose, azimuth)
     if primitive.straight:
         path = straight_path(arm, q, goal, rotation)
     else:
@@ -415,10 +450,12 @@ def reach(env, q, pose, primitive, following):
     An approach is taken only if the way that follows is possible too. Raises Infeasible.
     """
     direction, tilt = pose
-    tilts = sorted((tilt, *TILTS), key=lambda other: abs(other - tilt))  # as the hand is, first
+    more = STEEP if env.robot.dof == 5 else ()
+    choices = (tilt, *TILTS, *more)
+    tilts = sorted(choices, key=lambda other: abs(other - tilt))  # as the hand is, first
     if primitive.turn is not None:
         direction = azimuth_of(env, primitive.position) + primitive.turn
-        tilts = primitive.tilts
+        tilts = (*primitive.tilts, *more)
     for tilt in tilts:
         try:
             path = find_path(env, q, primitive, (direction, tilt))

@@ -40,8 +40,10 @@ NUMBERS = (
 )
 
 # The finger target that means "closed", m: 10 mm beyond contact, as in ManiSkill, so that a held
-# cube is pressed with 30 N.
+# cube is pressed with 30 N. For jaws that turn on stiffer servos it is the one that does so.
 SQUEEZE = -0.01
+FORCE = 30.0  # N
+LEAN = 0.25  # rad, of the hand of an arm of five joints
 
 
 class Robot:
@@ -66,6 +68,24 @@ class Robot:
             self.state_dim = self.dof + 10
             self.action_dim = self.dof + 1
             self.joint_range = self.model.jnt_range[: self.dof]  # (dof, 2) rad
+            self.find_fingers()
+
+    def find_fingers(self):
+        """Set how far the fingers open, how stiff they are, and where they close."""
+        self.jaws = None  # of jaws that turn (data/add_jaws.py): openings m, controls, angles rad
+        self.squeeze = SQUEEZE  # m, the target that presses what is held
+        self.fist = 0.0  # m along the closing axis, from the tool's place to the closed fingers
+        names = [self.model.numeric(i).name for i in range(self.model.nnumeric)]
+        numbers = {name: self.model.numeric(name).data for name in names}
+        if "jaw_openings" in names:
+            openings = numbers["jaw_openings"]
+            angles = numbers["jaw_angles"].reshape(len(openings), -1)
+            self.jaws = (openings, numbers["jaw_controls"], angles)
+            self.travel = openings[-1]
+            self.finger_kp = numbers["jaw_stiffness"][0]
+            self.squeeze = max(SQUEEZE, 0.02 - FORCE / self.finger_kp)  # for a cube, half its side
+            self.fist = numbers["jaw_fist"][0]
+        else:
             self.travel = self.model.joint("left_finger").range[1]  # of either finger, m
             # N/m of either finger: the last servo drives both
             self.finger_kp = self.model.actuator_gainprm[self.dof, 0] / 2
@@ -74,6 +94,33 @@ class Robot:
         """The action (A,) inside the arm's joint and finger limits."""
         low, high = self.joint_range.T
         return np.clip(action, [*low, SQUEEZE], [*high, self.travel])
+
+    # ---- one number says how far the fingers are open; of jaws that turn it is not their joints'
+
+    def finger_control(self, finger):
+        """What the fingers' servo is told for a target (m)."""
+        if self.jaws is None:
+            return finger
+        openings, controls, _ = self.jaws
+        return np.interp(finger, openings, controls)
+
+    def finger_joints(self, opening):
+        """The places of all joints of the fingers at an opening (m)."""
+        if self.jaws is None:
+            return [opening, opening]
+        openings, _, angles = self.jaws
+        return [np.interp(opening, openings, angle) for angle in angles.T]
+
+    def opening(self, qpos):
+        """m, of a scene's qpos, in which the fingers' joints follow the arm's."""
+        if self.jaws is None:
+            return qpos[self.dof]
+        openings, _, angles = self.jaws
+        # the joint that turns the most tells the most
+        joint = np.ptp(angles, axis=0).argmax()
+        rising = np.sign(angles[-1, joint] - angles[0, joint])
+        angle = rising * qpos[self.dof + joint]
+        return max(0.0, np.interp(angle, rising * angles[:, joint], openings))
 
 
 @cache
@@ -103,7 +150,8 @@ class Kinematics:
         """qpos (dof,) rad inside the limits that reaches a TCP pose; None if none is found.
 
         To 0.2 mm and 1 mrad. Damped least squares from `start` (dof,), joints clamped; a seventh
-        joint leans towards `start` in the null space.
+        joint leans towards `start` in the null space. Five joints cannot choose how far the hand
+        leans sideways: that comes as it comes, up to LEAN.
         """
         dof = self.robot.dof
         low, high = self.robot.joint_range.T
@@ -123,15 +171,30 @@ class Kinematics:
             mujoco.mj_comPos(self.model, self.data)
             mujoco.mj_jacSite(self.model, self.data, jac[:3], jac[3:], self.tcp.id)
             J = jac[:, :dof]  # (6, dof), without the fingers
+            missing = error
+            if dof == 5:
+                turns = turns_in_place(J)
+                missing = np.append(error[:3], turns @ error[3:])
+                J = np.vstack([J[:3], turns @ J[3:]])
+                leans = np.linalg.norm(error[3:]) < LEAN
+                if leans and (np.abs(missing) < exact[:5]).all():
+                    return q
             # damping: near a singularity a step stays small
-            inverse = J.T @ np.linalg.inv(J @ J.T + 1e-4 * np.eye(6))
-            step = inverse @ error
+            inverse = J.T @ np.linalg.inv(J @ J.T + 1e-4 * np.eye(len(J)))
+            step = inverse @ missing
             if dof > 6:  # what does not move the tool
                 still = np.eye(dof) - inverse @ J
                 step += still @ (0.1 * (start - q))
             longest = np.abs(step).max() + 1e-9  # rad; steps are at most 0.4 long
             q = np.clip(q + step * min(1.0, 0.4 / longest), low, high)
         return None
+
+
+def turns_in_place(J):
+    """(2, 3): the axes about which five joints turn the tool where it is. J (6, 5) its Jacobian."""
+    _, _, directions = np.linalg.svd(J[:3])
+    axes, _ = np.linalg.qr(J[3:] @ directions[3:].T)  # of what does not move the tool
+    return axes.T
 
 
 @cache

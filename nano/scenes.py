@@ -135,7 +135,9 @@ def look(env, view, bodies):
     labels = list(map(class_of, bodies.values()))
     things = sorted(zip(labels, bodies))
     numbers = {body: CLASSES.index(label) for label, body in things}
-    numbers |= dict.fromkeys(("left_finger", "right_finger"), CLASSES.index("gripper"))
+    for geom in np.concatenate(env.pads):
+        finger = env.model.body(env.model.geom_bodyid[geom])
+        numbers[finger.name] = CLASSES.index("gripper")
     geoms = env.draw(view, segmentation=True)
     classes = classes_of(env, geoms, numbers)
     centers = {"gripper": project(env, view, env.data.site_xpos[env.tcp])}
@@ -151,7 +153,7 @@ def look(env, view, bodies):
     grounding = {
         "patches": patches_of(classes, len(CLASSES), first=2),
         "objects": {label: np.round(center, 4).tolist() for label, center in centers.items()},
-        "opening": round(env.data.qpos[env.robot.dof] / env.robot.travel, 4),
+        "opening": round(env.opening() / env.robot.travel, 4),
     }
     return env.draw(view), grounding, seen
 
@@ -242,7 +244,7 @@ def pose_arm(env, bodies, rng):
             finger = env.robot.travel
             position = point - env.base + beside(rng)
         azimuth = np.arctan2(position[1], position[0])
-        rotation = tool_rotation(env.robot, azimuth + turn, tilt)
+        rotation = tool_rotation(env.robot, azimuth + turn, tilt, azimuth)
         qpos = get_kinematics(env.robot.name).solve_ik(position, rotation, env.robot.home)
         if qpos is not None:
             env.set_arm([*qpos, finger])
@@ -262,7 +264,7 @@ def beside(rng):
 def ready(env, label, body):
     """Would closing the gripper now grasp the body? It stands open around the right place."""
     offset = np.abs(hand_offset(env, grasp_point(env, label, body)))
-    opened = env.data.qpos[env.robot.dof] > 0.028  # m, a finger's: half a cube takes 0.02
+    opened = env.opening() > 0.028  # m, a finger's: half a cube takes 0.02
     return bool((offset < (0.012, 0.015, 0.02)).all() and opened and not env.grasped(body))
 
 
@@ -295,7 +297,7 @@ def commands(env, rng, fault):
             if fault == "dropped" and name == "carry":
                 break  # there is nothing left to set down
     for _ in range(8):  # what was let go comes to rest
-        yield None, env.data.ctrl[: env.robot.dof + 1].copy()
+        yield None, env.target.copy()
 
 
 def attempt(env, seed, rng, fault):

@@ -192,7 +192,7 @@ def test_a_gripper_without_servos_gets_the_xarm_s(tmp_path):
 TURNING = LEFT.replace('type="slide"', 'type="hinge"')
 NO_RANGE = LEFT.replace('range="0 0.04"', "")
 NOT_KEPT = {
-    "turning": (gripped(left=TURNING), "its own has 1 turning joints"),
+    "turning": (gripped(left=TURNING), "its jaws both turn and slide"),
     "three": (gripped(right=RIGHT + finger("c", -1, "0 1 0", "0 1")), "its own has 3 fingers"),
     "one": (gripped(right="", servos=""), "its own has 1 fingers"),
     "endless": (gripped(left=NO_RANGE), "its fingers have no range"),
@@ -214,7 +214,7 @@ def test_another_gripper_makes_way_for_the_xarm_s_and_the_file_says_why(case, tm
 def test_a_gripper_that_is_asked_for_and_cannot_be_kept_is_refused(tmp_path):
     hand = HAND.format("", TURNING, RIGHT)
     (tmp_path / "hand.xml").write_text(f"<mujoco><worldbody>{hand}</worldbody></mujoco>")
-    with pytest.raises(UserError, match="hand.xml cannot be kept, its own has 1 turning joint"):
+    with pytest.raises(UserError, match="hand.xml cannot be kept, its jaws both turn and slide"):
         fitted(plain(), tmp_path, site="attachment_site", gripper=str(tmp_path / "hand.xml"))
     with pytest.raises(UserError, match="cannot read.*none.xml"):
         fitted(plain(), tmp_path, site="attachment_site", gripper=str(tmp_path / "none.xml"))
