@@ -29,8 +29,10 @@ INSTALL = (
 with reading("mani_skill", INSTALL):
     import sapien
     import torch
+    from mani_skill import logger
     from mani_skill.envs.tasks import tabletop
 
+logger.setLevel("ERROR")  # its tasks warn of how they build their own scenes
 PACKAGES = ("mani_skill", "sapien")
 HZ = CONTROL_HZ
 ROBOT = get_robot("panda")
