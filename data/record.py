@@ -114,6 +114,12 @@ def write_episode(path, demonstration, about):
     save_tensors(path, tensors, about)
 
 
+def describe(maker, noise, environment):
+    """How an episode was made, in words: the tabletop's are called as ManiSkill's are."""
+    elsewhere = environment not in (None, "tabletop")
+    return f"{maker} with noise {noise}" + (f" in {environment}" if elsewhere else "")
+
+
 def record_slice(job):
     """Record episodes of a cell until enough are kept: (cell's name, seeds that failed)."""
     config, demonstrate, maker, robot, scene, seeds, wanted = job  # what a process can be sent
@@ -121,7 +127,7 @@ def record_slice(job):
     varied = {"varied": "all"} if config.env == "tabletop" else {}
     env = open_environment(config.env, robot, scene, **varied)
     cell = f"{robot}-{scene}"
-    by = f"{maker} with noise {config.noise} in {config.env}"  # two of them have a panda
+    by = describe(maker, config.noise, config.env)
     commands = (0, 1) if env.family else (0,)
     kept = 0
     left_out = 0
@@ -153,8 +159,7 @@ def record_slice(job):
             write_episode(path, demonstration, about)
         else:
             # kept only if this run would have made it so; older episodes do not name their maker
-            made_by = f"{about.get('maker', maker)} with noise {about.get('noise')}"
-            made_by += f" in {about.get('env', 'tabletop')}"
+            made_by = describe(about.get("maker", maker), about.get("noise"), about.get("env"))
             if made_by != by:
                 raise UserError(f"{path} was made by {made_by}, not by {by}: choose another --out")
         kept += 1
