@@ -9,6 +9,7 @@
     python eval.py replay           recordings it was not trained on: what it would have done instead
     python eval.py metaworld        Meta-World's 50 tasks, in its own simulator (data/metaworld.py)
     python eval.py libero           20 tasks of LIBERO, in its own simulator (data/libero.py)
+    python eval.py maniskill        ManiSkill's six tasks, in its own simulator (data/maniskill.py)
     python eval.py digital          questions about pictures, beside chance and beside noise
 
 Layout seeds start beyond those of every demonstration; the same seeds give the same table. Results
@@ -116,6 +117,18 @@ class LiberoConfig(MetaWorldConfig):
     seed: int = FIRST_EVALUATION  # official start 0; below, starts are drawn as for demonstrations
     weights: str = "out/libero-policy"  # checkpoint folder
     out: str = ""  # result file; default out/results/libero.json
+
+
+@dataclass
+class ManiSkillConfig(MetaWorldConfig):
+    tasks: str = "all"  # comma-separated tasks, or all six
+    episodes: int = 50  # of each task
+    controls: int = (
+        10  # of each task without a sentence, with another's, without pictures, with ours
+    )
+    seed: int = FIRST_EVALUATION  # the package's seed of the first start
+    weights: str = "weights/nano"  # checkpoint folder; its panda drives ManiSkill's
+    out: str = ""  # result file; default out/results/maniskill.json
 
 
 @dataclass
@@ -297,6 +310,7 @@ def delays(what, config):
 TIERS = {
     "metaworld": ("easy", "medium", "hard", "very_hard"),  # as SmolVLA (arXiv 2506.01844) has them
     "libero": ("object", "spatial"),  # its suites
+    "maniskill": ("panda",),  # its arm
 }
 CONTROLS = ("no sentence", "another sentence", "no picture")
 
@@ -305,16 +319,19 @@ def play_task(job):
     """A rollout elsewhere, in a process of its own: (number, way, task, what came of it)."""
     number, what, config, task, way, seed = job
     module = simulator(what)
-    env = make_env(what, module.ROBOT.name, task, render=False, blind=way == "no picture")
+    options = {"blind": way == "no picture"}
+    if way == "our pictures":
+        options["ours"] = True
+    env = make_env(what, module.ROBOT.name, task, render=False, **options)
     instruction = None
     if way == "no sentence":
         instruction = "."
     if way == "another sentence":
-        own = env.task.sentence
+        own = module.TASKS[task]
         # two tasks of Meta-World share theirs
-        others = [other for other in module.TASKS.values() if other.sentence != own]
+        others = [other for other in module.TASKS.values() if other.sentence != own.sentence]
         if what == "libero":  # of the same suite: the other has other things
-            others = [other for other in others if other.tier == env.task.tier]
+            others = [other for other in others if other.tier == own.tier]
         sentences = [other.sentence for other in others]
         instruction = str(seeds.rng(seed, "command", number).choice(sentences))
     blm = load_model(config.weights, config.device)
@@ -336,7 +353,10 @@ def elsewhere(what, config):
     robots_of(blm, "all", what)
     check_chunk(config, blm)
     jobs = []
-    for task, way in itertools.product(tasks, ("told", *CONTROLS)):
+    ways = ("told", *CONTROLS)
+    if what == "maniskill":  # whose things the tabletop can draw
+        ways += ("our pictures",)
+    for task, way in itertools.product(tasks, ways):
         episodes = config.episodes if way == "told" else config.controls
         jobs += [(what, config, task, way, config.seed + i) for i in range(episodes)]
     jobs = [(number, *job) for number, job in enumerate(jobs)]
@@ -511,6 +531,7 @@ KINDS = {
     "replay": (replay, ReplayConfig),
     "metaworld": (elsewhere, MetaWorldConfig),
     "libero": (elsewhere, LiberoConfig),
+    "maniskill": (elsewhere, ManiSkillConfig),
     "digital": (digital, DigitalConfig),
 }
 

@@ -16,6 +16,7 @@ One of other people's tasks, in their simulator (data/environments.py):
 
     python sample.py --env metaworld --task drawer-open --weights out/metaworld-policy
     python sample.py --env libero --task object-0 --weights out/libero-policy
+    python sample.py --env maniskill --task PickCube
 
 Several commands, which a model that was taught to (runs/listen.sh) lists, carries out and judges:
 
@@ -43,7 +44,7 @@ from rollout import EXECUTE_STEPS, GIF_HZ, GIF_SIZE, draw_episode, save_gif
 
 @dataclass
 class SampleConfig:
-    env: str = "tabletop"  # tabletop, metaworld or libero
+    env: str = "tabletop"  # tabletop, metaworld, libero or maniskill
     robot: str = ""  # panda, xarm6, xarm7 or widowx; empty: widowx, or whichever --env has
     task: str = "PickCube"  # a task, or a family of scenes with several, such as which_cube
     command: int = 0  # which of such a scene's commands is given

@@ -247,12 +247,7 @@ class TabletopEnv:
             self.table = table_of(self.task, self.robot, rng)
         self.paint()
         layout = self.perturb(seed, self.table.layout)
-        for name, (position, yaw) in layout.items():
-            self.place(name, position, yaw)
-        noise = rng.normal(0, INITIAL_NOISE, self.robot.dof)
-        rest = [*(self.robot.home + noise), self.robot.travel]
-        self.set_arm(self.robot.clip(rest))
-        mujoco.mj_forward(self.model, self.data)
+        self.lay_out(seed, layout, rng)
         self.start = {body: self.position(body) for body in layout}
         self.give(command)
         words = rng
@@ -264,6 +259,15 @@ class TabletopEnv:
         self.clipped = {"limits": 0, "speed": 0}
         self.sensor = seeds.rng(seed, "sensor")  # its noise goes on from step to step
         return self.observe(), {"layout": layout}
+
+    def lay_out(self, seed, layout, rng):
+        """Put things where they start, and the arm near its rest pose."""
+        for name, (position, yaw) in layout.items():
+            self.place(name, position, yaw)
+        noise = rng.normal(0, INITIAL_NOISE, self.robot.dof)
+        rest = [*(self.robot.home + noise), self.robot.travel]
+        self.set_arm(self.robot.clip(rest))
+        mujoco.mj_forward(self.model, self.data)
 
     def give(self, number):
         """From now on it is this one of the scene's commands that counts."""
@@ -343,17 +347,23 @@ class TabletopEnv:
         self.clipped["limits"] += not np.allclose(inside, action[:dof], 0, 1e-6)
         self.clipped["speed"] += not np.allclose(target, inside, 0, 1e-6)
         self.target = np.append(target, finger)
-        # at once: their servo's force is limited
-        self.data.ctrl[dof] = robot.finger_control(finger)
-        for i in range(1, SUBSTEPS + 1):  # targets slide there, so that servos see no jumps
-            way = (target - before) * i
-            self.data.ctrl[:dof] = before + way / SUBSTEPS
-            mujoco.mj_step(self.model, self.data)
+        self.drive(target, finger)
         self.steps += 1
         done = self.succeeded()
         truncated = self.steps >= self.horizon and not done
         info = {"success": done, "clipped": self.clipped}
         return self.observe(), float(done), done, truncated, info
+
+    def drive(self, target, finger):
+        """One control step of physics towards joint targets (dof,) rad and a finger's, m."""
+        dof = self.robot.dof
+        before = self.data.ctrl[:dof].copy()
+        # at once: their servo's force is limited
+        self.data.ctrl[dof] = self.robot.finger_control(finger)
+        for i in range(1, SUBSTEPS + 1):  # targets slide there, so that servos see no jumps
+            way = (target - before) * i
+            self.data.ctrl[:dof] = before + way / SUBSTEPS
+            mujoco.mj_step(self.model, self.data)
 
     # ---- what the policy sees
 

@@ -3,6 +3,7 @@
     tabletop     this repository's own (data/env.py): four arms, six tasks, families of scenes
     metaworld    Meta-World's 50 tasks (data/metaworld.py), with packages of its own
     libero       20 tasks of LIBERO (data/libero.py), with packages of its own
+    maniskill    ManiSkill's six tasks of the Panda (data/maniskill.py), with packages of its own
 
 An environment is an object with
 
@@ -31,7 +32,7 @@ import numpy as np
 
 from cli import choose, choose_many
 
-ENVIRONMENTS = ("tabletop", "metaworld", "libero")
+ENVIRONMENTS = ("tabletop", "metaworld", "libero", "maniskill")
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,8 @@ def open_environment(environment, robot, scene, **options):
         return simulator(environment).MetaWorldEnv(scene, **options)
     if environment == "libero":
         return simulator(environment).LiberoEnv(scene, **options)
+    if environment == "maniskill":
+        return simulator(environment).ManiSkillEnv(scene, **options)
     from data.env import TabletopEnv
 
     return TabletopEnv(robot, scene, **options)
@@ -140,6 +143,6 @@ def expert_of(environment):
         return simulator(environment).demonstrate
     if environment == "libero":
         from data.libero_expert import demonstrate
-    else:
+    else:  # of the tabletop, which also knows ManiSkill's tasks
         from data.expert import demonstrate
     return demonstrate

@@ -4,6 +4,7 @@
     python -m data.record --show out/demos      a contact sheet, out/demos.png
     python -m data.record --env metaworld --episodes 50 --out out/metaworld
     python -m data.record --env libero --episodes 50 --out out/libero
+    python -m data.record --env maniskill --episodes 50 --out out/maniskill
                                                 other people's tasks (data/environments.py)
 
 An episode is one file, L control steps at 20 Hz long: <folder>/<robot>-<task>-<seed>.safetensors,
@@ -69,7 +70,7 @@ ADVICE = "delete it and record again"
 
 @dataclass
 class RecordConfig:
-    env: str = "tabletop"  # tabletop, metaworld or libero
+    env: str = "tabletop"  # tabletop, metaworld, libero or maniskill
     robots: str = "all"  # comma-separated robots, or all
     tasks: str = "all"  # comma-separated tasks, or all; families of scenes by name
     episodes: int = 100  # successful episodes for each robot and each of these
@@ -119,6 +120,12 @@ def to_jpeg(pixels):
     return body.getvalue()
 
 
+def describe(maker, noise, environment):
+    """How an episode was made, in words: the tabletop's are called as ManiSkill's are."""
+    elsewhere = environment not in (None, "tabletop")
+    return f"{maker} with noise {noise}" + (f" in {environment}" if elsewhere else "")
+
+
 def record_slice(job):
     """Record episodes of a cell until enough are kept: (cell's name, seeds that failed)."""
     config, demonstrate, maker, robot, scene, seeds, wanted = job  # what a process can be sent
@@ -126,7 +133,7 @@ def record_slice(job):
     varied = {"varied": "all"} if config.env == "tabletop" else {}
     env = open_environment(config.env, robot, scene, **varied)
     cell = f"{robot}-{scene}"
-    by = f"{maker} with noise {config.noise}"
+    by = describe(maker, config.noise, config.env)
     commands = (0, 1) if env.family else (0,)
     kept = 0
     left_out = 0
@@ -158,7 +165,7 @@ def record_slice(job):
             write_episode(path, demonstration, about)
         else:
             # kept only if this run would have made it so; older episodes do not name their maker
-            made_by = f"{about.get('maker', maker)} with noise {about.get('noise')}"
+            made_by = describe(about.get("maker", maker), about.get("noise"), about.get("env"))
             if made_by != by:
                 raise UserError(f"{path} was made by {made_by}, not by {by}: choose another --out")
         kept += 1
