@@ -40,6 +40,7 @@ TARGETS = ("target0", "target1", "target2", "target3")  # ahead of two cubes, th
 STILL = 0.03  # m that whatever a command does not name may move
 CLEAR = 0.03  # m between a thing and the next, if "left" or "nearest" is to tell them apart
 RELATIONS = 0.25  # share of things that are named by where they lie
+COLORS_ALONE = 0.15  # share of what training says in which cubes are called by their colors alone
 OTHER_NAMES = {"cube": "block", "ball": "sphere", "bin": "tray"}
 
 # [task, things in the order of its roles] that no training shows
@@ -357,8 +358,21 @@ def instruct(table, command, rng, wordings="seen"):
             names[role] = name_of(table, body, rng)
         else:  # nothing has to be told from anything else
             names[role] = f"the {task.labels[role]}"
-    sentence = sentence.format(**names)
-    return vary(sentence, rng) if wordings == "seen" else sentence
+    if wordings != "seen":
+        return sentence.format(**names)
+    if rng.random() < COLORS_ALONE:
+        labels = [table.label(body) for body in table.layout] if several else task.labels.values()
+        short = pick(("{}", "the {} one"), rng)
+        names = {role: color_alone(name, labels, short) for role, name in names.items()}
+    return vary(sentence.format(**names), rng)
+
+
+def color_alone(name, labels, short):
+    """The name of a cube without its noun, if nothing else of the labels has its color: "red"."""
+    _, color, *rest = name.split()
+    alone = sum(color in label.split() for label in labels) == 1
+    cube = rest in (["cube"], ["block"])  # not one that is called by its place
+    return short.format(color) if alone and cube and color in RGBA else name
 
 
 def name_of(table, body, rng):
