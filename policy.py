@@ -583,12 +583,7 @@ class Policy(nn.Module):
         waypoint = self.waypoint_loss(intent, places, totals[2])
         weights = self.config
         loss = flow + weights.future_loss_weight * future + weights.waypoint_loss_weight * waypoint
-        return {
-            "loss": loss,
-            "flow": flow,
-            "future": future,
-            "waypoint": waypoint,
-        }
+        return {"loss": loss, "flow": flow, "future": future, "waypoint": waypoint}
 
     def waypoint_loss(self, intent, waypoints, total):
         """Mean error of where the tool will be, (B, W, 3) in deviations, read from the intent alone.

@@ -44,6 +44,16 @@ class Arm:
     dof: int  # numbers of the state that say where the hand is
 
 
+@dataclass(frozen=True)
+class Task:
+    """A task of a package: tier is its difficulty or suite; sentence is what the policy is told."""
+
+    name: str
+    tier: str
+    horizon: int  # control steps
+    sentence: str
+
+
 class PackageEnv:
     """What environments of other people's packages share: one task, told by a sentence.
 
