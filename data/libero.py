@@ -190,3 +190,6 @@ class LiberoEnv(PackageEnv):
 
     def close(self):
         self.camera.close()
+
+
+ENVIRONMENT = LiberoEnv

@@ -176,3 +176,6 @@ class ManiSkillEnv(TabletopEnv):
     def close(self):
         super().close()
         self.inner.close()
+
+
+ENVIRONMENT = ManiSkillEnv

@@ -145,6 +145,9 @@ class MetaWorldEnv(PackageEnv):
         self.camera.close()
 
 
+ENVIRONMENT = MetaWorldEnv
+
+
 def demonstrate(env, seed, noise=0.0, command=0, reset=True):
     """The package's expert, as data.expert.demonstrate: what is recorded is clean, what is done is not.
 
