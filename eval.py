@@ -312,15 +312,15 @@ TIERS = {
 }
 CONTROLS = ("no sentence", "another sentence", "no picture")
 OWN_CONTROLS = {"maniskill": ("our pictures",)}  # whose things the tabletop can draw
-# what makes an environment draw otherwise
-DRAWN = {"no picture": {"blind": True}, "our pictures": {"ours": True}}
+DRAWN = {"our pictures": {"ours": True}}  # what makes an environment draw so
 
 
 def play_task(job):
     """A rollout elsewhere, in a process of its own: (number, way, task, what came of it)."""
     number, what, config, task, way, seed = job
     module = simulator(what)
-    env = make_env(what, module.ROBOT.name, task, render=False, **DRAWN.get(way, {}))
+    drawn = {"blind": way == "no picture"} | DRAWN.get(way, {})
+    env = make_env(what, module.ROBOT.name, task, render=False, **drawn)
     instruction = None
     if way == "no sentence":
         instruction = "."
