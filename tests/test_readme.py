@@ -246,3 +246,14 @@ def test_figures_of_maniskill_come_from_the_result_file():
         low, high = (percent(end, 1) for end in figures["interval"])
         mean = f"{percent(figures['mean'], 1)} ({low} to {high})"
         assert row(text, name) == [name, *tasks, mean]
+
+
+def test_figures_of_sentences_come_from_the_result_file():
+    sentences = result("sentences.json")["sentences"]
+    before, after = sentences.values()
+    red = before["red on green, please: one cube upon the other"]
+    assert f"{percent(red['far'])}% of the places" in " ".join(RESULTS.split())
+    assert f"in {red['rows']} validation pictures" in " ".join(PAGES["docs/LOG.md"].split())
+    worse = "on {cubeB}, please, put {cubeA}"
+    said = f"rose from {percent(before[worse]['far'])}% to {percent(after[worse]['far'])}%"
+    assert said in " ".join(PAGES["docs/LOG.md"].split())
