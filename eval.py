@@ -123,9 +123,7 @@ class LiberoConfig(MetaWorldConfig):
 class ManiSkillConfig(MetaWorldConfig):
     tasks: str = "all"  # comma-separated tasks, or all six
     episodes: int = 50  # of each task
-    controls: int = (
-        10  # of each task without a sentence, with another's, without pictures, with ours
-    )
+    controls: int = 10  # of each task in each of the ways that are controls
     seed: int = FIRST_EVALUATION  # the package's seed of the first start
     weights: str = "weights/nano"  # checkpoint folder; its panda drives ManiSkill's
     out: str = ""  # result file; default out/results/maniskill.json
@@ -313,16 +311,16 @@ TIERS = {
     "maniskill": ("panda",),  # its arm
 }
 CONTROLS = ("no sentence", "another sentence", "no picture")
+OWN_CONTROLS = {"maniskill": ("our pictures",)}  # whose things the tabletop can draw
+DRAWN = {"our pictures": {"ours": True}}  # what makes an environment draw so
 
 
 def play_task(job):
     """A rollout elsewhere, in a process of its own: (number, way, task, what came of it)."""
     number, what, config, task, way, seed = job
     module = simulator(what)
-    options = {"blind": way == "no picture"}
-    if way == "our pictures":
-        options["ours"] = True
-    env = make_env(what, module.ROBOT.name, task, render=False, **options)
+    drawn = {"blind": way == "no picture"} | DRAWN.get(way, {})
+    env = make_env(what, module.ROBOT.name, task, render=False, **drawn)
     instruction = None
     if way == "no sentence":
         instruction = "."
@@ -353,9 +351,7 @@ def elsewhere(what, config):
     robots_of(blm, "all", what)
     check_chunk(config, blm)
     jobs = []
-    ways = ("told", *CONTROLS)
-    if what == "maniskill":  # whose things the tabletop can draw
-        ways += ("our pictures",)
+    ways = ("told", *CONTROLS, *OWN_CONTROLS.get(what, ()))
     for task, way in itertools.product(tasks, ways):
         episodes = config.episodes if way == "told" else config.controls
         jobs += [(what, config, task, way, config.seed + i) for i in range(episodes)]

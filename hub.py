@@ -136,8 +136,14 @@ def about_result(path):
     # kinds of evaluations differ in what they have: what is not there is not said
     if "interval" in result:
         low, high = (100 * end for end in result["interval"])
+        if "tiers" in result:  # in other people's simulators: their mean
+            success = result["mean"]
+            episodes = sum(tier["n"] for tier in result["tiers"].values())
+        else:
+            success = result["success"]
+            episodes = result["episodes"]
         said.append(
-            f"success {100 * result['success']:.1f}% of {result['episodes']} episodes in simulation "
+            f"success {100 * success:.1f}% of {episodes} episodes in simulation "
             f"(95% interval {low:.1f} to {high:.1f})"
         )
     for name, file in result.get("files", {}).items():

@@ -387,7 +387,6 @@ def load_policy(folder, vlm_config, processor):
 
 
 def load_training(folder):
-    """{stage: record} of a folder's training.json, or {}; weights/base has one bare record."""
+    """{stage: record} of a folder's training.json, or {}: a hub model has none."""
     path = Path(folder) / "training.json"
-    record = read_json(path) if path.exists() else {}  # a hub model has none
-    return {record["stage"]: record} if "stage" in record else record
+    return read_json(path) if path.exists() else {}

@@ -11,8 +11,8 @@
                                                                         velocity (B, T, A) ◄──┘
 
 With the waypoint loss a linear layer must also say, from the intent's mean, where the tool will be T,
-2 T, 3 T and 4 T steps later. It is for training alone, and no part of BLM1: what a command means shows in where the hand
-goes, seconds before it shows in a chunk.
+2 T, 3 T and 4 T steps later. It is for training alone, and no part of BLM1: what a command means
+shows in where the hand goes, seconds before it shows in a chunk.
 
 One set of weights drives several robots: only the encoders and the decoder are a robot's own.
 
@@ -583,12 +583,7 @@ class Policy(nn.Module):
         waypoint = self.waypoint_loss(intent, places, totals[2])
         weights = self.config
         loss = flow + weights.future_loss_weight * future + weights.waypoint_loss_weight * waypoint
-        return {
-            "loss": loss,
-            "flow": flow,
-            "future": future,
-            "waypoint": waypoint,
-        }
+        return {"loss": loss, "flow": flow, "future": future, "waypoint": waypoint}
 
     def waypoint_loss(self, intent, waypoints, total):
         """Mean error of where the tool will be, (B, W, 3) in deviations, read from the intent alone.

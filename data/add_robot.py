@@ -4,8 +4,8 @@
 
 Chain, limits, inertias and servos are the file's; its geoms become ellipsoids. The gripper is the
 file's own if it has two sliding fingers (data/add_gripper.py) or jaws that turn (data/add_jaws.py),
-or that of a file of its own, else the xArm-6's. Where the tasks take place follows from how far the arm reaches. What cannot be kept
-(springs, coupled joints, ...) is refused, with the reason.
+or that of a file of its own, else the xArm-6's. Where the tasks take place follows from how far the
+arm reaches. What cannot be kept (springs, coupled joints, ...) is refused, with the reason.
 
 The chain stays as MuJoCo compiled it, body by body: all poses are in the frame of the body before.
 """

@@ -44,6 +44,16 @@ class Arm:
     dof: int  # numbers of the state that say where the hand is
 
 
+@dataclass(frozen=True)
+class Task:
+    """A task of a package: tier is its difficulty or suite; sentence is what the policy is told."""
+
+    name: str
+    tier: str
+    horizon: int  # control steps
+    sentence: str
+
+
 class PackageEnv:
     """What environments of other people's packages share: one task, told by a sentence.
 
@@ -96,7 +106,7 @@ class PackageEnv:
 
 
 def simulator(environment):
-    """The module of somebody else's: its ROBOT, TASKS, HZ and PACKAGES.
+    """The module of somebody else's: its ENVIRONMENT, ROBOT, TASKS, HZ and PACKAGES.
 
     UserError if it needs packages that are not there: the tabletop does without.
     """
@@ -126,12 +136,8 @@ def cells_of(config):
 
 def open_environment(environment, robot, scene, **options):
     """One of the classes' objects; options are the tabletop's own (data/env.py)."""
-    if environment == "metaworld":
-        return simulator(environment).MetaWorldEnv(scene, **options)
-    if environment == "libero":
-        return simulator(environment).LiberoEnv(scene, **options)
-    if environment == "maniskill":
-        return simulator(environment).ManiSkillEnv(scene, **options)
+    if environment != "tabletop":
+        return simulator(environment).ENVIRONMENT(scene, **options)
     from data.env import TabletopEnv
 
     return TabletopEnv(robot, scene, **options)

@@ -13,8 +13,8 @@ A command is one of the six tasks (data/tasks.py) on some of the things that lie
 say which body stands for the task's cube, goal and so on. It is done when the task is, and nothing
 else has moved by more than 3 cm.
 
-Some combinations are kept out of all training (new_combinations.json), so that an evaluation can ask for what was
-never shown. Positions m, in the task's frame (data/tasks.py).
+Some combinations are kept out of all training (new_combinations.json), so that an evaluation can ask
+for what was never shown. Positions m, in the task's frame (data/tasks.py).
 """
 
 import json

@@ -18,7 +18,7 @@ import numpy as np
 
 from data import seeds
 from data.env import IMAGE_SIZE
-from data.environments import Arm, PackageEnv
+from data.environments import Arm, PackageEnv, Task
 from data.simulator import Camera, coarsen
 from embodiment import Embodiment
 from files import reading
@@ -48,14 +48,8 @@ CELL = 0.004  # m: what is drawn has no smaller triangles than this; a front pix
 
 
 @dataclass(frozen=True)
-class Task:
-    """Its suite, the steps that it has, and what the policy is told; files: the package's names."""
-
-    name: str
-    tier: str
-    horizon: int
-    sentence: str
-    files: tuple
+class LiberoTask(Task):
+    files: tuple  # the package's names
 
 
 ROBOT = Arm("libero_panda", "Panda in LIBERO", 3)
@@ -78,7 +72,7 @@ def read_tasks():
             name = f"{suite}-{number}"
             # the sentence in the task's own file differs: published ones are made of its name
             files = (row.problem_folder, row.bddl_file, row.init_states_file)
-            tasks[name] = Task(name, suite, horizon, row.language, files)
+            tasks[name] = LiberoTask(name, suite, horizon, row.language, files)
     return tasks
 
 
@@ -196,3 +190,6 @@ class LiberoEnv(PackageEnv):
 
     def close(self):
         self.camera.close()
+
+
+ENVIRONMENT = LiberoEnv

@@ -9,13 +9,12 @@ Ours: cameras, sentences, 200 control steps. Needs `pip install --no-deps -r
 requirements-maniskill.txt`, and a Vulkan device even where nothing is drawn: docs/MANISKILL.md.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from data import tasks
 from data.demonstrations import FRAME_STRIDE
 from data.env import IMAGE_SIZE, TabletopEnv
+from data.environments import Task
 from data.robots import get_robot
 from data.seeds import FIRST_EVALUATION
 from data.simulator import mujoco
@@ -48,16 +47,6 @@ NAMES = {
 # what the package's finger target of -1 and of 1 mean, m
 FINGER_LOW = -0.01
 FINGER_HIGH = 0.04
-
-
-@dataclass(frozen=True)
-class Task:
-    """A row of eval.py; sentence: what an episode of another task is told in a control."""
-
-    name: str
-    tier: str
-    horizon: int
-    sentence: str
 
 
 TASKS = {
@@ -187,3 +176,6 @@ class ManiSkillEnv(TabletopEnv):
     def close(self):
         super().close()
         self.inner.close()
+
+
+ENVIRONMENT = ManiSkillEnv

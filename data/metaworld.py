@@ -11,14 +11,13 @@ An episode is done at its first step of success. Needs `pip install --no-deps -r
 
 import json
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data import seeds
 from data.env import IMAGE_SIZE
-from data.environments import Arm, PackageEnv
+from data.environments import Arm, PackageEnv, Task
 from data.expert import Demonstration
 from data.simulator import Camera, mujoco
 from embodiment import Embodiment
@@ -43,16 +42,6 @@ NOISE_SCALE = 20
 # that never rests keeps the hand from turning a dial (165 steps instead of 78) or a lock.
 BURST = 10
 REST = 20
-
-
-@dataclass(frozen=True)
-class Task:
-    """A row of metaworld.json: its difficulty, the steps that it has, and what the policy is told."""
-
-    name: str
-    tier: str
-    horizon: int
-    sentence: str
 
 
 ROBOT = Arm("sawyer", "Sawyer in Meta-World", 3)
@@ -154,6 +143,9 @@ class MetaWorldEnv(PackageEnv):
 
     def close(self):
         self.camera.close()
+
+
+ENVIRONMENT = MetaWorldEnv
 
 
 def demonstrate(env, seed, noise=0.0, command=0, reset=True):

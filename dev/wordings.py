@@ -11,12 +11,13 @@ Each model places what a command names in the same validation scenes of nano/com
 
 Printed and written to --out: the share of patches with the right role, how far the places of what
 moves and of where it goes are off (px of the front picture), and the share that is off by more than
-FAR. Things are named by their colors. The heads that say it are those of the model's training.
+FAR; then the sentences that are understood worst. Things are named by their colors. The heads that
+say it are those of the model's training.
 """
 
 import shlex
 import sys
-from collections import Counter
+from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from data.families import FAMILIES
 from data.tasks import TASKS
 from files import write_json
 from nano.commands import Commands
-from nano.grounding import Grounding, pixels_between
+from nano.grounding import PATCH, Grounding
 from nano.train import STAGES
 from processor import Processor
 from tables import print_table
@@ -40,32 +41,43 @@ from vlm import VLM
 KINDS = ("seen", "held_out", "off_template", ".")
 FAR = 4.0  # px
 ROWS = 32  # of a batch
+WORST = 8  # sentences that are printed
 
 
-def sentence(record, command, kind, rng):
-    """A command of a record in wordings of a kind."""
+def wording(record, command, kind, rng):
+    """What a command of a record can be told in: a sentence of a kind, with {roles} for things."""
     if kind == ".":
         return kind
     task = TASKS[command["task"]]
-    choices = task.sentences(kind, record["scene"] in FAMILIES)
     if kind == "seen":
-        choices = [words.expand(pattern, rng) for pattern in words.PATTERNS[task.name]]
+        return words.expand(words.pick(words.PATTERNS[task.name], rng), rng)
+    choices = task.sentences(kind, record["scene"] in FAMILIES)
+    return words.pick(choices, rng)
+
+
+def sentence(command, text):
+    """A wording of a command with its things in it."""
+    task = TASKS[command["task"]]
     names = dict(zip(task.labels, (f"the {thing}" for thing in command["things"])))
     # the marker of a task that has its table to itself is no thing of the command
     names = {role: f"the {label}" for role, label in task.labels.items()} | names
-    return words.pick(choices, rng).format(**names)
+    return text.format(**names)
 
 
 @torch.no_grad()
 def measure(folder, source, layer):
-    """{"role", "px", "far"} of a model on the rows of a Commands source, its heads' blocks up to `layer`."""
+    """How well a model reads the rows of a Commands source, its heads' blocks up to `layer`.
+
+    The share of patches with the right role, and how far what moves and where it goes are off, px
+    (n, 2), NaN where nothing goes anywhere.
+    """
     processor = Processor.from_pretrained(folder)
     model = VLM.from_pretrained(folder).eval()
     heads = Grounding(model.config, processor.tokenizer, layer, pictures_only=True)
     heads.load(load_file(Path(folder) / "heads.safetensors"))
     config = replace(STAGES["look"], intent_layer=layer)
-    sums = Counter()
-    counts = Counter()
+    hits = []
+    errors = []
     for start in range(0, len(source), ROWS):
         index = range(start, min(start + ROWS, len(source)))
         rows = [train_sft.read_row(source, i, None, config) for i in index]
@@ -73,12 +85,16 @@ def measure(folder, source, layer):
         out, _ = train_sft.forward(model, heads, batch)
         roles, places = heads.read_commands(out, batch)
         meant = batch["patch_role"] > 0
-        hit = roles.argmax(1) == batch["patch_role"]
-        px = pixels_between(places, batch["command_place"])
-        for name, values in (("role", hit[meant]), ("px", px), ("far", px > FAR)):
-            sums[name] += float(values.sum())
-            counts[name] += len(values)
-    return {name: round(sums[name] / counts[name], 4) for name in sums}
+        hits.append((roles.argmax(1) == batch["patch_role"])[meant])
+        ways = places[..., :2] - batch["command_place"][..., :2]
+        errors.append(PATCH * ways.norm(dim=-1))
+    return float(torch.cat(hits).float().mean()), torch.cat(errors).numpy()
+
+
+def figures(px):
+    """{"px", "far"} of errors (n, 2): their mean, and the share above FAR."""
+    known = px[np.isfinite(px)]
+    return {"px": round(float(known.mean()), 4), "far": round(float((known > FAR).mean()), 4)}
 
 
 @dataclass
@@ -93,24 +109,43 @@ def main():
     config = parse(WordingsConfig, description=__doc__.splitlines()[0])
     source = Commands(config.commands, "val")
     results = {folder: {} for folder in config.models.split(",")}
+    sentences = {folder: {} for folder in results}
     for kind in KINDS:
+        rows = defaultdict(list)  # of each sentence
         for i, record in enumerate(source.records):
             rng = np.random.default_rng([i, KINDS.index(kind)])
-            for command in record["commands"]:
-                command["instruction"] = sentence(record, command, kind, rng)
+            for number, command in enumerate(record["commands"]):
+                text = wording(record, command, kind, rng)
+                command["instruction"] = sentence(command, text)
+                if number == i % len(record["commands"]):  # the one that the row asks for
+                    rows[text].append(i)
         for folder, kinds in results.items():
-            kinds[kind] = measure(folder, source, config.intent_layer)
+            role, px = measure(folder, source, config.intent_layer)
+            kinds[kind] = {"role": round(role, 4), **figures(px)}
+            if kind in ("held_out", "off_template"):
+                for text, own in rows.items():
+                    sentences[folder][text] = {"rows": len(own), **figures(px[own])}
     lines = []
     for folder, kinds in results.items():
         for kind, row in kinds.items():
-            figures = (f"{100 * row['role']:.1f}", f"{row['px']:.2f}", f"{100 * row['far']:.1f}")
-            lines.append([folder, kind, *figures])
+            texts = (f"{100 * row['role']:.1f}", f"{row['px']:.2f}", f"{100 * row['far']:.1f}")
+            lines.append([folder, kind, *texts])
     print_table(["model", "told", "roles right, %", "px off", f"more than {FAR:.0f} px, %"], lines)
-    result = {"scenes": len(source), "models": results, "config": asdict(config)}
-    write_json(
-        config.out,
-        result | {"command": shlex.join(["python", "-m", "dev.wordings", *sys.argv[1:]])},
-    )
+    lines = []
+    for folder, rows in sentences.items():
+        worst = sorted(rows, key=lambda text: -rows[text]["far"])[:WORST]
+        for text in worst:
+            row = rows[text]
+            lines.append([folder, text, row["rows"], f"{row['px']:.1f}", f"{100 * row['far']:.0f}"])
+    print_table(["model", "sentence", "rows", "px off", f"more than {FAR:.0f} px, %"], lines)
+    result = {
+        "scenes": len(source),
+        "models": results,
+        "sentences": sentences,
+        "config": asdict(config),
+        "command": shlex.join(["python", "-m", "dev.wordings", *sys.argv[1:]]),
+    }
+    write_json(config.out, result)
 
 
 if __name__ == "__main__":

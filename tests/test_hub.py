@@ -184,6 +184,15 @@ def test_the_card_of_the_shipped_weights_quotes_the_files():
     assert len(card.split("```")[1].strip().splitlines()) == 4  # python, and three lines
 
 
+def test_a_card_quotes_what_was_measured_elsewhere():
+    path = ROOT / "results" / "maniskill-transferred.json"
+    result = json.loads(path.read_text())
+    said = hub.about_result(path)
+    episodes = sum(task["episodes"] for task in result["tasks"].values())
+    assert f"**maniskill**: success {100 * result['mean']:.1f}% of {episodes} episodes" in said
+    assert result["command"] in said
+
+
 def row_of(card, name, number):
     """Cells of a row: the number-th that begins so."""
     rows = [line for line in card.splitlines() if line.startswith(f"| {name} |")]

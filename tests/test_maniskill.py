@@ -151,7 +151,7 @@ class Still:
     def require_policy(self):
         return self.policy
 
-    def act(self, observation, robot, temperature, seed):
+    def act(self, observation, robot):
         self.told.append((observation["instruction"], observation["images"]["front"]))
         return np.tile(observation["state"][:8], (16, 1))
 

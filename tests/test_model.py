@@ -194,8 +194,10 @@ def test_a_language_model_alone_answers_but_does_not_act(tmp_path):
 
 def test_stages_keep_their_records(tmp_path):
     assert load_training(tmp_path) == {}
-    (tmp_path / "training.json").write_text('{"stage": "sft", "step": 5}')
+    (tmp_path / "training.json").write_text('{"sft": {"stage": "sft", "step": 5}}')
     assert load_training(tmp_path) == {"sft": {"stage": "sft", "step": 5}}
+    # the starting point of people's own questions says how it was made too
+    assert load_training(ROOT / "weights" / "base")["sft"]["stage"] == "sft"
 
 
 def test_the_order_of_robots_in_the_file_does_not_matter(good, folder):

@@ -232,3 +232,28 @@ def test_digital_figures_come_from_the_result_file():
         assert percent(found[who], 1) in means
     for rates in found["retention"].values():
         assert " | ".join(map(percent, rates.values())) in RESULTS
+
+
+def test_figures_of_maniskill_come_from_the_result_file():
+    found = result("maniskill-transferred.json")
+    text = PAGES["docs/MANISKILL.md"]
+    ways = {"as it is": found, 'told "."': found["controls"]["no sentence"]}
+    ways["told another task's sentence"] = found["controls"]["another sentence"]
+    ways["noise for pictures"] = found["controls"]["no picture"]
+    ways["our pictures of ManiSkill's state"] = found["controls"]["our pictures"]
+    for name, figures in ways.items():
+        tasks = [percent(figures["tasks"][task]["success"]) for task in TASKS]
+        low, high = (percent(end, 1) for end in figures["interval"])
+        mean = f"{percent(figures['mean'], 1)} ({low} to {high})"
+        assert row(text, name) == [name, *tasks, mean]
+
+
+def test_figures_of_sentences_come_from_the_result_file():
+    sentences = result("sentences.json")["sentences"]
+    before, after = sentences.values()
+    red = before["red on green, please: one cube upon the other"]
+    assert f"{percent(red['far'])}% of the places" in " ".join(RESULTS.split())
+    assert f"in {red['rows']} validation pictures" in " ".join(PAGES["docs/LOG.md"].split())
+    worse = "on {cubeB}, please, put {cubeA}"
+    said = f"rose from {percent(before[worse]['far'])}% to {percent(after[worse]['far'])}%"
+    assert said in " ".join(PAGES["docs/LOG.md"].split())
