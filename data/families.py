@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from data.tasks import PEG_RADIUS, RGBA, TASKS, reachable
-from data.words import PATTERNS, SHARE, expand, pick, vary
+from data.words import PATTERNS, SHARE, expand, interrupt, pick, vary
 
 BIN_COLORS = ("white", "red", "green", "yellow", "purple")
 BALL_COLORS = ("blue", "red", "green", "yellow", "orange")
@@ -360,6 +360,7 @@ def instruct(table, command, rng, wordings="seen"):
             names[role] = f"the {task.labels[role]}"
     if wordings != "seen":
         return sentence.format(**names)
+    sentence = interrupt(sentence, rng)
     if rng.random() < COLORS_ALONE:
         labels = [table.label(body) for body in table.layout] if several else task.labels.values()
         short = pick(("{}", "the {} one"), rng)

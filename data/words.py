@@ -2,8 +2,8 @@
 
 A policy that was told each command in forty sentences did 74% of commands in those, and 60% in others
 (results/told-text-first.json). So most of what it is told in training is drawn from patterns.json: of
-[a|b|c] one is taken, and things stand for {roles}. Now and then something is said before or behind it,
-or a letter is missing.
+[a|b|c] one is taken, and things stand for {roles}. Now and then something is said before, behind or
+in the middle of it, or a letter is missing.
 """
 
 import json
@@ -12,11 +12,13 @@ from pathlib import Path
 
 PATTERNS = json.loads((Path(__file__).parent / "patterns.json").read_text())
 BEFORE = PATTERNS.pop("before")
+BETWEEN = PATTERNS.pop("between")
 AFTER = PATTERNS.pop("after")
 SHARE = 2 / 3  # of what is said by a pattern, not by a sentence of wordings.json
-ASIDE = 0.2  # share with something said before it, and behind it
+ASIDE = 0.2  # share with something said before it, behind it, and after one of its things
 TYPO = 0.1  # share with a letter missing, or two of them swapped
 CHOICE = re.compile(r"\[([^][]*)\]")
+ROLE = re.compile(r"\{\w+\}(?=[ ,:;])")  # with more to come
 
 
 def pick(choices, rng):
@@ -30,6 +32,16 @@ def expand(pattern, rng):
         pattern = pattern[: choice.start()] + words + pattern[choice.end() :]
     # an empty choice leaves two spaces, and a comma has none before it
     return " ".join(pattern.split()).replace(" ,", ",")
+
+
+def interrupt(sentence, rng):
+    """Now and then with an aside after one of its {roles}: "on {cubeB}, please, put {cubeA}"."""
+    roles = list(ROLE.finditer(sentence))
+    if not roles or rng.random() > ASIDE:
+        return sentence
+    end = pick(roles, rng).end()
+    comma = "," if sentence[end] == " " else ""
+    return f"{sentence[:end]}, {pick(BETWEEN, rng)}{comma}{sentence[end:]}"
 
 
 def misspell(sentence, rng):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data.tasks import TASKS
-from data.words import AFTER, BEFORE, PATTERNS, expand, misspell, vary
+from data.words import AFTER, BEFORE, BETWEEN, PATTERNS, expand, interrupt, misspell, vary
 from dev import wordings
 
 SLOT = re.compile(r"\{(\w+)\}")
@@ -38,6 +38,8 @@ def test_patterns_cannot_say_what_is_kept_for_evaluation(task):
     for sentence in (*known.held_out, *known.held_out_commands, *known.off_template_commands):
         for role, label in known.labels.items():
             sentence = sentence.replace(f"the {label}", f"{{{role}}}")
+        for aside in BETWEEN:  # with and without what interrupt() adds
+            sentence = sentence.replace(f"}}, {aside}", "}")
         sentence = re.escape(sentence.replace(" ", ""))
         for pattern in PATTERNS[task]:
             assert not re.fullmatch(as_regex(pattern), re.sub(r"\\(.)", r"\1", sentence))
@@ -55,6 +57,20 @@ def test_a_task_is_told_in_hundreds_of_ways():
     for task, patterns in PATTERNS.items():
         said = {expand(pattern, rng) for pattern in patterns for _ in range(200)}
         assert len(said) > 500, task
+
+
+def test_an_aside_follows_one_of_the_things():
+    rng = np.random.default_rng(6)
+    for sentence in ("on {cubeB} put {cubeA}", "on {cubeB}, put {cubeA}", "{cubeA}: on {cubeB}"):
+        said = {interrupt(sentence, rng) for _ in range(300)}
+        assert len(said) == 1 + len(BETWEEN) and sentence in said
+        for text in said - {sentence}:
+            aside = text[text.index("}, ") + 3 :].split(",")[0].split(":")[0]
+            assert aside in BETWEEN
+    assert "on {cubeB}, please, put {cubeA}" in {
+        interrupt("on {cubeB} put {cubeA}", rng) for _ in range(300)
+    }
+    assert interrupt("stand the peg up", rng) == "stand the peg up"
 
 
 def test_a_slip_changes_one_word_by_a_letter():
