@@ -30,8 +30,8 @@ def expand(pattern, rng):
     while choice := CHOICE.search(pattern):
         words = pick(choice[1].split("|"), rng)
         pattern = pattern[: choice.start()] + words + pattern[choice.end() :]
-    # an empty choice leaves two spaces, and a comma has none before it
-    return " ".join(pattern.split()).replace(" ,", ",")
+    # an empty choice leaves two spaces, and stops have none before them
+    return re.sub(r" +([,?])", r"\1", " ".join(pattern.split()))
 
 
 def interrupt(sentence, rng):
@@ -59,12 +59,12 @@ def misspell(sentence, rng):
     return " ".join(words)
 
 
-def vary(sentence, rng):
+def vary(sentence, rng, before=BEFORE, after=AFTER):
     """Now and then with an aside, or not quite right, as people write."""
     if rng.random() < ASIDE:
-        sentence = f"{pick(BEFORE, rng)} {sentence}"
+        sentence = f"{pick(before, rng)} {sentence}"
     if rng.random() < ASIDE and sentence[-1] not in "?.!":
-        sentence += pick(AFTER, rng)
+        sentence += pick(after, rng)
     if rng.random() < TYPO:
         sentence = misspell(sentence, rng)
     if rng.random() < TYPO:

@@ -20,11 +20,14 @@ of words and things that do not matter.
 
 import json
 import math
+import re
 from collections import Counter
 from itertools import permutations
 from pathlib import Path
 
 import numpy as np
+
+from data.words import SHARE, expand, pick, vary
 
 HERE = Path(__file__).parent
 DATA = json.loads((HERE / "questions.json").read_text())
@@ -33,6 +36,8 @@ WORDINGS = {  # {name: {"seen": [...], "held_out": [...], "off_template": [...]}
     name: {**wordings, "off_template": OFF_TEMPLATE[name]}
     for name, wordings in DATA["wordings"].items()
 }
+PATTERNS = json.loads((HERE / "question_patterns.json").read_text())
+ASIDES = PATTERNS.pop("before"), PATTERNS.pop("after")
 STEPS = DATA["steps"]  # {name of the expert's step: what people call it}
 CAUSES = DATA["causes"]  # {what can go wrong: its text, tasks, steps that go astray}
 COLORS = DATA["things"]  # {label: color or None}, all that can be named; weights rest on the order
@@ -42,6 +47,25 @@ LETTERS = "ABCDEF"  # of options
 HUES = 7  # colors of things, and of cubes
 ENDS = {"nearest to": (0, 1), "farthest from": (-1, -2)}  # who lies there, and who might
 ALWAYS = math.inf  # ahead: a robot or a task has one answer, and as many scenes as the others
+
+
+def bare(text):
+    """Its letters alone: what says the same but for spaces, slots and stops."""
+    return re.sub("[^a-z]", "", text.lower())
+
+
+KEPT = {  # for evaluation
+    name: {bare(text) for text in wordings["held_out"] + wordings["off_template"]}
+    for name, wordings in WORDINGS.items()
+}
+
+
+def draw_pattern(name, rng):
+    """A sentence of the patterns of WORDINGS[name], with its slots, that no evaluation asks."""
+    while True:
+        text = expand(pick(PATTERNS[name], rng), rng)
+        if bare(text) not in KEPT[name]:
+            return vary(text, rng, *ASIDES)
 
 
 def plan_of(names, label):
@@ -130,6 +154,8 @@ class Asker:
                 return
             given[answer] += 1
         text = self.pick(WORDINGS[name][self.wordings])
+        if self.wordings == "seen" and self.rng.random() < SHARE:
+            text = draw_pattern(name, self.rng)
         text = text.format(*words).replace(" a orange", " an orange")
         question = {
             "question": text,

@@ -7,7 +7,17 @@ from collections import Counter
 import numpy as np
 
 from data.tasks import TASKS
-from nano.questions import CATEGORIES, COLORS, WORDINGS, Asker, equalise
+from nano.questions import (
+    CATEGORIES,
+    COLORS,
+    KEPT,
+    PATTERNS,
+    WORDINGS,
+    Asker,
+    bare,
+    draw_pattern,
+    equalise,
+)
 
 
 def test_every_question_has_ten_wordings_of_one_meaning():
@@ -80,12 +90,29 @@ def test_held_out_wordings_are_never_asked_in_training():
             assert question["held_out"] == (wordings != "seen")
             asked.add(question["question"])
         texts.append(asked)
-    assert [len(asked) for asked in texts] == [8, 2, 14]
-    assert len(set.union(*texts)) == 24
+    seen, held_out, off_template = texts
+    assert len(seen) > 30 and len(held_out) == 2 and len(off_template) == 14
+    assert len(set.union(*texts)) == len(seen) + 16
 
 
 def slots(text):
     return sum(field is not None for _, field, *_ in string.Formatter().parse(text))
+
+
+def test_patterns_ask_the_same_in_hundreds_of_ways_and_never_as_evaluations_do():
+    assert set(PATTERNS) == set(WORDINGS)
+    rng = np.random.default_rng(1)
+    for name, wordings in WORDINGS.items():
+        number = slots(wordings["seen"][0])
+        words = [f"thing {i}" for i in range(number)]
+        drawn = {draw_pattern(name, rng) for _ in range(1000)}
+        asked = {text.format(*words) for text in drawn}
+        assert len(asked) > 500, name
+        for text in asked:
+            assert not set("[]|{}") & set(text) and "  " not in text and " ?" not in text
+            assert all(word in text for word in words), text
+        kept = {bare(text) for text in wordings["held_out"] + wordings["off_template"]}
+        assert kept == KEPT[name] and not kept & set(map(bare, drawn))
 
 
 def test_questions_off_the_templates_are_many_and_ask_the_same():
