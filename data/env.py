@@ -267,7 +267,7 @@ class TabletopEnv:
         noise = rng.normal(0, INITIAL_NOISE, self.robot.dof)
         rest = [*(self.robot.home + noise), self.robot.travel]
         self.set_arm(self.robot.clip(rest))
-        mujoco.mj_forward(self.model, self.data)
+        self.forward()
 
     def give(self, number):
         """From now on it is this one of the scene's commands that counts."""
@@ -422,6 +422,10 @@ class TabletopEnv:
             joint = self.data.joint(body.jntadr[0])
             joint.qpos[:] = [*position, *quat]
             joint.qvel[:] = 0
+
+    def forward(self):
+        """Work out where everything is, after joints or bodies were put somewhere by hand."""
+        mujoco.mj_forward(self.model, self.data)
 
     def set_arm(self, targets):
         """Joints rad and both fingers m (A,) there at once, servos holding."""

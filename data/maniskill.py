@@ -128,6 +128,19 @@ class ManiSkillEnv(TabletopEnv):
                 self.data.joint(body.jntadr[0]).qpos[:] = pose
         mujoco.mj_forward(self.model, self.data)
 
+    def forward(self):
+        """Ours were put somewhere by hand: so are ManiSkill's, at rest."""
+        super().forward()
+        joints = self.data.qpos[: len(self.joints())]
+        self.hand.set_qpos(joints)
+        self.hand.set_qvel(np.zeros_like(joints))
+        for name in NAMES[self.scene]:
+            body = self.model.body(name)
+            if body.mocapid[0] < 0:  # the others never move
+                pose = self.data.joint(body.jntadr[0]).qpos
+                self.actor(name).set_pose(sapien.Pose(pose[:3], pose[3:]))
+        self.done = bool(self.inner.evaluate()["success"])
+
     def actor(self, name):
         """The package's object for a body of ours."""
         return getattr(self.inner, NAMES[self.scene][name])
@@ -151,12 +164,15 @@ class ManiSkillEnv(TabletopEnv):
         self.seen = observation["images"]
         return observation
 
-    def draw(self, view, size=IMAGE_SIZE, pretty=False):
-        """(size, size, 3) uint8 of a camera of ours: "front", "wrist", or "render" for people."""
+    def draw(self, view, size=IMAGE_SIZE, pretty=False, segmentation=False):
+        """(size, size, 3) uint8 of a camera of ours: "front", "wrist", or "render" for people.
+
+        segmentation: (size, size) what stands where, which our own picture says.
+        """
+        if segmentation or self.ours:
+            return super().draw(view, size, pretty=pretty, segmentation=segmentation)
         if self.blind:
             return self.sensor.integers(0, 256, (size, size, 3), np.uint8)
-        if self.ours:
-            return super().draw(view, size, pretty=pretty)
         if size not in self.cameras:
             self.cameras[size] = self.scene_of_pictures.add_camera(
                 f"ours {size}", size, size, fovy=1.0, near=0.01, far=100.0

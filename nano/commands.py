@@ -1,6 +1,7 @@
 """nano's pictures for acting: scenes with commands, and which patches show what each command means.
 
     python -m nano.commands --scenes 24000 --workers 2        writes out/corpus/commands in about 10 minutes
+    python -m nano.commands --env maniskill                   writes out/corpus/maniskill
     python -m nano.commands --env metaworld                   writes out/corpus/metaworld (metaworld.py)
 
 A policy reads a command and two pictures, and no answer is ever written there. So these rows have
@@ -25,11 +26,12 @@ import itertools
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from cli import parse, run
+from cli import choose, parse, run
 from data import seeds
 from data.conversations import Row
 from data.env import VIEWS
@@ -38,7 +40,6 @@ from data.expert import Infeasible, control_steps
 from data.families import FAMILIES, instruct
 from data.media import load_image
 from data.robots import ROBOTS
-from data.simulator import mujoco
 from data.tasks import MAX_STEPS, RGBA, TASKS
 from nano.command_questions import Asker
 from nano.scenes import (
@@ -58,6 +59,7 @@ SHARD = 100  # scenes of one job
 MOMENTS = 3  # pictures of one attempt of the expert
 ASKED = 4  # commands of a scene, at most
 SCENES = [*TASKS, *FAMILIES]
+WORLDS = ("tabletop", "maniskill", "metaworld")  # that it can show
 
 
 @dataclass
@@ -65,7 +67,7 @@ class CommandsConfig:
     scenes: int = 24000  # pairs of pictures, spread over all robots, tasks and families
     seed: int = 0  # first layout seed
     workers: int = 2  # processes
-    env: str = "tabletop"  # or metaworld
+    env: str = "tabletop"  # or maniskill or metaworld: one of WORLDS
     out: str = ""  # folder; empty: out/corpus/commands, or out/corpus/ and the env
 
 
@@ -117,7 +119,7 @@ def moments(env, seed, rng):
     for t in [*rng.integers(last, size=MOMENTS - 1), last]:
         env.data.qpos[:] = path[t]
         env.data.qvel[:] = 0
-        mujoco.mj_forward(env.model, env.data)
+        env.forward()
         yield
 
 
@@ -168,13 +170,17 @@ def scenes_of(env, seed):
 # ---- files
 
 
-def make_shard(job):
-    if job[1] in ROBOTS:
-        # looks, camera and spare cubes vary as in the demonstrations that a policy learns from
-        return fill_shard(job, scenes_of, varied="all")
-    from nano import metaworld  # packages that the tabletop does without
+def make_shard(env, job):
+    match env:
+        case "tabletop":
+            # looks, camera and spare cubes vary as in the demonstrations that a policy learns from
+            return fill_shard(job, scenes_of, varied="all")
+        case "maniskill":
+            return fill_shard(job, scenes_of, env)
+        case "metaworld":
+            from nano import metaworld  # packages that the others do without
 
-    return fill_shard(job, metaworld.scenes_of, "metaworld")
+            return fill_shard(job, metaworld.scenes_of, env)
 
 
 def jobs_of(config):
@@ -217,7 +223,8 @@ def questions_of(records):
 
 
 def make(config):
-    render(config, jobs_of(config), make_shard, join, config.env)
+    choose(config.env, WORLDS, "env")
+    render(config, jobs_of(config), partial(make_shard, config.env), join, config.env)
 
 
 @dataclass

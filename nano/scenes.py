@@ -56,7 +56,6 @@ from data.expert import (
 )
 from data.families import BALL_COLORS, BIN_COLORS
 from data.robots import ROBOTS, get_kinematics, get_robot
-from data.simulator import mujoco
 from data.tasks import RGBA, TASKS
 from files import atomic, read_json, reading, write_json
 from jobs import run_jobs
@@ -185,7 +184,7 @@ def picture(env, seed, rng, asker):
     own = sum("cube" in label for label in bodies)
     add_cubes(env, bodies, rng)
     # positions of bodies follow from qpos only now
-    mujoco.mj_forward(env.model, env.data)
+    env.forward()
     pose_arm(env, bodies, rng)
     views = VIEWS if rng.random() < 0.7 else VIEWS[:1]  # the front alone is what clips show
     things = dict(zip(bodies.values(), bodies))
@@ -249,7 +248,7 @@ def pose_arm(env, bodies, rng):
         if qpos is not None:
             env.set_arm([*qpos, finger])
             break
-    mujoco.mj_forward(env.model, env.data)
+    env.forward()
 
 
 def beside(rng):
@@ -362,7 +361,7 @@ def replay(env, qpos, bodies):
     """What `look` sees from the front at a moment of an attempt."""
     env.data.qpos[:] = qpos
     env.data.qvel[:] = 0
-    mujoco.mj_forward(env.model, env.data)
+    env.forward()
     return look(env, "front", bodies)
 
 

@@ -11,8 +11,8 @@
 
 Rows, losses and loop are those of train_sft.py, with scenes.py's pictures, instructions.py's
 replay and grounding.py's heads; all are made if they are not there. --mixture can add the scenes of
-commands.py, from which a policy learns to listen (runs/listen.sh), and with metaworld those of
-another world, for blocks that have never seen it (docs/METAWORLD.md).
+commands.py, from which a policy learns to listen (runs/listen.sh), and with maniskill or metaworld those
+of another world, for blocks that have never seen it (docs/MANISKILL.md, docs/METAWORLD.md).
 """
 
 import dataclasses
@@ -69,9 +69,10 @@ class StageConfig(RunConfig):
     checkpointing = False
 
 
-SOURCES = ("scenes", "commands", "command_questions", "metaworld", "instructions")
 # of sources with commands, the world that they show
-WORLDS = {"commands": "tabletop", "command_questions": "tabletop", "metaworld": "metaworld"}
+WORLDS = {name: name for name in commands.WORLDS[1:]}
+WORLDS |= {"commands": "tabletop", "command_questions": "tabletop"}
+SOURCES = ("scenes", "instructions", *WORLDS)
 SIMPLE = "attribute,existence,point,box"
 YOUNG = StageConfig(categories=SIMPLE, questions=8, blind=0.05, lr=4e-3, frozen_blocks=0)
 YOUNG.eval_every = 300
@@ -123,12 +124,12 @@ def open_source(name, cfg):
         case "scenes":
             kinds = (cfg.categories, cfg.questions, cfg.blind, cfg.pictures_only)
             return Scenes(cfg.scenes, "train", *kinds)
-        case "commands" | "metaworld":
-            return Commands(folder_in(cfg.scenes, WORLDS[name]))
-        case "command_questions":
-            return CommandQuestions(folder_in(cfg.scenes, WORLDS[name]))
         case "instructions":
             return Conversations(Path(cfg.instructions) / "train.jsonl")
+        case "command_questions":
+            return CommandQuestions(folder_in(cfg.scenes, WORLDS[name]))
+        case _:
+            return Commands(folder_in(cfg.scenes, WORLDS[name]))
 
 
 def open_sources(cfg):
