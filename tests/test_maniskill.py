@@ -14,6 +14,7 @@ from data import record
 from data.expert import demonstrate
 from data.seeds import FIRST_EVALUATION
 from data.tasks import TASKS
+from nano import commands
 
 
 def test_a_missing_package_is_one_line_that_says_what_to_install(monkeypatch):
@@ -136,6 +137,31 @@ def test_a_demonstration_is_an_episode_with_pictures_at_every_fourth_step(
         UserError, match="with noise 0.015 in maniskill, not by expert with noise 0.015"
     ):
         record.record(config)
+
+
+def test_things_that_are_put_somewhere_by_hand_are_drawn_there(env):
+    env.reset(8)
+    env.place("cube", (0.05, 0.08, 0.3))
+    env.forward()
+    assert np.allclose(env.inner.cube.pose.p[0].numpy(), (0.05, 0.08, 0.3), atol=1e-6)
+    assert not env.succeeded()
+    env.place("cube", env.position("goal"))
+    env.forward()
+    assert env.succeeded()  # judged where they are now
+
+
+def test_scenes_with_commands_show_what_they_mean(env):
+    for record in commands.scenes_of(env, 1):
+        assert [image.shape for image in record["images"]] == [(128, 128, 3)] * 2
+        (command,) = record["commands"]
+        assert command["task"] == "PickCube" and command["things"] == ["red cube", "green marker"]
+        shown = red(record["images"][0], 130)
+        if len(shown) > 40:  # not where the hand hides it
+            x, y, _ = command["places"][0]
+            assert np.linalg.norm(np.median(shown, axis=0) - (y, x)) < 8
+            # patches are 16 pixels wide, eight of them a row
+            row, column = (np.median(shown, axis=0) // 16).astype(int)
+            assert command["roles"][0][8 * row + column] in "BC"
 
 
 class Still:
