@@ -1,21 +1,22 @@
 """The sizes of a VLM, the rule for reading a folder of weights, and the writing of one.
 
-A folder holds config.json, maybe generation_config.json, and model.safetensors (or shards and
-their index). Only safetensors are read, and weights/nano is such a folder too. Which transformers
-wrote what of Qwen2.5-VL:
+A folder holds config.json, sometimes generation_config.json, and model.safetensors (or shards and
+their index). Only safetensors are read. weights/nano is such a folder too. What each version of
+transformers writes for Qwen2.5-VL:
 
-    4.49 to 4.51   config.json flat; the ViT's fields that equal the class's defaults left out;
-                   tensors visual.*, model.*, lm_head.*, as on the hub, as we write them
-    4.52 to 4.56   the text's fields again in text_config, with nulls beside the top level's values;
-                   raw state dicts (FSDP, ZeRO, verl): model.visual.*, model.language_model.*
-    4.57 to 5.24   text_config alone, rope_scaling called rope_parameters and rope_theta in it
-    others         language_model.model.*, language_model.lm_head.*; rotary inv_freq among the tensors
+    4.49 to 4.51   config.json is flat; fields of the ViT that equal the class defaults are left
+                   out; tensors visual.*, model.*, lm_head.*, as on the hub and as we write them
+    4.52 to 4.56   the text fields are repeated in text_config, which can hold nulls where the top
+                   level has values; raw state dicts (FSDP, ZeRO, verl) have model.visual.* and
+                   model.language_model.*
+    4.57 to 5.24   text_config only; rope_scaling is called rope_parameters and contains rope_theta
+    others         language_model.model.*, language_model.lm_head.*; some also hold rotary inv_freq
 
-Qwen3-VL has always had text_config alone, model.visual.* and model.language_model.*, which is also
-how we write it; rope_scaling and rope_theta moved as above. The hub's has its dtype in text_config.
+Qwen3-VL has always had text_config only, model.visual.* and model.language_model.*, and we write it
+that way too; rope_scaling and rope_theta moved as above. On the hub its dtype is in text_config.
 
-eos_token_id may be a number or a list in both files; all of them are stops. Tied in config.json but
-with an lm_head of its own in the file: the file is right, as in transformers.
+eos_token_id may be a number or a list in both files; every one of them stops generation. If
+config.json says tied but the file has a different lm_head, the file wins, as in transformers.
 """
 
 import dataclasses
@@ -33,8 +34,8 @@ from safetensors.torch import save_file
 from cli import UserError
 from files import atomic, inside, read_json, reading, write_json
 
-# the defaults of transformers' config classes, which its files leave out
-SPECIAL_TOKENS = {  # one tokenizer for both
+# the defaults of transformers' config classes; config files leave out fields that equal them
+SPECIAL_TOKENS = {  # both models share one tokenizer
     "bos_token_id": 151643,  # <|endoftext|>
     "eos_token_id": 151645,  # <|im_end|>
     "vision_start_token_id": 151652,
@@ -43,7 +44,7 @@ SPECIAL_TOKENS = {  # one tokenizer for both
     "video_token_id": 151656,
 }
 TEXT_DEFAULTS = {
-    "qwen2_5_vl": {  # those of the 72B
+    "qwen2_5_vl": {  # the 72B's
         "vocab_size": 152064,
         "hidden_size": 8192,
         "intermediate_size": 29568,
@@ -57,16 +58,16 @@ TEXT_DEFAULTS = {
         "max_position_embeddings": 32768,
         **SPECIAL_TOKENS,
     },
-    "qwen3_vl": {  # of no released model
+    "qwen3_vl": {  # no released model's
         "vocab_size": 151936,
         "hidden_size": 4096,
         "intermediate_size": 22016,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
-        "head_dim": 128,  # in the 4B and the 32B more than hidden_size / num_attention_heads
+        "head_dim": 128,  # in the 4B and the 32B larger than hidden_size / num_attention_heads
         "rms_norm_eps": 1e-6,
-        "rope_theta": 5e5,  # 5e6 before transformers 5; every file names it
+        "rope_theta": 5e5,  # 5e6 before transformers 5; every released file sets it
         "mrope_section": (24, 20, 20),
         "tie_word_embeddings": False,
         "max_position_embeddings": 128000,
@@ -76,7 +77,7 @@ TEXT_DEFAULTS = {
 VISION_DEFAULTS = {
     "qwen2_5_vl": {
         "depth": 32,
-        "hidden_size": 3584,  # no released model has it: they all name theirs
+        "hidden_size": 3584,  # no released model's: they all set it
         "intermediate_size": 3420,
         "num_heads": 16,
         "out_hidden_size": 3584,
@@ -100,17 +101,17 @@ VISION_DEFAULTS = {
         "deepstack_visual_indexes": (8, 16, 24),  # counted from 0
     },
 }
-HIDDEN_ACT = {"qwen2_5_vl": "silu", "qwen3_vl": "gelu_pytorch_tanh"}  # of the ViT
-RENAMED = (  # anything to the names on the hub
+HIDDEN_ACT = {"qwen2_5_vl": "silu", "qwen3_vl": "gelu_pytorch_tanh"}  # in the ViT
+RENAMED = (  # from any layout to the names on the hub
     (r"^(model\.language_model|language_model\.model)\.", "model."),
     (r"^(model|language_model)\.(visual|lm_head)\.", r"\2."),
 )
 # what a merger's layers are called here, and in Qwen3-VL's files
 QWEN3_MERGER = (("ln_q", "norm"), ("mlp.0", "linear_fc1"), ("mlp.2", "linear_fc2"))
-# a file of whole numbers is quantized, whatever its tensors are called
+# integer tensors mean quantized weights, whatever they are called
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX = "model.safetensors.index.json"
-ROWS_CHECKED = 4096  # of a tensor at a time
+ROWS_CHECKED = 4096  # rows of a tensor checked at a time
 QUANTIZED = "the weights are quantized: take the model in float16, bfloat16 or float32"
 
 
@@ -127,7 +128,7 @@ SPECIAL_FIELDS = {
 }
 
 
-MOST_BLOCKS = 1000  # a damaged file may ask for so many that nothing ends
+MOST_BLOCKS = 1000  # a damaged file may ask for so many that building never ends
 
 
 @dataclass
@@ -141,13 +142,13 @@ class VisionConfig:
     out_hidden_size: int = 192  # the LLM's width
     patch_size: int = 16  # pixels
     spatial_merge_size: int = 2  # m
-    temporal_patch_size: int = 2  # frames in a patch; a still picture is shown twice
-    window_size: int = 64  # pixels: side of the squares that most blocks attend inside
+    temporal_patch_size: int = 2  # frames in a patch; a still image is shown twice
+    window_size: int = 64  # pixels: side of the windows that most blocks attend within
     fullatt_block_indexes: tuple = (1, 3)  # the blocks that attend to the whole frame
-    tokens_per_second: int = 2  # temporal positions a second of video
+    tokens_per_second: int = 2  # temporal positions per second of video
     model_type: str = "qwen2_5_vl"  # or "qwen3_vl"
-    num_position_embeddings: int = 0  # rows of Qwen3-VL's table of places, which is a square
-    deepstack_visual_indexes: tuple = ()  # Qwen3-VL's blocks with a merger behind them
+    num_position_embeddings: int = 0  # rows of Qwen3-VL's position table, which is square
+    deepstack_visual_indexes: tuple = ()  # the Qwen3-VL blocks that are followed by a merger
 
     def __post_init__(self):
         if self.qwen3:  # no windows
@@ -158,7 +159,7 @@ class VisionConfig:
         token = self.patch_size * self.spatial_merge_size  # pixels
         assert self.window_size >= token, "window_size is smaller than a token"
         assert 0 < self.depth < MOST_BLOCKS, "depth is no number of blocks"
-        # a head turns with rows and with columns, by two halves of as many pairs
+        # half of a head's rotary pairs rotate with the row, the other half with the column
         assert self.hidden_size % (4 * self.num_heads) == 0, "hidden_size / num_heads / 4 is odd"
 
     @property
@@ -179,7 +180,7 @@ class VLMConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     mrope_section: tuple = (4, 6, 6)  # rotary pairs of a head for time, row, column
-    tie_word_embeddings: bool = True  # logits are read with the embedding's weights
+    tie_word_embeddings: bool = True  # the embedding's weights also compute the logits
     max_position_embeddings: int = 4096
     bos_token_id: int = 1024  # <|endoftext|>
     eos_token_id: int = 1026  # <|im_end|>
@@ -188,7 +189,7 @@ class VLMConfig:
     image_token_id: int = 1036
     video_token_id: int = 1037
     model_type: str = "qwen2_5_vl"  # or "qwen3_vl"
-    head_dim: int | None = None  # Qwen3-VL's own; else hidden_size / num_attention_heads
+    head_dim: int | None = None  # Qwen3-VL sets it; otherwise hidden_size / num_attention_heads
     vision_config: VisionConfig = field(default_factory=VisionConfig)
 
     def __post_init__(self):
@@ -211,7 +212,7 @@ class VLMConfig:
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Of a folder's config.json. UserError if it is missing, or not this architecture."""
+        """The configuration in a folder. UserError if it is missing or another architecture."""
         fields = read_config(folder)
         with reading(Path(folder) / "config.json"):
             vision = VisionConfig(**fields.pop("vision_config"))
@@ -228,9 +229,9 @@ def known(fields):
 
 
 def read_config(folder):
-    """The fields of VLMConfig that a folder's config.json means, vision_config a dict.
+    """The fields of VLMConfig from a folder's config.json, vision_config as a dict.
 
-    UserError on another architecture, on quantized weights and on adapters.
+    UserError on another architecture, quantized weights or adapters.
     """
     path = Path(folder) / "config.json"
     if (Path(folder) / "adapter_config.json").exists():
@@ -240,7 +241,7 @@ def read_config(folder):
         kind = content.get("model_type")
         assert kind in TEXT_DEFAULTS, f"model_type is {kind!r}, none of {[*TEXT_DEFAULTS]}"
         assert not content.get("quantization_config"), QUANTIZED
-        # the text's fields: flat, nested, or both with nulls in one of them
+        # the text fields: flat, nested, or both with nulls in one of them
         nested = content.get("text_config") or {}
         text = known(content) | known(nested)
         # tied if either says so
@@ -256,24 +257,25 @@ def read_config(folder):
         assert not text.get("use_sliding_window"), (
             "sliding windows are not supported: take a checkpoint without them"
         )
-        # Qwen2.5-VL's biases are no option of its file
+        # Qwen2.5-VL has biases, but its file has no option for them
         assert not text.get("attention_bias"), "attention_bias is not supported"
         vision = known(content.get("vision_config") or {})
         activation = vision.get("hidden_act", HIDDEN_ACT[kind])
         assert activation == HIDDEN_ACT[kind], f"the ViT's hidden_act is not {HIDDEN_ACT[kind]}"
-        # what is left out is the class's
+        # fields that are left out have the class defaults
         fields = {name: text.get(name, value) for name, value in TEXT_DEFAULTS[kind].items()}
         vision = {name: vision.get(name, value) for name, value in VISION_DEFAULTS[kind].items()}
     if fields["tie_word_embeddings"] and has_own_head(folder):
         fields["tie_word_embeddings"] = False
-    kind = {"model_type": kind}  # the ViT's own has had other names
+    kind = {"model_type": kind}  # the ViT's own model_type has had other names
     return {**fields, **kind, "vision_config": {**vision, **kind}}
 
 
 def config_fields(config):
-    """{name: value} of those fields of a VLMConfig that its architecture has, vision_config a dict.
+    """{name: value} of the VLMConfig fields that this architecture has, vision_config as a dict.
 
-    What its files say, and a policy's hash is made of: an architecture that is added changes neither.
+    This is what config.json stores and what a policy's hash covers, so adding an architecture with
+    new fields changes neither.
     """
     fields = dataclasses.asdict(config)
     vision = fields["vision_config"]
@@ -283,20 +285,20 @@ def config_fields(config):
 
 
 def read_generation_config(folder, config):
-    """{"eos_token_id": [every stop], "repetition_penalty"} of a folder with this VLMConfig."""
+    """{"eos_token_id": [every stop], "repetition_penalty"} for a folder with this VLMConfig."""
     path = Path(folder) / "generation_config.json"
     content = known(read_json(path)) if path.exists() else {}
     with reading(path):
         penalty = content.get("repetition_penalty", 1.0)
         assert isinstance(penalty, (int, float)) and penalty > 0, "repetition_penalty is no number"
-        stops = []  # all that anyone calls an end
+        stops = []  # every token that any of the files calls an end
         for ids in (content.get("eos_token_id", []), config.eos_token_id, config.bos_token_id):
             stops += ids if isinstance(ids, list) else [ids]
         return {"eos_token_id": sorted(set(map(int, stops))), "repetition_penalty": penalty}
 
 
 def stored_dtype(folder):
-    """The type that config.json names for the weights; float16 if training keeps no such type."""
+    """The dtype that config.json names for the weights; float16 unless float32 or bfloat16."""
     content = read_json(Path(folder) / "config.json")
     nested = content.get("text_config") or {}
     name = content.get("dtype") or content.get("torch_dtype") or nested.get("dtype")
@@ -307,7 +309,7 @@ def stored_dtype(folder):
 
 
 def our_name(name):
-    """A tensor's name on the hub, of any of the layouts above; None for what is computed here."""
+    """A tensor's name on the hub, from any of the layouts above; None for what is computed here."""
     for pattern, replacement in RENAMED:
         name = re.sub(pattern, replacement, name)
     return None if name.endswith("inv_freq") else name
@@ -324,10 +326,10 @@ def weight_files(folder):
 
 
 def tensors_of(folder, only=""):
-    """(file, name, tensor) of the names on the hub that match the pattern `only`, sorted by name.
+    """Yield (file, hub name, tensor) for the names that match the pattern `only`, sorted by name.
 
-    Each from a mapping of its own: what was read of the file is let go of at once, so memory
-    peaks at one tensor.
+    Each tensor gets a memory mapping of its own, which is released at once, so memory peaks at one
+    tensor.
     """
     found = []
     for path in weight_files(folder):
@@ -339,29 +341,29 @@ def tensors_of(folder, only=""):
             with reading(path, "is the file complete?"), safe_open(path, "pt") as file:
                 tensor = file.get_tensor(stored)
             yield path, name, tensor
-            del tensor  # or it would stay while the next one is read
+            del tensor  # otherwise it would stay in memory while the next one is read
 
 
 def has_own_head(folder):
-    """Is there an lm_head in the files that is not the embedding once more?"""
+    """Do the files hold an lm_head that differs from the embedding?"""
     tables = [tensor for *_, tensor in tensors_of(folder, r"lm_head|model\.embed_tokens")]
     return len(tables) == 2 and not torch.equal(*tables)
 
 
 def hub_weights(weights, config):
-    """{our name: tensor} as {hub's name: view}: q, k and v, gate and up are apart there."""
+    """{our name: tensor} as {hub name: view}: q, k and v are separate there, as are gate and up."""
     kv = config.num_key_value_heads * config.head_dim
     views = {}
     for name, tensor in weights.items():
         rows = len(tensor)
         layer = name.split(".")[-2]
-        # one product here, tensors of their own on the hub
+        # one matrix product here, separate tensors on the hub
         fused = {
             "qkv_proj": {"q_proj": rows - 2 * kv, "k_proj": kv, "v_proj": kv},
             "gate_up_proj": {"gate_proj": rows // 2, "up_proj": rows // 2},
         }
         parts = fused.get(layer, {layer: rows})
-        if config.qwen3 and "merger" in name:  # the same layers, in another module each
+        if config.qwen3 and "merger" in name:  # the same layers, under other module names
             for ours, theirs in QWEN3_MERGER:
                 name = name.replace(ours, theirs)
         for part, view in zip(parts, tensor.split(list(parts.values()))):
@@ -370,12 +372,12 @@ def hub_weights(weights, config):
 
 
 def load_weights(model, folder, device="cpu", dtype=torch.float32):
-    """Put a folder's tensors into `model`, which is on the meta device.
+    """Copy a folder's tensors into `model`, which is on the meta device.
 
-    UserError unless every name and shape matches and every number is finite, so nothing is left
-    at random. Memory peaks at the weights and one tensor.
+    UserError unless every name and shape matches and every number is finite, so nothing stays
+    uninitialized. Memory peaks at the weights plus one tensor.
     """
-    # memory for all of them, filled by way of the hub's names
+    # allocate all weights, then fill them through views that have the hub's names
     model.to(dtype).to_empty(device=device)
     views = hub_weights(model.state_dict(), model.config)
     for path, name, tensor in tensors_of(folder):
@@ -387,12 +389,12 @@ def load_weights(model, folder, device="cpu", dtype=torch.float32):
             view = views.pop(name)
             shapes = f"{name} has shape {list(tensor.shape)}, wanted {list(view.shape)}"
             assert tensor.shape == view.shape, shapes
-            view.copy_(tensor)  # and cast
+            view.copy_(tensor)  # this also casts
             del tensor
-            # a table of embeddings is a tenth of a model: not all of it at a time
+            # an embedding table is a tenth of a model: check it in parts
             finite = all(part.isfinite().all() for part in view.split(ROWS_CHECKED))
             assert finite, f"{name} holds numbers that are not finite in {dtype}"
-    if views:  # else they would stay at random
+    if views:  # they would stay uninitialized
         missing = f"{len(views)} tensors missing, first {min(views)}"
         raise UserError(f"{folder} does not fit config.json: {missing}")
 
@@ -401,19 +403,19 @@ def load_weights(model, folder, device="cpu", dtype=torch.float32):
 
 
 def config_json(config):
-    """What config.json says of a VLMConfig, as the hub has it."""
+    """config.json for a VLMConfig, in the hub's layout."""
     kind = config.model_type
     fields = config_fields(config)
     rope = {"mrope_section": fields.pop("mrope_section")}
     fields["vision_config"] |= {"model_type": kind, "hidden_act": HIDDEN_ACT[kind]}
     fields = {"model_type": kind, "hidden_act": "silu", **fields}
-    # the two name the same things in different places
+    # the two architectures keep the same fields in different places
     if not config.qwen3:  # flat, which all versions read
         fields["vision_config"]["in_chans"] = 3
         fields["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]
         return fields | {"rope_scaling": {"type": "mrope", **rope}}
     vision = fields.pop("vision_config") | {"in_channels": 3}
-    # what concerns pictures stands at the top, what concerns words in text_config, the ends in both
+    # the text fields in text_config; special token ids there and at the top
     about = {"model_type": kind, "architectures": ["Qwen3VLForConditionalGeneration"]}
     about |= {name: fields[name] for name in (*SPECIAL_TOKENS, "tie_word_embeddings")}
     fields["rope_scaling"] = {"rope_type": "default", "mrope_interleaved": True, **rope}
@@ -422,7 +424,7 @@ def config_json(config):
 
 
 def save_model(model, folder, dtype, weights):
-    """Write a VLM's files, each whole or not at all, with these weights {name: tensor}."""
+    """Write a VLM's files with these weights {name: tensor}, each file whole or not at all."""
     folder = Path(folder)
     dtype = dtype or next(iter(weights.values())).dtype
     config = config_json(model.config)
@@ -431,7 +433,7 @@ def save_model(model, folder, dtype, weights):
     write_json(folder / "generation_config.json", model.generation_config)
     tensors = {}
     for name, tensor in hub_weights(weights, model.config).items():
-        if model.config.qwen3:  # of the layouts above transformers takes this one alone
+        if model.config.qwen3:  # the only one of the layouts above that transformers reads here
             name = re.sub("^model", "model.language_model", name)
             name = re.sub("^visual", "model.visual", name)
         tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
@@ -441,19 +443,19 @@ def save_model(model, folder, dtype, weights):
 
 
 def write_index(folder, names, size):
-    # vLLM reads every safetensors file that no index leaves out, policy.safetensors too
+    # vLLM reads every safetensors file that is not excluded by an index, even policy.safetensors
     weight_map = dict.fromkeys(names, "model.safetensors")
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_json(folder / INDEX, index)
 
 
 def copy_model(source, folder):
-    """A VLM's files into another folder as they are, each whole or not at all; none is loaded."""
+    """Copy a VLM's files to another folder without loading them, each whole or not at all."""
     source = Path(source).absolute()
     folder = Path(folder)
     paths = [source / name for name in ("config.json", "generation_config.json", INDEX)]
     for path in [*weight_files(source), *filter(Path.exists, paths)]:
-        with atomic(folder / path.relative_to(source)) as new:  # shards may lie in folders
+        with atomic(folder / path.relative_to(source)) as new:  # shards may be in subfolders
             shutil.copyfile(path, new)
     if not (source / INDEX).exists():
         path = folder / "model.safetensors"
@@ -465,11 +467,12 @@ def copy_model(source, folder):
 
 
 def backbone_hash(vlm, processor, num_layers, dtype=None):
-    """16 hex digits that name all that hidden states behind block `num_layers` depend on.
+    """16 hex digits that identify everything the hidden states after block `num_layers` depend on.
 
-    Configuration, weights, image settings and tokenizer; blocks behind k may be trained on, and a
-    policy that reads block k stays valid. The same for weights in float16 and in float32; dtype:
-    the hash that the model will have once it is stored so.
+    That is configuration, weights, image settings and tokenizer. Later blocks may be trained
+    without invalidating a policy that reads block `num_layers`. The hash is the same for weights in
+    float16 and in float32; dtype: compute the hash that the model will have once stored in that
+    type.
     """
     weights = sorted(hub_weights(vlm.state_dict(), vlm.config).items())
     weights = ((name, tensor.to("cpu", dtype)) for name, tensor in weights)
@@ -477,15 +480,15 @@ def backbone_hash(vlm, processor, num_layers, dtype=None):
 
 
 def folder_hash(folder, config, processor, num_layers):
-    """`backbone_hash` of the model in a folder, of which one tensor at a time is in memory."""
+    """`backbone_hash` of the model in a folder, with one tensor in memory at a time."""
     weights = ((name, tensor) for _, name, tensor in tensors_of(folder))
     return hash_of(config, processor, num_layers, weights)
 
 
 def hash_of(config, processor, num_layers, weights):
-    # of the tokenizer what it does, not its file: versions of the library write it differently
+    # what the tokenizer does, not its file: versions of the library write it differently
     tokenizer = json.loads(processor.tokenizer.fast.to_str())
-    # a merge is "a b" to one version of it and ["a", "b"] to another
+    # one version of the library writes a merge as "a b", another as ["a", "b"]
     merges = tokenizer["model"]["merges"]
     settings = [
         config_fields(config),

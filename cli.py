@@ -1,7 +1,7 @@
 """The command line: flags from dataclasses, one-line errors, the device.
 
 Every script is `cli.run(main)`. A configuration is a dataclass; each field is a flag, and the
-comment behind the field is its help.
+comment after the field is its help text.
 """
 
 import argparse
@@ -13,15 +13,15 @@ import sys
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line that says what, where, and what to type."""
+    """A mistake that the user can fix: one line that says what, where, and what to type."""
 
     def __init__(self, message):
         super().__init__(one_line(message))
 
 
 def one_line(text, longest=1000):
-    """`text` as one readable line: no line breaks, the middle of very long words and texts cut."""
-    # a data: URI is one word of kilobytes
+    """`text` as one readable line: no line breaks, very long words and texts cut in the middle."""
+    # a data: URI is one word of many kilobytes
     text = re.sub(r"(\S{80})\S{160,}(\S{20})", r"\1...\2", str(text))
     # lone surrogates cannot be printed
     text = " ".join(text.encode(errors="replace").decode().split())
@@ -32,7 +32,7 @@ def run(main):
     """Call `main()`; a UserError becomes one line and exit code 2, Ctrl-C becomes exit code 130."""
     try:
         main()
-    # only what a user can mend: a mistake of ours shall show where it is
+    # only errors that the user can fix: a bug of ours should show its traceback
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -42,7 +42,7 @@ def run(main):
 
 
 def choose(name, choices, what):
-    """`name` if it is one of `choices`; else a UserError that lists them and names the nearest."""
+    """`name` if it is one of `choices`; else a UserError that lists them and suggests one."""
     choices = list(choices)
     if name in choices:
         return name
@@ -51,22 +51,22 @@ def choose(name, choices, what):
 
 
 def nearest(name, choices):
-    """The end of an error that says which of the choices may have been meant, if any."""
+    """The end of an error message: suggests the choice that was probably meant, if any is close."""
     lowered = {choice.lower(): choice for choice in choices}
     near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
     return f"; did you mean {lowered[near[0]]}?" if near else ""
 
 
 def choose_many(names, choices, what):
-    """A comma-separated list of names, or "all", as a list in which each stands once."""
+    """A comma-separated list of names, or "all", as a list without duplicates."""
     if names == "all":
         return list(choices)
-    # each once: what is named twice would be done twice
+    # without duplicates: a name given twice would be processed twice
     return list(dict.fromkeys(choose(name.strip(), choices, what) for name in names.split(",")))
 
 
 def at_least(config, low, *names):
-    """UserError if one of these numbers of a configuration is below `low`, or not a number."""
+    """UserError if one of these fields of a configuration is below `low` or not finite."""
     for name in names:
         value = getattr(config, name)
         # written so that NaN fails too
@@ -78,25 +78,25 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are UserErrors that name the nearest flag."""
 
     def error(self, message):
-        # argparse knows the flags but names no near one
+        # argparse knows the flags but does not suggest one
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         hint = unknown and nearest(unknown[1], self._option_string_actions)
         raise UserError(f"{message}{hint or ''}; --help lists the flags")
 
 
 def field_comments(config_class):
-    """{field: the comment behind it in the source}: the flag's help."""
+    """{field: the comment after it in the source}, which is the flag's help text."""
     comments = {}
-    # the base class first, so that a subclass may say it better
+    # base classes first, so that a subclass can override their help
     for part in reversed(config_class.__mro__[:-1]):
         comments |= re.findall(r"(?m)^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(part))
     return comments
 
 
 def parse(config_class, presets=None, description=None, argv=None):
-    """A `config_class` from the command line. UserError on unknown flags, presets, wrong types.
+    """A `config_class` from the command line. UserError on unknown flags or presets, wrong types.
 
-    presets {name: config}: adds --preset (default: the first name), whose fields are the defaults.
+    presets {name: config} adds --preset (default: the first name), which sets the other defaults.
     """
     defaults = config_class()
     # the preset is read before the other flags, since it sets their defaults
@@ -110,13 +110,13 @@ def parse(config_class, presets=None, description=None, argv=None):
         description=description,
         parents=[chosen],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        # a shortened flag would change its meaning when another flag comes
+        # an abbreviated flag would change its meaning when a new flag is added
         allow_abbrev=False,
     )
     comments = field_comments(config_class)
     for field in dataclasses.fields(config_class):
         default = getattr(defaults, field.name)
-        options = {"type": type(default)}  # a field's default says what it is
+        options = {"type": type(default)}  # the type of the default is the type of the flag
         if isinstance(default, bool):  # type=bool would read "False" as true
             options = {"action": argparse.BooleanOptionalAction}
         help_text = comments.get(field.name, " ")
@@ -127,19 +127,19 @@ def parse(config_class, presets=None, description=None, argv=None):
 
 
 def pick_device(name="auto"):
-    """torch.device for "auto", "cpu", "cuda", "cuda:1" or "mps". Prints the choice and why.
+    """torch.device for "auto", "cpu", "cuda", "cuda:1" or "mps". Prints the choice and the reason.
 
-    UserError if this machine has none.
+    UserError if this machine does not have it.
     """
     import torch  # slow to load, and not needed for --help
 
-    # the fastest first
+    # fastest first
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     best = next((kind for kind, there in usable.items() if there), "cpu")
     device = best if name == "auto" else name
     choose(device.split(":")[0], ["cpu", "cuda", "mps"], "device")
     try:
-        torch.empty(0, device=device)  # cuda:7 may not exist, nor cuda
+        torch.empty(0, device=device)  # fails if this machine has no cuda, or no cuda:7
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {error}; leave it out to take {best}") from None
     print(f"device {device} ({'found' if name == 'auto' else 'asked for'})")

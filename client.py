@@ -1,10 +1,10 @@
-"""The simulated arm, driven by a policy on another machine: an example of a client of serve.py.
+"""The simulated arm, driven by a policy on another machine: an example client for serve.py.
 
-    python serve.py                                        in one window
+    python serve.py                                        in one terminal
     python client.py --task StackCube --episodes 3         in another
 
-Draws each episode as sample.py does. A real robot's client looks the same, with cameras and servos
-instead of TabletopEnv. Before those are connected, recordings can stand in for them:
+Draws each episode as sample.py does. A client for a real robot looks the same, with cameras and
+servos instead of TabletopEnv. Before those are connected, you can send recorded frames instead:
 
     python client.py --data out/mine                       what would the policy have done?
 """
@@ -38,17 +38,17 @@ class ClientConfig:
 
 
 class RemotePolicy:
-    """A policy at the other end of a connection; `act` as BLM's, so that `rollout` takes it."""
+    """A policy at the other end of a connection. Has BLM's `act`, so `rollout` accepts it."""
 
     def __init__(self, connection):
         self.connection = connection
         self.metadata = unpack(connection.recv())
 
     def act(self, observation, robot):
-        """(T, dof + 1) float32. UserError with the server's words if it refuses."""
+        """(T, dof + 1) float32. UserError with the server's message if it refuses."""
         self.connection.send(pack({**observation, "robot": robot}))
         reply = self.connection.recv()
-        # text is for people: what was wrong
+        # actions arrive as bytes; text is an error message for people
         if isinstance(reply, str):
             raise UserError(f"the server says: {reply}")
         return unpack(reply)["actions"]
@@ -56,12 +56,12 @@ class RemotePolicy:
 
 @contextmanager
 def connected(address, api_key=""):
-    """A RemotePolicy for as long as the block runs. UserError if there is none, or it goes."""
+    """A RemotePolicy for the duration of the block. UserError if the server is missing or lost."""
     from websockets.exceptions import WebSocketException
     from websockets.sync.client import connect
 
     headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
-    # a server of one's own is not behind the proxy that the environment may name
+    # ignore the environment's proxy: it would not reach a server on the local network
     options = {"compression": None, "proxy": None, "additional_headers": headers}
     try:
         with connect(address, **options) as connection:
@@ -72,9 +72,9 @@ def connected(address, api_key=""):
 
 
 def show_recordings(policy, episodes):
-    """Send recorded frames in place of a robot's own, and print how far each chunk is from the record.
+    """Send recorded frames instead of live ones; print the error of each chunk against the record.
 
-    Frames are as far apart as a robot looks: EXECUTE_STEPS control steps.
+    Frames are EXECUTE_STEPS control steps apart, as often as a robot observes.
     """
     for episode in episodes:
         errors = []
@@ -99,7 +99,7 @@ def main():
     choose(config.task, TASKS, "task")
     at_least(config, 0, "seed")
     writable(config.out)
-    # the simulator is on this side, the weights on the other
+    # the simulator runs on this side, the weights on the other
     env = TabletopEnv(config.robot, config.task, render=False, wordings="held_out")
     with connected(config.server, read_api_key(config.api_key_file)) as policy:
         for seed in range(config.seed, config.seed + config.episodes):

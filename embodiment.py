@@ -1,7 +1,8 @@
-"""What is a robot's own: its numbers, its cameras, its clock, and what its actions are relative to.
+"""An embodiment: a robot's state and action sizes, cameras, control rate, and relative actions.
 
-An episode says it of its robot (data/record.py), a policy keeps it (policy.json), and observations
-are read and prompts made by it. The defaults are those of the simulator's arms (data/robots.py).
+Episodes store their robot's embodiment (data/record.py), and policy.json those of a policy's
+robots. It determines how observations are read and prompts built. The defaults are those of the
+simulator's arms (data/robots.py).
 """
 
 import re
@@ -9,26 +10,26 @@ from dataclasses import dataclass
 
 VIEWS = ("front", "wrist")  # cameras of the simulator's arms
 MOST_VIEWS = 3
-VIEW_NAME = r"\w[\w.-]*"  # what a camera may be called
+VIEW_NAME = r"\w[\w.-]*"  # allowed camera names
 CONTROL_HZ = 20
-# order and units, for whoever reads policy.json; the frames are in data/robots.py
+# order and units, for readers of policy.json; the frames are explained in data/robots.py
 STATE = "joint angles (rad), finger (m), TCP position (m), first two columns of its rotation"
 ACTION = "joint targets (rad), finger target (m)"
 
 
 @dataclass
 class Embodiment:
-    """A robot as it stands in policy.json; AssertionError if it cannot be one."""
+    """One robot as policy.json stores it. AssertionError if the values are invalid."""
 
     state_dim: int  # S
     action_dim: int  # A
-    views: tuple = VIEWS  # its cameras, one to MOST_VIEWS, in the order of the prompt
-    # For each number of the action the index of the state's number that it is a target for, and
-    # is learned relative to; -1: it is learned as it is, as a finger's target or a delta.
-    # None: all but the last are targets for the state's first.
+    views: tuple = VIEWS  # one to MOST_VIEWS cameras, in the order of the prompt
+    # For each action dimension, the index of the state dimension that it is a target for, and
+    # relative to which it is learned. -1: learned as it is, like a finger's target or a delta.
+    # None: all but the last are targets for the first state dimensions, in order.
     relative: tuple | None = None
-    control_hz: float = CONTROL_HZ  # steps of a chunk a second
-    state: str = STATE  # what its numbers are, in words
+    control_hz: float = CONTROL_HZ  # steps of a chunk per second
+    state: str = STATE  # what the state's numbers are, in words
     action: str = ACTION
 
     def __post_init__(self):
@@ -55,10 +56,10 @@ class Embodiment:
             assert isinstance(words, str) and words, f"{name} is {words!r}"
 
     def shape(self):
-        """In words, what all episodes of a robot must share.
+        """What all episodes of a robot must share, in words.
 
-        Not what its targets are relative to: they are kept as they were given, and a policy that
-        knows the robot goes by its own.
+        Does not include `relative`: episodes keep the value they were recorded with, and a policy
+        that knows the robot uses its own.
         """
         numbers = f"{self.state_dim} and {self.action_dim} numbers of state and action"
         return f"{numbers}, cameras {', '.join(self.views)} at {self.control_hz:g} Hz"

@@ -1,20 +1,20 @@
-"""What one set of weights can do: drive in 24 cells (four robots, six tasks), and answer.
+"""Evaluate one set of weights: driving in 24 cells (four robots, six tasks), and answering.
 
-    python eval.py expert           the planner that makes the demonstrations
-    python eval.py physical         the policy, instructed in wordings that it was not trained on
-    python eval.py perturbations    the policy again, with one thing of the scene changed at a time
-    python eval.py delays           the policy again, late, on an arm that does not wait for it
-    python eval.py told             scenes with several things to do, played with different commands
-    python eval.py plan             goals of two and three commands: written down, carried out, judged
-    python eval.py replay           recordings it was not trained on: what it would have done instead
+    python eval.py expert           the scripted expert that records the demonstrations
+    python eval.py physical         the policy, with instructions in held-out wordings
+    python eval.py perturbations    the policy, with one property of the scene changed at a time
+    python eval.py delays           the policy with delay, on an arm that does not wait for it
+    python eval.py told             scenes that allow several commands, played with different ones
+    python eval.py plan             goals of two and three commands: planned, carried out, judged
+    python eval.py replay           held-out recordings: what would the policy have done instead?
     python eval.py metaworld        Meta-World's 50 tasks, in its own simulator (data/metaworld.py)
     python eval.py libero           20 tasks of LIBERO, in its own simulator (data/libero.py)
     python eval.py maniskill        ManiSkill's six tasks, in its own simulator (data/maniskill.py)
-    python eval.py digital          questions about pictures, beside chance and beside noise
+    python eval.py digital          questions about images, compared with chance and with noise
 
-Layout seeds start beyond those of every demonstration; the same seeds give the same table. Results
-are JSON with the command that made them, printed as tables in markdown. A failed episode has its
-seed there: `sample.py --seed` draws it.
+Layout seeds start above those of all demonstrations; the same seeds give the same table. Results
+are stored as JSON with their command, and printed as markdown tables. They list the seed of each
+failed episode: `sample.py --seed` draws it.
 """
 
 import itertools
@@ -45,12 +45,12 @@ from listening import plan_goals, told
 from rollout import EXECUTE_STEPS, jerk, load_model, make_env, robots_of, rollout
 from tables import failures, mean_of_tiers, percent, print_table, rate, summary
 
-# BLM1's own table (arXiv 2510.24161)
+# the table in the BLM1 paper (arXiv 2510.24161)
 PAPER = Path(__file__).parent / "results" / "paper.json"
-MOST_TOKENS = 256  # of a reply
+MOST_TOKENS = 256  # tokens per reply
 ASKED = "out/corpus/val.jsonl,out/corpus/off_template.jsonl,out/general/probes.jsonl"
 COLUMNS = ("chance", "blind", "base", "model", "seen", "held_out", "degenerate")
-# what a question is when its file does not say
+# defaults for what a question's file leaves out
 DEFAULTS = {"category": "all", "form": "open", "chance": 0.0, "held_out": False}
 
 
@@ -62,11 +62,11 @@ class PhysicalConfig:
     seed: int = FIRST_EVALUATION  # first layout seed
     workers: int = 2  # processes
     out: str = ""  # result file; default out/results/<what>.json
-    # the expert needs none of these
+    # the expert uses none of these
     weights: str = "weights/nano"  # checkpoint folder
     device: str = "auto"  # auto, cpu, cuda or mps
-    execute_steps: int = EXECUTE_STEPS  # steps of a chunk before the policy looks again
-    instruction: str = ""  # what to tell the robot, with one of --tasks; empty: held-out wordings
+    execute_steps: int = EXECUTE_STEPS  # steps of a chunk before the policy observes again
+    instruction: str = ""  # instruction, with one task in --tasks; empty: held-out wordings
 
 
 @dataclass
@@ -74,14 +74,14 @@ class DelaysConfig(PhysicalConfig):
     tasks: str = "PickCube,StackCube,LiftPegUpright"  # comma-separated tasks, or all
     episodes: int = 5  # episodes of each robot and task in each row
     workers: int = 1  # processes; more of them lengthen a measured delay
-    delays: str = "0,2,4,8"  # comma-separated control steps, or measured: as many as act takes
+    delays: str = "0,2,4,8"  # comma-separated control steps, or measured: as long as act takes
 
 
 @dataclass
 class ToldConfig:
     robots: str = "all"  # comma-separated robots, or all
     families: str = "all"  # comma-separated families of scenes (data/families.py), or all
-    scenes: int = 25  # of each robot and family
+    scenes: int = 25  # scenes of each robot and family
     seed: int = FIRST_TOLD  # first layout seed
     workers: int = 2  # processes
     weights: str = "weights/nano"  # checkpoint folder
@@ -91,20 +91,20 @@ class ToldConfig:
 
 @dataclass
 class PlanConfig(ToldConfig):
-    families: str = "which_way,which_bin,peg_or_cube,mixed"  # whose commands can follow each other
-    scenes: int = 10  # of each robot, family and number of commands
+    families: str = "which_way,which_bin,peg_or_cube,mixed"  # families with combinable commands
+    scenes: int = 10  # scenes of each robot, family and number of commands
 
 
 @dataclass
 class MetaWorldConfig:
     tasks: str = "all"  # comma-separated tasks, or all 50
-    episodes: int = 10  # of each task
-    controls: int = 4  # of each task without a sentence, with another task's, and without pictures
-    seed: int = FIRST_EVALUATION  # first seed of goals and places
+    episodes: int = 10  # episodes of each task
+    controls: int = 4  # of each task without a sentence, with another task's, and without images
+    seed: int = FIRST_EVALUATION  # first seed of goals and positions
     workers: int = 2  # processes
     weights: str = "out/metaworld-policy"  # checkpoint folder
     device: str = "auto"  # auto, cpu, cuda or mps
-    execute_steps: int = EXECUTE_STEPS  # steps of a chunk before the policy looks again
+    execute_steps: int = EXECUTE_STEPS  # steps of a chunk before the policy observes again
     out: str = ""  # result file; default out/results/metaworld.json
 
 
@@ -113,8 +113,8 @@ class LiberoConfig(MetaWorldConfig):
     tasks: str = (
         "all"  # comma-separated tasks, object-0 to object-9 and spatial-0 to spatial-9, or all
     )
-    episodes: int = 50  # of each task: its official starts in order, of which there are 50
-    seed: int = FIRST_EVALUATION  # official start 0; below, starts are drawn as for demonstrations
+    episodes: int = 50  # episodes of each task: its 50 official starts in order
+    seed: int = FIRST_EVALUATION  # official start 0; lower seeds draw starts as for demonstrations
     weights: str = "out/libero-policy"  # checkpoint folder
     out: str = ""  # result file; default out/results/libero.json
 
@@ -122,8 +122,8 @@ class LiberoConfig(MetaWorldConfig):
 @dataclass
 class ManiSkillConfig(MetaWorldConfig):
     tasks: str = "all"  # comma-separated tasks, or all six
-    episodes: int = 50  # of each task
-    controls: int = 10  # of each task in each of the ways that are controls
+    episodes: int = 50  # episodes of each task
+    controls: int = 10  # episodes of each task in each control condition
     seed: int = FIRST_EVALUATION  # the package's seed of the first start
     weights: str = "weights/nano"  # checkpoint folder; its panda drives ManiSkill's
     out: str = ""  # result file; default out/results/maniskill.json
@@ -135,7 +135,7 @@ class ReplayConfig:
     weights: str = "weights/nano"  # checkpoint folder
     robots: str = "all"  # comma-separated robots, or all
     tasks: str = "all"  # comma-separated tasks, or datasets, or all
-    demonstrations: int = 0  # of each cell, as in training; 0: all
+    demonstrations: int = 0  # demonstrations of each cell, as in training; 0: all
     device: str = "auto"  # auto, cpu, cuda or mps
     out: str = ""  # result file; default out/results/replay.json
 
@@ -143,13 +143,13 @@ class ReplayConfig:
 @dataclass
 class DigitalConfig:
     weights: str = "weights/nano"  # checkpoint folder
-    base: str = ""  # another one to stand beside, such as the one before Stage I
-    data: str = ASKED  # conversations with questions, comma-separated files
+    base: str = ""  # another checkpoint to compare with, such as the one before Stage I
+    data: str = ASKED  # files of conversations with questions, comma-separated
     questions: int = 50  # of each category in seen wordings, and as many in held-out ones; 0: all
-    batch_size: int = 16  # questions at a time
-    seed: int = 0  # which of the questions
+    batch_size: int = 16  # questions per batch
+    seed: int = 0  # seed of the choice of questions
     device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: str = "float32"  # of the language model; bfloat16 for large ones on a GPU
+    dtype: str = "float32"  # dtype of the language model; bfloat16 for large ones on a GPU
     out: str = ""  # result file; default out/results/digital.json
 
 
@@ -157,7 +157,7 @@ class DigitalConfig:
 
 
 def choose_jobs(what, config):
-    """What `work` is to do, a tuple an episode. UserError for what is wrong with the flags."""
+    """The jobs for `work`, one tuple per episode. UserError on wrong flags."""
     at_least(config, 1, "episodes", "workers", "execute_steps")
     at_least(config, 0, "seed")
     robots = choose_many(config.robots, ROBOTS, "robot")
@@ -169,7 +169,7 @@ def choose_jobs(what, config):
         raise UserError(f"--instruction {config.instruction!r}: name its one task with --tasks")
     if what != "expert":
         config.device = str(pick_device(config.device))
-        blm = load_model(config.weights, config.device)  # a bad folder is told here, once
+        blm = load_model(config.weights, config.device)  # a bad folder is reported here, once
         robots = robots_of(blm, config.robots)
         check_chunk(config, blm)
     seeds = range(config.seed, config.seed + config.episodes)
@@ -178,16 +178,16 @@ def choose_jobs(what, config):
 
 
 def check_chunk(config, blm):
-    """UserError if a chunk has fewer steps than are to be carried out."""
+    """UserError if a chunk has fewer steps than should be executed."""
     horizon = blm.policy.config.action_horizon
     if config.execute_steps > horizon:
         raise UserError(f"--execute_steps {config.execute_steps}: a chunk has {horizon} steps")
 
 
 def work(job):
-    """One episode, in a process of its own: (the job's number, row, task, what came of it)."""
+    """One episode, in its own process: (the job's number, row, task, the episode's result)."""
     number, what, config, change, robot, task, seed = job
-    wordings = "seen" if what == "expert" else "held_out"  # no policy was trained on these
+    wordings = "seen" if what == "expert" else "held_out"  # no policy was trained on held_out
     perturbation = change if change in PERTURBATIONS else ""
     env = make_env(
         "tabletop", robot, task, render=False, wordings=wordings, perturbation=perturbation
@@ -208,7 +208,7 @@ def work(job):
 
 
 def physical(what, config):
-    """Success in %: a row a robot, or a row a perturbation of all robots. The result as a dict."""
+    """Success in %: a row per robot, or per perturbation over all robots. Returns a dict."""
     jobs = choose_jobs(what, config)
     done = in_order(run_jobs(work, jobs, config.workers), len(jobs))
     cells = defaultdict(lambda: defaultdict(list))
@@ -231,12 +231,12 @@ def physical(what, config):
     print_table(["", *row, "mean"], lines)
 
     result = {**summary(everything), "cells": cells}
-    result["mean"] = result["success"]  # of cells too: each has as many episodes
+    result["mean"] = result["success"]  # also the mean of the cells: each has as many episodes
     result["reasons"] = Counter(e["reason"] for e in everything if e["reason"])
     print(f"\nmean {100 * result['mean']:.2f}%; failures {dict(result['reasons'])}")
     if what != "expert":
         result["act_ms"] = 1000 * np.mean([e["act_s"] for e in everything])
-        clipped = Counter()  # targets beyond a joint's range, or its speed
+        clipped = Counter()  # targets beyond a joint's range or speed limit
         for episode in everything:
             clipped.update(episode["clipped"], of=episode["steps"])
         result["clipped_steps"] = clipped
@@ -245,14 +245,14 @@ def physical(what, config):
     return result
 
 
-# ---- chunks that come late
+# ---- chunks that arrive late
 
 
 def switches(texts):
-    """{row: options of `rollout`} of comma-separated delays. UserError if one is none.
+    """{row: options of `rollout`} for comma-separated delays. UserError if one is invalid.
 
-    The arm goes on while a chunk is computed, then changes to one that knew nothing of this
-    ("plain"), or to one that was made to fit ("inpainted").
+    The arm keeps moving while a chunk is computed, then switches to it. "plain": the chunk ignores
+    what was executed meanwhile; "inpainted": it continues from there.
     """
     rows = {}
     for text in texts.split(","):
@@ -266,7 +266,7 @@ def switches(texts):
 
 
 def switch_figures(episodes):
-    """What a row's episodes say: steps of targets in rad, the largest joint's; jerk in rad/s^3."""
+    """Figures for a row's episodes: target steps in rad, of the largest joint; jerk in rad/s^3."""
     together = defaultdict(list)
     for episode in episodes:
         for name in ("border_steps", "inner_steps", "delays"):
@@ -285,7 +285,7 @@ def switch_figures(episodes):
 
 
 def delays(what, config):
-    """Success, and how far targets jump from chunk to chunk, by delay. The result as a dict."""
+    """Success, and how far targets jump between chunks, for each delay. The result as a dict."""
     jobs = choose_jobs(what, config)
     done = in_order(run_jobs(work, jobs, config.workers), len(jobs))
     rows = defaultdict(list)
@@ -303,20 +303,20 @@ def delays(what, config):
     return {"rows": figures}
 
 
-# ---- other people's tasks
+# ---- other simulators
 
 TIERS = {
-    "metaworld": ("easy", "medium", "hard", "very_hard"),  # as SmolVLA (arXiv 2506.01844) has them
+    "metaworld": ("easy", "medium", "hard", "very_hard"),  # as in SmolVLA (arXiv 2506.01844)
     "libero": ("object", "spatial"),  # its suites
     "maniskill": ("panda",),  # its arm
 }
 CONTROLS = ("no sentence", "another sentence", "no picture")
-OWN_CONTROLS = {"maniskill": ("our pictures",)}  # whose things the tabletop can draw
-DRAWN = {"our pictures": {"ours": True}}  # what makes an environment draw so
+OWN_CONTROLS = {"maniskill": ("our pictures",)}  # our simulator can draw its objects
+DRAWN = {"our pictures": {"ours": True}}  # options that make an environment draw that way
 
 
 def play_task(job):
-    """A rollout elsewhere, in a process of its own: (number, way, task, what came of it)."""
+    """A rollout in another simulator, in its own process: (number, way, task, the result)."""
     number, what, config, task, way, seed = job
     module = simulator(what)
     drawn = {"blind": way == "no picture"} | DRAWN.get(way, {})
@@ -326,9 +326,9 @@ def play_task(job):
         instruction = "."
     if way == "another sentence":
         own = module.TASKS[task]
-        # two tasks of Meta-World share theirs
+        # two tasks of Meta-World have the same sentence
         others = [other for other in module.TASKS.values() if other.sentence != own.sentence]
-        if what == "libero":  # of the same suite: the other has other things
+        if what == "libero":  # of the same suite: the other one has other objects
             others = [other for other in others if other.tier == own.tier]
         sentences = [other.sentence for other in others]
         instruction = str(seeds.rng(seed, "command", number).choice(sentences))
@@ -338,16 +338,16 @@ def play_task(job):
 
 
 def elsewhere(what, config):
-    """Success in %: a row a tier, a column a way of telling the policy. The result as a dict.
+    """Success in %: a row per tier, a column per way of instructing the policy. Returns a dict.
 
-    what: an environment (data/environments.py) that is somebody else's.
+    what: an environment of another simulator (data/environments.py).
     """
     module = simulator(what)
     at_least(config, 1, "episodes", "workers", "execute_steps")
     at_least(config, 0, "seed", "controls")
     tasks = choose_many(config.tasks, module.TASKS, "task")
     config.device = str(pick_device(config.device))
-    blm = load_model(config.weights, config.device)  # a bad folder is told here, once
+    blm = load_model(config.weights, config.device)  # a bad folder is reported here, once
     robots_of(blm, "all", what)
     check_chunk(config, blm)
     jobs = []
@@ -381,7 +381,7 @@ def elsewhere(what, config):
 
 
 def print_ways(ways, tasks):
-    """Tables of what `elsewhere` found: by task, then by tier."""
+    """Print the results of `elsewhere`: by task, then by tier."""
     lines = []
     for task in tasks:
         rates = [f"{100 * way['tasks'][task]['success']:.0f}" for way in ways.values()]
@@ -402,8 +402,8 @@ def print_ways(ways, tasks):
 
 
 def replay(what, config):
-    """Mean absolute errors by joint, in its unit, beside those of two controls. As a dict."""
-    from replay import compare  # loads torch, and the expert needs none
+    """Mean absolute errors by joint, in its unit, and those of two controls. Returns a dict."""
+    from replay import compare  # loads torch, which the expert does not need
 
     blm = load_model(config.weights, str(pick_device(config.device)))
     robots = compare(blm, config)
@@ -421,9 +421,9 @@ def replay(what, config):
 
 
 def draw_questions(source, config):
-    """[(i, question of record i, {column: number})] of a file, the columns not yet filled.
+    """[(i, question of record i, {column: number})] from a file; the columns are filled later.
 
-    `config.questions` of each category and wording.
+    `config.questions` of each category, in seen and in held-out wordings.
     """
     drawn = []
     counts = Counter()
@@ -432,31 +432,31 @@ def draw_questions(source, config):
         with reading(source.name(i), 'wanted: {"images", "questions": [{"question", "answer"}]}'):
             for question in record["questions"]:
                 question = DEFAULTS | question
-                is_right(question, "")  # so that whatever a score needs is missed now
+                is_right(question, "")  # so that a missing field is found now
                 kind = (question["category"], question["held_out"])
                 counts[kind] += 1
                 if counts[kind] <= config.questions or not config.questions:
                     drawn.append((i, question, {"chance": question["chance"]}))
-    # neighbors are asked together: alike in length, so little is padding
+    # neighbors share a batch: with similar lengths there is little padding
     return sorted(drawn, key=lambda one: len(one[1]["question"]))
 
 
 def noise(media, rng):
-    """Random pictures as large as these, in lists as these are."""
+    """Random images of the same sizes, in the same nested lists."""
     if isinstance(media, list):
         return [noise(part, rng) for part in media]
     return rng.integers(0, 256, np.shape(media), dtype=np.uint8)
 
 
 def ask(models, source, config):
-    """{category: [{column: true, false or a number}]}, a dict for every question."""
+    """{category: [{column: true, false or a number}]}, one dict per question."""
     rng = np.random.default_rng(config.seed)
     drawn = draw_questions(source, config)
     categories = defaultdict(list)
     for first in trange(0, len(drawn), config.batch_size):
         batch = drawn[first : first + config.batch_size]
         texts = [question["question"] for _, question, _ in batch]
-        media = []  # read now: a benchmark's films do not all fit into memory
+        media = []  # read only now: a benchmark's videos do not all fit into memory
         for i, question, row in batch:
             media.append([what for _, what in source.row(i).media])
             categories[question["category"]].append(row)
@@ -466,7 +466,7 @@ def ask(models, source, config):
             for (_, question, row), reply in zip(batch, replies):
                 row[name] = is_right(question, reply)
                 row["degenerate"] = is_degenerate(reply, question["answer"])
-                # what is not a model's own is the last one's, which is "model"
+                # columns not named after a model hold the last one's, "model"
                 row["held_out" if question["held_out"] else "seen"] = row[name]
     return categories
 
@@ -482,12 +482,12 @@ def averages(rows):
 
 
 def accuracy(categories):
-    """{"means", "categories"} of {category: rows of `ask`}, its table printed, in %."""
+    """{"means", "categories"} of {category: rows of `ask`}; prints the table, in %."""
     rates = {}
     for category, rows in sorted(categories.items(), key=str):
         interval = wilson(sum(row["model"] for row in rows), len(rows))
         rates[category] = {"asked": len(rows), **averages(rows), "interval": interval}
-    means = averages(rates.values())  # a category counts as much as another
+    means = averages(rates.values())  # every category has the same weight
     lines = []
     for name, row in [*rates.items(), ("mean", means)]:
         texts = [f"{100 * row[column]:.1f}" if column in row else "" for column in means]
@@ -498,13 +498,13 @@ def accuracy(categories):
 
 
 def digital(what, config):
-    """A table for every file of questions, printed; the result as a dict."""
+    """Print a table for every file of questions; returns the result as a dict."""
     at_least(config, 1, "batch_size")
     at_least(config, 0, "questions", "seed")
     choose(config.dtype, ("float32", "bfloat16"), "dtype")
     device = pick_device(config.device)
-    # models and files are opened before any work, so that a bad one is told at once; "blind" is
-    # the model again, shown noise
+    # models and files are opened before any work, so that a bad one is reported at once; "blind"
+    # is the same model, shown noise
     folders = {"blind": config.weights, "base": config.base, "model": config.weights}
     models = {
         name: load_model(path, device, config.dtype) for name, path in folders.items() if path

@@ -1,12 +1,12 @@
-"""A model folder to the Hugging Face hub, with a model card of what its own files say.
+"""Upload a model folder to the Hugging Face hub, with a model card made from its own files.
 
-    export HF_TOKEN=...     a token that may write, from huggingface.co/settings/tokens
+    export HF_TOKEN=...     a token with write access, from huggingface.co/settings/tokens
     python hub.py --weights weights/nano --repo user/name
 
-Then `BLM.from_pretrained("user/name")` loads it anywhere. In Python it is
-`blm.push_to_hub("user/name")`, without a folder. Uploaded is what from_pretrained reads and the
-card, in one commit; no training state, no log, no heads. The card quotes files of eval.py that say
-they are about this folder, and claims nothing else.
+Then `BLM.from_pretrained("user/name")` loads it anywhere. From Python, without a folder, it is
+`blm.push_to_hub("user/name")`. One commit uploads the files that from_pretrained reads and the
+card, but no training state, log or heads. The card quotes result files of eval.py that name this
+folder as their weights, and claims nothing else.
 """
 
 import re
@@ -22,9 +22,9 @@ from files import read_json, reading
 from model import BLM, load_training
 from tables import markdown
 
-# beside the weights, which may be in shards
+# besides the weights, which may be in shards
 NEEDED = ("config.json", "tokenizer.json")
-# read where they are there; a model from elsewhere has some of them alone
+# uploaded if present; a model from elsewhere has only some of them
 OPTIONAL = (
     "generation_config.json",
     "model.safetensors.index.json",
@@ -42,18 +42,18 @@ RESULTS = ("results", "out/results")  # where eval.py writes
 @dataclass
 class HubConfig:
     weights: str = "weights/nano"  # checkpoint folder
-    repo: str = ""  # where to: user/name
+    repo: str = ""  # target repository: user/name
     results: str = ""  # result files for the card, comma-separated; empty: those about --weights
-    private: bool = False  # if the repository is a new one
+    private: bool = False  # make the repository private, if it is new
 
 
-# ---- what goes
+# ---- what is uploaded
 
 
 def model_files(folder):
     """Paths of the files in a model folder that `BLM.from_pretrained` reads, and no others."""
     folder = Path(folder)
-    # told one by one: a run that was stopped early has made some of them
+    # each checked by name: a run that stopped early has written only some of them
     needed = [*(folder / name for name in NEEDED), *weight_files(folder)]
     for path in needed:
         if not path.is_file():
@@ -63,14 +63,14 @@ def model_files(folder):
 
 
 def results_of(folder):
-    """The result files of eval.py that say they are about the weights in `folder`."""
+    """The result files of eval.py that were measured with the weights in `folder`."""
     found = []
     for place in RESULTS:
         for path in sorted((HERE / place).glob("*.json")):
             about = read_json(path)
-            # older files do not say whose figures they are: those must be named by hand
+            # older files do not record their weights: name those with --results
             weights = (about.get("config") or {}).get("weights")
-            if not weights or about["what"] == "expert":  # which has the flag, and no use for it
+            if not weights or about["what"] == "expert":  # expert has the flag but does not use it
                 continue
             if (HERE / weights).resolve() == Path(folder).resolve():
                 found.append(path)
@@ -81,11 +81,11 @@ def results_of(folder):
 
 
 def about_robots(policy):
-    """The part of the card on what it drives, from policy.json."""
+    """The card's section about the robots, from policy.json."""
     rows = []
     for name, sizes in policy["embodiments"].items():
         numbers = {key: value for key, value in sizes.items() if key != "index"}
-        robot = Embodiment(**numbers)  # what older files do not say is as usual
+        robot = Embodiment(**numbers)  # older files leave out fields that have the defaults
         state = f"{robot.state_dim}: {robot.state}"
         action = f"{robot.action_dim}: {robot.action}"
         rows.append([name, state, action, ", ".join(robot.views), f"{robot.control_hz:g}"])
@@ -99,19 +99,19 @@ def about_robots(policy):
 def about_backbone(folder, policy, training):
     """One paragraph from config.json and training.json."""
     config = read_json(Path(folder) / "config.json")
-    # Qwen3-VL has the language model's fields in a section of their own
+    # Qwen3-VL keeps the language model's fields in a section of their own
     text = config.get("text_config") or config
     size = f"{text['num_hidden_layers']} blocks, {text['hidden_size']} wide"
     line = f"Language model: `{config['model_type']}`, {size}, stored as "
     line += f"{config.get('dtype') or text.get('dtype') or 'its files say'}."
-    # each run of Stage I holds the record of the one that it began with
+    # a run of Stage I stores the record of the run it started from
     first = training.get("sft")
     while first and first.get("started_from"):
         first = first["started_from"]
     if first and "config" in first:
         start = first["config"].get("backbone")
         line += f" Trained from {f'`{start}`' if start else 'random weights'}."
-    # what holds the two together
+    # the block and the hash tie the policy to this language model
     if policy:
         block = policy["config"]["intent_layer"]
         line += f" The policy reads block {block} of it (hash `{policy['backbone']}`)."
@@ -119,7 +119,7 @@ def about_backbone(folder, policy, training):
 
 
 def about_training(training):
-    """A row for each stage of training.json."""
+    """One row for each stage in training.json."""
     rows = []
     for stage, record in training.items():
         figures = [f"{name} {value:.4g}" for name, value in record.get("figures", {}).items()]
@@ -129,14 +129,14 @@ def about_training(training):
 
 
 def about_result(path):
-    """What a file of eval.py says, a line and perhaps a table; "" of kinds without one figure."""
+    """A result file of eval.py in one line, maybe with a table; "" if it has no single figure."""
     result = read_json(path)
     assert {"what", "command"} <= result.keys(), "it is no result of eval.py"
     said = []
-    # kinds of evaluations differ in what they have: what is not there is not said
+    # each kind of evaluation stores other keys: report those that are present
     if "interval" in result:
         low, high = (100 * end for end in result["interval"])
-        if "tiers" in result:  # in other people's simulators: their mean
+        if "tiers" in result:  # other simulators report the mean of their tiers
             success = result["mean"]
             episodes = sum(tier["n"] for tier in result["tiers"].values())
         else:
@@ -156,7 +156,7 @@ def about_result(path):
         return ""
     text = f"**{result['what']}**: {'; '.join(said)}. Command: `{result['command']}`\n"
     if result["what"] in ("physical", "perturbations"):
-        # in the order of our own tables, and only those that were asked for
+        # in the order of our own tables, and only the tasks that were evaluated
         names = [name for name in TASKS if name in next(iter(result["cells"].values()))]
         rows = []
         for row, cells in result["cells"].items():
@@ -166,7 +166,7 @@ def about_result(path):
 
 
 def front_matter(policy):
-    """What the hub files a model under, as YAML."""
+    """The metadata that the hub indexes a model by, as YAML."""
     pipeline = "robotics" if policy else "image-text-to-text"
     tags = ["nanoblm", "vision-language-action" if policy else "vision-language"]
     return "\n".join(
@@ -175,7 +175,7 @@ def front_matter(policy):
 
 
 def how_to_use(policy, repo):
-    # three lines that work as they stand, but for the observation
+    # runs as it is, given an observation or a picture
     lines = ["from model import BLM", f'blm = BLM.from_pretrained("{repo}")']
     if policy:
         robot = next(iter(policy["embodiments"]))
@@ -186,7 +186,7 @@ def how_to_use(policy, repo):
 
 
 def model_card(folder, repo, results=()):
-    """README.md of a model folder, as text. results: paths of files that eval.py wrote about it."""
+    """README.md for a model folder, as text. results: paths of eval.py's result files about it."""
     folder = Path(folder)
     policy = {}
     if (folder / "policy.json").exists():
@@ -199,7 +199,7 @@ def model_card(folder, repo, results=()):
     )
     name = repo.split("/")[1]
     parts = [front_matter(policy), f"# {name}\n", pitch, how_to_use(policy, repo)]
-    # of other people's folders and files anything may be missing
+    # in files from elsewhere anything may be missing
     with reading(folder / "policy.json"):
         if policy:
             parts += ["## Robots\n", about_robots(policy)]
@@ -213,7 +213,7 @@ def model_card(folder, repo, results=()):
             parts.append(about_result(path))
     if not results:
         parts.append("No result file of `eval.py` came with these weights.\n")
-    # the code's is known; weights may owe something to a backbone or to somebody's data
+    # the code's license is known; weights may be bound by that of a backbone or of their data
     license_file = HERE / "LICENSE"
     if license_file.exists():
         name = license_file.read_text().splitlines()[0]
@@ -226,14 +226,14 @@ def model_card(folder, repo, results=()):
 
 @contextmanager
 def talking_to_hub(repo):
-    """Turn whatever goes wrong between here and the hub into a UserError of one line."""
+    """Turn any error between here and the hub into a one-line UserError."""
     try:
         yield
     except UserError:
         raise
-    # errors of the library, of its HTTP client and of its uploader share no class
+    # errors of the library, of its HTTP client and of its uploader have no common base class
     except Exception as error:  # noqa: BLE001
-        # what the hub itself says of a wrong token does not name the repository
+        # the hub's own message about a wrong token does not name the repository
         status = getattr(getattr(error, "response", None), "status_code", None)
         advice = "is there a connection?"
         if status in (401, 403):
@@ -243,20 +243,20 @@ def talking_to_hub(repo):
 
 
 def push(folder, repo, results=(), private=False):
-    """Upload the model in `folder` with its card, as one commit. Returns the commit's address.
+    """Upload the model in `folder` with its card, as one commit. Returns the commit's URL.
 
-    A policy that the repository had before goes if the folder has none. UserError if anything
-    is missing here or goes wrong on the way.
+    If the folder has no policy, one that the repository had before is deleted. UserError if
+    anything is missing here or fails on the way.
     """
     if not re.fullmatch(r"[\w-]+/[\w.-]+", repo):
         raise UserError(f"{repo!r} is no repository of the hub: name one as user/name")
-    # all that can be wrong here is told before there is a repository
+    # everything that can fail locally fails before a repository is created
     paths = model_files(folder)
     card = model_card(folder, repo, results)
     # slow to load, and rarely needed
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
-    # its own error is raised only behind the first request
+    # the library raises its own error only after the first request
     if not get_token():
         raise UserError(
             "no token for the hub: export HF_TOKEN=..., one that may write, "
@@ -267,10 +267,10 @@ def push(folder, repo, results=(), private=False):
     operations.append(CommitOperationAdd("README.md", card.encode()))
     with talking_to_hub(repo):
         api = HfApi()
-        # one commit: whoever loads it meanwhile gets the old model or the new one
+        # one commit: anyone who downloads meanwhile gets either the old model or the new one
         api.create_repo(repo, private=private, exist_ok=True)
         for name in api.list_repo_files(repo):
-            # of another model: it would be loaded with this one, and refused
+            # left over from another model: it would be loaded with this one, and refused
             if name in OPTIONAL and name not in names:
                 operations.append(CommitOperationDelete(name))
         return api.create_commit(
@@ -284,7 +284,7 @@ def main():
         raise UserError(f"no folder {config.weights}: name one with --weights")
     results = config.results.split(",") if config.results else results_of(config.weights)
     model_files(config.weights)
-    # whole, and of one piece: told before anyone else meets it
+    # loads, and its parts fit together: better found here than by those who download it
     BLM.from_pretrained(config.weights, dtype=stored_dtype(config.weights))
     print(push(config.weights, config.repo, results, config.private))
 

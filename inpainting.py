@@ -1,14 +1,14 @@
-"""Real-time chunking: a chunk that fits what the arm carries out while the chunk is computed.
+"""Real-time chunking: a chunk that continues what the arm executes while the chunk is computed.
 
-A big network needs longer than a control step, and an arm that waits for it stops and starts. So it
-goes on with the chunk before, and the new one is made like a picture with a part painted already:
-its first steps are known, and the flow is bent, step by step, until it ends in them. What follows
-bends with them, for the network has learned how steps of one chunk belong together. Nothing is
-trained for it.
+A large network takes longer than a control step, and an arm that waits for it stops and starts. So
+the arm continues with the previous chunk, and the new one is computed as in image inpainting: its
+first steps are known, and guidance pulls the flow, step by step, until it ends in them. The later
+steps follow, because the network has learned how the steps of a chunk belong together. No training
+is needed.
 
 Source: Black, Galliker, Levine, "Real-Time Execution of Action Chunking Flow Policies" (arXiv
-2506.07339). Their later "Training-Time Action Conditioning" (2512.05964) needs no gradient, but a
-tau for each step of a chunk, and weights that were trained so.
+2506.07339). Their later "Training-Time Action Conditioning" (2512.05964) needs no gradient, but it
+needs a tau for each step of a chunk, and weights that were trained with it.
 
 Letters as in policy.py: B batch, T action horizon, A action dims.
 """
@@ -17,13 +17,13 @@ import math
 
 import torch
 
-MOST_GUIDANCE = 5.0  # the paper's beta: few Euler steps overshoot with more
+MOST_GUIDANCE = 5.0  # the paper's beta: with few Euler steps larger values overshoot
 
 
 def soft_mask(committed, known, horizon):
-    """How strongly each step of a chunk is held to the chunk before, (T,): the paper's equation 5.
+    """How strongly each step is tied to the previous chunk, (T,): the paper's equation 5.
 
-    1 on the steps that are `committed`, then less and less, 0 where nothing is `known` any more.
+    1 for the `committed` steps, then decreasing, and 0 for steps beyond the `known` ones.
     """
     fade = (known - torch.arange(horizon)) / (known - committed + 1)
     fade = fade.clamp(0, 1)
@@ -31,21 +31,22 @@ def soft_mask(committed, known, horizon):
 
 
 def guided(velocity, x, inputs, known, weight):
-    """The velocity at x, bent so that the flow ends in `known` as far as `weight` says.
+    """The velocity at x, guided so that the flow ends in `known` as strongly as `weight` says.
 
-    velocity(x, *inputs): the network's, the first of a tuple; inputs: tau (1,) and what else it
-    takes; x, known and weight (B, T, A). The error of where the flow would end is carried back to x through the network,
-    so that steps which are not held go along with those that are (the paper's equations 2 to 4).
+    velocity(x, *inputs): the network, which returns the velocity first; inputs: tau (1,) and its
+    other arguments; x, known and weight (B, T, A). The error at the flow's endpoint is
+    backpropagated through the network to x, so the free steps follow the known ones (the paper's
+    equations 2 to 4).
     """
     tau = inputs[0]
-    # a gradient for x alone: the weights get none
+    # a gradient for x only, not for the weights
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         v = velocity(x, *inputs)[0]
         end = x + (1 - tau) * v
         error = weight * (known - end)
         [pull] = torch.autograd.grad(end, x, error.detach())
-    # (1 - tau) / tau over r squared; infinite at tau = 0
+    # (1 - tau) / tau divided by r squared; infinite at tau = 0
     left = 1 - tau
     strength = (tau**2 + left**2) / (tau * left)
     strength = strength.clamp(max=MOST_GUIDANCE)

@@ -1,4 +1,4 @@
-"""Work for several processes: the result of each job as it comes, errors in one line."""
+"""Run jobs in several processes: each result as it arrives, errors in one line."""
 
 import multiprocessing
 import os
@@ -14,38 +14,40 @@ from cli import UserError
 
 
 def end_with_parent():
-    """In a worker: leave at once when the process that asks is gone, even if it was killed."""
-    parent = multiprocessing.parent_process()  # its end is a pipe's, which no kill prevents
+    """In a worker: exit at once when the parent process is gone, even if it was killed."""
+    parent = multiprocessing.parent_process()  # its pipe closes even on a kill
 
     def watch():
         parent.join()
-        os._exit(1)  # from a thread: sys.exit would end only that
+        os._exit(1)  # in a thread sys.exit would end only that thread
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def run_jobs(function, jobs, workers):
-    """Yield function(job) of every job, in the order in which they end, from `workers` processes.
+    """Yield function(job) for every job, as they finish, from `workers` processes.
 
-    Each has one thread. UserError if a worker is killed, as by a system that is out of memory.
-    Ctrl-C, an error or a reader that stops early ends the workers, whatever they are doing.
+    Each process has one thread. UserError if a worker is killed, for instance for lack of memory.
+    Ctrl-C, an error, or a caller that stops early ends the workers, whatever they are doing.
     """
-    # inherited by the workers, who would otherwise take every core each
+    # inherited by the workers; without it each of them would use every core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("spawn")  # a fork would copy GL contexts and threads
+    context = multiprocessing.get_context("spawn")  # fork would copy GL contexts and threads
     others = set(multiprocessing.active_children())
     jobs = iter(jobs)
     running = set()
     with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as pool:
         try:
-            # Workers start while Ctrl-C is blocked, and inherit that: it is left to this process.
+            # Workers start while Ctrl-C is blocked and inherit that, so only this process handles
+            # it.
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             running = {pool.submit(function, job) for job in islice(jobs, 2 * workers)}
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-            # Only a few jobs wait in the pool: it would finish all that it has, whoever leaves.
+            # Submit only a few jobs ahead: the pool finishes all it has, even if the caller is
+            # gone.
             while running:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
-                # what is done first, then what went wrong
+                # results first, then errors
                 for future in sorted(done, key=lambda future: future.exception() is not None):
                     yield future.result()
                 running |= {pool.submit(function, job) for job in islice(jobs, len(done))}
@@ -55,12 +57,12 @@ def run_jobs(function, jobs, workers):
                 "start the same command again, with fewer --workers"
             ) from None
         finally:
-            if running:  # nobody waits for the rest
+            if running:  # nobody will use the remaining results
                 for process in set(multiprocessing.active_children()) - others:
                     process.terminate()
 
 
 def in_order(results, count):
-    """The `count` results of episodes, (number, ...) each, as a list sorted by number; with a bar."""
+    """All `count` results (number, ...) of episodes, sorted by number, with a progress bar."""
     done = tqdm(results, total=count, unit="episode")
-    return sorted(done, key=lambda result: result[0])  # which job ended first must not matter
+    return sorted(done, key=lambda result: result[0])  # which finished first must not matter

@@ -1,8 +1,8 @@
-"""Does the hand do what it is told? What eval.py told and eval.py plan count.
+"""Does the policy do what the instruction says? Counted for eval.py told and eval.py plan.
 
-`told` plays each scene with two of its commands, and with none, so that a policy that ignores words
-does at most one of them. `plan_goals` has the model write down the commands of a goal, carry them
-out and judge each.
+`told` plays each scene with two of its commands, and with none, so a policy that ignores the
+instruction succeeds in at most one of the two. `plan_goals` has the model list the commands of a
+goal, carry them out and judge each.
 """
 
 import itertools
@@ -18,27 +18,28 @@ from tables import percent, print_table, rate
 
 # ---- one scene, several commands
 
-# What a scene is played with: (kind, number of the command that counts, what is said instead of it).
-# Of every second scene the wordings are new to the policy.
+# How a scene is played: (kind, number of the command that counts, instruction instead of it).
+# In every second scene the wordings are held out.
 PLAYS = [
     ("told", 0, None),
     ("told", 1, None),
     ("neutral", 0, "do something useful"),
     ("no words", 0, "."),
-    ("off template", 0, None),  # as people write
-    ("new combination", 0, None),  # in another scene, where training never showed this command
+    ("off template", 0, None),  # the way people write
+    ("new combination", 0, None),  # scene and command never combined in training
 ]
 
 
 def play(job):
-    """A rollout of a scene, in a process of its own: (the job's number, what came of it)."""
+    """A rollout of a scene, in its own process: (the job's number, the result as a dict)."""
     number, config, robot, family, seed, (kind, command, instruction) = job
     env = make_env("tabletop", robot, family, render=False)
     held_out = seed % 2 == 1
     env.wordings = "held_out" if held_out else "seen"
     if kind == "off template":
         env.wordings = "off_template"
-    # of two commands the other one is watched too: who ignores words does it as often
+    # also watch the other of the two commands: a policy that ignores the instruction does it as
+    # often
     result = rollout(
         load_model(config.weights, config.device),
         env,
@@ -61,8 +62,8 @@ def play(job):
 
 
 def told_figures(rows):
-    """What the rows of `play` say, as `rate`s by name."""
-    done = defaultdict(list)  # of each kind, and of either sort of wordings
+    """Figures of the rows of `play`, as `rate`s by name."""
+    done = defaultdict(list)  # by kind, and by seen or held-out wordings
     others = []
     scenes = defaultdict(list)
     for row in rows:
@@ -72,7 +73,7 @@ def told_figures(rows):
             wordings = "held out" if row["held_out"] else "seen"
             done[wordings].append(success)
             others.append(row["other"])
-            # both of its commands
+            # for both of its commands
             scenes[row["robot"], row["family"], row["seed"]].append(success)
     return {
         "done": rate(done["told"]),
@@ -88,9 +89,9 @@ def told_figures(rows):
 
 
 def run_scenes(function, config, *choices):
-    """(rows, robots, families): function(job) of every robot, family, layout and choice, in order.
+    """(rows, robots, families): function(job) for each robot, family, layout and choice, in order.
 
-    config: a ToldConfig. What has nothing to say, None, is left out.
+    config: a ToldConfig. Results that are None are left out.
     """
     at_least(config, 1, "scenes", "workers")
     at_least(config, 0, "seed")
@@ -105,7 +106,7 @@ def run_scenes(function, config, *choices):
 
 
 def told(what, config):
-    """Is it done what the words say, and not something else? The result as a dict."""
+    """Is what the instruction says done, and not another command? The result as a dict."""
     rows, robots, families = run_scenes(play, config, PLAYS)
     tables = {}
     for family in families:
@@ -121,7 +122,7 @@ def told(what, config):
         figures = told_figures(cell)
         failures = []
         for row in cell:
-            # `sample.py --seed --command` draws them
+            # `sample.py --seed --command` draws these
             if row["kind"] == "told" and not row["success"]:
                 failures.append(f"{row['seed']} command {row['command']}")
         cells[robot][family] = {
@@ -134,15 +135,15 @@ def told(what, config):
 
 # ---- goals of several commands
 
-# The model plans and judges itself; or, to compare, it is told the right steps one by one, or the
-# whole goal all the time, and the simulator judges.
+# The model plans and judges for itself; for comparison it is given the right steps one by
+# one, or the whole goal all the time, and the simulator judges.
 WAYS = ("plan", "steps", "whole")
 
 
 def follow_plan(blm, env, goal, commands, right):
-    """Which of a goal's commands are done by the model's own plan, and what it is worth.
+    """Which of a goal's commands the model's own plan gets done; are plan and judgment right?
 
-    right: the steps that it should list.
+    right: the steps that the plan should list.
     """
     steps = write_plan(blm, pictures(env), goal)
     walk = carry_out(blm, env, steps)
@@ -153,7 +154,7 @@ def follow_plan(blm, env, goal, commands, right):
         if step is None:  # the plan is too short
             break
         row["done"].append(env.succeeded())
-        if step.outcome not in (DONE, GIVEN_UP):  # it was not begun
+        if step.outcome not in (DONE, GIVEN_UP):  # not started
             break
         row["judged_right"].append((step.outcome == DONE) == row["done"][-1])
         if step.outcome != DONE:
@@ -162,7 +163,7 @@ def follow_plan(blm, env, goal, commands, right):
 
 
 def follow_words(blm, env, commands, sentences):
-    """The same of a policy that is told a sentence for each command."""
+    """The same for a policy that is given one sentence for each command."""
     done = []
     for command, sentence in zip(commands, sentences):
         env.begin(env.table.commands.index(command))
@@ -174,7 +175,7 @@ def follow_words(blm, env, commands, sentences):
 
 
 def pursue_goal(job):
-    """A goal of a scene, in a process of its own: (the job's number, what came of it, or None)."""
+    """A goal in a scene, in its own process: (the job's number, the result or None)."""
     number, config, robot, family, seed, length, way = job
     env = make_env("tabletop", robot, family, render=False)
     blm = load_model(config.weights, config.device)
@@ -183,7 +184,7 @@ def pursue_goal(job):
     commands = sequence(env.table, length, rng)
     if not commands:
         return number, None
-    # as recorded commands are said, not in the plain words of a plan
+    # worded like recorded commands, not in the plain words of a plan
     goal = ", then ".join(instruct(env.table, command, rng) for command in commands)
     row = {
         "robot": robot,
@@ -201,7 +202,7 @@ def pursue_goal(job):
 
 
 def plan_figures(rows, length):
-    """What the rows of `pursue_goal` say of goals of so many commands, as `rate`s by name."""
+    """Figures of the rows of `pursue_goal` with goals of this many commands, as `rate`s by name."""
     plans = [row for row in rows if row["way"] == "plan"]
     judged = itertools.chain(*(row["judged_right"] for row in plans))
     figures = {
@@ -209,7 +210,7 @@ def plan_figures(rows, length):
         "judged_right": rate(judged),
     }
     for way in WAYS:
-        # [is it done?] of each goal, as far as it was carried out
+        # [was it done?] for each goal, up to where it stopped
         done = [row["done"] for row in rows if row["way"] == way]
         figures[f"{way}_first"] = rate(steps[:1] == [True] for steps in done)
         figures[f"{way}_done"] = rate(sum(steps) == length for steps in done)
@@ -217,7 +218,7 @@ def plan_figures(rows, length):
 
 
 def plan_goals(what, config):
-    """Goals written down as commands, carried out and judged by the model. The result as a dict."""
+    """Goals that the model lists as commands, carries out and judges. The result as a dict."""
     rows, _, _ = run_scenes(pursue_goal, config, (2, 3), WAYS)
     lines = []
     lengths = {}

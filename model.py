@@ -1,4 +1,4 @@
-"""BLM: one set of weights that answers questions about pictures and drives every robot it knows.
+"""BLM: one set of weights that answers questions about images and drives every robot it knows.
 
     blm = BLM.from_pretrained("weights/nano")
     blm.answer([front, wrist], "Where is the red cube in the front view? Give a point.")  # a string
@@ -8,11 +8,12 @@
 A model folder:
 
     config.json, generation_config.json, model.safetensors   the language model, as on the hub
-    tokenizer*.json, preprocessor_config.json                the processor; this far, the model only answers
+    tokenizer*.json, preprocessor_config.json                the processor; enough to answer
+
     policy.safetensors      the policy's weights and statistics
-    policy.json             its sizes, its robots (embodiment.py), and what it reads: a hash of the
-                            language model, for it is useless on any other
-    training.json           how each stage was made: command, seed, steps, figures
+    policy.json             its sizes, its robots (embodiment.py), and a hash of the language model
+                            whose hidden states it reads: with any other it is useless
+    training.json           how each stage was trained: command, seed, steps, figures
 
 Letters: B batch, L tokens of the prompt, Dc width of the language model, T action horizon, A and S
 action and state dims.
@@ -38,16 +39,16 @@ from policy import Policy, PolicyConfig, waypoint_head
 from processor import Processor
 from vlm import VLM
 
-# of policy.json; 2 had no waypoint head, 2 and 3 no text_first, 2 to 4 one pair of cameras for all
+# of policy.json; 2 had no waypoint head, 2 and 3 no text_first, 2 to 4 the same cameras for all
 VERSION = 5
-LARGEST_STATE = 10  # rad, m: no joint turns so far, but a state in degrees does
-FARTHEST = 5.0  # times what is usual: for robots whose states are in degrees themselves
+LARGEST_STATE = 10  # rad, m: no joint turns this far; a larger number is probably in degrees
+FARTHEST = 5.0  # times a robot's usual magnitude, for robots whose states really are in degrees
 
 
 class BLM:
     """vlm a VLM, processor its Processor; policy a Policy or None; training {stage: record}.
 
-    vlm is None while a policy is trained or looked at: its language model stays on disk then.
+    vlm is None while a policy is trained or inspected: the language model is not loaded then.
     """
 
     def __init__(self, vlm, processor, policy=None, training=None, device="cpu"):
@@ -58,29 +59,29 @@ class BLM:
         self.device = next(vlm.parameters()).device if vlm else device
 
     def prompt(self, images, texts, **options):
-        """The processor's inputs for pictures and a text a row, on the model's device."""
+        """The processor's inputs for a list of images and a text per row, on the model's device."""
         batch = self.processor.prompt(images, texts, **options)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     # ---- digital space
 
     def answer(self, images, question, **options):
-        """The reply to `question` about `images`, and to nothing that was said before.
+        """The reply to `question` about `images`. Each call stands alone: there is no history.
 
-        images: PIL or uint8 (height, width, 3), a video as the list of its frames, two a second;
-        maybe none. options: see `answers`.
+        images: PIL or uint8 (height, width, 3); a video is the list of its frames, two per second;
+        the list may be empty. options: see `answers`.
         """
         return self.answers([images], [question], **options)[0]
 
     def answers(self, images, questions, **options):
-        """Replies to a question about a list of images for each row, all at a time: [str].
+        """Replies [str] to a batch of questions, each about its own list of images.
 
-        options of `VLM.generate`: max_new_tokens; temperature (0: the likeliest words), seed.
+        options of `VLM.generate`: max_new_tokens; temperature (0: greedy); seed.
         """
         for question in questions:
             check_text("question", question)
         tokenizer = self.processor.tokenizer
-        # what ends a reply: the folder's stop tokens, and the chat template's
+        # a reply ends at the chat template's end tokens and at the folder's stop tokens
         stops = [tokenizer.special["<|im_end|>"], tokenizer.special["<|endoftext|>"]]
         stops += self.vlm.generation_config["eos_token_id"]
         batch = self.prompt(images, questions, side="left")
@@ -98,12 +99,12 @@ class BLM:
 
     @torch.no_grad()
     def intent_states(self, images, instructions, num_layers=None, text_first=False):
-        """Lists of a robot's pictures and an instruction each: what the language model says of them.
+        """What the language model makes of each robot's list of images and its instruction.
 
-        Hidden states (B, L, Dc) behind block k and their mask (B, L) bool; later blocks do not run.
-        The one place where the prompt for acting is made: `act` and data/demonstrations.py
-        call it. num_layers, k, and text_first are for where there is no policy yet. With the
-        instruction first, patches know what it names: attention is causal.
+        Returns the hidden states (B, L, Dc) after block k and their mask (B, L) bool; later blocks
+        do not run. Prompts for acting are built only here: `act` and data/demonstrations.py call
+        it. num_layers (k) and text_first are for callers that have no policy yet. With the
+        instruction first, image tokens can attend to it, since attention is causal.
         """
         if self.policy is not None:
             text_first = self.policy.config.text_first
@@ -117,17 +118,18 @@ class BLM:
     def act(self, observation, robot, temperature=0.0, seed=None, committed=None, planned=()):
         """One chunk of targets, (T, A) float32, for the robot's next T control steps.
 
-        For the simulator's arms A is dof + 1: joint angles (rad) and the finger (m), in steps of
-        50 ms. What another robot's numbers are, its Embodiment says. observation: see
-        `read_observation`. temperature scales the noise that the chunk flows from: at 1 a sample, as
-        GR00T draws it; at 0 the flow starts from the noise's mean and gives one chunk for one
-        observation, which is what eval.py measures. seed (an integer or a list of them) fixes the
-        noise. UserError on an unknown robot and on whatever is wrong with the observation.
+        For the simulator's arms A is dof + 1: joint angles (rad) and the finger (m), in steps of 50
+        ms. For other robots their Embodiment describes the numbers. observation: see
+        `read_observation`. temperature scales the noise that the flow starts from: 1 draws a
+        sample, as GR00T does; 0 starts from the mean of the noise and always gives the same chunk
+        for the same observation, which is what eval.py measures. seed (an integer or a list of
+        them) fixes the noise. UserError on an unknown robot and on anything wrong with the
+        observation.
 
-        For an arm that moves on while this is computed (inpainting.py): committed (n, A), maybe
-        none, are the targets that it will carry out meanwhile, in physical units too, and planned
-        (m, A) what the chunk before had in mind behind them. This one begins with the former,
-        and stays near the latter, less and less.
+        For an arm that keeps moving while this is computed (inpainting.py): committed (n, A), maybe
+        empty, are the targets that it will execute meanwhile, in physical units, and planned (m, A)
+        are the ones that follow in the previous chunk. The new chunk starts with the committed
+        targets, and stays close to the planned ones at first, then less and less.
         """
         policy = self.require_policy()
         names = list(policy.embodiments)
@@ -150,7 +152,7 @@ class BLM:
             inputs += [known, weight]
         inputs = [part.to(self.device) for part in inputs]
         chunk = policy.sample(hidden, mask, *inputs).cpu()  # (1, T, A)
-        if committed is not None:  # what is carried out in any case, to the bit
+        if committed is not None:  # the committed targets are executed anyway: keep their bits
             chunk = torch.where(weight[:, None] < 1, chunk, known)
         chunk = chunk[0, :, : embodiment.action_dim].numpy()
         if not np.isfinite(chunk).all():
@@ -163,8 +165,8 @@ class BLM:
     def from_pretrained(cls, path_or_repo_id, device="cpu", dtype=torch.float32, vlm=True):
         """The model in a folder or on the hub, with its policy if it has one.
 
-        dtype is the language model's; vlm=False leaves that on disk. UserError on anything missing,
-        broken, or from another model; nothing stays at random.
+        dtype is the language model's; vlm=False does not load it. UserError if anything is missing,
+        broken, or from another model; nothing stays uninitialized.
         """
         folder = find_folder(path_or_repo_id)
         if not folder.is_dir():
@@ -174,18 +176,18 @@ class BLM:
         config = VLMConfig.from_pretrained(folder)
         vlm = VLM.from_pretrained(folder, device, dtype) if vlm else None
         with reading(folder / "tokenizer.json", "take it from the folder of the weights"):
-            # the table of embeddings has no row for more
+            # the embedding table has no rows for more
             size = config.vocab_size
             assert len(processor.tokenizer) <= size, f"more tokens than the model's {size}"
         policy = None
-        if list(folder.glob("policy.[js]*")):  # with one of its two files the other is missed
+        if list(folder.glob("policy.[js]*")):  # if one is missing, it is reported
             policy = load_policy(folder, config, processor).to(device)
         return cls(vlm, processor, policy, load_training(folder), device)
 
     def save_pretrained(self, folder, dtype=None):
         """Write the whole folder, each file whole or not at all.
 
-        dtype float16 halves it (statistics stay float32).
+        dtype float16 halves its size (statistics stay float32).
         """
         self.vlm.save_pretrained(folder, dtype)
         self.processor.save_pretrained(folder)
@@ -195,22 +197,22 @@ class BLM:
             write_json(Path(folder) / "training.json", self.training)
 
     def push_to_hub(self, repo_id, results=(), private=False, dtype=None):
-        """Upload the folder with a model card to the hub, as user/name; the commit's address.
+        """Upload the folder with a model card to user/name on the hub; returns the commit's URL.
 
-        results: files of eval.py about this model, for the card. private: if the repository is new.
-        UserError without a token or a connection. See hub.py, which uploads a folder as it is.
+        results: eval.py's result files about this model, for the card. private: if the repository
+        is new. UserError without a token or a connection. To upload a folder as it is, see hub.py.
         """
-        from hub import push  # which imports this
+        from hub import push  # imported here because hub imports this module
 
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, dtype)
             return push(folder, repo_id, results, private)
 
     def save_policy(self, folder, dtype=None, weights=None, backbone=None):
-        """Write policy.safetensors and policy.json beside their language model.
+        """Write policy.safetensors and policy.json next to their language model.
 
-        weights {name: tensor} stand for the policy's own, backbone for the hash of a language model
-        that is no longer here.
+        weights {name: tensor} replace the policy's own; backbone replaces the hash of a language
+        model that is no longer loaded.
         """
         policy = self.policy
         k = policy.config.intent_layer
@@ -220,7 +222,7 @@ class BLM:
         }
         robots = {}
         for name, embodiment in policy.embodiments.items():
-            # with an index, for JSON's keys have no order
+            # with an index, because JSON objects have no order
             robots[name] = {"index": len(robots), **dataclasses.asdict(embodiment)}
         about = {
             "version": VERSION,
@@ -228,23 +230,23 @@ class BLM:
             "embodiments": robots,
             "backbone": backbone or backbone_hash(self.vlm, self.processor, k, dtype),
         }
-        # the description last: weights without one are refused
+        # the description last: weights without one are refused when loading
         with atomic(Path(folder) / "policy.safetensors") as path:
             save_file(tensors, path, metadata={"format": "pt"})
         write_json(Path(folder) / "policy.json", about)
 
 
-# ---- what people hand over
+# ---- checking what callers pass in
 
 
 def check_text(name, text):
-    """UserError if a question or an instruction is no text, or empty."""
+    """UserError if a question or an instruction is not a string, or is empty."""
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"the {name} is {text!r}: it must be a text that says something")
 
 
 def to_array(numbers, ndim):
-    """Lists, arrays or tensors, wherever and of whatever type, as numpy; a batch of one as its row."""
+    """Lists, arrays or tensors of any dtype and device, as numpy; a batch of one is unpacked."""
     if isinstance(numbers, torch.Tensor):
         if numbers.is_floating_point():
             numbers = numbers.float()  # numpy has no bfloat16
@@ -254,22 +256,22 @@ def to_array(numbers, ndim):
 
 
 def to_square(picture):
-    """A picture as uint8 (side, side, 3), its middle if it is not square. UserError if it is none.
+    """A picture as uint8 (side, side, 3), center-cropped if not square. UserError if it is none.
 
-    PIL of any mode, uint8 or floats in 0..1, height x width x 3 or 3 x height x width, maybe a
+    PIL in any mode, uint8 or floats in 0..1, height x width x 3 or 3 x height x width, possibly a
     batch of one.
     """
     if not isinstance(picture, Image.Image):
         picture = to_array(picture, 3)
-        if picture.shape[:1] == (3,) != picture.shape[2:]:  # colors first, as torch has them
+        if picture.shape[:1] == (3,) != picture.shape[2:]:  # channels first, as in torch
             picture = picture.transpose(1, 2, 0)
         if picture.dtype.kind == "f":
-            fine = picture.min() >= 0 and picture.max() <= 1  # NaN is neither
+            fine = picture.min() >= 0 and picture.max() <= 1  # NaN fails both
             assert fine, "a picture of floats must lie in 0..1"
             picture = (picture * 255).round().astype(np.uint8)
     picture = np.asarray(to_rgb(picture))
     square = middle_square(picture)
-    if square.shape != picture.shape:  # Python shows the same warning once
+    if square.shape != picture.shape:  # Python shows the same warning only once
         height, width, _ = picture.shape
         side = len(square)
         warnings.warn(
@@ -283,9 +285,10 @@ def to_square(picture):
 def read_observation(observation, embodiment, largest=LARGEST_STATE):
     """([picture of each camera], state (S,) float64, instruction) of an observation, checked.
 
-    {"images": {"front", "wrist", or as the robot's cameras are called: see `to_square`}, "state": S
-    numbers in the robot's order and units, "instruction": str}; arrays, lists or tensors. No number
-    of the state may be larger than `largest`. UserError says what is wrong.
+    observation: {"images": {camera: picture, see `to_square`}, "state": S numbers in the robot's
+    order and units, "instruction": str}, as arrays, lists or tensors. The cameras are "front" and
+    "wrist", or whatever the robot calls its own. No number of the state may be larger than
+    `largest`. UserError says what is wrong.
     """
     S = embodiment.state_dim
     cameras = ", ".join(f'"{view}"' for view in embodiment.views)
@@ -294,10 +297,10 @@ def read_observation(observation, embodiment, largest=LARGEST_STATE):
         images = {view: observation["images"][view] for view in embodiment.views}
         instruction = observation["instruction"]
         check_text("instruction", instruction)
-        # complex numbers and texts are no kind of float
+        # rejects complex numbers and text
         state = to_array(observation["state"], 1).astype(np.float64, casting="same_kind")
         assert state.shape == (S,), f"the state has the shape {state.shape}"
-        # NaN is not below anything
+        # NaN fails this too
         fine = np.abs(state) <= largest
         assert fine.all(), f"the state is not finite, or too large: {state[~fine]}"
     squares = []
@@ -308,7 +311,7 @@ def read_observation(observation, embodiment, largest=LARGEST_STATE):
 
 
 def read_targets(committed, planned, shape, action_dim):
-    """(targets (1, T, A), how strongly each step is held to them (T,)) of `act`, checked.
+    """(targets (1, T, A), how strongly each step is tied to them (T,)) for `act`, checked.
 
     shape is (1, T, A). UserError says what is wrong.
     """
@@ -329,7 +332,7 @@ def read_targets(committed, planned, shape, action_dim):
     return known, soft_mask(len(committed), first, shape[1])
 
 
-# ---- what belongs together
+# ---- loading a policy and its record
 
 
 def load_policy(folder, vlm_config, processor):
@@ -345,7 +348,7 @@ def load_policy(folder, vlm_config, processor):
         for name, tensor in load_file(weights).items():
             assert tensor.isfinite().all(), f"{name} holds numbers that are not finite"
             assert not name.endswith("_std") or tensor.min() > 0, f"{name} is not positive"
-            name = name.replace("normaliser", "normalizer")  # as shipped
+            name = name.replace("normaliser", "normalizer")  # as in the shipped weights
             tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
 
     about = read_json(path, advice)
@@ -359,11 +362,11 @@ def load_policy(folder, vlm_config, processor):
             sizes["text_first"] = False
         counted = "version 4 of --text_first numbered the prompt's tokens from its beginning"
         assert version > 4 or not sizes["text_first"], counted
-        if version == 2:  # a head that only training needs begins anew
+        if version == 2:  # a head that only training needs starts anew
             sizes |= {"num_waypoints": 4, "waypoint_loss_weight": 1.0}
             head = waypoint_head(PolicyConfig(**sizes)).state_dict()
             tensors |= {f"waypoint_head.{name}": tensor for name, tensor in head.items()}
-        if version < 5:  # of all robots; today each has its own
+        if version < 5:  # one set of cameras for all robots; now each has its own
             assert about["views"] == list(VIEWS), f"views {about['views']}"
         config = PolicyConfig(**sizes)
         assert sizes == vars(config), "sizes are missing in config"
@@ -375,7 +378,7 @@ def load_policy(folder, vlm_config, processor):
             assert robots[name].pop("index") == len(embodiments), "robots without an index"
             with reading(f"the robot {name}"):
                 embodiments[name] = Embodiment(**robots[name])
-        with torch.device("meta"):  # shapes only
+        with torch.device("meta"):  # only shapes
             policy = Policy(config, vlm_config.hidden_size, embodiments)
         backbone = folder_hash(folder, vlm_config, processor, config.intent_layer)
         differs = "it was trained on another language model, tokenizer or size of pictures"

@@ -5,29 +5,30 @@
     state (B, S) ──────► its robot's encoder ─► 1 token ─┐              cross, self, cross, self ...
     future tokens ─────► learned ────────────► M tokens ─┼─► DiT blocks ────────────────┬─► norm
     noised actions ────► its robot's encoder ─► T tokens ┘      ▲                       │     │
-    tau ───────────────► shift and scale of every norm ─────────┘                       │     ▼
+    tau ───────────────► AdaLN: attention norms, last norm ─────┘                       │     ▼
                                   cosine to the intent T steps later ◄─ future_layer ◄──┘  its robot's
                                                                                            decoder
                                                                         velocity (B, T, A) ◄──┘
 
-With the waypoint loss a linear layer must also say, from the intent's mean, where the tool will be T,
-2 T, 3 T and 4 T steps later. It is for training alone, and no part of BLM1: what a command means
-shows in where the hand goes, seconds before it shows in a chunk.
+With the waypoint loss a linear layer must also predict, from the mean of the intent, where the tool
+will be T, 2 T, 3 T and 4 T steps later. It is used only in training, and is not part of BLM1: what
+an instruction means shows in where the hand goes, and that is visible seconds before it shows in a
+chunk.
 
-One set of weights drives several robots: only the encoders and the decoder are a robot's own.
+One set of weights drives several robots: only the encoders and the decoder are per robot.
 
-Flow matching, with tau = 0 the noise eps and tau = 1 the action A (code bases differ in this):
-A_tau = tau A + (1 - tau) eps, the network predicts A - eps, and sampling walks from eps to A in K
+Flow matching, with tau = 0 at the noise eps and tau = 1 at the action A (code bases differ here):
+A_tau = tau A + (1 - tau) eps, the network predicts A - eps, and sampling goes from eps to A in K
 Euler steps.
 
 Sources: BLM1 (arXiv 2510.24161) for the whole; GR00T N1 (2503.14734) for the DiT, the layers per
-robot and the law of tau; FLARE (2505.15659) for the future loss; DiT (2212.09748) for AdaLN.
+robot and the distribution of tau; FLARE (2505.15659) for the future loss; DiT (2212.09748) for
+AdaLN.
 
 Letters: B batch, L tokens of the prompt, Dc their width, N intent queries, D width here, M future
-tokens, T action horizon (steps of 50 ms), A and S action and state dims, padded to the largest
-robot's, E robots ("embodiments"), H heads, d width of a head, K Euler steps.
-What a robot's numbers are, and which of the action are targets for which of the state:
-embodiment.py.
+tokens, T action horizon (steps of 50 ms), A and S action and state dims, padded to those of the
+largest robot, E robots ("embodiments"), H heads, d width of a head, K Euler steps.
+embodiment.py explains a robot's numbers, and which action dims are targets for which state dims.
 """
 
 import math
@@ -43,42 +44,42 @@ from cli import UserError
 from inpainting import guided
 from vlm import attend
 
-TAU_BETA = 1.5  # u ~ Beta(1.5, 1), tau = (s - u) / s: GR00T's law, more weight on noise
+TAU_BETA = 1.5  # u ~ Beta(1.5, 1), tau = (s - u) / s as in GR00T: more weight on noise
 TAU_LIMIT = 0.999  # s
-STATE_LIMIT = 5.0  # deviations: a reading far outside the demonstrations says no more than "far"
+STATE_LIMIT = 5.0  # standard deviations: readings farther out tell nothing more
 
 # ---- configuration
 
 
 @dataclass
 class PolicyConfig:
-    """The action side, as it stands in policy.json. PRESETS names the sizes."""
+    """The sizes of the policy, as stored in policy.json. PRESETS names common ones."""
 
     intent_layer: int = 3  # k: the LLM block whose hidden states carry the intent
-    text_first: bool = False  # the instruction stands before the pictures, not behind them
+    text_first: bool = False  # the instruction comes before the images, not after them
     num_intent_queries: int = 16  # N
-    perceiver_layers: int = 2  # each: attention to the hidden states, MLP
-    max_condition_tokens: int = 256  # longest prompt, pictures included, in tokens
+    perceiver_layers: int = 2  # each: cross-attention to the hidden states, MLP
+    max_condition_tokens: int = 256  # longest prompt, images included, in tokens
     hidden_size: int = 192  # D
-    num_layers: int = 6  # DiT blocks: even ones attend to the intent, odd ones to each other
+    num_layers: int = 6  # DiT blocks: even ones attend to the intent, odd ones are self-attention
     num_heads: int = 6  # H
-    mlp_ratio: int = 2  # inner width of an MLP in D
+    mlp_ratio: int = 2  # hidden width of an MLP, in units of D
     action_horizon: int = 16  # T, at 20 Hz
-    num_inference_steps: int = 4  # K: Euler steps, as GR00T N1.5
+    num_inference_steps: int = 4  # K: Euler steps, as in GR00T N1.5
     num_future_tokens: int = 8  # M; each predicts the mean of N / M intent tokens
-    future_layer: int = 4  # future tokens are read behind this many blocks: 3/4, as FLARE
+    future_layer: int = 4  # future tokens are read after this many blocks: 3/4, as in FLARE
     future_loss_weight: float = 0.2  # FLARE's
-    num_waypoints: int = 4  # W: places of the tool after T, 2 T, ... steps, read from the intent
+    num_waypoints: int = 4  # W: tool positions after T, 2 T, ... steps, predicted from the intent
     waypoint_loss_weight: float = 1.0
-    use_intent: bool = True  # without: what a robot can do by its state alone, to compare with
+    use_intent: bool = True  # False: no intent, to see what a robot can do from its state alone
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            least = int(field.type is int)  # a weight and a switch may be off
-            fine = type(value) is field.type and least <= value < 100_000  # or nothing ends
+            least = int(field.type is int)  # loss weights and switches may be 0
+            fine = type(value) is field.type and least <= value < 100_000  # more would take forever
             assert fine, f"{field.name} is {value!r}"
-        # each head as wide as the others, and half of a width can be sines, half cosines
+        # heads of equal width; positions need an even width, half sines and half cosines
         assert self.hidden_size % (2 * self.num_heads) == 0, "hidden_size: 2 num_heads do not fit"
         queries = self.num_intent_queries
         assert queries % self.num_future_tokens == 0, f"num_future_tokens do not divide {queries}"
@@ -102,23 +103,23 @@ PRESETS = {
 }
 
 
-# ---- physical units <-> what the network sees
+# ---- physical units <-> what the network reads
 
 
 class Normalizer(nn.Module):
-    """States to zero mean and unit deviation, and so *relative* targets, each step for itself.
+    """States and *relative* targets to zero mean and unit standard deviation, per step of a chunk.
 
-    Relative: joint target - joint angle now; what is no target for a number of the state stays as
-    it is, such as a finger's target (Embodiment.relative). Statistics are buffers, a row for each
-    robot, so they travel with the weights.
+    Relative: joint target minus current joint angle. An action that is not a target for a state
+    dimension, such as a finger's target, stays as it is (Embodiment.relative). Statistics are
+    buffers with one row per robot, so they are saved with the weights.
     """
 
-    STATE_FLOOR = 1e-2  # rad, m: what hardly moves must not become noise of size one
+    STATE_FLOOR = 1e-2  # rad, m: what hardly moves must not become noise of unit size
     ACTION_FLOOR = 1e-3
 
     def __init__(self, embodiments, horizon):
         super().__init__()
-        with torch.device("cpu"):  # even where the rest are shapes alone: masks are in no file
+        with torch.device("cpu"):  # even under the meta device: masks are computed, not loaded
             robots = embodiments.values()
             states = torch.tensor([[robot.state_dim] for robot in robots])  # (E, 1)
             actions = torch.tensor([[robot.action_dim] for robot in robots])
@@ -127,16 +128,16 @@ class Normalizer(nn.Module):
             A = int(actions.max())
             targets = [torch.tensor(robot.relative) for robot in robots]
             relative = pad_sequence(targets, True, -1)  # (E, A)
-            known = {  # by the embodiments alone
-                "state_mask": torch.arange(S) < states,  # (E, S): the robot's own
+            known = {  # determined by the embodiments
+                "state_mask": torch.arange(S) < states,  # (E, S): the robot's own dims
                 "action_mask": torch.arange(A) < actions,  # (E, A)
-                "relative_mask": relative >= 0,  # (E, A): targets for a number of the state
-                "relative_index": relative.clamp(min=0),  # (E, A): for which
+                "relative_mask": relative >= 0,  # (E, A): targets for a state dim
+                "relative_index": relative.clamp(min=0),  # (E, A): for which one
             }
             statistics = {
                 "state_mean": torch.zeros(E, S),
                 "state_std": torch.ones(E, S),
-                "action_mean": torch.zeros(E, horizon, A),  # of each step, T
+                "action_mean": torch.zeros(E, horizon, A),  # for each of the T steps
                 "action_std": torch.ones(E, horizon, A),
                 "fitted": torch.zeros(E, dtype=torch.bool),  # has statistics
             }
@@ -144,16 +145,16 @@ class Normalizer(nn.Module):
             self.register_buffer(name, buffer, persistent=name in statistics)
 
     def fit(self, embodiment, state, action):
-        """Statistics of one robot (its index) from demonstrations, padded to the largest robot.
+        """Compute the statistics of one robot (its index) from padded demonstrations.
 
-        state (n, S), action (n, T, A) absolute. Padded dims keep mean 0 and deviation 1.
+        state (n, S), action (n, T, A) absolute. Padded dims keep mean 0 and standard deviation 1.
         """
         relative = action - self.reference(state, embodiment)
         for name, numbers, floor in (
             ("state", state, self.STATE_FLOOR),
             ("action", relative, self.ACTION_FLOOR),
         ):
-            # double: sums over many rows
+            # in double precision, because the sums run over many rows
             std, mean = torch.std_mean(numbers.double(), 0, correction=0)
             own = self.get_buffer(f"{name}_mask")[embodiment]
             self.get_buffer(f"{name}_mean")[embodiment] = torch.where(own, mean, 0.0)
@@ -161,34 +162,34 @@ class Normalizer(nn.Module):
         self.fitted[embodiment] = True
 
     def reference(self, state, embodiment):
-        """What targets are relative to: joint angles now (B, 1, A), zero for what is no such target."""
+        """What targets are relative to (B, 1, A): current joint angles, 0 for other actions."""
         index = self.relative_index[embodiment]
         now = state.gather(1, index.expand(len(state), -1))  # (B, A)
         return torch.where(self.relative_mask[embodiment], now, 0.0)[:, None]
 
     def normalize_state(self, state, embodiment, noise=0.0):
-        """(B, S) in physical units to what the encoder reads; noise is in deviations."""
+        """(B, S) in physical units to the encoder's input; noise is in standard deviations."""
         x = (state - self.state_mean[embodiment]) / self.state_std[embodiment] + noise
         x = x.clamp(-STATE_LIMIT, STATE_LIMIT)
         return torch.where(self.state_mask[embodiment], x, 0.0)
 
     def normalize_action(self, action, state, embodiment):
-        """Absolute (B, T, A), rad and m, to what flows. Padded dims hold anything."""
+        """Absolute (B, T, A), rad and m, to the flow's endpoint. Padded dims may hold anything."""
         relative = action - self.reference(state, embodiment)
         return (relative - self.action_mean[embodiment]) / self.action_std[embodiment]
 
     def normalize_waypoints(self, waypoints, embodiment):
-        """Places of the tool (B, W, 3) m in deviations of those in the state."""
-        first = self.action_mask[embodiment].sum(1)  # they stand behind joints and finger
+        """Tool positions (B, W, 3) in m, normalized like the TCP position in the state."""
+        first = self.action_mask[embodiment].sum(1)  # it comes after joints and finger
         columns = first[:, None] + torch.arange(3, device=first.device)  # (B, 3)
-        # a robot outside the simulator has none; its waypoints are zeros of no weight
+        # other robots have none; their waypoints are zeros that do not count
         columns = columns.clamp(max=self.state_mean.shape[1] - 1)
         mean = self.state_mean[embodiment].gather(1, columns)
         std = self.state_std[embodiment].gather(1, columns)
         return (waypoints - mean[:, None]) / std[:, None]
 
     def unnormalize(self, x, state, embodiment):
-        """normalize_action undone: (B, T, A) back to rad and m. Where x is padded with 0, 0."""
+        """The inverse of normalize_action: (B, T, A) back to rad and m. Padding stays 0."""
         relative = x * self.action_std[embodiment] + self.action_mean[embodiment]
         return relative + self.reference(state, embodiment)
 
@@ -205,7 +206,7 @@ def sinusoids(x, width):
 
 
 def mlp(width, ratio):
-    """A norm and two layers."""
+    """A norm and two linear layers."""
     return nn.Sequential(
         nn.LayerNorm(width),
         nn.Linear(width, ratio * width),
@@ -215,9 +216,9 @@ def mlp(width, ratio):
 
 
 class Attention(nn.Module):
-    """x (B, Q, D) looks at key_value (2, B, H, S, d), which `project_kv` makes of a context.
+    """x (B, Q, D) attends to key_value (2, B, H, S, d), which `project_kv` computes from a context.
 
-    mask (B, 1, 1, S) is True on what may be seen; None: everything.
+    mask (B, 1, 1, S) is True where attention is allowed; None: everywhere.
     """
 
     def __init__(self, width, heads, context_width):
@@ -240,8 +241,9 @@ class Attention(nn.Module):
 class Perceiver(nn.Module):
     """N learned queries read hidden states (B, L, Dc), mask (B, L) True on tokens: (B, N, D).
 
-    Hidden states carry *what*; rotary positions never enter them, so *where* (which patch) is a
-    table added to the keys, by `token_places`.
+    Hidden states carry *what*. Rotary positions never enter them, so *where* (which patch) comes
+    from a learned table, indexed by `token_places` and added to the normalized states before keys
+    and values are computed.
     """
 
     def __init__(self, config, condition_size):
@@ -261,16 +263,16 @@ class Perceiver(nn.Module):
         self.out_norm = nn.LayerNorm(D)
 
     def token_places(self, mask):
-        """Where in the prompt each token stands, (B, L), counted so that a patch has one number.
+        """Position of each token in the prompt, (B, L), counted so that each patch has a fixed one.
 
-        Instructions differ in length, so from the end where the pictures stand last. Prompts are
-        padded on the right, and the number does not depend on the batch.
+        Instructions differ in length, so where the images come last, positions count from the end.
+        Prompts are padded on the right; the count does not depend on the batch.
         """
         places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         if not self.text_first:
             return places
         last = mask.sum(1, keepdim=True) - 1
-        return (last - places).clamp(min=0)  # padding is seen by nobody
+        return (last - places).clamp(min=0)  # padding is masked anyway
 
     def forward(self, hidden, mask):
         B = len(hidden)
@@ -287,16 +289,16 @@ class Perceiver(nn.Module):
 
 
 def embodiment_groups(embodiment):
-    """Robots of neighbors in (B,) that are the same, and how many: ([robot], [rows]).
+    """Runs of equal robots in (B,): ([robot], [rows of each run]).
 
-    Each group costs a matrix product of its own, so rows sorted by robot are the fastest.
+    Each run costs a matrix product of its own, so rows sorted by robot are fastest.
     """
     robots, rows = torch.unique_consecutive(embodiment, return_counts=True)
     return robots.tolist(), rows.tolist()
 
 
 class EmbodimentLinear(nn.Module):
-    """A linear layer for each robot: x (B, T, in) and its `embodiment_groups` to (B, T, out)."""
+    """A linear layer per robot: x (B, T, in) and its `embodiment_groups` to (B, T, out)."""
 
     def __init__(self, embodiments, inner, outer):
         super().__init__()
@@ -304,7 +306,7 @@ class EmbodimentLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(embodiments, outer))
 
     def forward(self, x, groups):
-        # unbound and split once: indexing would fill a gradient of full size for every group
+        # unbind and split only once: indexing would allocate a full-size gradient for every group
         robots, rows = groups
         weights = self.weight.unbind()
         biases = self.bias.unbind()
@@ -316,7 +318,7 @@ class EmbodimentLinear(nn.Module):
 
 
 class EmbodimentMLP(nn.ModuleList):
-    """Two layers for each robot: x (B, T, in) to (B, T, out)."""
+    """Two linear layers per robot: x (B, T, in) to (B, T, out)."""
 
     def __init__(self, embodiments, inner, width, outer):
         first = EmbodimentLinear(embodiments, inner, width)
@@ -339,7 +341,7 @@ class ActionEncoder(nn.Module):
 
     def forward(self, noised, tau, groups):
         x = self.first(noised, groups)
-        time = sinusoids(1000 * tau, x.shape[-1])  # (B, D); tau in [0, 1) to DiT's range of steps
+        time = sinusoids(1000 * tau, x.shape[-1])  # (B, D); scales tau in [0, 1) to DiT's timesteps
         time = time[:, None].expand_as(x)
         x = torch.cat([x, time], dim=-1)  # (B, T, 2 D)
         x = self.second(x, groups)
@@ -352,9 +354,9 @@ def modulate(x, shift, scale):
 
 
 class Block(nn.Module):
-    """A DiT block: AdaLN from tau, attention to the intent or among the tokens, MLP.
+    """A DiT block: AdaLN from tau, cross-attention to the intent or self-attention, MLP.
 
-    AdaLN on the attention's norm alone and without gates, as GR00T.
+    AdaLN only at the attention norm and without gates, as in GR00T.
     """
 
     def __init__(self, config):
@@ -365,7 +367,7 @@ class Block(nn.Module):
         self.mlp = mlp(D, config.mlp_ratio)
 
     def forward(self, x, shift, scale, key_value=None):
-        """key_value: of the intent; None in a block whose tokens look at each other."""
+        """key_value: the intent's; None in a self-attention block."""
         h = modulate(self.norm(x), shift, scale)
         if key_value is None:
             key_value = self.attention.project_kv(h)  # self-attention
@@ -377,7 +379,7 @@ class Block(nn.Module):
 
 
 def sample_tau(n, generator=None):
-    """(n,) in [0, 1): Beta(a, 1) is U^(1/a)."""
+    """(n,) in [0, 1): Beta(a, 1) equals U^(1/a)."""
     u = torch.rand(n, generator=generator) ** (1 / TAU_BETA)
     return ((TAU_LIMIT - u) / TAU_LIMIT).clamp(min=0)
 
@@ -385,16 +387,16 @@ def sample_tau(n, generator=None):
 def add_noise(actions, noise, tau, valid):
     """A_tau = tau A + (1 - tau) eps: (B, T, A), zero where valid (B, T, A) is False; tau (B,).
 
-    Padding must not even reach the encoder: to mask the loss is too late.
+    Padding must not even reach the encoder: masking the loss alone would be too late.
     """
     t = tau[:, None, None]
     return torch.where(valid, t * actions + (1 - t) * noise, 0.0)
 
 
 def flow_loss(velocity, actions, noise, valid, total):
-    """Masked mean square of velocity against A - eps. All (B, T, A), valid True on real numbers.
+    """Masked mean square of velocity minus (A - eps). All (B, T, A), valid False on padding.
 
-    total: how many are valid, here or, if this is a part of a batch, in all parts.
+    total: how many numbers are valid, here or, if this is part of a batch, in all parts.
     """
     error = (velocity - (actions - noise)).square()
     return torch.where(valid, error, 0.0).sum() / total
@@ -404,10 +406,10 @@ def flow_loss(velocity, actions, noise, valid, total):
 
 
 def waypoint_head(config):
-    """Intent's mean (B, D) to places of the tool (B, 3 W)."""
+    """The mean of the intent (B, D) to tool positions (B, 3 W)."""
     D = config.hidden_size
     places = nn.Linear(D, 3 * config.num_waypoints)
-    nn.init.zeros_(places.weight)  # a policy that had none begins with the same one every time
+    nn.init.zeros_(places.weight)  # the same head whenever one is added to a policy
     nn.init.zeros_(places.bias)
     return nn.Sequential(nn.LayerNorm(D), places)
 
@@ -425,7 +427,7 @@ class Policy(nn.Module):
         self.action_dim = self.normalizer.action_mean.shape[-1]
         D = config.hidden_size
 
-        # what to do: the prompt with its pictures, as N tokens
+        # what to do: the prompt with its images, as N tokens
         self.perceiver = Perceiver(config, condition_size)
 
         # the DiT's tokens: state, future tokens, actions
@@ -434,7 +436,7 @@ class Policy(nn.Module):
         self.action_positions = nn.Parameter(torch.empty(config.action_horizon, D))
         self.future_tokens = nn.Parameter(torch.empty(config.num_future_tokens, D))
 
-        # tau to a shift and a scale of every block and of the last norm, in one product
+        # tau to a shift and a scale for every block and for the last norm, in one matrix product
         self.tau_mlp = nn.Sequential(
             nn.Linear(D, D),
             nn.SiLU(),
@@ -444,11 +446,11 @@ class Policy(nn.Module):
         norms = config.num_layers + 1
         self.modulation = nn.Linear(D, 2 * norms * D)
 
-        # attention to the intent, among the tokens, to the intent ...
+        # cross-attention to the intent, self-attention, cross-attention ...
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.out_norm = nn.LayerNorm(D, elementwise_affine=False)
         self.decoder = EmbodimentMLP(E, D, D, self.action_dim)
-        # for training alone
+        # only for training
         self.future_head = mlp(D, 2)  # f
         self.waypoint_head = waypoint_head(config)
         self.initialize()
@@ -456,11 +458,11 @@ class Policy(nn.Module):
     def initialize(self):
         """All initial weights: Xavier, small embeddings, and DiT's zeros.
 
-        With the zeros AdaLN starts as a plain norm and the velocity as 0.
+        With the zeros AdaLN starts as a plain norm, and the velocity as 0.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, EmbodimentLinear)):
-                bound = math.sqrt(6 / sum(module.weight.shape[-2:]))  # Xavier's, of each robot
+                bound = math.sqrt(6 / sum(module.weight.shape[-2:]))  # Xavier, for each robot
                 nn.init.uniform_(module.weight, -bound, bound)
                 nn.init.zeros_(module.bias)
         for table in (self.perceiver.queries, self.future_tokens, self.action_positions):
@@ -474,7 +476,7 @@ class Policy(nn.Module):
     # ---- the network
 
     def check_length(self, length):
-        """UserError if a prompt of so many tokens is longer than this policy reads."""
+        """UserError if a prompt of this many tokens is longer than this policy reads."""
         longest = self.config.max_condition_tokens
         if length > longest:
             raise UserError(
@@ -489,9 +491,9 @@ class Policy(nn.Module):
         return intent if self.config.use_intent else torch.zeros_like(intent)
 
     def context(self, hidden, mask, state, embodiment, state_noise=0.0):
-        """(intent, what is known before actions flow, needed once a chunk and not once an Euler step).
+        """(intent, everything that does not depend on tau, so it is computed once per chunk).
 
-        The latter: the state's token (B, 1, D); the intent's keys and values of every even block;
+        The latter: the state's token (B, 1, D); the intent's keys and values for every even block;
         `embodiment_groups`.
         """
         groups = embodiment_groups(embodiment)
@@ -502,7 +504,7 @@ class Policy(nn.Module):
         return intent, (state_token, key_values, groups)
 
     def modulations(self, tau):
-        """tau (B,) to shift and scale of every block and the last norm: (blocks + 1, 2, B, 1, D)."""
+        """tau (B,) to shifts and scales of the blocks and last norm: (blocks + 1, 2, B, 1, D)."""
         D = self.config.hidden_size
         x = self.tau_mlp(sinusoids(1000 * tau, D))
         x = self.modulation(x)
@@ -511,7 +513,7 @@ class Policy(nn.Module):
     def velocity(self, noised, tau, modulations, context):
         """The DiT: noised actions (B, T, A) at tau (B,) to the velocity (B, T, A).
 
-        And to the future tokens (B, M, D) behind block `future_layer`.
+        Also returns the future tokens (B, M, D) after block `future_layer`.
         """
         state_token, key_values, groups = context
         future_tokens = self.future_tokens.expand(len(noised), -1, -1)
@@ -534,7 +536,7 @@ class Policy(nn.Module):
     def draw(self, n, generator=None, state_noise=0.0):
         """The random part of n rows, on the CPU: noise (n, T, A), tau (n,) and state_noise (n, S).
 
-        The argument state_noise is how much of the latter, in deviations.
+        The argument state_noise is the size of the latter, in standard deviations.
         """
         T = self.config.action_horizon
         return {
@@ -549,13 +551,13 @@ class Policy(nn.Module):
         return own.expand(-1, self.config.action_horizon, -1)
 
     def forward(self, batch, totals=None):
-        """Losses of a batch, scalars: loss = flow + future_loss_weight x future.
+        """Losses of a batch, scalars: loss = flow + weighted future loss + weighted waypoint loss.
 
         batch: hidden (B, L, Dc), mask (B, L) bool; future_hidden, future_mask the same T steps
         later, future_valid (B,) bool; state (B, S), action (B, T, A) in physical units, absolute,
-        padded with anything; waypoints (B, W, 3) m; embodiment (B,) long; and what `draw` makes.
-        totals: how many action numbers and futures are valid and how many rows there are, if the
-        batch is a part of one.
+        padded with anything; waypoints (B, W, 3) m; embodiment (B,) long; and the output of `draw`.
+        totals: numbers of valid action values, of valid futures and of rows in the whole batch, if
+        this is only a part of it.
         """
         state = batch["state"]
         embodiment = batch["embodiment"]
@@ -586,10 +588,10 @@ class Policy(nn.Module):
         return {"loss": loss, "flow": flow, "future": future, "waypoint": waypoint}
 
     def waypoint_loss(self, intent, waypoints, total):
-        """Mean error of where the tool will be, (B, W, 3) in deviations, read from the intent alone.
+        """Mean error, in deviations, of the tool positions (B, W, 3) predicted from the intent.
 
-        The flow's own gradient hardly says *which* of several things is meant: most of a chunk is
-        alike for all of them. A place that lies seconds ahead is another one for each.
+        The flow's gradient says little about *which* of several commands is meant, because most of
+        a chunk is the same for all of them. The tool's position seconds later differs.
         """
         predicted = self.waypoint_head(intent.mean(1))
         error = F.smooth_l1_loss(predicted, waypoints.flatten(1), beta=0.1, reduction="none")
@@ -598,9 +600,10 @@ class Policy(nn.Module):
     def future_loss(self, tokens, batch, total):
         """Mean of 1 - cos(f(z), C of the frame T steps later) over rows that have such a frame.
 
-        z are the future tokens (B, M, D); C takes no gradient, its N tokens pooled to M (FLARE).
+        z are the future tokens (B, M, D); no gradient flows into C, whose N tokens are pooled to M
+        (FLARE).
         """
-        rows = batch["future_valid"]  # the others are left out: a mask all False would give NaN
+        rows = batch["future_valid"]  # leave out the others: an all-False mask would give NaN
         with torch.no_grad():
             intent = self.intent(
                 batch["future_hidden"][rows],
@@ -615,25 +618,25 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def sample(self, hidden, mask, state, embodiment, noise, known=None, weight=None):
-        """A chunk of absolute targets (B, T, A), rad and m, that flows from noise (B, T, A).
+        """A chunk of absolute targets (B, T, A), rad and m, integrated from noise (B, T, A).
 
         hidden (B, L, Dc), mask (B, L), state (B, S), embodiment (B,). known: absolute targets
-        (B, T, A) to which step t is held as strongly as weight (T,) says; see inpainting.py.
+        (B, T, A); weight (T,) says how strongly each step is tied to them, see inpainting.py.
         """
         K = self.config.num_inference_steps
         _, context = self.context(hidden, mask, state, embodiment)
         valid = self.valid(embodiment)
         taus = torch.arange(K, device=state.device) / K
-        modulations = self.modulations(taus)  # (blocks + 1, 2, K, 1, D): of all steps at once
+        modulations = self.modulations(taus)  # (blocks + 1, 2, K, 1, D): all steps at once
 
         if known is not None:
-            # relative to this state: the chunk that they come from was to an earlier one
+            # relative to this state: the previous chunk was relative to an earlier one
             known = self.normalizer.normalize_action(known, state, embodiment)
             weight = weight[:, None] * valid  # (B, T, A)
 
         x = noise * valid
         for step, tau in enumerate(taus.split(1)):
-            # one step's, broadcast over B
+            # one Euler step, broadcast over B
             inputs = (tau, modulations[:, :, step], context)
             if known is None:
                 v, _ = self.velocity(x, *inputs)

@@ -1,15 +1,15 @@
 """Pixels and words to tensors: image processor, tokenizer and chat template of both Qwens.
 
-    pictures, videos ─► process_media ─► vision inputs and their grids (t, h, w) ─┐
-    messages ─► chat (a place for every token of a picture) ◄─────────────────────┘
-                 └─► collate ─► a padded batch (prompt), or rows end to end (pack) ─► vlm.py
+    images, videos ─► process_media ─► vision inputs and their grids (t, h, w) ─┐
+    messages ─► chat (a placeholder for every image token) ◄────────────────────┘
+                 └─► collate ─► a padded batch (prompt), or packed rows (pack) ─► vlm.py
 
-Text is only ever text: special tokens that a user types are not obeyed. tests/test_processor.py
+User text stays text: special tokens typed by a user have no effect. tests/test_processor.py
 compares with transformers' image processor and `apply_chat_template`. Qwen3-VL's template has no
-system message of its own, and writes a video as its frames, each behind its time.
+default system message, and writes a video as its frames, each after its time.
 
-Letters as in vlm.py: B batch, L tokens, P patches of all pictures, p side of a patch (pixels),
-m patches a token merges along a side, t h w a picture's grid in frames and patches.
+Letters as in vlm.py: B batch, L tokens, P patches of all images, p side of a patch (pixels),
+m patches along each side of a token, t h w an image's grid in frames and patches.
 """
 
 import dataclasses
@@ -40,14 +40,14 @@ from files import atomic, find_folder, read_json, read_text, reading, write_json
 
 @dataclass
 class ImageConfig:
-    """How pictures become patches. Names are those of the hub's preprocessor_config.json."""
+    """How images become patches. Names are those of the hub's preprocessor_config.json."""
 
     patch_size: int = 16  # p, pixels
     merge_size: int = 2  # m
-    temporal_patch_size: int = 2  # frames in a patch; a still picture is shown twice
-    min_pixels: int = 128 * 128  # smaller pictures are enlarged, larger ones shrunk
+    temporal_patch_size: int = 2  # frames in a patch; a still image is shown twice
+    min_pixels: int = 128 * 128  # smaller images are enlarged, larger ones shrunk
     max_pixels: int = 128 * 128
-    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of red, green, blue in 0..1
+    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, for red, green, blue in 0..1
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self):
@@ -57,13 +57,13 @@ class ImageConfig:
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Of a model folder, as transformers reads it.
+        """The settings in a model folder, read as transformers reads them.
 
-        transformers 4 writes min_pixels and max_pixels into preprocessor_config.json; 5 writes
-        size {shortest_edge, longest_edge} there, or below "image_processor" into
-        processor_config.json. Whatever is left out comes from config.json, or is the class's.
+        transformers 4 writes min_pixels and max_pixels to preprocessor_config.json; 5 writes
+        size {shortest_edge, longest_edge} there, or under "image_processor" in
+        processor_config.json. Anything left out comes from config.json or has the class default.
         """
-        # a whole processor goes before the older file, as in transformers
+        # processor_config.json takes precedence over the older file, as in transformers
         path = Path(folder) / "processor_config.json"
         content = read_json(path).get("image_processor") if path.exists() else None
         if content is None:
@@ -71,7 +71,7 @@ class ImageConfig:
             content = read_json(path) if path.exists() else {}
         model = read_json(Path(folder) / "config.json")
         with reading(path):
-            # patches are cut as the ViT wants them
+            # the patch sizes that the ViT expects
             kind = "qwen3_vl" if model.get("model_type") == "qwen3_vl" else "qwen2_5_vl"
             vision = VISION_DEFAULTS[kind] | (model.get("vision_config") or {})
             sizes = {
@@ -80,12 +80,12 @@ class ImageConfig:
                 "temporal_patch_size": vision["temporal_patch_size"],
             }
             size = content.get("size") or {}
-            # nothing is said of pixels in files older than both
+            # files older than both versions do not mention pixels
             limits = {
-                "min_pixels": size.get("shortest_edge", 56 * 56),  # else the class's
+                "min_pixels": size.get("shortest_edge", 56 * 56),  # otherwise the class default
                 "max_pixels": size.get("longest_edge", 28 * 28 * 1280),
             }
-            # what stands last is right
+            # later sources override earlier ones
             fields = {**sizes, **limits}
             for source in (size, content):
                 named = {name: source.get(name) for name in cls.__dataclass_fields__}
@@ -95,7 +95,7 @@ class ImageConfig:
             return cls(**fields)
 
     def save_pretrained(self, folder, qwen3=False):
-        """Write preprocessor_config.json, for all versions."""
+        """Write preprocessor_config.json, readable by all versions."""
         kind = {
             "image_processor_type": "Qwen2VLImageProcessor",
             "processor_class": "Qwen3VLProcessor" if qwen3 else "Qwen2_5_VLProcessor",
@@ -108,7 +108,7 @@ class ImageConfig:
 def smart_resize(height, width, config):
     """Qwen2-VL's target size (height, width): multiples of p m, area within the limits.
 
-    UserError on slivers.
+    UserError on images that are too thin.
     """
     factor = config.patch_size * config.merge_size
     low, high = sorted((height, width))
@@ -116,9 +116,9 @@ def smart_resize(height, width, config):
         needed = "sides of at least 2 pixels, one at most 200 times the other"
         raise UserError(f"a picture of {width}x{height} pixels is too thin: {needed}")
     sides = np.array([height, width])
-    tokens = np.round(sides / factor)  # the nearest multiples, each side by itself
+    tokens = np.round(sides / factor)  # the nearest multiple, separately for each side
     pixels = tokens.prod() * factor**2
-    # both sides by one factor, to the multiple that stays within the limit
+    # scale both sides by one factor, and round so that the area stays within the limit
     if pixels > config.max_pixels:
         shrink = math.sqrt(height * width / config.max_pixels)
         tokens = np.floor(sides / shrink / factor).clip(1)
@@ -130,7 +130,7 @@ def smart_resize(height, width, config):
 
 
 def resize(image, config):
-    """A picture as `to_rgb` takes it to uint8 (height, width, 3) of `smart_resize`'s size."""
+    """Whatever `to_rgb` accepts to uint8 (height, width, 3) of the size from `smart_resize`."""
     pixels = np.asarray(to_rgb(image))
     rows, columns = smart_resize(*pixels.shape[:2], config)
     picture = Image.fromarray(pixels)
@@ -139,11 +139,11 @@ def resize(image, config):
 
 
 def process_images(images, config):
-    """Pictures to pixel_values (P, 3*2*p*p) float32 and image_grid_thw (n, 3).
+    """Images to pixel_values (P, 3*2*p*p) float32 and image_grid_thw (n, 3).
 
-    PIL pictures or uint8 (height, width, 3) arrays, of any sizes; as Hugging Face's processor.
+    PIL images or uint8 (height, width, 3) arrays, of any size, as in Hugging Face's processor.
     """
-    # a still picture is shown in every frame of its patches, as a video's odd frame is
+    # a still image fills every frame of its patches, like a video's odd last frame
     return process_videos([[image] for image in images], config)
 
 
@@ -151,8 +151,9 @@ def process_videos(videos, config):
     """Videos, lists of frames, to pixel_values_videos (P, 3*2*p*p) and video_grid_thw (n, 3).
 
     Two frames share a patch; an odd one at the end is shown twice. Hugging Face's processor also
-    picks frames and limits the pixels of a whole video: here the caller picks (two a second is
-    what Qwen saw), and every frame has a picture's limits. UserError if frames differ in size.
+    samples frames and limits the pixels of a whole video; here the caller samples (Qwen was trained
+    on two per second), and every frame has the limits of an image. UserError if frames differ in
+    size.
     """
     p = config.patch_size
     m = config.merge_size
@@ -162,24 +163,24 @@ def process_videos(videos, config):
     values = []
     grids = []
     for video in videos:
-        # pixels come before patches: every frame has its own size until here
+        # resize first: until here every frame may have its own size
         resized = [resize(frame, config) for frame in video]
         if len(set(map(np.shape, resized))) > 1:
             raise UserError("the frames of a video must have one size")
-        odd = -len(video) % frames  # frames that its last patches lack
+        odd = -len(video) % frames  # frames missing in the last patches
         pixels = np.stack([*resized, *resized[-1:] * odd])  # (frames, height, width, 3)
-        # m x m neighbors after one another, as the merger takes them
+        # m x m neighbors are consecutive, as the merger expects
         order = "(t f) (h a p) (w b q) c -> (t h w a b) c (f p q)"
         patches = rearrange(pixels, order, f=frames, a=m, b=m, p=p, q=p)
         patches = patches / np.float32(255)
-        patches -= mean  # in place: there are many pictures a step
+        patches -= mean  # in place: a step has many images
         patches /= std
         values.append(patches.reshape(len(patches), -1))  # (patches, 3*2*p*p)
         grids.append([len(pixels) // frames, pixels.shape[1] // p, pixels.shape[2] // p])
     return torch.from_numpy(np.concatenate(values)), torch.tensor(grids)
 
 
-# what Qwen2.5-VL calls its inputs, in transformers as in vlm.py
+# the names of Qwen2.5-VL's inputs, in transformers and in vlm.py
 VISION_INPUTS = {
     "image": ("pixel_values", "image_grid_thw"),
     "video": ("pixel_values_videos", "video_grid_thw"),
@@ -189,12 +190,12 @@ VISION_INPUTS = {
 def process_media(media, config):
     """[("image" | "video", what)] to vision inputs and the grids (t, h, w), in this order.
 
-    Behind a video's three numbers are the seconds of its grid frames.
+    After a video's three numbers come the seconds of its grid frames.
     """
     parts = defaultdict(list)
     order = []
     for kind, what in media:
-        # one by one: each kind has its own tensors, but the text has one order
+        # one by one: each kind has its own tensors, but the grids keep the order of the text
         tensors = process_videos([what if kind == "video" else [what]], config)
         for name, tensor in zip(VISION_INPUTS[kind], tensors):
             parts[name].append(tensor)
@@ -206,10 +207,10 @@ def process_media(media, config):
 
 
 def frame_seconds(count, together):
-    """The middle (s) of each so many frames of a video, of which there are two a second."""
+    """The middle (s) of each group of `together` frames of a video with two frames per second."""
     seconds = []
     for first in range(0, count, together):
-        last = min(first + together, count) - 1  # an odd one is shown twice, at its own time
+        last = min(first + together, count) - 1  # an odd last frame is shown twice, at its own time
         seconds.append((first + last) / 2 / FRAMES_A_SECOND)
     return seconds
 
@@ -217,12 +218,12 @@ def frame_seconds(count, together):
 # ---- words
 
 QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"  # digits one by one
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"  # each digit separately
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPECIAL_TOKENS = (
     "<|endoftext|>",  # padding
-    "<|im_start|>",  # a message begins
+    "<|im_start|>",  # start of a message
     "<|im_end|>",
     "<|object_ref_start|>",
     "<|object_ref_end|>",
@@ -230,16 +231,16 @@ SPECIAL_TOKENS = (
     "<|box_end|>",
     "<|quad_start|>",
     "<|quad_end|>",
-    "<|vision_start|>",  # a picture or video begins
+    "<|vision_start|>",  # start of an image or video
     "<|vision_end|>",
     "<|vision_pad|>",
-    "<|image_pad|>",  # a place for one token of a picture
+    "<|image_pad|>",  # placeholder for one image token
     "<|video_pad|>",
 )
-# what an answer says of places: tokens there, and text wherever else somebody writes them
+# markers of places: special tokens in answers, plain text anywhere else
 GROUNDING = re.compile(r"(<\|(?:object_ref|box|quad)_(?:start|end)\|>)")
 SYSTEM_PROMPT = "You are a helpful assistant."
-# `chat` below in Jinja, for the tools that read a checkpoint's tokenizer_config.json
+# `chat` below as Jinja, for tools that read a checkpoint's tokenizer_config.json
 QWEN3_TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message['role'] }}
 {% if message['content'] is string %}{{ message['content'] }}
 {%- else %}{%- for item in message['content'] %}
@@ -262,8 +263,8 @@ CHAT_TEMPLATE = (
 class Tokenizer:
     """Byte-level BPE from a tokenizer.json.
 
-    Text is only ever text: "<|im_end|>" typed by a user becomes its characters, not the token.
-    qwen3: `chat` is Qwen3-VL's.
+    User text stays text: "<|im_end|>" typed by a user is encoded as characters, not as the token.
+    qwen3: `chat` follows Qwen3-VL's template.
     """
 
     def __init__(self, fast, qwen3=False):
@@ -271,25 +272,25 @@ class Tokenizer:
         self.qwen3 = qwen3
         self.fast.encode_special_tokens = True  # the library's name for "as plain text"
         self.special = {token: fast.token_to_id(token) for token in SPECIAL_TOKENS}
-        # text without them would train a model that nothing stops
+        # without them, a model would be trained that never stops
         assert None not in self.special.values(), "the tokenizer lacks Qwen's special tokens"
-        self.encode = lru_cache(maxsize=1 << 16)(self.encode)  # training repeats its phrases
+        self.encode = lru_cache(maxsize=1 << 16)(self.encode)  # training data repeats its phrases
 
     def __len__(self):
         return self.fast.get_vocab_size()
 
     def encode(self, text):
-        """Token ids of a text, a tuple; half a surrogate pair becomes a question mark."""
+        """Token ids of a text, as a tuple; an unpaired surrogate becomes a question mark."""
         return tuple(self.fast.encode(printable(text), add_special_tokens=False).ids)
 
     def decode(self, ids):
-        """Text of token ids, special tokens left out."""
+        """The text of token ids, without special tokens."""
         return self.fast.decode(list(ids), skip_special_tokens=True)
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id):
         path = find_folder(path_or_repo_id) / "tokenizer.json"
-        model = path.with_name("config.json")  # the network's, not there beside a tokenizer alone
+        model = path.with_name("config.json")  # missing next to a tokenizer alone
         kind = read_json(model).get("model_type") if model.exists() else None
         with reading(path):
             return cls(FastTokenizer.from_str(read_text(path)), kind == "qwen3_vl")
@@ -312,12 +313,12 @@ def printable(text):
 
 
 def train_tokenizer(texts, vocab_size=1024):
-    """A Tokenizer with Qwen's rules, learned from an iterable of strings.
+    """Train a Tokenizer with Qwen's rules on an iterable of strings.
 
-    vocab_size byte-level pieces, Qwen's special tokens behind them.
+    It has vocab_size byte-level pieces, followed by Qwen's special tokens.
     """
     fast = FastTokenizer(models.BPE())
-    # NFC, words and digits apart, bytes: as in Qwen's tokenizer.json
+    # NFC, words and digits split, bytes: as in Qwen's tokenizer.json
     fast.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -325,7 +326,7 @@ def train_tokenizer(texts, vocab_size=1024):
     fast.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # so nothing is unknown
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # so no text is unknown
         show_progress=False,
     )
     fast.train_from_iterator(map(printable, texts), trainer)
@@ -338,10 +339,10 @@ def chat(tokenizer, messages, grids=(), merge_size=2, generate=True):
     """The chat template of the tokenizer's model: input_ids and labels, two lists of L.
 
     messages [{"role": "system" | "user" | "assistant", "content": str or a list of {"type":
-    "image"}, {"type": "video"} and {"type": "text", "text": str}}]; pictures take their grids in
-    order, as `process_media` has them. labels are -100 except on answers and their <|im_end|>,
-    without those that have "learn": False. generate=True ends with the assistant's header, ready to
-    generate.
+    "image"}, {"type": "video"} and {"type": "text", "text": str}}]; images use up the grids in
+    order, as `process_media` returns them. labels are -100 except on answers and their <|im_end|>,
+    without answers that have "learn": False. generate=True ends with the assistant's header, ready
+    to generate.
     """
     special = tokenizer.special
     start = [special["<|im_start|>"]]
@@ -352,7 +353,7 @@ def chat(tokenizer, messages, grids=(), merge_size=2, generate=True):
     labels = []
 
     def add(piece, learn=False):
-        """A text, or the ids of special tokens."""
+        """Append a text, or the ids of special tokens."""
         tokens = tokenizer.encode(piece) if isinstance(piece, str) else piece
         ids.extend(tokens)
         labels.extend(tokens if learn else [-100] * len(tokens))
@@ -360,9 +361,9 @@ def chat(tokenizer, messages, grids=(), merge_size=2, generate=True):
     for message in messages:
         answer = message["role"] == "assistant"
         learn = answer and message.get("learn", True)
-        text = message["role"] + "\n"  # waits for what follows: BPE may merge across
+        text = message["role"] + "\n"  # not encoded yet: BPE may merge it with what follows
         add(start)
-        if answer:  # but not into an answer: generation starts behind the header
+        if answer:  # but not with an answer: generation starts right after the header
             add(text)
             text = ""
         content = message["content"]
@@ -374,12 +375,12 @@ def chat(tokenizer, messages, grids=(), merge_size=2, generate=True):
                 continue
             t, h, w, *seconds = next(grids)
             pad = special[f"<|{item['type']}_pad|>"]
-            frames = [("", t)]  # all in one
+            frames = [("", t)]  # all frames together
             if tokenizer.qwen3 and item["type"] == "video":
-                # a grid without seconds would have no places
+                # a grid without seconds would get no placeholders
                 assert len(seconds) == t, "a video's grid needs the seconds of its frames"
                 frames = [(f"<{second:.1f} seconds>", 1) for second in seconds]
-            # every token of a picture has its place, between a start and an end
+            # one placeholder for every image token, between a start and an end token
             for time, count in frames:
                 pads = [pad] * (count * h * w // merge_size**2)
                 add(text + time)
@@ -389,7 +390,7 @@ def chat(tokenizer, messages, grids=(), merge_size=2, generate=True):
             add([special[part]] if i % 2 else part, learn)
         add([special["<|im_end|>"]], learn)
         add("\n")
-    if generate:  # the answer's header, for the model to go on
+    if generate:  # the header of the answer that the model generates
         add(start)
         add("assistant\n")
     return ids, labels
@@ -398,9 +399,9 @@ def chat(tokenizer, messages, grids=(), merge_size=2, generate=True):
 def collate(rows, pad_id, side="left"):
     """Rows of ids to input_ids and attention_mask (B, L), padded on one side.
 
-    Left for generation; right for all else, where causal attention then needs no mask.
+    Left for generation; right otherwise, where causal attention then needs no mask.
     """
-    # the mask is padded like the ids, so both end in the same places
+    # the mask is padded like the ids, so both end at the same positions
     rows = [torch.tensor(row) for row in rows]
     real = [torch.ones_like(row) for row in rows]
     return {
@@ -413,7 +414,7 @@ def collate(rows, pad_id, side="left"):
 
 
 class Processor:
-    """What turns pictures and words into a VLM's inputs: a Tokenizer and an ImageConfig."""
+    """Turns images and words into a VLM's inputs: a Tokenizer and an ImageConfig."""
 
     def __init__(self, tokenizer, image=None):
         self.tokenizer = tokenizer
@@ -421,7 +422,7 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id):
-        """Of a model folder or on the hub. UserError on what is missing or broken."""
+        """From a model folder or the hub. UserError if anything is missing or broken."""
         folder = find_folder(path_or_repo_id)
         return cls(Tokenizer.from_pretrained(folder), ImageConfig.from_pretrained(folder))
 
@@ -431,18 +432,18 @@ class Processor:
         self.image.save_pretrained(folder, self.tokenizer.qwen3)
 
     def prompt(self, images, texts, side="right", text_first=False):
-        """Pictures and a text for each row, as user turns that wait for an answer: model inputs.
+        """Images and a text per row, as user turns that await an answer, to model inputs.
 
-        images: a list a row, of pictures and of videos (lists of frames). Padded on one side.
-        text_first: the text stands before the pictures, so that what is computed of these depends
+        images: for each row a list of images and of videos (lists of frames). Padded on one side.
+        text_first: the text comes before the images, so that the hidden states of the images depend
         on it.
         """
         kinds = []
-        for row in images:  # whoever calls tells a video by its being a list
+        for row in images:  # a list is a video
             kinds.append([("video" if isinstance(item, list) else "image") for item in row])
         media = zip(chain(*kinds), chain(*images))
         inputs, grids = process_media(media, self.image)
-        grids = iter(grids)  # row after row
+        grids = iter(grids)  # row by row
         rows = []
         for row, text in zip(kinds, texts, strict=True):
             content = [{"type": kind} for kind in row]
@@ -453,36 +454,36 @@ class Processor:
         return {**padded, **inputs}
 
     def pack(self, rows):
-        """Rows end to end: input_ids and labels (1, L), vision inputs, and `segments`.
+        """Concatenated rows: input_ids and labels (1, L), vision inputs, and `segments`.
 
-        A row has `media` [("image" | "video", what)] and `conversations`, each about all of them.
-        What its conversations begin with, up to the last picture, is there once, the stem; each
-        goes on from it as a branch, and none sees another. segments: [stem, branch, ...] of each
-        row, as `VLM.forward` takes them.
+        A row has `media` [("image" | "video", what)] and `conversations`, each about all of the
+        media. What its conversations share at the beginning, up to the last image, is included
+        once, as the stem; each conversation continues from it as a branch, and no branch sees
+        another. segments: [stem, branch, ...] of each row, as `VLM.forward` takes them.
         """
         media = chain.from_iterable(row.media for row in rows)
         batch, grids = process_media(media, self.image)
-        grids = iter(grids)  # row after row
+        grids = iter(grids)  # row by row
         special = self.tokenizer.special
         ids = []
         labels = []
         segments = []
         for row in rows:
             own = [next(grids) for _ in row.media]
-            # each written out as if it were alone, then cut behind the stem
+            # write each as if it were alone, then cut it after the stem
             about = (own, self.image.merge_size, False)
             texts = [chat(self.tokenizer, messages, *about) for messages in row.conversations]
             first, first_labels = texts[0]
             ends = [i for i, token in enumerate(first) if token == special["<|vision_end|>"]]
             if ends:
                 stem = ends[-1] + 1
-            else:  # text alone shares the system's, or without one the words it begins with
+            else:  # text only: share the system message, or without one the words all begin with
                 shared = len(commonprefix([text for text, _ in texts]))
                 stem = min(shared, first.index(special["<|im_end|>"]) + 1)
             ids += first[:stem]
             labels += first_labels[:stem]
             lengths = [stem]
-            # the first one too: a stem and its branches
+            # the first one too: a stem and all its branches
             for text, learned in texts:
                 ids += text[stem:]
                 labels += learned[stem:]

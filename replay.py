@@ -1,9 +1,9 @@
-"""A policy beside recordings that it was not trained on: `python eval.py replay`.
+"""Compare a policy with held-out recordings: `python eval.py replay`.
 
-Open loop: it sees a recorded frame and says the next steps, and what was done instead is known. Two
-controls say what that is worth: the last action said again, and what was done in the training frame
-whose state is nearest. Letters as in data/demonstrations.py: T steps of a chunk, A numbers of an
-action, S of a state, n rows of a robot.
+Open loop: for each recorded frame the policy predicts the next actions, which are compared with the
+recorded ones. Two controls put the errors in proportion: repeating the last action, and the actions
+recorded at the training frame with the nearest state. Letters as in data/demonstrations.py: T steps
+of a chunk, A numbers of an action, S of a state, n rows of a robot.
 """
 
 import copy
@@ -19,22 +19,22 @@ from data.lerobot_write import names_in
 
 
 def predict(blm, episode, step):
-    """The chunk (T, A) that the policy would carry out at a step, as when it drives."""
+    """The chunk (T, A) that the policy predicts at a step, as when it drives."""
     return blm.act(episode.observation(step), episode.robot)
 
 
 def repeat_last(episode, step, horizon):
-    """The action before, T times (T, A); at the first step where the joints are, or no movement."""
+    """The previous action, T times (T, A); at the first step one that keeps the robot still."""
     last = episode.action[step - 1] if step else stand_still(episode)
     return np.tile(last, (horizon, 1))
 
 
 def stand_still(episode):
-    """The action (A,) that leaves a robot where it begins: its own joints, or deltas of zero."""
+    """The action (A,) that leaves a robot where it starts: its own joints, or deltas of zero."""
     relative = np.array(episode.embodiment.relative)
     first = episode.state[0]
     action = np.zeros_like(episode.action[0])
-    # a gripper stands in state and action in the same place
+    # a gripper has the same index in state and action
     if (relative >= 0).any():
         size = min(len(first), len(action))
         action[:size] = first[:size]
@@ -42,7 +42,7 @@ def stand_still(episode):
 
 
 class Nearest:
-    """The training rows of a robot (its index), to be looked up by state."""
+    """The training rows of a robot (its index), looked up by state."""
 
     def __init__(self, demonstrations, normalizer, robot):
         own = demonstrations.embodiment[demonstrations.train] == robot
@@ -52,31 +52,31 @@ class Nearest:
         self.normalizer = normalizer
         self.robot = torch.tensor([robot])
         state, self.action = demonstrations.numbers(rows)
-        # joints in rad and places in m count alike only in deviations
+        # joints in rad and positions in m are comparable only in standard deviations
         self.state = normalizer.normalize_state(state, self.robot.expand(len(rows)))  # (n, S)
 
     def chunk(self, state):
-        """What was done (T, A) where the normalized state was nearest to this one (1, S)."""
+        """The actions (T, A) recorded where the normalized state was nearest to this one (1, S)."""
         state = self.normalizer.normalize_state(state, self.robot)
         row = (self.state - state).norm(dim=1).argmin()
         return self.action[row, :, : self.action_dim].numpy()
 
 
 def joints_of(episode):
-    """(names, units) of the numbers of an action. Of an imported robot only names are known."""
+    """(names, units) of an action's numbers. For an imported robot only the names are known."""
     size = episode.action.shape[1]
     _, names = names_in(episode)
     names = [str(name).removesuffix(".rad").removesuffix(".m") for name in names or range(size)]
     if "dataset" in episode.about:
         return names, ["the dataset's unit"] * size
-    # recorded here: units are those of data/robots.py
+    # recorded in our simulator: the units are those of data/robots.py
     return names, ["rad"] * (size - 1) + ["m"]
 
 
 def compare(blm, config):
     """{robot: errors by joint of the policy and of both controls, and an episode to draw}.
 
-    Over the held-out frames of --data. UserError on a robot that the policy does not know.
+    Evaluated on the held-out frames of --data. UserError on a robot that the policy does not know.
     """
     policy = blm.require_policy()
     robots = policy.embodiments
@@ -84,14 +84,14 @@ def compare(blm, config):
     for episode in episodes:
         choose(episode.robot, robots, "robot of this policy")
     horizon = policy.config.action_horizon
-    # without hidden states: `act` makes its own
+    # no hidden states: `act` computes its own
     demonstrations = Demonstrations(episodes, None, horizon, 0, robots)
-    normalizer = copy.deepcopy(policy.normalizer).cpu()  # where demonstrations are
+    normalizer = copy.deepcopy(policy.normalizer).cpu()  # on the device of the demonstrations
     nearest = {}  # {robot: its training rows}
     errors = defaultdict(lambda: defaultdict(list))
-    drawn = {}  # {robot: the episode that is drawn, and the policy's chunks one after another}
+    drawn = {}  # {robot: the episode to draw, and the policy's chunks for it, in order}
     for row in tqdm(np.concatenate(demonstrations.held_out), unit="frame"):
-        # a row is a frame of an episode
+        # a row is one frame of an episode
         number, frame = demonstrations.frame[row]
         episode = demonstrations.episodes[number]
         step = int(frame) * FRAME_STRIDE
@@ -104,12 +104,12 @@ def compare(blm, config):
             "repeat_last": repeat_last(episode, step, horizon),
             "nearest_frame": nearest[robot].chunk(state),
         }
-        # what lies past the end was never recorded
+        # nothing was recorded past the end
         done = episode.action[step : step + horizon]
         for name, chunk in chunks.items():
             error = np.abs(chunk[: len(done)] - done)
             errors[episode.robot][name].append(error)
-        # the first episode of each robot, its chunks end to end
+        # the first episode of each robot, its chunks concatenated
         first, parts = drawn.setdefault(episode.robot, (episode, []))
         if first is episode and step % horizon == 0:
             parts.append(chunks["policy"][: len(done)].tolist())
@@ -117,11 +117,11 @@ def compare(blm, config):
 
 
 def figures(kinds, episode, chunks):
-    """What is kept of a robot: kinds {policy or control: errors (steps, A) of each frame}."""
+    """The result for one robot: kinds {policy or control: errors (steps, A) of each frame}."""
     names, units = joints_of(episode)
     means = {}
     for name, parts in kinds.items():
-        # every step counts as much as another
+        # every step has the same weight
         means[name] = np.concatenate(parts).mean(0).tolist()
     return {
         "frames": len(kinds["policy"]),

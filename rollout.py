@@ -1,13 +1,13 @@
-"""One model in one environment, closed loop: it looks, acts for a few steps, and looks again.
+"""One model in one environment, closed loop: it observes, acts for a few steps, and repeats.
 
 `rollout` is the loop, `draw_episode` the same with a GIF; eval.py, sample.py and corrections.py
-call them. `Pilot` makes a stream of targets out of chunks, also for an arm that does not wait: it
-goes on with the old chunk while the new one is computed.
+call them. `Pilot` turns chunks into a stream of targets, also for an arm that does not wait: it
+continues with the old chunk while the new one is computed.
 
-                   look             look with a delay of 4 steps, of 50 ms each
-    old chunk   ───────●━━━━●╌╌╌╌    ━ carried out   ╌ planned, never carried out
+                 observe          observe, with a delay of 4 steps of 50 ms
+    old chunk   ───────●━━━━●╌╌╌╌    ━ executed   ╌ planned, never executed
     new chunk          ╌╌╌╌╌●━━━━━━━━●━━━━●╌╌╌╌
-                        late         look
+                        late       observe
 """
 
 import functools
@@ -23,32 +23,32 @@ from data.env import CONTROL_HZ
 from data.environments import names_in, open_environment
 from files import atomic
 
-# Control steps of a chunk that are carried out before the policy looks again. With fewer it may
-# hesitate for ever where an arm starts slowly.
+# Control steps of a chunk that are executed before the policy observes again. With fewer, it can
+# hesitate forever where an arm starts slowly.
 EXECUTE_STEPS = 12
-RECENT = 10  # looks: a chunk is expected to take as long as the slowest of these
+RECENT = 10  # observations: expect a chunk to take as long as the slowest of these
 GIF_SIZE = 384  # pixels
-GIF_HZ = 10  # pictures a second
+GIF_HZ = 10  # frames per second
 
 
-@functools.cache  # once in a process: weights that change meanwhile must not matter
+@functools.cache  # once per process: ignore weights that change meanwhile
 def load_model(folder, device="cpu", dtype="float32"):
     """The BLM of a folder."""
-    import torch  # slow to load, and the expert needs none
+    import torch  # slow to load, and the expert does not need it
 
     from model import BLM
 
     return BLM.from_pretrained(folder, device, getattr(torch, dtype))
 
 
-# the last one is kept for the episodes of a cell, which follow each other
+# the episodes of a cell follow each other, so only the last one is kept
 make_env = functools.lru_cache(maxsize=1)(open_environment)
 
 
 def robots_of(blm, names, environment="tabletop"):
-    """The robots called `names`, or, for "all", those of an environment that `blm` was trained on.
+    """The robots called `names`, or for "all" those of an environment that `blm` was trained on.
 
-    UserError if it was not trained on one of them, or cannot act at all.
+    UserError if it was not trained on one of them, or has no policy.
     """
     known = blm.require_policy().embodiments
     robots, _, _ = names_in(environment)
@@ -62,14 +62,14 @@ def robots_of(blm, names, environment="tabletop"):
 
 
 class Pilot:
-    """A policy's chunks as one stream of targets, for an arm that moves on while one is computed.
+    """A policy's chunks as one stream of targets, even for an arm that does not wait for them.
 
-    A chunk counts from its look. With a delay its first targets come too late: meanwhile the arm
-    carries out what the chunk before had in mind, and where that ends it holds still. The first
-    chunk is waited for.
-    delay: control steps from a look until its chunk is there; None: as many as `act` takes by the
-    clock. inpaint: the chunk begins with what is carried out meanwhile (`BLM.act`, committed); how
-    much that will be is the most of the last RECENT looks.
+    A chunk starts at the time of its observation. With a delay its first targets come too late:
+    meanwhile the arm executes the rest of the previous chunk, and holds still when that ends. The
+    arm waits for the first chunk.
+    delay: control steps from an observation until its chunk arrives; None: as long as `act` takes
+    in real time. inpaint: the chunk starts with the targets executed meanwhile (`BLM.act`,
+    committed); their number is estimated as the largest delay of the last RECENT observations.
     """
 
     def __init__(
@@ -87,18 +87,18 @@ class Pilot:
         self.execute_steps = execute_steps
         self.delay = delay
         self.inpaint = inpaint
-        self.targets = []  # all that were handed out, (dof + 1,) each
-        self.left = []  # behind them in the last chunk
-        self.borders = []  # indices of targets with which another chunk takes over
-        self.delays = []  # of each look
-        self.act_seconds = []  # of each look
+        self.targets = []  # every target handed out so far, (dof + 1,) each
+        self.left = []  # what follows them in the last chunk
+        self.borders = []  # indices of the targets where a new chunk takes over
+        self.delays = []  # of each observation
+        self.act_seconds = []  # of each observation
 
     def expected(self):
-        """The delay to reckon with, control steps."""
+        """The delay to plan for, in control steps."""
         return max([self.delay or 0, *self.delays[-RECENT:]])
 
     def look(self, observation):
-        """[(dof + 1,)]: the targets until the next look."""
+        """[(dof + 1,)]: the targets until the next observation."""
         options = {}
         if self.inpaint:
             options["committed"] = self.left[: self.expected()]
@@ -113,7 +113,7 @@ class Pilot:
         late = delay if self.targets else 0
         last = [*self.targets, *self.left][-1:]
         old = (self.left + late * last)[:late]
-        # soon enough for the next chunk to come before this one's end
+        # early enough for the next chunk to arrive before this one ends
         stop = max(1, late, min(self.execute_steps, len(chunk) - self.expected()))
         if self.targets:
             self.borders.append(len(self.targets) + late)
@@ -123,7 +123,7 @@ class Pilot:
         return targets
 
     def stream(self, env):
-        """Yield a target for each control step of an env that carries them out, for ever."""
+        """Yield a target for each control step, endlessly, for an env that executes them."""
         while True:
             yield from self.look(env.observe(render=True))
 
@@ -143,16 +143,16 @@ def rollout(
 ):
     """One closed-loop episode: {"success", "steps", "clipped", "jerk": rad/s^3, "act_s", "reason"}.
 
-    act_s: mean seconds a chunk; reason: why not, or "". Pictures are drawn only when the policy
-    looks: make env with render=False. max_steps stops sooner than the task does. frame_size adds
-    "frames": pictures of so many pixels for people, GIF_HZ a second and one at the end.
-    which: command and new of `TabletopEnv.reset`. other: another of the scene's commands; "other"
-    says whether that was done on the way. delay, inpaint: see `Pilot`. "border_steps" and
+    act_s: mean seconds per chunk; reason: why it failed, or "". Images are drawn only when the
+    policy observes: make env with render=False. max_steps stops earlier than the task's limit.
+    frame_size adds "frames": images of that many pixels for people, GIF_HZ per second and a final
+    one. which: command and new of `TabletopEnv.reset`. other: another of the scene's commands;
+    "other" tells whether it was done at any time. delay, inpaint: see `Pilot`. "border_steps" and
     "inner_steps": see `joint_steps`.
     """
     env.reset(seed, instruction, **which)
     states = [env.state()]
-    held = []  # after each step
+    held = []  # what the gripper held after each step
     frames = []
     done_other = False
     pilot = Pilot(blm, env.robot.name, execute_steps, delay, inpaint, env.hz)
@@ -187,21 +187,21 @@ def rollout(
 
 
 def joint_steps(targets, borders, dof):
-    """Steps from target to target, each the largest of its joints', rad: (at borders, elsewhere).
+    """Differences of successive targets, of the largest joint, rad: (at borders, elsewhere).
 
-    targets: [(dof + 1,)]; borders: indices of those with which another chunk takes over.
+    targets: [(dof + 1,)]; borders: indices of the targets where a new chunk takes over.
     """
     joints = np.array(targets)[:, :dof]
     steps = np.abs(np.diff(joints, axis=0)).max(1)  # (L - 1,)
-    # an episode may end before the last one
+    # an episode may end before the last border
     before = [border - 1 for border in borders if border < len(targets)]
     return steps[before].tolist(), np.delete(steps, before).tolist()
 
 
 def jerk(states, dof, hz=CONTROL_HZ):
-    """Mean absolute third difference of joint angles in states (L, S), rad/s^3: how rough it is.
+    """Mean absolute third difference of joint angles in states (L, S), rad/s^3: roughness.
 
-    Of a robot whose state has no joint angles, of the hand's place, m/s^3.
+    For a robot whose state has no joint angles it is that of the hand's position, m/s^3.
     """
     if len(states) < 4:
         return 0.0
@@ -210,8 +210,8 @@ def jerk(states, dof, hz=CONTROL_HZ):
 
 
 def save_gif(path, frames):
-    """Frames (PIL) as a looping GIF at the speed of life, the last one held."""
-    first, *others = [frame.quantize(64) for frame in frames]  # a third of the size
+    """Frames (PIL) as a looping GIF in real time, with a pause on the last one."""
+    first, *others = [frame.quantize(64) for frame in frames]  # a third of the file size
     duration = 1000 // GIF_HZ  # ms
     durations = [duration] * len(others) + [1500]
     with atomic(path) as temporary:
@@ -219,15 +219,15 @@ def save_gif(path, frames):
 
 
 def draw_episode(blm, env, seed, folder, **options):
-    """A `rollout` with these options as a GIF, <folder>/<robot>-<scene>-<seed>.gif: (path, outcome).
+    """A `rollout` with these options as a GIF, <folder>/<robot>-<scene>-<seed>.gif.
 
-    The outcome in words, for people, such as "success after 3.2 s".
+    Returns (path, outcome); the outcome is text for people, such as "success after 3.2 s".
     """
     result = rollout(blm, env, seed, **options, frame_size=GIF_SIZE)
     outcome = f"{result['reason'] or 'success'} after {result['steps'] / env.hz:.1f} s"
     text = f"{env.robot.display_name}\n{env.instruction}"
     texts = [text] * len(result["frames"])
-    texts[-1] += f"\n{outcome}"  # below the last picture
+    texts[-1] += f"\n{outcome}"  # below the last frame
     frames = []
     for picture, text in zip(result["frames"], texts):
         frame = Image.new("RGB", (GIF_SIZE, GIF_SIZE + 60), "white")
@@ -235,7 +235,7 @@ def draw_episode(blm, env, seed, folder, **options):
         place = (6, GIF_SIZE + 4)
         ImageDraw.Draw(frame).text(place, text, fill="black", font_size=13)
         frames.append(frame)
-    # by name, so that another episode does not write over this one
+    # the command is in the name, so that one episode does not overwrite another
     command = f"-{options['command']}" if env.family else ""
     path = Path(folder) / f"{env.robot.name}-{env.scene}-{seed}{command}.gif"
     save_gif(path, frames)

@@ -1,7 +1,7 @@
-"""Watch the model at work, or ask it something.
+"""Watch the model drive a robot, or ask it a question.
 
-One episode of PickCube, drawn as out/widowx-PickCube-1000001.gif; three of another task; and one in
-your own words:
+One episode of PickCube, drawn as out/widowx-PickCube-1000001.gif; three episodes of another task;
+and one with your own instruction:
 
     python sample.py --robot widowx
     python sample.py --robot panda --task StackCube --episodes 3
@@ -12,17 +12,18 @@ One scene, two commands:
     python sample.py --task which_cube --command 0
     python sample.py --task which_cube --command 1
 
-One of other people's tasks, in their simulator (data/environments.py):
+A task of another benchmark, in its own simulator (data/environments.py):
 
     python sample.py --env metaworld --task drawer-open --weights out/metaworld-policy
     python sample.py --env libero --task object-0 --weights out/libero-policy
     python sample.py --env maniskill --task PickCube
 
-Several commands, which a model that was taught to (runs/listen.sh) lists, carries out and judges:
+A goal of several commands, which a model trained for it (runs/listen.sh) lists, carries out and
+judges:
 
     python sample.py --task mixed --goal "put the ball into the bin, then stack the left cube on the right cube"
 
-A question about the rendered scene, or about any picture:
+A question about the rendered scene, or about any image:
 
     python sample.py --ask "Where is the red cube in the front view? Give a point."
     python sample.py --ask "How many cubes are there?" --image picture.png
@@ -45,23 +46,23 @@ from rollout import EXECUTE_STEPS, GIF_HZ, GIF_SIZE, draw_episode, save_gif
 @dataclass
 class SampleConfig:
     env: str = "tabletop"  # tabletop, metaworld, libero or maniskill
-    robot: str = ""  # panda, xarm6, xarm7 or widowx; empty: widowx, or whichever --env has
+    robot: str = ""  # panda, xarm6, xarm7 or widowx; empty: widowx, or the one that --env has
     task: str = "PickCube"  # a task, or a family of scenes with several, such as which_cube
-    command: int = 0  # which of such a scene's commands is given
-    instruction: str = ""  # what to tell the robot; empty: one of the task's own wordings
-    goal: str = ""  # several commands in a sentence: the model plans them, then acts
+    command: int = 0  # which command of such a scene to give
+    instruction: str = ""  # what to tell the robot; empty: one of the task's wordings
+    goal: str = ""  # several commands in one sentence: the model plans them, then acts
     seed: int = 1_000_001  # layout of the first episode; demonstrations use seeds below 1,000,000
     episodes: int = 1  # episodes, with seeds counting up
     out: str = "out"  # folder for the GIFs
     weights: str = "weights/nano"  # checkpoint folder
-    execute_steps: int = EXECUTE_STEPS  # steps of a chunk carried out before the policy looks again
+    execute_steps: int = EXECUTE_STEPS  # steps of a chunk before the policy observes again
     device: str = "auto"  # auto, cpu, cuda or mps
     ask: str = ""  # a question to answer instead of acting
-    image: str = ""  # picture to ask about; empty: the scene of --robot, --task and --seed
+    image: str = ""  # image to ask about; empty: the scene of --robot, --task and --seed
 
 
 def act(blm, config):
-    """config.episodes episodes; a GIF and a line for each."""
+    """Run config.episodes episodes; write a GIF and print a line for each."""
     options = {"execute_steps": config.execute_steps, "instruction": config.instruction or None}
     words = {}
     if config.env == "tabletop":
@@ -74,7 +75,7 @@ def act(blm, config):
 
 
 def reach_goal(blm, config):
-    """Print the plan that the model makes of config.goal, and each step as it ends; draw a GIF."""
+    """Print the model's plan for config.goal, and each step as it ends; draw a GIF."""
     env = TabletopEnv(config.robot, config.task, render=False)
     env.reset(config.seed)
     commands = write_plan(blm, pictures(env), config.goal)
@@ -108,7 +109,7 @@ def ask(blm, config):
 
 def main():
     config = parse(SampleConfig, description="Watch the model drive a robot, or ask it a question.")
-    # all that can be told at once, before weights are loaded
+    # check everything possible before the weights are loaded
     robots, tasks, families = names_in(config.env)
     usual = "widowx" if config.env == "tabletop" else robots[0]
     config.robot = choose(config.robot or usual, robots, "robot")

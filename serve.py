@@ -1,21 +1,21 @@
-"""A policy server: `BLM.act` behind openpi's websocket protocol, for robots on other machines.
+"""A policy server: `BLM.act` over openpi's websocket protocol, for robots on other machines.
 
     python serve.py --robot widowx                      on this machine only, at port 8000
-    python serve.py --host 0.0.0.0 --api_key_file key   for others too, who must know the key
+    python serve.py --host 0.0.0.0 --api_key_file key   for other machines, which need the key
 
     client                                 server
        ── connects ──────────────────────────►
-       ◄──── what the policy is, a message ──
-       ── an observation, a message ─────────►  waits for its turn
+       ◄── metadata of the policy, a message ──
+       ── an observation, a message ─────────►  queued
        ◄── {"actions": (T, dof + 1) float32, "server_timing": {"infer_ms", "prev_total_ms"}} ──
-       ◄── or a text that says what was wrong, and the connection closes with code 1011 ──
+       ◄── or a text that says what was wrong; the connection then closes with code 1011 ──
 
-Messages are those of wire.py. Names of what an observation holds differ from client to client:
-data/observation_keys.json maps them. GET /healthz answers "OK" even while the policy is at work.
+Messages are encoded as in wire.py. Clients use different keys for the parts of an observation;
+data/observation_keys.json maps them. GET /healthz answers "OK" even while the policy is computing.
 Source of the protocol: openpi at 15a9616, src/openpi/serving/websocket_policy_server.py.
 
-The event loop only talks: a message is decoded, acted on and answered in one worker thread, message
-after message, so a slow or vanished client keeps nobody waiting but itself.
+The event loop only does I/O. One worker thread decodes, acts on and answers one message after
+another, so a slow or vanished client holds up nobody but itself.
 """
 
 import asyncio
@@ -37,23 +37,23 @@ from files import read_json, read_text, reading
 from wire import pack, require_extras, unpack
 
 KEY_MAPS = "data/observation_keys.json"
-ANY = "{camera}"  # in its keys: whatever a robot's cameras are called
-MAX_CLIENTS = 16  # at a time; each may hold a message or two in memory
-MAX_INSTRUCTION = 1000  # characters: the tokenizer remembers every text that it has seen
+ANY = "{camera}"  # in a key: replaced by the name of each camera
+MAX_CLIENTS = 16  # at a time; each may hold one or two messages in memory
+MAX_INSTRUCTION = 1000  # characters: the tokenizer caches every text that it has seen
 PING_INTERVAL = 20  # s
-PING_TIMEOUT = 60  # s; a client that loads a simulator may not answer for the usual 20
-CLOSE_TIMEOUT = 2  # s for a client to say goodbye too
+PING_TIMEOUT = 60  # s; a client that loads a simulator may not answer within the usual 20
+CLOSE_TIMEOUT = 2  # s for a client to close its end
 
 
 @dataclass
 class ServeConfig:
     weights: str = "weights/nano"  # model folder
-    robot: str = "widowx"  # the robot of observations that name none
+    robot: str = "widowx"  # the robot of observations that do not name one
     instruction: str = ""  # for observations without one; openpi's ALOHA client sends none
-    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: other machines get through too
-    port: int = 8000  # 0: any free one
-    api_key_file: str = ""  # text file with a key that clients must know
-    keys: str = KEY_MAPS  # JSON file that says how clients name what they send
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 is reachable from other machines
+    port: int = 8000  # 0: any free port
+    api_key_file: str = ""  # text file with the key that clients must send
+    keys: str = KEY_MAPS  # JSON file that maps clients' names of observation keys
     max_message: int = 32  # MiB; larger messages close the connection with code 1009
     max_picture: int = 4096  # pixels on the longer side
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -65,7 +65,7 @@ class ServeConfig:
 def load_key_maps(path):
     """{family: {camera: key, ..., "instruction": key, "state": [key]}} in a file.
 
-    The camera ANY stands for all that are not named, and in its key for their names.
+    The camera ANY covers those that are not listed; in its key ANY is replaced by their names.
     """
     maps = read_json(path)
     for family, keys in maps.items():
@@ -83,9 +83,9 @@ def load_key_maps(path):
 
 
 def families_of(key_maps, robot, views):
-    """{family: {"images": {camera: key}, "state": [key], "instruction": key}}: who names all cameras.
+    """{family: {"images": {camera: key}, "state": [key], "instruction": key}}.
 
-    UserError if nobody does.
+    Only families with a key for every camera of the robot. UserError if there are none.
     """
     families = {}
     for family, keys in key_maps.items():
@@ -101,7 +101,7 @@ def families_of(key_maps, robot, views):
 
 
 def find(observation, key):
-    """observation["a/b"], or else observation["a"]["b"]; None if there is neither."""
+    """observation["a/b"], or else observation["a"]["b"]; None if neither exists."""
     if key in observation:
         return observation[key]
     group, _, rest = key.partition("/")
@@ -110,7 +110,7 @@ def find(observation, key):
 
 
 def names(observation, above=""):
-    """All keys of an observation, those of inner dicts as "a/b"."""
+    """All keys of an observation, those of nested dicts as "a/b"."""
     found = []
     for key, value in observation.items():
         name = f"{above}{key}"
@@ -119,9 +119,10 @@ def names(observation, above=""):
 
 
 def recognize(observation, families, instruction=""):
-    """(family, what it reads): the first of `families_of` all of whose keys are there.
+    """(family, its keys): the first of `families_of` whose keys are all in the observation.
 
-    UserError names what the nearest family misses. instruction: that key may be missing.
+    If there is none, the UserError lists what the closest family lacks. With an instruction given,
+    the key for it may be missing.
     """
     reads = {}
     lacks = {}
@@ -138,28 +139,28 @@ def recognize(observation, families, instruction=""):
 
 
 def translate(observation, keys, instruction="", max_picture=4096):
-    """An observation with a family's keys as `BLM.act` takes it. UserError on what is too large."""
+    """An observation with a family's keys, as `BLM.act` takes it. UserError on oversized parts."""
     from model import to_array
 
     images = {}
     for view, key in keys["images"].items():
         picture = find(observation, key)
-        with reading(f"the {view} picture"):  # lists may be of unequal lengths
+        with reading(f"the {view} picture"):  # fails for nested lists of unequal lengths
             shape = np.shape(picture)
-        # before it is copied, as it is on its way to the model
+        # check the size before the image is copied on its way to the model
         if max(shape, default=0) > max_picture:
             limit = f"is longer than {max_picture} pixels: shrink it first"
             raise UserError(f"{key}, shape {shape}, {limit}")
         images[view] = picture
     parts = [find(observation, key) for key in keys["state"]]
     state = parts[0]
-    if len(parts) > 1:  # joints and gripper apart, and a gripper may be a bare number
+    if len(parts) > 1:  # joints and gripper separately; the gripper may be a bare number
         with reading("the state", f"it is {', '.join(keys['state'])} end to end"):
             state = np.concatenate([np.atleast_1d(to_array(part, 1)) for part in parts])
     text = find(observation, keys["instruction"])
     if text is None:
         text = instruction
-    if isinstance(text, bytes):  # as datasets in TensorFlow's formats have it
+    if isinstance(text, bytes):  # as in datasets of TensorFlow
         text = text.decode(errors="replace")
     if isinstance(text, str) and len(text) > MAX_INSTRUCTION:
         raise UserError(f"an instruction of {len(text)} characters: at most {MAX_INSTRUCTION}")
@@ -170,7 +171,7 @@ def translate(observation, keys, instruction="", max_picture=4096):
 
 
 class PolicyServer:
-    """blm (a BLM with a policy) for whoever connects; config a ServeConfig.
+    """Serves blm (a BLM with a policy) to every client; config a ServeConfig.
 
     UserError on an unknown robot, a broken file of keys, an empty API key.
     """
@@ -184,24 +185,25 @@ class PolicyServer:
         self.api_key = read_api_key(config.api_key_file)
         self.hello = pack(self.metadata())
         self.clients = 0
-        # one: the model computes one chunk at a time, and torch keeps threads for each caller
+        # one thread: the model computes one chunk at a time, and torch keeps threads for each
+        # caller
         self.worker = ThreadPoolExecutor(1)
 
     def families(self, robot):
-        """`families_of` the robot of an observation. UserError on an unknown one."""
+        """`families_of` the given robot. UserError if it is unknown."""
         embodiments = self.blm.policy.embodiments
         views = embodiments[choose(robot, embodiments, "robot")].views
         return families_of(self.key_maps, robot, views)
 
     def metadata(self):
-        """What a client is told first."""
+        """The first message to a client."""
         from data.env import IMAGE_SIZE
         from processor import smart_resize
 
         policy = self.blm.policy
         robots = {name: asdict(robot) for name, robot in policy.embodiments.items()}
         own = robots[self.robot]
-        # larger ones are shrunk here, so they only take longer to send
+        # larger images are shrunk anyway, so sending them only takes longer
         size = smart_resize(IMAGE_SIZE, IMAGE_SIZE, self.blm.processor.image)
         return {
             "action_horizon": policy.config.action_horizon,
@@ -217,7 +219,7 @@ class PolicyServer:
         }
 
     def warm_up(self):
-        """One chunk for nobody: the first takes longer."""
+        """Compute one chunk and discard it: the first takes longer."""
         robot = self.blm.policy.embodiments[self.robot]
         images = dict.fromkeys(robot.views, np.zeros((128, 128, 3), np.uint8))
         observation = {"images": images, "state": np.zeros(robot.state_dim)}
@@ -227,23 +229,23 @@ class PolicyServer:
 
     def answer(self, connection, message, previous_ms):
         """The reply to a message: bytes, or a text that says what is wrong with it."""
-        if connection.close_code is not None:  # gone while it waited
+        if connection.close_code is not None:  # disconnected while it waited
             return b""
         try:
             return self.act(unpack(message), previous_ms)
         except UserError as error:
             return str(error)
-        except Exception as error:  # noqa: BLE001, one client's bad luck must not stop the others
+        except Exception as error:  # noqa: BLE001, one client's error must not stop the others
             traceback.print_exc()
             return f"the server failed ({type(error).__name__}); its own output says where"
 
     def act(self, observation, previous_ms):
-        """The reply to an observation; previous_ms: what the one before took, None for the first."""
+        """The reply to an observation; previous_ms: time of the last one, None for the first."""
         instruction = self.config.instruction
         robot = observation.get("robot", self.robot)
         families = self.families(robot)
         family, read = recognize(observation, families, instruction)
-        # once a client, so that a camera which nothing looks at does not go unnoticed
+        # once per client, so that a camera that is not used does not go unnoticed
         if previous_ms is None:
             unread = [name for name in names(observation) if name not in (*read, "robot")]
             more = f"; not read: {', '.join(unread[:20])}" if unread else ""
@@ -260,22 +262,22 @@ class PolicyServer:
         timing = {"infer_ms": 1000 * (time.perf_counter() - start)}
         if previous_ms is not None:
             timing["prev_total_ms"] = previous_ms
-        # clients index every array by time, so there is no other one
+        # clients index every array by time, so there must be no others
         return pack({"actions": chunk, "server_timing": timing})
 
     # ---- in the event loop
 
     def admit(self, connection, request):
-        """Instead of a websocket: the answer to /healthz, or a refusal. None: come in."""
+        """Called before the handshake: a reply to /healthz, a refusal, or None to accept."""
         if request.path == "/healthz":
             return connection.respond(HTTPStatus.OK, "OK\n")
-        # a browser lets any page that is open in it connect to this machine's own ports
+        # any web page open in a browser could otherwise connect to ports of this machine
         origin = request.headers.get("Origin", "")
         if origin.startswith("http") or origin == "null":
             return connection.respond(HTTPStatus.FORBIDDEN, "web pages may not connect\n")
         if self.api_key:
             sent = request.headers.get("Authorization", "").encode(errors="replace")
-            # in a time that does not tell how much of it is right
+            # in constant time, so that timing does not reveal how much of the key is right
             if not hmac.compare_digest(sent, f"Api-Key {self.api_key}".encode()):
                 return connection.respond(HTTPStatus.UNAUTHORIZED, "wrong or no API key\n")
         if self.clients >= MAX_CLIENTS:
@@ -286,7 +288,7 @@ class PolicyServer:
         """Everything between one client's arrival and its departure."""
         from websockets.exceptions import ConnectionClosed
 
-        # none if the client has gone already
+        # there is no address if the client has gone already
         who = ":".join(map(str, (connection.remote_address or ["nobody"])[:2]))
         say(f"{who} came")
         self.clients += 1
@@ -317,33 +319,33 @@ class PolicyServer:
 
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self.worker, self.warm_up)
-        # its own account of port scanners and lost connections is a page each
+        # its logger prints a page for every port scan and lost connection
         logger = logging.getLogger("websockets.server")
         logger.setLevel(logging.CRITICAL)
         host, port = listener.getsockname()[:2]
         address = f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}"
-        # per client, whatever it does
+        # per client
         limits = {
             "max_size": self.config.max_message * 2**20,
-            "max_queue": 1,  # messages that wait in memory; the rest wait at the client
+            "max_queue": 1,  # queued messages in memory; the rest wait at the client
             "ping_interval": PING_INTERVAL,
             "ping_timeout": PING_TIMEOUT,
             "close_timeout": CLOSE_TIMEOUT,
-            "compression": None,  # pictures of noise and wood do not shrink
+            "compression": None,  # camera images hardly compress
         }
         with listening(host, port):
             async with serve(self.talk, sock=listener, process_request=self.admit, **limits):
                 say(f"{self.robot} at {address}; Ctrl-C stops the server")
-                await asyncio.Future()  # for ever
+                await asyncio.Future()  # until cancelled
 
 
 def say(text):
-    """A line for whoever runs the server; what a client sent may not steer the terminal."""
+    """Print a line for the operator; text from clients must not control the terminal."""
     print("".join(c if c.isprintable() else "?" for c in one_line(text)), flush=True)
 
 
 def read_api_key(path):
-    """The key in a file, or "" for no file. UserError if the file is empty."""
+    """The key in a file, or "" without a file. UserError unless it is a line of printable ASCII."""
     key = read_text(path).strip() if path else ""
     if path and not (key and key.isascii() and key.isprintable()):
         raise UserError(f"{path} must hold one line of ASCII: the key")
@@ -352,7 +354,7 @@ def read_api_key(path):
 
 @contextmanager
 def listening(host, port):
-    """Turn what goes wrong with an address into a UserError."""
+    """Turn an error with an address into a UserError."""
     try:
         yield
     except (OSError, OverflowError, UnicodeError) as error:
@@ -362,14 +364,14 @@ def listening(host, port):
 
 
 def bind(host, port):
-    """A socket that holds the address, and refuses connections until somebody listens there."""
+    """A socket that holds the address, and refuses connections until the server listens on it."""
     with listening(host, port):
-        if port > 65535:  # the C library would take what is left of it after division
+        if port > 65535:  # the C library would silently take it modulo 65536
             raise OverflowError("ports end at 65535")
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, address = found[0]
         holder = socket.socket(family, kind, protocol)
-        # a server that just stopped leaves the port in use for a minute
+        # otherwise the port stays in use for a minute after a server stops
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(address)
     return holder
@@ -380,10 +382,10 @@ def main():
     require_extras()
     at_least(config, 0, "port")
     at_least(config, 1, "max_message", "max_picture")
-    # all that can be told at once, before weights are loaded
+    # check everything possible before the weights are loaded
     load_key_maps(config.keys)
     key = read_api_key(config.api_key_file)
-    # clients that come too early shall be refused at once, not left to wait
+    # bind now: clients that come too early should be refused at once, not left waiting
     listener = bind(config.host, config.port)
     if not key and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
         print("note: whoever reaches this port can use it; --api_key_file asks for a key")

@@ -7,7 +7,7 @@ from embodiment import CONTROL_HZ
 
 
 def summary(episodes, hz=CONTROL_HZ):
-    """Success, its 95% interval, mean seconds to success and jerk (rad/s^3) of some episodes."""
+    """Success rate with 95% interval, mean seconds to success and jerk (rad/s^3) over episodes."""
     steps = [e["steps"] for e in episodes if e["success"]]
     n = len(episodes)
     return {
@@ -20,12 +20,12 @@ def summary(episodes, hz=CONTROL_HZ):
 
 
 def failures(episodes):
-    """{name: why} of the episodes that failed."""
+    """{name: reason} of the failed episodes."""
     return {e["name"]: e["reason"] for e in episodes if not e["success"]}
 
 
 def rate(values):
-    """{"rate", "n", "interval"} of truths."""
+    """{"rate", "n", "interval"} of some booleans."""
     values = list(values)
     return {
         "rate": float(np.mean(values)) if values else None,
@@ -35,9 +35,10 @@ def rate(values):
 
 
 def mean_of_tiers(tiers):
-    """{"mean", "interval"} of the rates of TIERS, each with an interval of its own.
+    """{"mean", "interval"} of the tiers' rates, each of which has an interval of its own.
 
-    The interval is MOVER's (Zou and Donner 2008): how far the ends of each lie away, squared and added.
+    The interval is MOVER's (Zou and Donner 2008): distances from each rate to its interval's ends,
+    squared and added.
     """
     rates = np.array([tier["rate"] for tier in tiers.values()])
     ends = np.array([tier["interval"] for tier in tiers.values()])  # (tiers, 2)
@@ -51,7 +52,7 @@ def percent(figure):
 
 
 def markdown(head, rows):
-    """A table as text."""
+    """A table in markdown, as text."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 

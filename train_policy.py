@@ -1,16 +1,16 @@
-"""Stage II: teach the policy to act, on demonstrations of all robots and tasks together.
+"""Stage II: train the policy on demonstrations of all robots and tasks together.
 
     python train_policy.py                          reads out/demos, writes out/policy; on a laptop
-    python train_policy.py --resume --steps 12000   goes on where it stopped, for longer
+    python train_policy.py --resume --steps 12000   continue a run that stopped, for more steps
     python train_policy.py --robots ur5e --start weights/nano --out out/ur5e --steps 600
-                                    a robot that weights/nano lacks: only its own layers are trained
+                                    a robot that weights/nano lacks: trains only its own layers
     python train_policy.py --start weights/nano --backbone out/sft
-                                    a policy moves to another language model; all of it is trained
+                                    move a policy to another language model: trains all of it
     torchrun --nproc_per_node 8 train_policy.py --batch_size 512        several GPUs: trainer.py
 
-The language model is frozen; data/demonstrations.py keeps its hidden states, and it is in memory
-only while some are missing. Written to --out: a whole model
-folder (model.py) with the moving average of the weights, the state to resume from, and log.jsonl.
+The language model is frozen. data/demonstrations.py caches its hidden states, and it is in memory
+only while some are missing. Written to --out: a complete model folder (model.py) with the moving
+average of the weights, the state to resume from, and log.jsonl.
 """
 
 import copy
@@ -45,36 +45,36 @@ from vlm import VLM
 
 EVAL_ROWS = 512  # validation rows
 WARMUP = 200  # steps
-WEIGHT_DECAY = 0.01  # on matrices
-EMA_DECAY = 0.999  # of the moving average of the weights, which is what is shipped
-STATE_NOISE = 0.02  # deviations, added to the normalized state: the policy must look, not count
+WEIGHT_DECAY = 0.01  # for matrices
+EMA_DECAY = 0.999  # of the moving average of the weights; the average is what is shipped
+STATE_NOISE = 0.02  # deviations, on the normalized state: so the policy observes, not counts
 
 
 @dataclass
 class TrainConfig(RunConfig):
     """The flags of Stage II."""
 
-    data: str = "out/demos"  # folder of demonstrations; recorded if it is not there
+    data: str = "out/demos"  # folder of demonstrations; recorded if missing
     out: str = "out/policy"  # folder for the model
     backbone: str = "weights/nano"  # folder or hub name of the frozen language model
-    start: str = ""  # model folder whose policy to begin with
+    start: str = ""  # model folder whose policy to start from
     cache: str = "out/intents"  # folder for the language model's hidden states
     robots: str = "all"  # comma-separated robots to learn from, or all
     tasks: str = "all"  # comma-separated tasks and families of scenes to learn from, or all
-    demonstrations: int = 0  # episodes of each robot and task, those of the lowest seeds; 0: all
-    sizes: str = "nano"  # of the policy: nano or gr00t (policy.py)
+    demonstrations: int = 0  # episodes of each robot and task, lowest seeds first; 0: all
+    sizes: str = "nano"  # size of the policy: nano or gr00t (policy.py)
     intent_layer: int = 0  # LLM block whose hidden states carry the intent; 0: that of --sizes
-    text_first: bool = False  # instruction before the pictures, as runs/listen.sh teaches it
-    use_intent: bool = True  # off: what a robot can do by its state alone, for comparison
-    future_loss: bool = True  # off: without it, for comparison
-    waypoint_loss: bool = False  # the intent must say where the tool goes: for several commands
+    text_first: bool = False  # instruction before the images, as in runs/listen.sh
+    use_intent: bool = True  # off: act from the robot's state alone, for comparison
+    future_loss: bool = True  # off: without the future loss, for comparison
+    waypoint_loss: bool = False  # the intent predicts where the tool goes: for several commands
     steps: int = 7000  # optimizer steps
-    batch_size: int = 64  # rows a step, over all processes
+    batch_size: int = 64  # rows per step, over all processes
     lr: float = 3e-3  # peak learning rate
     eval_every: int = 1000  # steps between evaluations, each with a checkpoint
 
 
-FREE = {"cache", "backbone"}  # may change when resuming, beside trainer.FREE
+FREE = {"cache", "backbone"}  # may change when resuming, in addition to trainer.FREE
 
 
 def policy_config(cfg):
@@ -94,7 +94,7 @@ def policy_config(cfg):
 
 
 def validation_rows(demos):
-    """Rows of held-out episodes, as many of each cell, evenly spread over it."""
+    """Rows of held-out episodes: the same number from each cell, evenly spaced."""
     share = max(1, EVAL_ROWS // len(demos.cells))
     parts = []
     for rows in demos.held_out:
@@ -104,7 +104,7 @@ def validation_rows(demos):
 
 
 def divisors(demos, policy, rows):
-    """How many action numbers, futures and rows there are: what their losses are divided by."""
+    """Numbers of action values, futures and rows, by which their losses are divided."""
     action_dims = np.array([robot.action_dim for robot in demos.embodiments.values()])
     numbers = policy.config.action_horizon * int(action_dims[demos.embodiment[rows]].sum())
     return numbers, max(1, int(demos.has_future[rows].sum())), len(rows)
@@ -112,12 +112,12 @@ def divisors(demos, policy, rows):
 
 @torch.no_grad()
 def evaluate(policy, demos, cfg, device):
-    """Figures on held-out episodes, with fixed noise: val_flow, val_future, val_waypoint,
-    joint_error_rad.
+    """Figures on held-out episodes, with fixed noise.
 
-    The last is the mean error of joint targets in chunks as `act` makes them, over the steps that are
-    carried out: of all figures here it ranks policies most nearly as success does. Of a robot without
-    such targets it is the error of all numbers of its action.
+    val_flow, val_future, val_waypoint, and joint_error_rad: the mean error of joint targets in
+    chunks as `act` computes them, over the steps that are executed. Of all figures here it agrees
+    best with success when ranking policies. For a robot without such targets it is the mean error
+    of all its action values.
     """
     policy.eval()
     generator = torch.Generator().manual_seed(0)
@@ -131,7 +131,7 @@ def evaluate(policy, demos, cfg, device):
         batch = demos.batch(rows[start : start + cfg.batch_size])
         batch |= policy.draw(len(batch["state"]), generator)
         batch = trainer.to_device(batch, device)
-        losses = policy(batch, totals)  # shares: they add up
+        losses = policy(batch, totals)  # already divided by the totals: they add up
         inputs = [batch[name] for name in ("hidden", "mask", "state", "embodiment")]
         chunk = policy.sample(*inputs, noise=torch.zeros_like(batch["noise"]))
         error = (chunk - batch["action"])[:, :EXECUTE_STEPS].abs()
@@ -149,7 +149,7 @@ def evaluate(policy, demos, cfg, device):
 
 
 def sizes(config):
-    """A PolicyConfig without what changes no weight's shape: a policy may move to another block."""
+    """A PolicyConfig without fields that change no weight's shape: a policy may switch blocks."""
     free = {"intent_layer": 0, "text_first": False}
     return vars(config) | free | {"future_loss_weight": 0.0, "waypoint_loss_weight": 0.0}
 
@@ -157,8 +157,8 @@ def sizes(config):
 def load_models(cfg, config, device):
     """(BLM of --backbone, its width, BLM of --start or None, hash of what the policy reads).
 
-    Without VLMs: where all hidden states are cached, files are hashed and copied, and no language
-    model is ever in memory.
+    The BLMs have no VLM: if all hidden states are cached, files are only hashed and copied, and no
+    language model is ever loaded.
     """
     blm = BLM.from_pretrained(cfg.backbone, vlm=False)
     vlm_config = VLMConfig.from_pretrained(find_folder(cfg.backbone))
@@ -166,8 +166,8 @@ def load_models(cfg, config, device):
     blocks = vlm_config.num_hidden_layers
     if config.intent_layer > blocks:
         raise UserError(f"--intent_layer {config.intent_layer}: {cfg.backbone} has {blocks} blocks")
-    blm.policy = None  # another one's: it may read another block, or another prompt
-    blm.device = device  # where the VLM will be
+    blm.policy = None  # the backbone's own policy may read another block or another prompt
+    blm.device = device  # where the VLM will go
     blm.training.pop("policy", None)
     backbone = hash_of_folder(cfg.backbone, blm, config.intent_layer)
     if cfg.resume and trainer.read_checkpoint(cfg, FREE)[1]["backbone"] != backbone:
@@ -187,9 +187,9 @@ def hash_of_folder(name, blm, num_layers):
 
 
 def load_vlm(cfg, blm):
-    """Give `blm` the frozen VLM of --backbone; with --fsdp each process has a share of it."""
+    """Load the frozen VLM of --backbone into `blm`; with --fsdp each process holds a shard."""
     blm.vlm = VLM.from_pretrained(cfg.backbone, "cpu" if cfg.fsdp else blm.device)
-    # frozen: what a policy reads today it must read tomorrow
+    # frozen: the policy must be able to rely on its hidden states
     blm.vlm.requires_grad_(False)
     if cfg.fsdp:
         blocks = [*blm.vlm.visual.blocks, *blm.vlm.model.layers]
@@ -197,7 +197,7 @@ def load_vlm(cfg, blm):
 
 
 def load_demonstrations(cfg, config, blm, start, backbone):
-    """Demonstrations of --data with their hidden states; both are made where they are missing."""
+    """Demonstrations of --data with their hidden states; both are created if missing."""
     rank, world = trainer.this_process()
     known = start.policy.embodiments if start else {}
     if rank == 0:
@@ -210,7 +210,7 @@ def load_demonstrations(cfg, config, blm, start, backbone):
         raise UserError(
             f"--waypoint_loss: where the tool of {min(imported)} is, its state does not say"
         )
-    if start and new:  # layers that stay frozen must read the hidden states that they know
+    if start and new:  # layers that stay frozen need the hidden states that they were trained on
         old = start.policy.config
         k = old.intent_layer
         if k != config.intent_layer:
@@ -222,20 +222,21 @@ def load_demonstrations(cfg, config, blm, start, backbone):
             raise UserError(f"--start {cfg.start} reads another language model than {cfg.backbone}")
     folder = cache_folder(cfg.cache, backbone, config)
     missing = uncached(episodes, folder, rank)
-    trainer.barrier()  # all look before one writes: they share the work by what they saw
+    trainer.barrier()  # all list the missing files before any is written: it divides the work
     if missing:
         load_vlm(cfg, blm)
         cache_hidden_states(blm, missing, config, folder, rank, world, cfg.fsdp)
-        blm.vlm = None  # all that it says is kept: its memory is the policy's now
+        blm.vlm = None  # all hidden states are cached: free its memory for the policy
     trainer.barrier()
     hidden = [open_cache(folder, episode) for episode in episodes]
     return Demonstrations(episodes, hidden, config.action_horizon, config.num_waypoints, known)
 
 
 def continue_policy(policy, old):
-    """Give `policy` the weights and statistics of `old`, whose robots are the first of its own.
+    """Copy weights and statistics of `old` into `policy`, whose first robots are those of `old`.
 
-    With further robots only their own layers will be trained: the others go on acting as before.
+    If `policy` has further robots, only their own layers will be trained, so that the others keep
+    acting as before.
     """
     weights = policy.state_dict()
     for name, tensor in old.state_dict().items():
@@ -252,11 +253,11 @@ def continue_policy(policy, old):
 
 
 def make_batch(demos, policy, cfg, step):
-    """(this process's rows of a step, with noise; what the losses of all are divided by)."""
+    """(this process's rows of a step, with noise; the divisors of the losses of all processes)."""
     rank, world = trainer.this_process()
-    # noise depends on the step alone: no random state to keep, and no process has its own
+    # noise depends only on the step: no random state to save, the same for any number of processes
     generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-    draws = policy.draw(cfg.batch_size, generator, STATE_NOISE)  # for all rows, then shared out
+    draws = policy.draw(cfg.batch_size, generator, STATE_NOISE)  # for all rows, then divided
     rows = demos.rows_of_step(cfg.seed, step, cfg.batch_size)
     batch = demos.batch(rows[rank::world])
     batch |= {name: tensor[rank::world] for name, tensor in draws.items()}
@@ -265,14 +266,14 @@ def make_batch(demos, policy, cfg, step):
 
 @torch.no_grad()
 def update_average(average, policy, step):
-    """Early on a slow average would still be the random start."""
+    """Update the moving average, faster at first, so that it leaves the random weights."""
     decay = min(EMA_DECAY, (step + 1) / (step + 11))
     torch._foreach_lerp_(list(average.parameters()), list(policy.parameters()), 1 - decay)
 
 
 def save(cfg, blm, modules, optimizers, about):
-    """A checkpoint to resume from, and the model folder; every process must call this."""
-    # the checkpoint first: a model folder can be made from it, not the other way round
+    """Save a checkpoint to resume from, and the model folder. Every process must call this."""
+    # the checkpoint first: it can produce the model folder, but not the reverse
     trainer.save_checkpoint(cfg, modules, optimizers, about)
     weights = trainer.full_state_dict(blm.policy)
     if trainer.is_first():
@@ -297,19 +298,19 @@ def train(cfg):
         "cells": len(demos.cells),
     }
     if trainer.is_first() and not cfg.resume:
-        # a run that is killed before its first checkpoint shall not look like somebody's model
+        # a run killed before its first checkpoint should not look like a finished model
         (Path(cfg.out) / "state").mkdir(parents=True, exist_ok=True)
         copy_model(find_folder(cfg.backbone), cfg.out)
         blm.processor.save_pretrained(cfg.out)
 
-    # on the CPU, so that a GPU begins with the same weights
+    # on the CPU, so that a GPU starts from the same weights
     torch.manual_seed(cfg.seed)
     policy = Policy(config, width, demos.embodiments)
     if start:
         continue_policy(policy, start.policy)
         facts["started_from"] = start.training.get("policy")
     demos.fit_statistics(policy.normalizer)
-    blm.policy = copy.deepcopy(policy).requires_grad_(False)  # the moving average
+    blm.policy = copy.deepcopy(policy).requires_grad_(False)  # the moving average of the weights
     for module in (policy, blm.policy):
         if cfg.fsdp:
             trainer.shard(module, (), device, ("sample",))
@@ -324,14 +325,14 @@ def what_next(cfg, demos):
     robot = demos.episodes[0].robot
     if robot in ROBOTS:
         return f"`python sample.py --robot {robot} --weights {cfg.out}`"
-    # what no simulator knows is compared with its recordings, then driven
+    # for a robot without a simulator: compare with its recordings, then drive it
     replay = f"python eval.py replay --data {cfg.data} --weights {cfg.out}"
     return f"`{replay}`, then `python serve.py --robot {robot} --weights {cfg.out}`"
 
 
 def fit(cfg, blm, policy, demos, facts, device):
-    """The loop of Stage II; `facts` go into the run's record. Returns the last figures."""
-    # where only a new robot's layers train, a decay would shrink those of the others
+    """The training loop of Stage II; `facts` go into the run's record. Returns the last figures."""
+    # when only a new robot's layers train, weight decay would still shrink those of the others
     adapting = not all(p.requires_grad for p in policy.parameters())
     dtype = trainer.compute_dtype(cfg, device)
     optimizers = trainer.make_optimizers([policy], cfg.lr, 0.0 if adapting else WEIGHT_DECAY, dtype)

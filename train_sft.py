@@ -1,17 +1,18 @@
-"""Stage I: teach the vision-language model on conversations with pictures, yours or anybody's.
+"""Stage I: train the vision-language model on conversations about images, yours or others'.
 
-    python train_sft.py --data mine.jsonl                    the shipped nano model goes on, on a laptop
-    python train_sft.py --data mine.jsonl:3,theirs.jsonl:1   a mixture: of every four rows three are mine
-    python train_sft.py --preset qwen --data mine.jsonl --lora_rank 16 --lr 1e-4      the hub's weights
-    python train_sft.py --resume                             goes on where a stopped run saved last
+    python train_sft.py --data mine.jsonl                    continue from nano, on a laptop
+    python train_sft.py --data mine.jsonl:3,theirs.jsonl:1   a mixture: 3 of every 4 rows are mine
+    python train_sft.py --preset qwen --data mine.jsonl --lora_rank 16 --lr 1e-4      hub weights
+    python train_sft.py --resume                             continue from the last checkpoint
     torchrun --nproc_per_node 8 train_sft.py --fsdp          several GPUs: trainer.py
 
-Presets: nano, qwen (Qwen2.5-VL-3B) and qwen3 (Qwen3-VL-2B). A row is a line of a conversations file (data/conversations.py). The rows of a step are packed end to end,
-none seeing another, so nothing is spent on padding. The cross-entropy is on answers alone. nano's own
-recipe, from nothing, calls `train` with sources and losses of its own.
+Presets: nano, qwen (Qwen2.5-VL-3B) and qwen3 (Qwen3-VL-2B). A row is one line of a conversations
+file (data/conversations.py). The rows of a step are packed into one sequence, where none attends to
+another, so nothing is wasted on padding. The cross-entropy covers only the answers. nano itself was
+trained from scratch by calling `train` with its own sources and losses (nano/train.py).
 
-Written to --out: config.json, model.safetensors, the processor's files, training.json (how it was made),
-the state to resume from, and log.jsonl.
+Written to --out: config.json, model.safetensors, the processor's files, training.json (how it was
+trained), the state to resume from, and log.jsonl.
 Letters: B rows, L tokens of all rows, n tokens of answers, V size of the vocabulary.
 """
 
@@ -39,10 +40,10 @@ from processor import VISION_INPUTS, Processor
 from trainer import RunConfig
 from vlm import VLM
 
-EVAL_ROWS = 128  # validation rows of each source
+EVAL_ROWS = 128  # validation rows from each source
 WARMUP = 100  # steps
-WEIGHT_DECAY = 0.05  # on matrices
-LORA_SCALE = 2.0  # as usual, with alpha = 2 rank
+WEIGHT_DECAY = 0.05  # for matrices
+LORA_SCALE = 2.0  # the usual choice: alpha = 2 rank
 PARTS = ("vision", "merger", "llm")
 INPUTS = ("input_ids", "segments", *VISION_INPUTS["image"], *VISION_INPUTS["video"])
 
@@ -51,14 +52,14 @@ INPUTS = ("input_ids", "segments", *VISION_INPUTS["image"], *VISION_INPUTS["vide
 class SFTConfig(RunConfig):
     """The flags of Stage I."""
 
-    data: str = "mine.jsonl"  # conversations files, each with its weight: a.jsonl:3,b.jsonl:1
-    on_bad: str = "refuse"  # records that cannot be used: refuse, or skip and count
+    data: str = "mine.jsonl"  # conversations files with weights: a.jsonl:3,b.jsonl:1
+    on_bad: str = "refuse"  # unusable records: refuse, or skip and count
     out: str = "out/sft"  # folder for the model
     backbone: str = "weights/nano"  # start from this folder or hub name
-    train: str = "vision,merger,llm"  # parts that are trained
+    train: str = "vision,merger,llm"  # parts to train
     lora_rank: int = 0  # train low-rank additions to the LLM's matrices, merged when saved; 0: off
-    frozen_blocks: int = 0  # LLM blocks, with the ViT: a policy that reads them stays valid
-    micro_batch: int = 32  # rows in memory at once: fewer need less, the gradient is the same
+    frozen_blocks: int = 0  # LLM blocks kept frozen, with the ViT: their policies stay valid
+    micro_batch: int = 32  # rows in memory at once: fewer save memory, the gradient is the same
     checkpointing: bool = False  # compute blocks twice: a third more time, much less memory
     lr: float = 5e-4  # peak learning rate; about 1e-5 for downloaded weights, 1e-4 with LoRA
     eval_every: int = 250  # steps between evaluations, each with a checkpoint
@@ -71,14 +72,14 @@ PRESETS = {
     "qwen": SFTConfig(backbone=QWEN, lr=1e-5, micro_batch=1, checkpointing=True),
     "qwen3": SFTConfig(backbone=QWEN3, lr=1e-5, micro_batch=1, checkpointing=True),
 }
-FREE = {"on_bad", "micro_batch", "checkpointing"}  # may change when resuming, beside trainer.FREE
+FREE = {"on_bad", "micro_batch", "checkpointing"}  # may change when resuming, like trainer.FREE
 
 
 # ---- rows
 
 
 def grey_row():
-    """A row that teaches nothing: a grey picture, and nothing is asked."""
+    """A row that teaches nothing: a gray image without an answer."""
     grey = np.full((28, 28, 3), 128, np.uint8)
     return Row([[{"role": "user", "content": [{"type": "image"}]}]], [("image", grey)], {})
 
@@ -89,7 +90,7 @@ def say_once(text):
 
 
 def read_row(rows, index, seed, cfg):
-    """A Row. With --on_bad skip one whose pictures turn out broken is named, and a grey one instead."""
+    """A Row. With --on_bad skip, one with broken images is reported and replaced by a gray one."""
     try:
         return rows.row(index, seed)
     except UserError as error:
@@ -100,8 +101,8 @@ def read_row(rows, index, seed, cfg):
 
 
 def make_batch(rows, processor, auxiliary, cfg):
-    """Rows packed as model inputs, with the targets of `auxiliary`."""
-    if cfg.fsdp:  # all processes must run the ViT if one of them does
+    """Rows packed into model inputs, with the targets of `auxiliary`."""
+    if cfg.fsdp:  # with FSDP all processes must run the ViT if one of them does
         rows = [*rows, grey_row()]
     batch = processor.pack(rows)
     if auxiliary is not None:
@@ -114,10 +115,10 @@ def batches_of_step(mixture, processor, auxiliary, cfg, step):
     rank, world = trainer.this_process()
     rows = mixture.rows_of_step(step, cfg.batch_size)
     size = cfg.micro_batch * world
-    # whatever the number of processes, a step has the same rows
+    # a step has the same rows for any number of processes
     batches = []
     for start in range(0, len(rows), size):
-        # sorted, so that every process gets as much of each source
+        # sorted, so that every process gets an equal share of each source
         together = sorted(rows[start : start + size], key=lambda row: row[1])
         share = []
         for number, source, index in together[rank::world]:
@@ -131,24 +132,25 @@ def batches_of_step(mixture, processor, auxiliary, cfg, step):
 
 
 def answer_numbers(batch):
-    """(n,): which of the batch's answers each of their tokens belongs to, counted from 0."""
+    """(n,): the index of the answer that each answer token belongs to, counted within the batch."""
     learned = batch["labels"][:, 1:] >= 0
-    first = learned & ~F.pad(learned, (1, 0))[:, :-1]  # of each answer
+    first = learned & ~F.pad(learned, (1, 0))[:, :-1]  # first token of each answer
     return first[learned].cumsum(0) - 1
 
 
 def answer_weights(batch):
-    """(n,): for each token of answers one over the root of its answer's length.
+    """(n,): for each answer token one over the square root of its answer's length.
 
-    As InternVL 2.5 (arXiv 2412.05271): a box's thirty tokens would outweigh a color's two.
+    As in InternVL 2.5 (arXiv 2412.05271): otherwise a box's thirty tokens would outweigh a color's
+    two.
     """
     answer = answer_numbers(batch)
     return torch.bincount(answer)[answer] ** -0.5
 
 
 def count(batches, auxiliary):
-    """[divisor of each loss] over all micro-batches and processes, at least 1."""
-    # means are over the step, not over a micro-batch: its split changes no gradient
+    """[divisor of each loss], summed over all micro-batches and processes, at least 1."""
+    # means over the step, not the micro-batch, so the gradient does not depend on the split
     shares = []
     for batch in batches:
         answers = float(answer_weights(batch).sum())
@@ -159,9 +161,9 @@ def count(batches, auxiliary):
 
 
 def forward(model, auxiliary, batch):
-    """(VLMOutput, labels (n,)): logits (n, V) where an answer's next token is predicted, alone."""
+    """(VLMOutput, labels (n,)): logits (n, V) only where an answer's next token is predicted."""
     learned = batch["labels"][:, 1:] >= 0  # token i predicts token i + 1
-    # logits of all tokens would be most of the memory: V is large
+    # logits of all tokens would take most of the memory, because V is large
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     blocks = None if auxiliary is None else auxiliary.num_layers
     places = None if blocks else F.pad(learned, (0, 1))
@@ -170,9 +172,9 @@ def forward(model, auxiliary, batch):
 
 
 def compute_losses(model, auxiliary, batch, totals):
-    """{"loss", "answer", those of `auxiliary`}: this batch's shares of the step's; shares add up."""
+    """{"loss", "answer", those of `auxiliary`}: this batch's shares of the step's losses."""
     out, labels = forward(model, auxiliary, batch)
-    # every process names the same losses, or their sums would be mixed up
+    # every process must return the same losses, or their sums would be mixed up
     losses = {}
     if out.logits is not None:
         answer = answer_weights(batch) @ F.cross_entropy(out.logits, labels, reduction="none")
@@ -184,12 +186,12 @@ def compute_losses(model, auxiliary, batch, totals):
 
 @torch.no_grad()
 def evaluate(model, mixture, processor, auxiliary, cfg, device):
-    """Figures on validation rows: answer_loss, the share of exact answers of each source, and more."""
+    """Validation figures: answer_loss, the share of exact answers for each source, and others."""
     model.eval()
     sums = Counter()
     counts = Counter()
     for source in mixture.sources:
-        # the same rows every time, spread over all that there are
+        # the same rows every time, spread evenly over all of them
         count = len(source.val_index)
         places = np.linspace(0, count - 1, min(EVAL_ROWS, count))
         index = [source.val_index[int(place)] for place in places]
@@ -201,9 +203,9 @@ def evaluate(model, mixture, processor, auxiliary, cfg, device):
             figures = auxiliary.figures(out, batch) if auxiliary else {}
             if out.logits is not None:
                 wrong = (out.logits.argmax(-1) != labels).float()
-                wrong = torch.bincount(answer_numbers(batch), weights=wrong)  # of each answer
+                wrong = torch.bincount(answer_numbers(batch), weights=wrong)  # per answer
                 figures["answer_loss"] = F.cross_entropy(out.logits, labels, reduction="none")
-                figures[f"exact_{source.name}"] = (wrong == 0).float()  # by teacher forcing
+                figures[f"exact_{source.name}"] = (wrong == 0).float()  # with teacher forcing
             for name, values in figures.items():
                 sums[name] += float(values.sum())
                 counts[name] += values.numel()
@@ -215,7 +217,7 @@ def evaluate(model, mixture, processor, auxiliary, cfg, device):
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer plus a trained b a of low rank, zero at first (arXiv 2106.09685)."""
+    """A frozen linear layer plus a trained low-rank product b a, zero at first (arXiv 2106.09685)."""
 
     def __init__(self, linear, rank):
         super().__init__()
@@ -230,7 +232,7 @@ class LoRA(nn.Module):
 
 
 def add_lora(model, rank):
-    """Put LoRA around the linear layers of the LLM's blocks; all else of the LLM is frozen."""
+    """Wrap the linear layers of the LLM's blocks in LoRA. The rest of the LLM is frozen."""
     for layer in model.model.layers:
         for part in (layer.self_attn, layer.mlp):
             for name, module in list(part.named_children()):
@@ -239,8 +241,8 @@ def add_lora(model, rank):
 
 
 def merge_lora(weights):
-    """{name: tensor} of a model with LoRA as those of one without: the same function."""
-    # the folder then loads everywhere, and costs nothing when it runs
+    """{name: tensor} of a model with LoRA, merged into those of an equal model without."""
+    # the folder then loads anywhere, and LoRA costs nothing at inference
     merged = {}
     for name, tensor in weights.items():
         stem, _, kind = name.rpartition(".")
@@ -257,12 +259,12 @@ def merge_lora(weights):
 
 
 def select_parts(model, cfg):
-    """Leave only what cfg trains with gradients."""
+    """Require gradients only for what cfg trains."""
     parts = choose_many(cfg.train, PARTS, "part")
     blocks = len(model.model.layers)
     if not cfg.frozen_blocks < blocks:
         raise UserError(f"--frozen_blocks {cfg.frozen_blocks} must leave some of {blocks} blocks")
-    # where LoRA trains, the matrices that it adds to stay as they are
+    # with LoRA the matrices that it adds to stay frozen
     whole_llm = "llm" in parts and not cfg.lora_rank
     model.requires_grad_(whole_llm)
     model.visual.requires_grad_("vision" in parts)
@@ -271,15 +273,18 @@ def select_parts(model, cfg):
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank)
     if cfg.frozen_blocks:
-        # all that block k reads: pictures, words, and the blocks up to it
+        # everything that block k depends on: images, embeddings, and the blocks up to it
         layers = model.model.layers[: cfg.frozen_blocks]
         for module in (model.visual, model.model.embed_tokens, layers):
             module.requires_grad_(False)
 
 
 def save(cfg, model, processor, auxiliary, dtype, about):
-    """The model folder; every process must call this. A policy whose blocks were frozen comes along."""
-    # gathered by all, written by the first
+    """Write the model folder. Every process must call this.
+
+    A policy that reads only frozen blocks is copied along.
+    """
+    # gathered by all processes, written by the first
     weights = merge_lora(trainer.full_state_dict(model))
     if not trainer.is_first():
         return
@@ -299,14 +304,14 @@ def save(cfg, model, processor, auxiliary, dtype, about):
 def train(cfg, model, processor, sources, auxiliary=None):
     """Train `model` on the sources; returns the last figures.
 
-    auxiliary: a module with losses of its own beside that of the answers, or None. It has `num_layers`
-    (None, or how many blocks run where no words are asked), targets(rows, batch), count(batch),
+    auxiliary: a module with losses beside that of the answers, or None. It has `num_layers` (how
+    many blocks to run if no answers are trained, else None), targets(rows, batch), count(batch),
     losses(out, batch, totals) and figures(out, batch): see nano/grounding.py.
     """
     device = trainer.start_processes(cfg)
     mixture = Mixture(sources, cfg.seed)
     select_parts(model, cfg)
-    if auxiliary is not None and auxiliary.num_layers:  # blocks that do not run stay as they are
+    if auxiliary is not None and auxiliary.num_layers:  # blocks that do not run are not trained
         model.model.layers[auxiliary.num_layers :].requires_grad_(False)
         model.model.norm.requires_grad_(False)
     model.checkpointing = model.visual.checkpointing = cfg.checkpointing
@@ -326,10 +331,10 @@ def train(cfg, model, processor, sources, auxiliary=None):
 
 
 def fit(cfg, modules, processor, mixture, optimizers, before, device):
-    """The loop of Stage I. Returns the last figures."""
+    """The training loop of Stage I. Returns the last figures."""
     model = modules["model"]
     auxiliary = modules.get("heads")
-    # a downloaded model keeps the type of its file
+    # a downloaded model keeps its file's dtype
     stored = stored_dtype(find_folder(cfg.backbone)) if cfg.backbone else torch.float16
     figures = before["figures"]
     skipped = 0
@@ -344,7 +349,7 @@ def fit(cfg, modules, processor, mixture, optimizers, before, device):
             batches = [trainer.to_device(batch, device) for batch in next(upcoming)]
             totals = count(batches, auxiliary)
             sums = Counter()
-            for batch in batches:  # gradients add up
+            for batch in batches:  # gradients accumulate
                 with trainer.autocast(cfg, device):
                     losses = compute_losses(model, auxiliary, batch, totals)
                 losses["loss"].backward()
@@ -372,7 +377,7 @@ def fit(cfg, modules, processor, mixture, optimizers, before, device):
 
 
 def check(cfg):
-    """UserError for what is wrong with an SFTConfig: told before any work."""
+    """UserError for anything wrong with an SFTConfig, before any work."""
     trainer.check(cfg)
     choose(cfg.on_bad, ("refuse", "skip"), "--on_bad")
     choose_many(cfg.train, PARTS, "part")

@@ -1,17 +1,18 @@
-"""What both training scripts call: processes, shards, optimizers, schedule, checkpoints, the log.
+"""What both training scripts share: processes, shards, optimizers, schedule, checkpoints, the log.
 
     python train_policy.py                                   one process, on the best device
-    torchrun --nproc_per_node 8 train_policy.py              data parallel: the rows of a step shared
-    torchrun --nproc_per_node 8 train_sft.py --fsdp          weights, gradients and moments sharded
+    torchrun --nproc_per_node 8 train_policy.py              data parallel: divides a step's rows
+    torchrun --nproc_per_node 8 train_sft.py --fsdp          shards weights, gradients and moments
 
-torchrun reads --start as a beginning of its own --start-method: with that flag, write
+torchrun takes --start for an abbreviation of its own --start-method: with that flag, write
 `torchrun --nproc_per_node 8 -- train_policy.py --start weights/nano`.
 
-The loops are in the scripts. Rows, noise and all else that is drawn in a step depend on (seed, step)
-alone, whatever the number of processes. So a checkpoint holds no random state, and a run that was
-stopped and resumed is the run that was not: on one CPU to the bit.
+The training loops are in the scripts. Rows, noise and everything else drawn in a step depend only
+on (seed, step), not on the number of processes. So a checkpoint holds no random state, and a run
+that was stopped and resumed equals one that was not: on one CPU, bit for bit.
 
-Written to --out: state/<step>.safetensors, the last two, each whole or absent; log.jsonl, a line a step.
+Written to --out: state/<step>.safetensors, the last two, each whole or absent; log.jsonl, one line
+per step.
 """
 
 import json
@@ -39,33 +40,33 @@ from cli import UserError, at_least, choose, pick_device
 from files import Tensors, atomic, claim, reading, save_tensors, whole_files, writable
 
 GRAD_CLIP = 1.0  # largest norm of a step's gradient
-MOST_SKIPPED = 10  # steps in a row whose gradient is no number
+MOST_SKIPPED = 10  # consecutive steps whose loss or gradient is not finite
 MOMENTUM = 0.95  # Muon's
-MUON_NUMBERS = 2**24  # in one product of several matrices
+MUON_NUMBERS = 2**24  # numbers in one batched product
 
 
 @dataclass
 class RunConfig:
-    """The flags that both stages have."""
+    """The flags of both stages."""
 
     out: str = ""  # folder for the model
     steps: int = 1000  # optimizer steps
-    batch_size: int = 32  # rows a step, over all processes
+    batch_size: int = 32  # rows per step, over all processes
     lr: float = 1e-3  # peak learning rate
     eval_every: int = 500  # steps between evaluations, each with a checkpoint
-    seed: int = 0  # of weights, rows and noise
+    seed: int = 0  # seed of weights, rows and noise
     device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: str = "auto"  # of matrix products: float32, bfloat16; auto: bfloat16 on CUDA
+    dtype: str = "auto"  # dtype of matrix products: float32, bfloat16; auto: bfloat16 on CUDA
     fsdp: bool = False  # with torchrun: shard weights, gradients and moments
-    resume: bool = False  # go on from the last checkpoint in --out; more --steps train longer
+    resume: bool = False  # continue from the last checkpoint in --out; more --steps train longer
 
 
-# What a resumed run may have otherwise than the run before.
+# Flags that may change when a run is resumed.
 FREE = {"out", "steps", "eval_every", "device", "dtype", "fsdp", "resume", "data"}
 
 
 def check(cfg):
-    """UserError for what is wrong with a RunConfig and its folder: told before any work."""
+    """UserError for anything wrong with a RunConfig and its folder, before any work."""
     at_least(cfg, 1, "steps", "batch_size", "eval_every")
     at_least(cfg, 0, "lr", "seed")
     choose(cfg.dtype, ("auto", "float32", "bfloat16"), "--dtype")
@@ -87,7 +88,7 @@ def check(cfg):
 
 
 def claim_out(cfg):
-    """A context that holds --out for this run alone; the first process does it for all."""
+    """A context that holds --out for this run alone; the first process holds it for all."""
     return claim(cfg.out) if is_first() else nullcontext()
 
 
@@ -95,12 +96,12 @@ def claim_out(cfg):
 
 
 def this_process():
-    """(rank, world): which of how many processes under torchrun; (0, 1) under python."""
+    """(rank, world): this process's index and their number under torchrun; (0, 1) under python."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first():
-    """Is this the process that writes files and talks?"""
+    """Is this the process that writes files and prints?"""
     return this_process()[0] == 0
 
 
@@ -109,18 +110,18 @@ def start_processes(cfg):
     device = pick_device(cfg.device)
     if this_process()[1] == 1:
         return device
-    if not dist.is_initialized():  # one stage may follow another
+    if not dist.is_initialized():  # one stage may follow another in the same process
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # the first process makes data and writes files while the others wait
+        # long, because the first process may make data and write files while the others wait
         dist.init_process_group(backend, timeout=timedelta(hours=3))
-    if device.type == "cuda":  # one GPU a process
+    if device.type == "cuda":  # one GPU per process
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     return device
 
 
 def end_processes():
-    """For the end of a script, where all processes arrive."""
+    """Called at the end of a script, by all processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -131,7 +132,7 @@ def barrier():
 
 
 def sum_over_processes(numbers, device):
-    """[float] of this process to the sums over all of them."""
+    """[float] of this process to their sums over all processes."""
     numbers = [float(number) for number in numbers]
     if not dist.is_initialized():
         return numbers
@@ -141,22 +142,22 @@ def sum_over_processes(numbers, device):
 
 
 def autocast(cfg, device):
-    """The context of a forward pass: matrix products in bfloat16, or as the weights are."""
+    """The context of a forward pass: matrix products in bfloat16, or in the weights' dtype."""
     enabled = compute_dtype(cfg, device) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def compute_dtype(cfg, device):
-    """What matrix products are computed in. Weights and moments stay in float32."""
+    """The dtype of matrix products. Weights and moments stay in float32."""
     if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda"):
         return torch.bfloat16
     return torch.float32
 
 
 def shard(module, blocks, device, methods=()):
-    """Shard parameters over all processes (FSDP2): a unit for each of `blocks`, one for the rest.
+    """Shard parameters over all processes (FSDP2): one unit per block, and one for the rest.
 
-    On a GPU the shards compute in bfloat16. methods: those called beside `forward`.
+    On a GPU the shards compute in bfloat16. methods: those that are called besides `forward`.
     """
     from torch.distributed.fsdp import (
         MixedPrecisionPolicy,
@@ -164,13 +165,13 @@ def shard(module, blocks, device, methods=()):
         register_fsdp_forward_method,
     )
 
-    # gradients are summed in float32: many small ones would be lost in bfloat16
+    # sum gradients in float32: bfloat16 would lose many small ones
     precision = MixedPrecisionPolicy()
     if device.type == "cuda":
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     for part in (*blocks, module):
         fully_shard(part, mp_policy=precision)
-        # every process has its share of the loss: gradients add up
+        # each process computes its share of the loss, so gradients are summed, not averaged
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
     for method in methods:
@@ -178,7 +179,7 @@ def shard(module, blocks, device, methods=()):
 
 
 def full_tensor(tensor):
-    """A tensor, sharded or not, whole on the CPU. Every process must call this."""
+    """A tensor, sharded or not, as a whole on the CPU. Every process must call this."""
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach().cpu()
 
@@ -195,28 +196,28 @@ def to_device(batch, device):
 
 
 def prefetch(make_batch, steps):
-    """Yield make_batch(step) for each of `steps`; the next one is made in a thread meanwhile."""
+    """Yield make_batch(step) for each of `steps`, making the next one in a thread meanwhile."""
     with ThreadPoolExecutor(1) as loader:
         upcoming = None
         for step in steps:
-            # a batch depends on its step alone, so that it may be made ahead
+            # a batch depends only on its step, so it can be made ahead of time
             batch = make_batch(step) if upcoming is None else upcoming.result()
             upcoming = loader.submit(make_batch, step + 1) if step + 1 in steps else None
             yield batch
 
 
 def sum_gradients(parameters):
-    """Add up gradients over processes in one message, so that all take the same step.
+    """Sum gradients over processes in one message, so that all take the same step.
 
-    Those of shards are added already, by fully_shard.
+    fully_shard has already summed those of sharded parameters.
     """
     for p in parameters:
-        if p.grad is None:  # rows without a picture leave the ViT without one
+        if p.grad is None:  # without images in the rows the ViT gets none
             p.grad = torch.zeros_like(p)
     gradients = [p.grad for p in parameters if not isinstance(p, DTensor)]
     if not dist.is_initialized() or not gradients:
         return
-    # one long message costs less than many short ones
+    # one long message is faster than many short ones
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
@@ -224,8 +225,8 @@ def sum_gradients(parameters):
 
 
 def clip_gradients(parameters):
-    """Scale gradients down to a norm of GRAD_CLIP. Returns the norm before, a float."""
-    # the norm of shards and of whole tensors cannot be taken together
+    """Scale gradients down to a norm of at most GRAD_CLIP. Returns the norm before, a float."""
+    # sharded and whole tensors need separate norms
     squares = 0.0
     for sharded in (False, True):
         gradients = [p.grad for p in parameters if isinstance(p.grad, DTensor) == sharded]
@@ -244,10 +245,10 @@ def learning_rate(step, cfg, warmup):
 
 
 def take_step(optimizers, lr, losses, signals, device):
-    """Add up and clip the gradients, and step unless loss or gradient is no number.
+    """Sum and clip the gradients, and step unless the loss or the gradient is not finite.
 
-    losses {name: this process's share}. Returns what the log says of it (lr, the losses of all
-    processes, grad_norm), whether the step was taken, and whether any process got a signal.
+    losses {name: this process's share}. Returns the log line (lr, losses over all processes,
+    grad_norm), whether the step was taken, and whether any process received a signal.
     """
     parameters = trained_parameters(optimizers)
     sum_gradients(parameters)
@@ -263,11 +264,11 @@ def take_step(optimizers, lr, losses, signals, device):
 
 
 def report_skipped(line, count, rows):
-    """Say that a step was left out since its gradient is no number; end the run if many in a row are.
+    """Report a step that was skipped because it was not finite; end the run after many in a row.
 
-    `line` is the log's, `rows` are the step's in words.
+    `line` is the log line; `rows` describes the step's rows.
     """
-    # one spike is bad luck; many in a row are a wrong rate or wrong data
+    # one spike is bad luck; many in a row mean a wrong rate or bad data
     text = f"loss {line['loss']}, gradient norm {line['grad_norm']}; its rows: {rows}"
     if count == MOST_SKIPPED:
         raise UserError(f"{count} steps in a row gave no number: {text}; try a smaller --lr")
@@ -278,10 +279,11 @@ def report_skipped(line, count, rows):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step has all singular values near one (Jordan et al. 2024), for matrices.
+    """Momentum with orthogonalized steps (Jordan et al. 2024), for matrices.
 
-    What is rare in the gradient is learned as fast as what is common. A step is as large as AdamW's at
-    the same rate (arXiv 2502.16982). Unlike torch.optim's it computes in `dtype`, not always in bfloat16.
+    All singular values of a step are near one, so rare directions of the gradient are learned as
+    fast as common ones. A step is as large as AdamW's at the same rate (arXiv 2502.16982). Unlike
+    torch.optim's it computes in `dtype`, not always in bfloat16.
     """
 
     def __init__(self, params, lr, weight_decay, dtype=torch.float32):
@@ -291,7 +293,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            # one product for all matrices of a shape: small ones alone leave a machine idle
+            # one batched product for all matrices of a shape: small ones alone do not fill a
+            # machine
             same_shape = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
@@ -302,7 +305,7 @@ class Muon(torch.optim.Optimizer):
                     self.update(matrices[start : start + count], group["lr"], group["weight_decay"])
 
     def update(self, matrices, lr, weight_decay):
-        # Nesterov: the step looks ahead by the gradient of now
+        # Nesterov momentum: add the current gradient once more
         momenta = []
         for p in matrices:
             state = self.state[p]
@@ -311,20 +314,20 @@ class Muon(torch.optim.Optimizer):
             mean = state["momentum_buffer"].lerp_(p.grad, 1 - MOMENTUM)
             momenta.append(p.grad.lerp(mean, MOMENTUM).to(self.dtype))
         steps = orthogonalize(torch.stack(momenta)).to(matrices[0].dtype)
-        # 0.2 sqrt(longer side): the root mean square of AdamW's steps
+        # 0.2 sqrt(longer side) gives the root mean square of AdamW's steps
         for p, step in zip(matrices, steps):
             p.mul_(1 - lr * weight_decay)
             p.add_(step, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
 
 
 def orthogonalize(x, iterations=5):
-    """U S V' of each matrix of x (N, m, n) to about U V'.
+    """Each matrix U S V' of x (N, m, n) to approximately U V'.
 
-    Newton-Schulz: every iteration pulls the singular values towards one. Coefficients: Jordan's.
+    Newton-Schulz: every iteration pulls the singular values toward one. Coefficients: Jordan's.
     """
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT, iterations).mT
-    # singular values below one, or the iteration runs away
+    # singular values must be below one, or the iteration diverges
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(iterations):
         gram = x @ x.mT  # (N, m, m)
@@ -334,14 +337,14 @@ def orthogonalize(x, iterations=5):
 
 
 def make_optimizers(modules, lr, weight_decay, dtype=torch.float32):
-    """[Muon for the matrices of blocks, AdamW for all else; vectors and biases do not decay]."""
+    """[Muon for the matrices of blocks, AdamW for the rest; no decay for vectors and biases]."""
     matrices = []
     decayed = []
     plain = []
     for name, p in chain.from_iterable(module.named_parameters() for module in modules):
         if not p.requires_grad:
             continue
-        # embeddings, heads and robots' own layers are no blocks: their rows are told apart
+        # not for embeddings, heads and robots' own layers: there each row has its own meaning
         if p.ndim == 2 and re.search(r"\b(layers|blocks|attentions|mlps)\.\d", name):
             matrices.append(p)
         elif p.ndim > 1 and not name.endswith("bias"):
@@ -353,12 +356,12 @@ def make_optimizers(modules, lr, weight_decay, dtype=torch.float32):
         {"params": plain, "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-    muon = [Muon(matrices, lr, weight_decay, dtype)] if matrices else []  # LoRA may leave none
+    muon = [Muon(matrices, lr, weight_decay, dtype)] if matrices else []  # with LoRA maybe none
     return [*muon, adamw]
 
 
 def step_optimizers(optimizers, lr):
-    """One step of each at this learning rate."""
+    """One step of each optimizer at this learning rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -375,7 +378,7 @@ def trained_parameters(optimizers):
 
 
 def optimized_parameters(optimizers):
-    """[(parameter, the state that its optimizer keeps of it)], in one order for ever."""
+    """[(parameter, its optimizer's state)], in an order that checkpoints rely on."""
     pairs = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -387,12 +390,12 @@ def optimized_parameters(optimizers):
 
 
 def checkpoints(out):
-    """The checkpoints of a folder, the newest last."""
+    """The checkpoints in a folder, newest last."""
     return whole_files(Path(out) / "state", "[0-9]*.safetensors")
 
 
 def state_tensors(modules, optimizers):
-    """All that a checkpoint holds, by name: weights, and moments as optimizer.<parameter>.<kind>."""
+    """Everything in a checkpoint, by name: weights, and moments as optimizer.<parameter>.<kind>."""
     tensors = {}
     for owner, module in modules.items():
         for name, tensor in module.state_dict().items():
@@ -404,14 +407,14 @@ def state_tensors(modules, optimizers):
 
 
 def save_checkpoint(cfg, modules, optimizers, record):
-    """Write state/<step>.safetensors; every process must call this, the first one writes.
+    """Write state/<step>.safetensors. Every process must call this; the first one writes.
 
-    Shards are gathered, so that any number of processes can go on.
+    Shards are gathered, so that any number of processes can resume.
     """
     tensors = state_tensors(modules, optimizers)
     tensors = {name: full_tensor(tensor) for name, tensor in tensors.items()}
     if is_first():
-        # two are kept: the newest may be the one that a full disk or a bad step spoiled
+        # keep two: a full disk or a bad step may have spoiled the newest
         save_tensors(Path(cfg.out) / "state" / f"{record['step']:08d}.safetensors", tensors, record)
         for path in checkpoints(cfg.out)[:-2]:
             path.unlink()
@@ -421,7 +424,7 @@ def save_checkpoint(cfg, modules, optimizers, record):
 def read_checkpoint(cfg, free=()):
     """(Tensors, its record) of the last checkpoint in --out.
 
-    UserError if it is damaged, or was made with other flags than cfg's (beside FREE and `free`).
+    UserError if it is damaged, or was made with other flags than cfg's (except FREE and `free`).
     """
     advice = "delete it to go on from the checkpoint before"
     checkpoint = Tensors(checkpoints(cfg.out)[-1], advice).check()
@@ -438,14 +441,14 @@ def read_checkpoint(cfg, free=()):
 
 
 def resume(cfg, free, modules, optimizers):
-    """With --resume put the last checkpoint back. Returns its record, or that of a run's beginning."""
+    """With --resume load the last checkpoint. Returns its record, or the record of a new run."""
     if not cfg.resume:
         return {"step": 0, "seconds": 0.0, "figures": {}}
     checkpoint, record = read_checkpoint(cfg, free)
     pairs = optimized_parameters(optimizers)
     names = checkpoint.names()
     with reading(checkpoint.path, "it belongs to another configuration: choose another --out"):
-        for name in names:  # optimizers make their moments in the first step
+        for name in names:  # optimizers create their moments in the first step
             if name.startswith("optimizer."):
                 _, i, kind = name.split(".")
                 p, states = pairs[int(i)]
@@ -470,7 +473,7 @@ def fill(tensor, array):
 
 
 def run_record(cfg, stage, line, figures):
-    """What is known of a run after a step with this line of the log: for checkpoints, training.json."""
+    """The record of a run after the step of this log line: for checkpoints and training.json."""
     return {
         "stage": stage,
         "command": "python " + shlex.join(sys.argv),
@@ -487,18 +490,18 @@ def run_record(cfg, stage, line, figures):
 
 
 def say(text):
-    """A line for people, from the first process."""
+    """Print a line, from the first process only."""
     if is_first():
         tqdm.write(text)
 
 
 def progress_bar(steps):
-    """tqdm over a range of steps, shown by the first process."""
+    """tqdm over a range of steps, shown by the first process only."""
     return tqdm(steps, initial=steps.start, total=steps.stop, disable=not is_first(), unit="step")
 
 
 class Log:
-    """log.jsonl, a line a step, from the first process. What a resumed run does again is cut off."""
+    """log.jsonl, one line per step, from the first process. Resuming drops lines to be redone."""
 
     def __init__(self, out, step):
         self.path = Path(out) / "log.jsonl"
@@ -509,12 +512,12 @@ class Log:
                 temporary.write_text("".join(text.splitlines(keepends=True)[:step]))
 
     def write(self, line):
-        """Append a dict. A full disk is told, once: training itself need not end for it."""
+        """Append a dict. A full disk is reported once; training itself continues."""
         if self.silent:
             return
         line = {k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}
         try:
-            # opened anew for every line: a killed process loses none
+            # reopened for every line, so that a killed process loses none
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
@@ -524,7 +527,7 @@ class Log:
 
 @contextmanager
 def catch_signals():
-    """A list to which SIGINT and SIGTERM add their number, for a loop that ends after its step.
+    """A list that collects SIGINT and SIGTERM, for a loop that ends after its current step.
 
     A second signal ends the process at once.
     """
@@ -533,7 +536,7 @@ def catch_signals():
 
     def remember(number, frame):
         caught.append(number)
-        # whoever asks twice does not want to wait for the step
+        # someone who signals twice does not want to wait for the step
         default = signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
         signal.signal(number, default)
 
@@ -541,7 +544,7 @@ def catch_signals():
         before[number] = signal.signal(number, remember)
     try:
         yield caught
-    finally:  # another stage may follow, or a test
+    finally:  # another stage, or a test, may follow
         for number, handler in before.items():
             signal.signal(number, handler)
 

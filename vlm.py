@@ -1,31 +1,31 @@
 """Qwen2.5-VL and Qwen3-VL: pixels and token ids in, new tokens or hidden states of block k out.
 
-    picture ─► patches ─► ViT (windows, a few global blocks) ─► merger (2x2 patches = 1 token) ─┐
-    text ─► processor.py ─► token ids ──► embedding ──────────── <|image_pad|> replaced by ◄─────┘
-                                            └─► LLM blocks 1..k ─► H_k (B, L, D): what the policy reads
-                                                └─► blocks k+1..n ─► norm ─► logits: what a user reads
+    image ─► patches ─► ViT (windows, a few global blocks) ─► merger (2x2 patches = 1 token) ─┐
+    text ─► processor.py ─► token ids ──► embedding ──────────── <|image_pad|> replaced by ◄───┘
+                                            └─► LLM blocks 1..k ─► H_k (B, L, D): for the policy
+                                                └─► blocks k+1..n ─► norm ─► logits: for answers
 
-The network alone: processor.py makes its inputs, checkpoint.py has its sizes and reads its
-weights, positions.py has the places of patches and tokens.
+Only the network is here: processor.py makes its inputs, checkpoint.py has its sizes and reads its
+weights, positions.py computes the positions of patches and tokens.
 
-What Qwen3-VL (2B to 32B, and Cosmos-Reason2) does differently, wherever `qwen3` is asked:
+What Qwen3-VL (2B to 32B, and Cosmos-Reason2) does differently, wherever the code checks `qwen3`:
 
-    ViT        whole frames alone, LayerNorm, an MLP without a gate, a learned table of places
-    deepstack  mergers behind some of its blocks too: their tokens are added behind LLM blocks 1, 2...
+    ViT        attends to whole frames only; LayerNorm, an MLP without a gate, learned positions
+    deepstack  some of its blocks have mergers too: their tokens are added after LLM blocks 1, 2...
     attention  queries and keys are normalized; no biases
-    M-RoPE     time, row and column take turns with the pairs; a video's seconds are in the text
+    M-RoPE     pairs are interleaved over time, row, column; a video's times are in the text
 
 Field and tensor names are those of the hub's checkpoints (Qwen/Qwen2.5-VL-3B-Instruct and its
-sisters); `nano` is Qwen2.5-VL at 5 M parameters. Sources: Qwen2.5-VL (arXiv 2502.13923), Qwen3-VL
-(arXiv 2511.21631), M-RoPE of Qwen2-VL (arXiv 2409.12191), and the behavior of Hugging Face
+siblings); `nano` is Qwen2.5-VL with 5 M parameters. Sources: Qwen2.5-VL (arXiv 2502.13923),
+Qwen3-VL (arXiv 2511.21631), M-RoPE of Qwen2-VL (arXiv 2409.12191), and the behavior of Hugging Face
 transformers, which tests/test_vlm.py and tests/test_qwen3.py compare with.
 
 Letters: B batch, L tokens of a sequence, S keys (past and new), D width, H heads, G key/value
-heads, d width of a head, V vocabulary, P patches of all pictures, p side of a patch (pixels),
-m patches a token merges along a side, t h w a picture's grid in frames and patches.
+heads, d width of a head, V vocabulary, P patches of all images, p side of a patch (pixels),
+m patches along each side of a token, t h w an image's grid in frames and patches.
 Vision inputs are pixel_values (P, 3*2*p*p) and image_grid_thw (n, 3), pixel_values_videos,
-video_grid_thw and second_per_grid_ts (n,). Patches come as Hugging Face's processor has them:
-m x m neighbors after one another, so that the merger is a reshape.
+video_grid_thw and second_per_grid_ts (n,). Patches are ordered as in Hugging Face's processor:
+m x m neighbors are consecutive, so that the merger is a reshape.
 """
 
 from collections import OrderedDict
@@ -50,15 +50,15 @@ from positions import (
 
 PRESETS = {"nano": VLMConfig()}
 
-# ---- blocks that both sides share
+# ---- blocks shared by the ViT and the LLM
 
 
 def attend(q, k, v, mask=None, **options):
     """Scaled dot-product attention of q (..., H, L, d) and k, v (..., G, S, d)."""
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
-    # on a CPU in float32: its gradient takes a quarter (100 tokens) to nine tenths (450) of
-    # bfloat16's time
+    # in float32 on a CPU: its gradient takes a quarter (100 tokens) to nine tenths (450) of the
+    # time in bfloat16
     with torch.autocast("cpu", enabled=False):
         wide = [part.float() for part in (q, k, v)]
         y = F.scaled_dot_product_attention(*wide, mask, **options)
@@ -70,20 +70,20 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
-        self.floor = torch.tensor(eps, device="cpu")  # for addcmul, which takes no number
+        self.floor = torch.tensor(eps, device="cpu")  # for addcmul, which does not accept a number
 
     def forward(self, x):
-        """x (..., D) over its root mean square, times the weight (D,)."""
+        """x (..., D) divided by its root mean square, times the weight (D,)."""
         if x.device.type != "cpu" or x.dtype != torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # torch's own is eight operations on a CPU, these are five
+        # torch's own takes eight operations on a CPU, this takes five
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         mean = torch.addcmul(self.floor, length, length, value=1 / x.shape[-1])
         return x * mean.rsqrt_() * self.weight
 
 
 def cos_sin(angles, dtype):
-    """cos (..., 1, d/2) and sin (..., 2, d/2) for `apply_rotary`, of angles (..., d/2)."""
+    """cos (..., 1, d/2) and sin (..., 2, d/2) for `apply_rotary`, from angles (..., d/2)."""
     cos = angles.cos()[..., None, :]
     sin = angles.sin()
     sin = torch.stack((-sin, sin), dim=-2)
@@ -94,18 +94,18 @@ def apply_rotary(x, cos, sin):
     """Rotate pairs (i, i + d/2) of the last axis of x (..., d)."""
     pairs = x.unflatten(-1, (2, -1))  # (..., 2, d/2)
     turned = torch.addcmul(pairs * cos, pairs.flip(-2), sin)
-    return turned.flatten(-2).to(x.dtype)  # under autocast x is narrower than cos
+    return turned.flatten(-2).to(x.dtype)  # under autocast x has fewer bits than cos
 
 
 def compute(block, checkpointing, *inputs):
-    """A block's output; with checkpointing the backward pass computes it once more."""
+    """A block's output; with checkpointing it is recomputed in the backward pass."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
 
 
 class MLP(nn.Module):
-    """SwiGLU. The hub's gate_proj and up_proj lie below one another in one matrix."""
+    """SwiGLU. The hub's gate_proj and up_proj are stacked in one matrix."""
 
     def __init__(self, width, inner, bias):
         super().__init__()
@@ -125,7 +125,7 @@ def vision_norm(config, width):
 
 
 def vision_mlp(config):
-    """SwiGLU, or Qwen3-VL's two layers."""
+    """SwiGLU, or the two layers of Qwen3-VL."""
     sizes = (config.hidden_size, config.intermediate_size)
     if not config.qwen3:
         return MLP(*sizes, bias=True)
@@ -135,7 +135,7 @@ def vision_mlp(config):
 
 
 class VisionAttention(nn.Module):
-    """Attention inside each window. x (P, D) in windowed order, cos and sin (P, 1, 1, d/2).
+    """Attention within each window. x (P, D) in windowed order, cos and sin (P, 1, 1, d/2).
 
     groups [(count, patches)]: windows of equal size go through SDPA as one batch.
     """
@@ -189,13 +189,13 @@ class PatchEmbed(nn.Module):
     def forward(self, pixel_values):
         weight = self.proj.weight.flatten(1)  # (D, 3*2*p*p)
         x = F.linear(pixel_values.to(weight.dtype), weight, self.proj.bias)
-        return x.to(weight.dtype)  # under autocast too: what blocks add to stays in float32
+        return x.to(weight.dtype)  # under autocast too: the residual stream stays in float32
 
 
 class PatchMerger(nn.Module):
     """m x m neighboring patches (P, D) to one token of the LLM's width.
 
-    A deep one (deepstack) normalizes the m x m together.
+    A deep one (deepstack) normalizes all m x m patches together.
     """
 
     def __init__(self, config, deep=False):
@@ -231,8 +231,8 @@ class VisionTransformer(nn.Module):
     def forward(self, pixel_values, grid_thw):
         """pixel_values (P, 3*2*p*p) and grid_thw (n, 3) to tokens, patch features and deep tokens.
 
-        tokens (P / m², D of the LLM), features (P, D of the ViT) and, one after another, the tokens
-        of each deepstack merger, all in reading order.
+        tokens (P / m², D of the LLM), features (P, D of the ViT), then the tokens of each deepstack
+        merger, all in reading order.
         """
         config = self.config
         *plan, windows, frames = vision_plan(grid_thw.tolist(), config)
@@ -243,17 +243,17 @@ class VisionTransformer(nn.Module):
             rows, shares = near_rows(places, sizes[order], config.num_position_embeddings)
             learned = self.pos_embed(rows) * shares[..., None]  # (P, 4, D)
             x = x + learned.sum(1).to(x.dtype)
-        angles = patch_angles(places, config)[:, None, None]  # for queries and keys, and all heads
+        angles = patch_angles(places, config)[:, None, None]  # for queries, keys and all heads
         cos, sin = cos_sin(angles, x.dtype)
         deep = []
         for i, block in enumerate(self.blocks):
-            # most blocks look no further than a window
+            # most blocks attend only within a window
             groups = frames if i in config.fullatt_block_indexes else windows
             x = compute(block, self.checkpointing, x, cos, sin, groups)
             if i in config.deepstack_visual_indexes:
                 number = config.deepstack_visual_indexes.index(i)
                 deep.append(self.deepstack_merger_list[number](x))
-        # back from windows to reading order
+        # from windowed order back to reading order
         m2 = config.spatial_merge_size**2
         back = torch.argsort(order[::m2])
         tokens = self.merger(x)[back]
@@ -264,32 +264,32 @@ class VisionTransformer(nn.Module):
 
 
 class Cache:
-    """Keys and values of `length` tokens so far, with room for `size`.
+    """Keys and values of the first `length` tokens, with room for `size`.
 
     layers: a buffer (B, 2 G, size, d) each, keys first. turns: cos and sin of the tokens to come.
     """
 
     def __init__(self, size):
         self.size = size
-        self.length = 0  # tokens in it
+        self.length = 0  # tokens in the cache
         self.layers = []
         self.turns = None
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with M-RoPE: x (B, L, D), cos and sin as `cos_sin` has them.
+    """Grouped-query self-attention with M-RoPE: x (B, L, D), cos and sin from `cos_sin`.
 
-    segments [(length, mask)] of texts that share the row and do not see each other; a mask is
-    (B or 1, 1, length, length), True where a query may look, or None for causal.
+    segments [(length, mask)] of texts that share the row but do not attend to each other; a mask is
+    (B or 1, 1, length, length), True where a query may attend, or None for causal.
     """
 
     def __init__(self, config, index):
         super().__init__()
-        self.index = index  # of its layer
+        self.index = index  # of this layer
         self.head_dim = config.head_dim
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
-        # the hub's q_proj, k_proj and v_proj lie below one another in one matrix
+        # the hub's q_proj, k_proj and v_proj are stacked in one matrix
         rows = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=not config.qwen3)
         width = self.heads * self.head_dim
@@ -300,7 +300,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def turn(self, qk, cos, sin):
-        """Queries and keys (B, H + G, L, d) turned to their positions."""
+        """Queries and keys (B, H + G, L, d) rotated to their positions."""
         if self.normed:
             wide = qk.to(self.q_norm.weight.dtype)  # under autocast
             q, k = wide.split((self.heads, self.kv_heads), dim=1)
@@ -320,10 +320,10 @@ class Attention(nn.Module):
         qk = self.turn(qk, cos, sin)
         q, k = qk.split((self.heads, self.kv_heads), dim=1)
         if cache is not None:
-            # room for the tokens to come: nothing is copied again
+            # allocate room for the tokens to come, so that nothing is copied again
             prompt = torch.cat((k, v), dim=1)
             cache.layers.append(F.pad(prompt, (0, 0, 0, cache.size - L)))
-        # each text on its own: causal attention is fast without a mask, and nothing is padded
+        # each text separately: causal attention without a mask is fast, and nothing is padded
         lengths = [length for length, _ in segments]
         parts = zip(*(part.split(lengths, dim=2) for part in (q, k, v)))
         outputs = []
@@ -334,17 +334,17 @@ class Attention(nn.Module):
         return self.o_proj(y.flatten(2))
 
     def step(self, x, cos, sin, mask, cache):
-        """`forward` of one token more a row, x (B, D), mask (B, 1, 1, S) or None."""
+        """`forward` for one more token per row, x (B, D), mask (B, 1, 1, S) or None."""
         qkv = self.qkv_proj(x)
         qkv = qkv.view(len(x), -1, 1, self.head_dim)  # (B, H + 2 G, 1, d)
-        qk = qkv[:, : self.heads + self.kv_heads]  # turned in place
+        qk = qkv[:, : self.heads + self.kv_heads]  # rotated in place
         qk.copy_(self.turn(qk, cos, sin))
-        # its keys and values join those of its row
+        # append its keys and values to the cache
         buffer = cache.layers[self.index]
         buffer.narrow(2, cache.length, 1).copy_(qkv[:, self.heads :])
         past = buffer.narrow(2, 0, cache.length + 1)
         k, v = past.chunk(2, dim=1)  # (B, G, S, d)
-        # queries that look at the same keys lie together, so nothing is repeated
+        # queries that share keys are grouped, so that no keys are repeated
         q = qkv[:, : self.heads, 0]
         q = q.unflatten(1, (self.kv_heads, -1))  # (B, G, H / G, d)
         y = attend(q, k, v, mask)
@@ -378,19 +378,19 @@ class TextModel(nn.Module):
 
 @dataclass
 class VLMOutput:
-    logits: torch.Tensor | None  # (B, L, V), or (n, V) for n places; None with num_layers
-    hidden_states: list  # (B, L, D) each: [k] behind block k, [0] the embeddings; before the norm
+    logits: torch.Tensor | None  # (B, L, V), or (n, V) for n positions; None with num_layers
+    hidden_states: list  # (B, L, D) each: [k] after block k, [0] the embeddings; before the norm
     patch_features: torch.Tensor | None  # (P, D of the ViT), images first, in reading order
-    last_hidden_state: torch.Tensor | None = None  # behind the norm: what the logits are read from
+    last_hidden_state: torch.Tensor | None = None  # after the norm: the input of the head
 
 
 class VLM(nn.Module):
-    checkpointing = False  # training may compute blocks again instead of keeping what is inside
+    checkpointing = False  # in training: recompute blocks instead of keeping their activations
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # as in generation_config.json: what `generate` does unless told otherwise
+        # as in generation_config.json: the defaults of `generate`
         stops = [config.eos_token_id, config.bos_token_id]
         self.generation_config = {"eos_token_id": stops, "repetition_penalty": 1.0}
         self.visual = VisionTransformer(config.vision_config)
@@ -406,10 +406,11 @@ class VLM(nn.Module):
         return cos_sin(angles[:, None], self.model.norm.weight.dtype)
 
     def see(self, x, input_ids, media):
-        """x (B, L, D) with what the ViT makes of pictures in their places, and patch features, deep.
+        """Run the ViT, and put its tokens into the embeddings x (B, L, D).
 
-        media: [(token of their places, pixels, grids)] of images and of videos, or None for both.
-        deep: what is added behind the first LLM blocks, (B, L, D) each, 0 where there is text.
+        media: [(placeholder token, pixels, grids)] of images and of videos. Returns x, the patch
+        features (None without images), and deep: what is added after the first LLM blocks, (B, L,
+        D) each, 0 at text.
         """
         features = []
         filled = [x, *(torch.zeros_like(x) for _ in self.visual.deepstack_merger_list)]
@@ -442,13 +443,13 @@ class VLM(nn.Module):
         segments=None,
         cache=None,
     ):
-        """input_ids (B, L), attention_mask (B, L) 1 on real tokens, vision inputs; a VLMOutput.
+        """input_ids (B, L), attention_mask (B, L) 1 on real tokens, vision inputs, to a VLMOutput.
 
-        num_layers=k runs the first k blocks only (no logits). logits_at: an index into (B, L), logits
-        of these places only. segments: the lengths of texts packed into one row (B = 1), each [L] or
-        [stem, branch, branch, ...], each branch going on where the stem ends, as if it were alone.
-        An empty cache is filled for `step`. ValueError if pictures do not fill their places in
-        the text.
+        num_layers=k runs only the first k blocks (no logits). logits_at: an index into (B, L), to
+        compute logits only there. segments: the lengths of texts packed into one row (B = 1), each
+        [L] or [stem, branch, branch, ...]; each branch continues where the stem ends, as if it were
+        alone. An empty cache is filled for `step`. ValueError if the images' tokens do not fill
+        their placeholders in the text.
         """
         config = self.config
         grids = (image_grid_thw, video_grid_thw, second_per_grid_ts)
@@ -469,7 +470,7 @@ class VLM(nn.Module):
                 x = x + deep[i]
             hidden.append(x)
         if cache is not None:
-            # text goes on behind the largest position of its row
+            # text continues after the largest position of its row
             cache.length = input_ids.shape[1]
             largest = position_ids.amax(dim=(0, 2))  # (B,)
             ahead = torch.arange(cache.size - cache.length, device=x.device)
@@ -486,9 +487,9 @@ class VLM(nn.Module):
         return F.linear(x, layer.weight)
 
     def step(self, tokens, mask, cache):
-        """Logits (B, V) behind one more token (B,) of text a row, which joins the cache.
+        """Append one more text token per row (B,) to the cache. Logits (B, V) for the next one.
 
-        mask (B, 1, 1, S), True where it may look, or None.
+        mask (B, 1, 1, S), True where it may attend, or None.
         """
         x = self.model.embed_tokens(tokens)
         cos, sin = next(cache.turns)
@@ -511,9 +512,9 @@ class VLM(nn.Module):
     ):
         """Continue left-padded prompts (B, L): B lists of token ids, each up to its stop token.
 
-        temperature 0 takes the likeliest token; else one is drawn, reproducibly with a seed. Stops
-        and the penalty on tokens that were there before (arXiv 1909.05858) are the generation
-        config's unless given.
+        temperature 0 takes the most likely token; otherwise one is sampled, reproducibly with a
+        seed. Stop tokens and the penalty on earlier tokens (arXiv 1909.05858) default to those of
+        the generation config.
         """
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         if not real[:, -1].all():
@@ -525,8 +526,8 @@ class VLM(nn.Module):
             generator = torch.Generator(input_ids.device).manual_seed(seed)
         B, L = input_ids.shape
         used = real.new_zeros(B, self.config.vocab_size)
-        used.scatter_add_(1, input_ids, real)  # how often each token was there
-        padded = not real.all()  # else nothing is masked, which is faster
+        used.scatter_add_(1, input_ids, real)  # how often each token has occurred
+        padded = not real.all()  # without padding nothing is masked, which is faster
         sees = F.pad(real, (0, max_new_tokens), value=1).bool()
         sees = sees[:, None, None]  # (B, 1, 1, S)
 
@@ -535,7 +536,7 @@ class VLM(nn.Module):
         out = self(input_ids, attention_mask, **vision, logits_at=last, cache=cache)
         logits = out.logits  # (B, V)
         rows = [[] for _ in range(B)]
-        running = range(B)  # rows without a stop so far
+        running = range(B)  # rows that have not stopped yet
         for i in range(max_new_tokens):
             if penalty != 1.0:
                 lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
@@ -559,23 +560,23 @@ class VLM(nn.Module):
     def from_pretrained(cls, path_or_repo_id, device="cpu", dtype=torch.float32):
         """The model in a folder or on the hub, as checkpoint.py reads it.
 
-        UserError on what is missing, broken or not this architecture.
+        UserError if anything is missing, broken or another architecture.
         """
         folder = find_folder(path_or_repo_id)
         config = VLMConfig.from_pretrained(folder)
         with reading(folder / "config.json"), torch.device("meta"):
-            model = cls(config)  # shapes only: 7 B random numbers would be thrown away
+            model = cls(config)  # only shapes: drawing 7 B random numbers would be a waste
         model.generation_config = read_generation_config(folder, config)
         load_weights(model, folder, device, dtype)
         return model.eval()
 
     def save_pretrained(self, folder, dtype=None, weights=None):
-        """Write the folder, as `dtype`; weights {name: tensor} stand for the model's own."""
+        """Write the folder, in `dtype`; weights {name: tensor} replace the model's own."""
         save_model(self, folder, dtype, weights or self.state_dict())
 
 
 def initialize(module):
-    """Qwen's initializer: normal of deviation 0.02, biases zero, norms one."""
+    """Qwen's initializer: normal with standard deviation 0.02, biases zero, norms one."""
     if isinstance(module, (nn.Linear, nn.Conv3d, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
         if getattr(module, "bias", None) is not None:

@@ -1,13 +1,13 @@
-"""What goes over the wire between serve.py and its clients: msgpack with openpi's numpy extension.
+"""The wire format of serve.py and its clients: msgpack with openpi's numpy extension.
 
-    pack(message)   numbers, texts, bytes, lists, dicts with keys of text, numpy arrays -> bytes
+    pack(message)   numbers, strings, bytes, lists, dicts with string keys, numpy arrays -> bytes
     unpack(data)    bytes -> the same; arrays are read-only
 
-An array is a map, {b"__ndarray__": true, b"data": its bytes in C order, b"dtype": "<f4", b"shape":
-[16, 7]}, and so is a numpy scalar, {b"__npgeneric__": true, b"data": 0.5, b"dtype": "<f4"}. Source:
-openpi_client/msgpack_numpy.py of openpi-client 0.1.2. Numbers and booleans only: what else numpy
-holds is Python's own, which other libraries pickle, and whoever unpickles runs what a stranger
-wrote.
+An array is encoded as a map, {b"__ndarray__": true, b"data": its bytes in C order, b"dtype": "<f4",
+b"shape": [16, 7]}, and a numpy scalar as {b"__npgeneric__": true, b"data": 0.5, b"dtype": "<f4"}.
+Source: openpi_client/msgpack_numpy.py of openpi-client 0.1.2. Only numbers and booleans are
+accepted: other libraries pickle numpy's object arrays, and unpickling would run code from a
+stranger.
 """
 
 import math
@@ -18,16 +18,16 @@ import numpy as np
 from cli import UserError
 from files import reading
 
-KINDS = "biuf"  # of numpy's: booleans, integers, floats
+KINDS = "biuf"  # kinds of numpy dtypes: booleans, integers, floats
 DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
-# An empty list is one byte on the wire and 56 in memory, so a message's size does not limit what
-# it becomes here.
-MAX_ITEMS = 4096  # of one list or map
-MAX_CONTAINERS = 256  # lists and maps of a message
+# An empty list is one byte on the wire and 56 in memory, so limiting a message's size does not
+# limit what it becomes here.
+MAX_ITEMS = 4096  # in one list or map
+MAX_CONTAINERS = 256  # lists and maps in a message
 
 
 def require_extras():
-    """UserError if what serve.py and client.py need beside requirements.txt is not installed."""
+    """UserError if the packages of requirements-serve.txt are not installed."""
     try:
         import msgpack  # noqa: F401
         import websockets.asyncio.server
@@ -38,8 +38,8 @@ def require_extras():
 
 
 def pack(message):
-    """The bytes of a message. UserError if something in it is of no kind that the wire has."""
-    import msgpack  # an extra: few people serve
+    """The bytes of a message. UserError if something in it has no encoding."""
+    import msgpack  # an extra: few people need a server
 
     try:
         return msgpack.packb(message, default=from_numpy)
@@ -48,19 +48,19 @@ def pack(message):
 
 
 def from_numpy(value):
-    """The map of an array or of a numpy scalar. TypeError if it is neither, or holds no numbers."""
+    """The map for an array or a numpy scalar. TypeError if it is neither, or not numeric."""
     kind = getattr(value, "dtype", None)
     if not isinstance(value, (np.ndarray, np.generic)) or kind.kind not in KINDS:
         raise TypeError(f"{type(value).__name__} {kind or ''} is neither number nor array")
     if isinstance(value, np.generic):
         return {b"__npgeneric__": True, b"data": value.item(), b"dtype": kind.str}
-    # tobytes has C order, whatever the strides
+    # tobytes returns C order, whatever the strides
     data = value.tobytes()
     return {b"__ndarray__": True, b"data": data, b"dtype": kind.str, b"shape": value.shape}
 
 
 def unpack(data):
-    """The message, a dict, in bytes that may come from anyone. UserError says what is wrong."""
+    """The message, a dict, from bytes that may come from anyone. UserError says what is wrong."""
     import msgpack
 
     containers = 0
@@ -81,7 +81,7 @@ def unpack(data):
 
 
 def to_numpy(content):
-    """The array or scalar that a map stands for, or the map itself. Raises if it lies."""
+    """The array or scalar that a map encodes, or the map itself. Raises if it is inconsistent."""
     if b"__ndarray__" not in content and b"__npgeneric__" not in content:
         return content
     dtype = content[b"dtype"]
@@ -92,7 +92,7 @@ def to_numpy(content):
         assert isinstance(value, (bool, int, float)), "a scalar that is none"
         return np.dtype(dtype).type(value)
     shape = content[b"shape"]
-    # -1 would let numpy guess
+    # with -1 numpy would infer the size
     assert all(isinstance(size, int) and size >= 0 for size in shape), f"the shape {shape}"
     array = np.frombuffer(value, dtype)
     fits = f"an array of shape {shape} and dtype {dtype} in {len(value)} bytes"

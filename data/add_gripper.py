@@ -1,12 +1,12 @@
-"""An arm's own gripper, for data/add_robot.py: two fingers that slide towards each other.
+"""An arm's own gripper, for data/add_robot.py: two fingers that slide toward each other.
 
-Whatever of a finger collides is kept as the file has it: shape, friction, condim, solref, solimp,
-priority, margin, gap and solmix; a mesh as its convex hull, which is all that MuJoCo lets collide.
-So are the masses, the way, and the stiffness, force and friction of the joints. The table's own
-option holds for every arm: elliptic cones, impratio 10.
+The collision geoms of each finger are kept as in the file: shape, friction, condim, solref, solimp,
+priority, margin, gap and solmix; of a mesh its convex hull, because MuJoCo collides nothing else.
+So are the masses, the travel, and the stiffness, force and friction of the joints. The table's own
+contact options apply to every arm: elliptic cones, impratio 10.
 
-The hand's frame is that of the other arms' files: z looks out of the hand, y is the way of the left
-finger as it opens, and a finger at 0 has the face of its tip in the middle.
+The hand's frame is that of the other arms' files: z points out of the hand, y along the opening
+motion of the left finger, and at position 0 the face of each fingertip is in the middle.
 """
 
 import xml.etree.ElementTree as ET
@@ -16,35 +16,35 @@ import numpy as np
 
 from data.simulator import mujoco
 
-TIP = 0.015  # m; so much of a finger is its tip: there its face and the middle are measured
-TCP = 0.01  # m, from the end of the fingers back to the tool's place
-DAMPING = 0.075  # s, of a finger's joint over its stiffness, at least: it shall not chatter
+TIP = 0.015  # m; length of a fingertip, where its face and the middle are measured
+TCP = 0.01  # m, from the end of the fingers back to the tool's position
+DAMPING = 0.075  # s; least damping of a finger's joint over its stiffness, to avoid chatter
 CONTACT = ("friction", "condim", "solref", "solimp", "priority", "margin", "gap", "solmix")
 SIDES = ("left", "right")
 
 
 @dataclass
 class Gripper:
-    """What was found; lengths in m, the frame is the hand's."""
+    """The gripper that was found; lengths in m, in the hand's frame."""
 
     hand: int  # id of the body that carries both fingers
-    fingers: list  # ids of the left and the right one's bodies
-    axes: np.ndarray  # (3, 3), columns x, y, z of the hand's frame in that body's
-    tcp: np.ndarray  # (3,) the tool's place
-    poses: list  # (pos (3,), quat (4,), way it opens (3,) in its own frame) of each finger at 0
-    ranges: np.ndarray  # (2,) places between which either finger slides
+    fingers: list  # ids of the bodies of the left and the right finger
+    axes: np.ndarray  # (3, 3), columns x, y, z of the hand's frame in the frame of that body
+    tcp: np.ndarray  # (3,) the tool's position
+    poses: list  # of each finger at 0: (pos (3,), quat (4,), opening direction (3,) in its frame)
+    ranges: np.ndarray  # (2,) lowest and highest position of either finger
 
 
 # ---- elements of the new file
 
 
 def to_text(numbers):
-    """A number or an array as an attribute."""
+    """A number or an array as the text of an attribute."""
     return " ".join(f"{number:.9g}" for number in np.ravel(numbers))
 
 
 def add(parent, tag, **attributes):
-    """A new element, whose attributes are text or numbers."""
+    """Add an element, whose attributes are text or numbers."""
     element = ET.SubElement(parent, tag)
     for name, value in attributes.items():
         element.set(name, value if isinstance(value, str) else to_text(value))
@@ -52,14 +52,14 @@ def add(parent, tag, **attributes):
 
 
 def add_inertial(body, model, i):
-    """Give `body` the mass of the file's body `i`."""
+    """Give `body` the mass and inertia of the file's body `i`."""
     add(
         body,
         "inertial",
         pos=model.body_ipos[i],
         quat=model.body_iquat[i],
         mass=model.body_mass[i],
-        diaginertia=model.body_inertia[i] + 1e-6,  # rounded, a flat one would be refused
+        diaginertia=model.body_inertia[i] + 1e-6,  # a flat one could be refused after rounding
     )
 
 
@@ -67,7 +67,7 @@ def add_inertial(body, model, i):
 
 
 def below(model, body):
-    """Ids of `body` and of all that hangs on it, parents first."""
+    """Ids of `body` and all its descendants, parents first."""
     found = [body]
     for i in range(body + 1, model.nbody):
         if model.body_parentid[i] in found:
@@ -76,14 +76,14 @@ def below(model, body):
 
 
 def pads_of(model, finger):
-    """Ids of a finger's geoms that touch things; all of them if none does."""
+    """Ids of a finger's collision geoms; all its geoms if it has none."""
     geoms = np.flatnonzero(np.isin(model.geom_bodyid, below(model, finger)))
     touches = (model.geom_contype | model.geom_conaffinity)[geoms] > 0
     return geoms[touches] if touches.any() else geoms
 
 
 def corners(model, geom):
-    """(n, 3) m in the geom's frame: a mesh's convex hull, of others the corners of the box around."""
+    """(n, 3) m in the geom's frame: a mesh's convex hull; otherwise the corners of its box."""
     if model.geom_type[geom] != mujoco.mjtGeom.mjGEOM_MESH:
         center, half = np.split(model.geom_aabb[geom], 2)
         signs = np.stack(np.meshgrid(*[(-1, 1)] * 3), axis=-1)  # (2, 2, 2, 3)
@@ -92,16 +92,16 @@ def corners(model, geom):
     first = model.mesh_vertadr[mesh]
     points = model.mesh_vert[first:][: model.mesh_vertnum[mesh]]
     start = model.mesh_graphadr[mesh]
-    if start < 0:  # MuJoCo makes none for what does not collide
+    if start < 0:  # MuJoCo builds no hull for a mesh that does not collide
         return points
-    # a graph: numbers of vertices and faces, as many addresses as vertices, then their ids
+    # the graph: numbers of vertices and faces, an address per vertex, then the vertex ids
     count = model.mesh_graph[start]
     ids = model.mesh_graph[start + 2 + count :][:count]
     return points[ids]
 
 
 def outline(model, data, finger):
-    """(n, 3) m in the world's frame: points around all that touches things of a finger."""
+    """(n, 3) m in the world frame: points around all collision geoms of a finger."""
     points = []
     for geom in pads_of(model, finger):
         turned = data.geom_xmat[geom].reshape(3, 3)
@@ -111,7 +111,7 @@ def outline(model, data, finger):
 
 
 def why_not(model, moving):
-    """Why bodies, all that move behind the flange, are no two fingers to be kept; "" if they are."""
+    """Why the moving bodies behind the flange cannot be kept as two fingers; "" if they can."""
     joints = model.body_jntadr[moving]
     kinds = model.jnt_type[joints]
     slides = np.sum(kinds == mujoco.mjtJoint.mjJNT_SLIDE)
@@ -127,11 +127,12 @@ def why_not(model, moving):
 
 
 def hand_axes(model, data, hand, y, middle):
-    """(3, 3): columns x, y and z of the hand's frame in the world's.
+    """(3, 3): columns x, y and z of the hand's frame in the world.
 
-    z is the axis of the hand's body that looks most from the wrist to `middle`, between the fingers.
+    z is the axis of the hand's body that best matches the direction from the wrist to `middle`,
+    between the fingers.
     """
-    # the body of the last joint of the arm
+    # the body of the arm's last joint
     wrist = hand
     while wrist and not model.body_jntnum[wrist]:
         wrist = model.body_parentid[wrist]
@@ -142,7 +143,7 @@ def hand_axes(model, data, hand, y, middle):
     best = np.abs(along).argmax()
     side = np.sign(along[best])
     z = side * frame[:, best]
-    # the fingers may slide askew to the body's own axes
+    # the fingers may slide at an angle to the body's axes
     z -= y * (z @ y)
     z /= np.linalg.norm(z)
     x = np.cross(y, z)
@@ -150,37 +151,37 @@ def hand_axes(model, data, hand, y, middle):
 
 
 def find_gripper(model, body):
-    """The Gripper behind the flange's body and "", or None and the reason why none can be kept."""
+    """The Gripper behind the flange's body and "", or None and the reason why it cannot be kept."""
     moving = [i for i in below(model, body)[1:] if model.body_jntnum[i]]
     reason = why_not(model, moving)
     if reason:
         return None, reason
     joints = model.body_jntadr[moving]
     data = mujoco.MjData(model)
-    # half open: at the place that counts as zero, the fingers may be anywhere
+    # half open: at joint position zero the fingers may be anywhere
     data.qpos[model.jnt_qposadr[joints]] = model.jnt_range[joints].mean(axis=1)
     mujoco.mj_kinematics(model, data)
     y, other = data.xaxis[joints]
     if abs(y @ other) < 0.99:
         return None, "its fingers do not slide along one line"
-    # all that can be touched says which is which, and where they are
+    # the collision geoms tell which finger is which, and where it is
     points = [outline(model, data, finger) for finger in moving]
     left, right = (part.mean(axis=0) for part in points)
-    y = y * np.sign(y @ (left - right))  # the first one is the left
+    y = y * np.sign(y @ (left - right))  # the first finger is the left one
     hand = model.body_parentid[moving[0]]
     middle = (left + right) / 2
     axes = hand_axes(model, data, hand, y, middle)
 
     sides = np.array([1, -1])
-    ways = np.ptp(model.jnt_range[joints], axis=1)  # m, of either finger
-    shifts = -sides * ways / 2  # m along y, until either is closed
-    tips = []  # points of either, closed, in the hand's frame
+    ways = np.ptp(model.jnt_range[joints], axis=1)  # m, travel of each finger
+    shifts = -sides * ways / 2  # m along y, from half open to closed
+    tips = []  # tip points of each finger, closed, in the hand's frame
     for part, shift in zip(points, shifts, strict=True):
         part = (part - data.xpos[hand]) @ axes
         part[:, 1] += shift
         ends = part[:, 2] > part[:, 2].max() - TIP
         tips.append(part[ends])
-    # what is pressed stands between the innermost points of both tips
+    # a held object touches the innermost points of both tips
     left_face = tips[0][:, 1].min()
     right_face = tips[1][:, 1].max()
     center = (left_face + right_face) / 2
@@ -190,7 +191,7 @@ def find_gripper(model, body):
     x = (low[0] + high[0]) / 2
     tcp = np.array([x, center, high[2] - TCP])
 
-    # at 0 the faces meet there, whether or not the file's fingers go so far
+    # at 0 the faces meet there, even if the file's fingers do not travel so far
     shifts += center - np.array([left_face, right_face])
     poses = []
     for finger, shift, side in zip(moving, shifts, sides, strict=True):
@@ -200,18 +201,18 @@ def find_gripper(model, body):
         quat = np.empty(4)
         mujoco.mju_mat2Quat(quat, (axes.T @ turned).ravel())
         poses.append((pos, quat, side * y @ turned))
-    apart = max(0.0, (left_face - right_face) / 2)  # what overlaps meets before it is closed
+    apart = max(0.0, (left_face - right_face) / 2)  # faces that overlap when closed meet earlier
     ranges = np.array([apart, apart + ways.min()])
     frame = data.xmat[hand].reshape(3, 3)
     axes = frame.T @ axes
     return Gripper(hand, moving, axes, tcp, poses, ranges), ""
 
 
-# ---- into the new file
+# ---- writing the new file
 
 
 def add_geom(body, assets, model, geom, name, points):
-    """A geom that touches things as the file's does; of a mesh the convex hull of `points`."""
+    """A geom with the file's contact options; a mesh becomes the convex hull of `points`."""
     options = {option: getattr(model, f"geom_{option}")[geom] for option in CONTACT}
     kind = mujoco.mjtGeom(model.geom_type[geom])
     if kind == mujoco.mjtGeom.mjGEOM_MESH:
@@ -225,7 +226,7 @@ def add_geom(body, assets, model, geom, name, points):
         )
     else:
         options["size"] = model.geom_size[geom]
-    # in the frame of its body, as MuJoCo compiled it: a mesh is moved to its center of mass
+    # in the body's frame, as compiled: MuJoCo moves a mesh to its center of mass
     options["type"] = kind.name.removeprefix("mjGEOM_").lower()
     options["pos"] = model.geom_pos[geom]
     options["quat"] = model.geom_quat[geom]
@@ -233,14 +234,14 @@ def add_geom(body, assets, model, geom, name, points):
 
 
 def add_finger(hand, assets, model, gripper, side, stiffness, damping):
-    """One finger, 0 left or 1 right, and what is fixed to it. N/m and N s/m, of its joint."""
+    """One finger, 0 left or 1 right, and its child bodies. Its joint in N/m and N s/m."""
     name = SIDES[side]
     finger = gripper.fingers[side]
     pos, quat, way = gripper.poses[side]
     joint = model.body_jntadr[finger]
     dof = model.jnt_dofadr[joint]
     damping = max(damping + model.dof_damping[dof], DAMPING * stiffness)
-    pads = list(pads_of(model, finger))  # what is only seen is left out
+    pads = list(pads_of(model, finger))  # visual geoms are left out
     bodies = {}
     for i in below(model, finger):
         if i == finger:
@@ -271,10 +272,10 @@ def add_finger(hand, assets, model, gripper, side, stiffness, damping):
 
 
 def place_tool(hand, tcp):
-    """Take the fingers out of the new file's body `hand`, whose tool is now at `tcp` (3,) m."""
+    """Remove the fingers from the new file's body `hand`, and move its tool to `tcp` (3,) m."""
     camera = hand.find("camera")
     tool = hand.find("site")
-    # the camera sees the tool as the other arms' do
+    # keep the camera's view of the tool as in the other arms
     eye, old_tcp = (np.array(part.get("pos").split(), float) for part in (camera, tool))
     for part in list(hand):
         if part.tag in ("body", "geom", "inertial"):
@@ -285,21 +286,21 @@ def place_tool(hand, tcp):
 
 
 def add_gripper(hand, root, model, gripper, servos):
-    """Put the gripper into the new file's body `hand`, in place of what is there.
+    """Put the gripper into the new file's body `hand`, replacing what is there.
 
-    servos: of both fingers, rows kp N/m, kv N s/m, force N, ... as measured; zeros: it has none.
+    servos: for each finger a row kp N/m, kv N s/m, force N, ... as measured; zeros: no servo.
     """
     place_tool(hand, gripper.tcp)
     servo = root.find("actuator/position[@tendon='fingers']")
     servo.set("ctrlrange", to_text([-0.01, gripper.ranges[1]]))
-    kp, kv, force = servos[:, :3].sum(axis=0)  # one of them may drive both
+    kp, kv, force = servos[:, :3].sum(axis=0)  # one servo may drive both fingers
     if kp > 0:
         unlimited = np.any((servos[:, 0] > 0) & (servos[:, 2] == 0))
-        force = 0.0 if unlimited else force  # 0 0 is no limit in MJCF
+        force = 0.0 if unlimited else force  # in MJCF 0 0 means no limit
         limits = [-force, force]
         servo.set("kp", to_text(kp))
         servo.set("forcerange", to_text(limits))
-    stiffness = float(servo.get("kp")) / 2  # of either finger
+    stiffness = float(servo.get("kp")) / 2  # of each finger
     assets = add(root, "asset")
     for side in range(2):
         add_finger(hand, assets, model, gripper, side, stiffness, kv / 2)

@@ -1,14 +1,14 @@
-"""An arm's own gripper whose jaws turn, for data/add_robot.py.
+"""An arm's own gripper with jaws that turn, for data/add_robot.py.
 
-Either one jaw is fixed and one turns, as the SO-101's, or two turn against each other, as those of
-Robotiq's linkages. All below the hand is kept as it is in the file: links, hinges, springs,
-tendons, equalities and the servo. What touches things are the pads, with their contact options:
-the boxes (or other plain shapes) of a jaw; where it has none, its meshes, cut into slices 1 cm
-long. A mesh's one convex hull, as MuJoCo has it, fills the space between the jaws.
+Either one jaw turns against a fixed one, as in the SO-101, or two turn against each other, as in
+Robotiq's linkages. Everything below the hand is kept as in the file: links, hinges, springs,
+tendons, equalities and the servo. The collision geoms are the pads, with their contact options: the
+boxes (or other primitive shapes) of a jaw or, if it has none, its meshes, cut into slices 1 cm
+long. The single convex hull that MuJoCo makes of a mesh would fill the space between the jaws.
 
-States and actions have the opening (m, half the way between the pads), as of fingers that slide.
-What the servo's control and the joints are at some opening is tabulated, from the model itself: it
-is driven from one end of its range to the other.
+State and action contain the opening (m, half the distance between the pads), as for fingers that
+slide. A table gives the servo's control and the joint angles for each opening. It is computed from
+the model, by driving the servo from one end of its range to the other.
 """
 
 import xml.etree.ElementTree as ET
@@ -30,22 +30,22 @@ from data.add_gripper import (
 from data.robots import FORCE, SQUEEZE
 from data.simulator import mujoco
 
-PREFIX = "jaws/"  # of all names that come from the file
+PREFIX = "jaws/"  # prefix of all names that come from the file
 PLACES = 21  # rows of the table
-SETTLE = 400  # steps of 2 ms, until the servo is at its next place
+SETTLE = 400  # steps of 2 ms until the servo has settled at its next position
 WIDE = 0.04  # m; the tasks need no larger opening
-WIDE_ALONE = 0.033  # m, of a jaw that opens alone, and so twice as far to its side
-LEAST = 0.027  # m; the peg is 0.05 m wide
-CUBE = 0.02  # m; at this opening the tool's place and the closing axis are measured
-MARGIN = 0.003  # m; so much nearer to a cube than the table says its jaws may touch it
-CLEARANCE = 0.006  # m, of a jaw that does not move, from a cube that is in the middle
-REACH = 0.05  # m; what is so far behind the end of the jaws touches nothing
-SLICE = 0.01  # m
-CORNERS = 24  # of a slice, at most
-KP = 20.0  # N m/rad, of a jaw whose file has no servo: about that of Feetech's STS3215
+WIDE_ALONE = 0.033  # m, if only one jaw opens, which then moves twice as far to its side
+LEAST = 0.027  # m; the widest opening must be at least this, because the peg is 0.05 m wide
+CUBE = 0.02  # m; the opening at which the tool's position and the closing axis are measured
+MARGIN = 0.003  # m; the jaws may touch a cube this much later than the table says
+CLEARANCE = 0.006  # m, from a jaw that does not move to a cube in the middle
+REACH = 0.05  # m; geoms that end this far behind the end of the jaws do not collide
+SLICE = 0.01  # m, thickness
+CORNERS = 24  # corners of a slice, at most
+KP = 20.0  # N m/rad, for a jaw whose file has no servo: roughly Feetech's STS3215
 KV = 1.0  # N m s/rad
 TORQUE = 3.0  # N m
-KEPT = ("default", "tendon", "equality", "actuator")  # sections that belong to the jaws
+KEPT = ("default", "tendon", "equality", "actuator")  # sections of the file that belong to the jaws
 SHAPELESS = ("default", "joint", "general", "tendon", "equality")  # defaults that are still needed
 
 
@@ -53,39 +53,39 @@ SHAPELESS = ("default", "joint", "general", "tendon", "equality")  # defaults th
 class Pad:
     """A convex part of a jaw."""
 
-    geom: int  # of which it is a part
-    points: np.ndarray  # (n, 3) m, in the geom's frame: around it
+    geom: int  # the geom that it is a part of
+    points: np.ndarray  # (n, 3) m, its corners in the geom's frame
 
 
 @dataclass
 class Jaws:
-    """What was found, in the model of the hand alone; m, in the hand's frame."""
+    """The jaws that were found, in a model of the hand alone; m, in the hand's frame."""
 
-    hand: int  # id, in the file's model, of the body that carries the jaws
-    spec: mujoco.MjSpec  # that body alone, and all that hangs on it
+    hand: int  # id of the body that carries the jaws, in the file's model
+    spec: mujoco.MjSpec  # that body and its descendants
     model: mujoco.MjModel
     controls: np.ndarray  # (K,) of the servo, from closed to open
     places: np.ndarray  # (K, n) rad: where the joints settle
-    left: np.ndarray  # ids of the geoms of the jaw that turns, or of one of them
-    right: np.ndarray  # of the other
-    fixed: bool  # whether the other one is a part of the hand
-    axes: np.ndarray = None  # (3, 3), columns x, y, z of the hand's frame in its body's
-    pads: list = None  # of the left and of the right jaw: Pads that touch things
-    seen: list = None  # Pads that are only seen
+    left: np.ndarray  # ids of the geoms of the jaw that turns, or of one of the two
+    right: np.ndarray  # ids of the other jaw's geoms
+    fixed: bool  # whether the other jaw is part of the hand
+    axes: np.ndarray = None  # (3, 3), columns x, y, z of the hand's frame in the frame of its body
+    pads: list = None  # of the left and of the right jaw: Pads that collide
+    seen: list = None  # Pads that are only visual
     openings: np.ndarray = None  # (K,) m, increasing
-    tcp: np.ndarray = None  # (3,) the tool's place
-    stiffness: float = 0.0  # N/m, of either jaw at a cube
-    fist: float = 0.0  # m along y, from the tool's place to where the jaws close
+    tcp: np.ndarray = None  # (3,) the tool's position
+    stiffness: float = 0.0  # N/m, of each jaw at a cube
+    fist: float = 0.0  # m along y, from the tool's position to where the jaws close
 
 
 # ---- the hand alone
 
 
 def cut_out(spec, hand):
-    """(MjSpec, MjModel) of body `hand` without its own joint, and of all that hangs on it."""
+    """(MjSpec, MjModel) of body `hand`, without its own joint, and all its descendants."""
     alone = mujoco.MjSpec()
     for option in (name for name in dir(alone.option) if name[0] != "_"):
-        setattr(spec.option, option, getattr(alone.option, option))  # else it warns
+        setattr(spec.option, option, getattr(alone.option, option))  # avoids warnings
     spec.visual.map.znear = alone.visual.map.znear
     spec.njmax = alone.njmax
     spec.nconmax = alone.nconmax
@@ -96,7 +96,7 @@ def cut_out(spec, hand):
             if actuator.target == joint.name:
                 alone.delete(actuator)
         alone.delete(joint)
-    # bodies are found again by their names
+    # names, to find the bodies again later
     for number, body in enumerate(alone.bodies[1:]):
         body.name = body.name or f"{PREFIX}{number}"
     if not alone.actuators and len(alone.joints) == 1:  # as in a URDF
@@ -105,7 +105,7 @@ def cut_out(spec, hand):
 
 
 def add_servo(spec, joint):
-    """A hobby servo for the one joint of a jaw whose file has none."""
+    """Add a hobby servo to a jaw's only joint, if the file has no actuator."""
     servo = spec.add_actuator(name=f"{PREFIX}servo", target=joint.name)
     servo.trntype = mujoco.mjtTrn.mjTRN_JOINT
     servo.set_to_position(kp=KP, kv=KV)
@@ -114,7 +114,7 @@ def add_servo(spec, joint):
 
 
 def why_not(model):
-    """Why the jaws of a hand alone cannot be kept; "" if they may be."""
+    """Why the jaws of a hand cannot be kept; "" if they can."""
     data = mujoco.MjData(model)
     mujoco.mj_kinematics(model, data)
     hinges = model.jnt_type == mujoco.mjtJoint.mjJNT_HINGE
@@ -131,7 +131,7 @@ def why_not(model):
 
 
 def sweep(model):
-    """(controls (K,), places (K, n)): where the joints settle as the servo goes along its range."""
+    """(controls (K,), places (K, n)): where the joints settle along the servo's range."""
     model.opt.gravity[:] = 0
     model.opt.disableflags = mujoco.mjtDisableBit.mjDSBL_CONTACT
     model.opt.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
@@ -139,11 +139,11 @@ def sweep(model):
     data = mujoco.MjData(model)
     friction = model.dof_frictionloss.copy()
     damping = model.dof_damping.copy()
-    model.dof_frictionloss[:] = 0  # else it stops short
-    model.dof_damping += np.minimum(friction, 1.0)  # N m s/rad, else it may swing
+    model.dof_frictionloss[:] = 0  # otherwise the joints stop short
+    model.dof_damping += np.minimum(friction, 1.0)  # N m s/rad; otherwise they may oscillate
     controls = np.linspace(*model.actuator_ctrlrange[0], PLACES)
     places = []
-    for control in (controls[0], *controls):  # it begins anywhere
+    for control in (controls[0], *controls):  # the first control twice: it may start anywhere
         data.ctrl[:] = control
         for _ in range(SETTLE):
             mujoco.mj_step(model, data)
@@ -154,7 +154,7 @@ def sweep(model):
 
 
 def pose(model, place):
-    """MjData with the joints at a place (n,)."""
+    """MjData with the joints at `place` (n,)."""
     data = mujoco.MjData(model)
     data.qpos[:] = place
     mujoco.mj_kinematics(model, data)
@@ -169,14 +169,14 @@ def around(jaws, data, pad):
     return (points - data.xpos[1]) @ body @ jaws.axes
 
 
-# ---- which is the left jaw, which is closed, where is ahead
+# ---- left and right, closed and open, the direction out of the hand
 
 
 def split(hand, spec, model):
-    """The Jaws of a hand alone, with its two sides and its ways, or None if it has no two sides.
+    """The Jaws of a hand with its two sides and its table, or None if it does not have two sides.
 
-    The geoms that touch things and move on are the left ones; the right ones move the other way, or
-    if none does, they stay.
+    The collision geoms that move farthest, and all that move the same way, are the left jaw. The
+    right jaw moves the opposite way or, if no geom does, stays still.
     """
     controls, places = sweep(model)
     first = pose(model, places[0]).geom_xpos
@@ -198,16 +198,17 @@ def split(hand, spec, model):
     def apart(centers):
         return np.linalg.norm(centers[left].mean(axis=0) - centers[right].mean(axis=0))
 
-    if apart(first) > apart(last):  # it begins open
+    if apart(first) > apart(last):  # it starts open
         controls = controls[::-1]
         places = places[::-1]
     return Jaws(hand, spec, model, controls, places, left, right, fixed)
 
 
 def jaw_axes(model, jaws):
-    """(3, 3): columns x, y and z of the hand's frame in that of its body.
+    """(3, 3): columns x, y and z of the hand's frame in the frame of its body.
 
-    x is what the jaws turn about, z leads out of the hand, y from the right jaw to the left.
+    x is the axis that the jaws turn about, z points out of the hand, y from the right jaw to the
+    left one.
     """
     closed = pose(jaws.model, jaws.places[0])
     here = closed.xmat[1].reshape(3, 3)
@@ -216,7 +217,7 @@ def jaw_axes(model, jaws):
     right = centers[jaws.right]
     middle = left if jaws.fixed else np.vstack([left, right])
     x = closed.xaxis[0] @ here
-    # where the wrist is, only the whole model knows
+    # only the whole model knows where the wrist is
     data = mujoco.MjData(model)
     mujoco.mj_kinematics(model, data)
     there = data.xmat[jaws.hand].reshape(3, 3)
@@ -227,11 +228,11 @@ def jaw_axes(model, jaws):
     return np.column_stack([side * x, side * y, z])
 
 
-# ---- what is touched
+# ---- collision geoms
 
 
 def slices(model, geom, way):
-    """[(n, 3)] m in the geom's frame: points around the parts of a mesh, cut across `way` (3,)."""
+    """[(n, 3)] m in the geom's frame: corners of a mesh's slices, cut across `way` (3,)."""
     mesh = model.geom_dataid[geom]
     points = model.mesh_vert[model.mesh_vertadr[mesh] :][: model.mesh_vertnum[mesh]]
     faces = model.mesh_face[model.mesh_faceadr[mesh] :][: model.mesh_facenum[mesh]]
@@ -240,13 +241,13 @@ def slices(model, geom, way):
     along = points[edges[:, 1]] - start
     heights = points @ way
     rise = along @ way
-    rise[rise == 0] = np.inf  # an edge in the plane of a cut does not pass through it
+    rise[rise == 0] = np.inf  # an edge in the plane of a cut does not cross it
     parts = []
     for bottom in np.arange(heights.min(), heights.max(), SLICE):
         top = bottom + SLICE
         part = [points[(heights >= bottom) & (heights <= top)]]
         for cut in (bottom, top):
-            share = (cut - start @ way) / rise  # of the edge, up to the cut
+            share = (cut - start @ way) / rise  # fraction of the edge up to the cut
             crosses = (share > 0) & (share < 1)
             part.append(start[crosses] + share[crosses, None] * along[crosses])
         part = np.vstack(part)
@@ -257,7 +258,7 @@ def slices(model, geom, way):
 
 
 def hulls(parts):
-    """[(n, 3)] m: of every part (n, 3) the corners of its convex hull, the most prominent ones."""
+    """[(n, 3)] m: for each part (n, 3) the most prominent corners of its convex hull."""
     spec = mujoco.MjSpec()
     for number, part in enumerate(parts):
         inertia = mujoco.mjtMeshInertia.mjMESH_INERTIA_CONVEX
@@ -276,10 +277,10 @@ def hulls(parts):
 
 
 def pads_of(jaws, geoms, end):
-    """(Pads that touch, Pads that are only seen) of a jaw's geoms; z of its end is `end` (m)."""
+    """(Pads that collide, Pads that are only visual) of a jaw's geoms; `end`: z of its end, m."""
     model = jaws.model
     closed = pose(model, jaws.places[0])
-    out = closed.xmat[1].reshape(3, 3) @ jaws.axes[:, 2]  # across it meshes are cut
+    out = closed.xmat[1].reshape(3, 3) @ jaws.axes[:, 2]  # meshes are cut perpendicular to this
     plain = []
     cut = []
     others = []
@@ -311,11 +312,11 @@ def find_pads(jaws):
         jaws.seen += seen
 
 
-# ---- how far the jaws are open, and where the tool is
+# ---- the opening, and the tool's position
 
 
 def measure(jaws, place):
-    """(faces (2,) m: y of the left and of the right jaw's, points (n, 3) m around their ends)."""
+    """(faces (2,) m: y of the left and the right jaw's face, points (n, 3) m around their ends)."""
     data = pose(jaws.model, place)
     sides = []
     for pads in jaws.pads:
@@ -330,7 +331,7 @@ def measure(jaws, place):
 
 
 def tabulate(jaws):
-    """Set the openings, and leave out the places between which the jaws do not open."""
+    """Set the openings, and drop table rows between which the jaws do not open."""
     gaps = []
     for place in jaws.places:
         faces, _ = measure(jaws, place)
@@ -350,10 +351,10 @@ def at(jaws, opening):
 
 
 def tool_place(jaws):
-    """(3,) m, in the hand's frame: between the pads around a cube, behind all that sticks out."""
+    """(3,) m, in the hand's frame: between pads around a cube, behind all that sticks out."""
     faces, ends = measure(jaws, at(jaws, CUBE)[1])
     middle = faces.mean()
-    if jaws.fixed:  # it shall not scrape along what the open hand comes down around
+    if jaws.fixed:  # keep the fixed jaw off the object while the open hand descends around it
         middle = faces[1] + CUBE + CLEARANCE
     deepest = []
     for place in jaws.places[(jaws.openings >= 0) & (jaws.openings <= WIDE)]:
@@ -363,15 +364,15 @@ def tool_place(jaws):
 
 
 def stiffness(jaws):
-    """N/m: how the force of either pad grows when the servo is sent further in than a cube lets it.
+    """N/m: the force of each pad per distance by which the servo's target is inside a held cube.
 
-    Up to FORCE; what friction in the joints takes away does not arrive. The work of the servo is
-    that of the pads.
+    Measured up to FORCE, minus what friction in the joints takes away. The work of the servo
+    equals that of the pads.
     """
     step = 0.001
     _, place = at(jaws, CUBE)
     _, further = at(jaws, CUBE - step)
-    way = (further - place) / step / 2  # rad/m, of a joint, for either pad
+    way = (further - place) / step / 2  # rad/m, of a joint per pad
     data = mujoco.MjData(jaws.model)
     for target in np.arange(CUBE, SQUEEZE, -step / 4):
         data.qpos[:] = place
@@ -384,7 +385,7 @@ def stiffness(jaws):
 
 
 def carrier(model, body):
-    """The one body behind `body` on which all jaws hang, or None."""
+    """The only body behind `body` that carries all the jaws, or None."""
     carriers = []
     moved = set()
     for i in below(model, body)[1:]:
@@ -397,9 +398,9 @@ def carrier(model, body):
 
 
 def find_jaws(spec, model, body):
-    """The Jaws behind the flange's body and "", or None and the reason why none can be kept.
+    """The Jaws behind the flange's body and "", or None and the reason why they cannot be kept.
 
-    The file's spec is changed.
+    Changes the file's spec.
     """
     hand = carrier(model, body)
     if hand is None:
@@ -426,11 +427,11 @@ def find_jaws(spec, model, body):
     return jaws, ""
 
 
-# ---- into the new file
+# ---- writing the new file
 
 
 def clean(root):
-    """Take out of the XML of the hand alone what is not of its joints; {name: body's element}."""
+    """Remove all but bodies and joints from the hand's XML. Returns {name: body's element}."""
     for default in root.iter("default"):
         for part in [part for part in default if part.tag not in SHAPELESS]:
             default.remove(part)
@@ -443,7 +444,7 @@ def clean(root):
 
 
 def add_pad(bodies, assets, model, pad, name):
-    """A Pad's geom, in its body."""
+    """Add a Pad's geom to its body."""
     body = bodies[model.body(model.geom_bodyid[pad.geom]).name]
     geom = add_geom(body, assets, model, pad.geom, name, pad.points)
     geom.set("class", "finger")
@@ -451,16 +452,16 @@ def add_pad(bodies, assets, model, pad, name):
 
 
 def add_jaws(hand, root, jaws):
-    """Put the jaws into the new file's body `hand`, in place of the fingers there."""
+    """Put the jaws into the new file's body `hand`, replacing the fingers there."""
     place_tool(hand, jaws.tcp)
     source = ET.fromstring(jaws.spec.to_xml())
     bodies = clean(source)
-    frame = add(hand, "frame", xyaxes=jaws.axes[:2])  # that of the file's body
+    frame = add(hand, "frame", xyaxes=jaws.axes[:2])  # the frame of the file's body
     model = jaws.model
     first, *others = [model.body(i).name for i in range(1, model.nbody)]
     for child in bodies[first].findall("body"):
         frame.append(child)
-    bodies[first] = frame  # what a fixed jaw has is a part of the hand
+    bodies[first] = frame  # geoms of a fixed jaw become part of the hand
     for name in others:
         bodies[name].set("gravcomp", "1")
         add_inertial(bodies[name], model, model.body(name).id)
@@ -473,7 +474,7 @@ def add_jaws(hand, root, jaws):
         geom = add_pad(bodies, assets, model, pad, f"seen{number}")
         geom.set("contype", "0")
         geom.set("conaffinity", "0")
-    for tag in ("tendon", "equality"):  # of the fingers that were there
+    for tag in ("tendon", "equality"):  # those of the fingers that were there
         root.remove(root.find(tag))
     for section in source:
         if section.tag in KEPT:

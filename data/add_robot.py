@@ -1,13 +1,14 @@
-"""Your own arm, from its MJCF file: data/arms/NAME.xml.
+"""Add your own arm from its MJCF file: data/arms/NAME.xml.
 
     python -m data.add_robot --mjcf universal_robots_ur5e/ur5e.xml --name ur5e
 
-Chain, limits, inertias and servos are the file's; its geoms become ellipsoids. The gripper is the
-file's own if it has two sliding fingers (data/add_gripper.py) or jaws that turn (data/add_jaws.py),
-or that of a file of its own, else the xArm-6's. Where the tasks take place follows from how far the
-arm reaches. What cannot be kept (springs, coupled joints, ...) is refused, with the reason.
+Chain, limits, inertias and servos are taken from the file; its geoms become ellipsoids. The gripper
+is the file's own if it has two sliding fingers (data/add_gripper.py) or jaws that turn
+(data/add_jaws.py), or comes from a file of its own; otherwise it is the xArm-6's. The arm's reach
+determines where the tasks take place. What cannot be kept (springs, coupled joints, ...) is
+refused, with the reason.
 
-The chain stays as MuJoCo compiled it, body by body: all poses are in the frame of the body before.
+The chain is kept as MuJoCo compiled it, body by body: all poses are relative to the parent body.
 """
 
 import re
@@ -24,32 +25,32 @@ from data.robots import ARMS, Kinematics, Robot, get_robot
 from data.simulator import mujoco
 from files import atomic, reading
 
-GRIPPER = "xarm6"  # the arm whose file is the template: its hand sits at the origin of its flange
-KP = 1000.0  # N m/rad, of joints whose file has no position servo
-KV = 100.0  # N m s/rad, of those
-TORQUE = 87.0  # N m, of those if it has no limit either
+GRIPPER = "xarm6"  # the arm whose file is the template: its hand is at the origin of its flange
+KP = 1000.0  # N m/rad, for joints without a position servo in the file
+KV = 100.0  # N m s/rad, for the same joints
+TORQUE = 87.0  # N m, for the same joints if they have no limit either
 ADVICE = "MuJoCo itself must load it, with meshes as .stl, .obj or .msh"
-SPAN = 0.15  # m, of the table: with less the tasks' things do not find room
-SPEED = 2.0  # rad/s, velocity limit of the joints: MJCF has none
+SPAN = 0.15  # m of the table; with less there is no room for the tasks' objects
+SPEED = 2.0  # rad/s, velocity limit of the joints, which MJCF does not have
 
 
 @dataclass
 class AddConfig:
     mjcf: str = ""  # MJCF file of the arm
-    name: str = ""  # what to call it: lower case, no spaces
+    name: str = ""  # its name here: lower case, no spaces
     site: str = "attachment_site"  # site or body at the flange
-    axes: str = ""  # its axes outwards and along the fingers' way, such as x,-y; empty: z,y
-    base: str = ""  # body that stands on the table; empty: the chain's first
-    gripper: str = ""  # its MJCF file, or "xarm6"; empty: behind --site, else the xArm-6's
+    axes: str = ""  # its axes outward and along the fingers' motion, such as x,-y; empty: z,y
+    base: str = ""  # body that is fixed to the table; empty: the first of the chain
+    gripper: str = ""  # its MJCF file, or "xarm6"; empty: the one behind --site, else the xArm-6's
 
 
 # ---- the user's file
 
 
 def read_model(config):
-    """The file's MjSpec and MjModel, with a site `config.site` even where that is a body. UserError.
+    """MjSpec and MjModel of the file, with a site `config.site` even if that is a body. UserError.
 
-    A gripper with a file of its own stands at that site.
+    A gripper from a file of its own is attached at that site.
     """
     hand = None
     if config.gripper not in ("", GRIPPER):
@@ -62,14 +63,14 @@ def read_model(config):
         choose(config.site, places, "--site (a site or a body)")
         site = spec.site(config.site) or spec.body(config.site).add_site(name=config.site)
         if hand:
-            for option in ("cone", "impratio", "timestep", "integrator"):  # else it warns
+            for option in ("cone", "impratio", "timestep", "integrator"):  # avoids warnings
                 setattr(hand.option, option, getattr(spec.option, option))
             spec.attach(hand, site=site, prefix="gripper/")
         return spec, spec.compile()
 
 
 def find_path(model, config, gripper):
-    """Body ids from the base to what carries the hand. UserError if they are no chain of hinges."""
+    """Body ids from the base to the hand's carrier. UserError if they are not a chain of hinges."""
     data = mujoco.MjData(model)
     mujoco.mj_kinematics(model, data)
     flange = data.site(config.site)
@@ -83,11 +84,12 @@ def find_path(model, config, gripper):
         raise UserError(f"{len(turning)} joints before {config.site}: the tasks need five")
 
     if path[0] == turning[0]:
-        path.insert(0, 0)  # it stands on the world itself
+        path.insert(0, 0)  # its first joint is on the world itself
     still = path[: path.index(turning[0])]
     names = [model.body(body).name for body in still]
-    # What is not told is checked: what lies before the first joint is no pedestal, and the way
-    # from the last joint but one to the flange leads outwards.
+    # Check what the flags leave open: without --base the bodies before the first joint must not
+    # form a pedestal; without --axes the site's z must point outward, away from the last joint but
+    # one.
     column = data.xpos[still[-1]] - data.xpos[still[0]]
     pedestal = np.any(np.abs(column) > 0.01)
     away = (flange.xpos - data.xpos[turning[-2]]) @ flange.xmat.reshape(3, 3)
@@ -98,14 +100,14 @@ def find_path(model, config, gripper):
         advice = "say with --axes which is, such as x,y"
         raise UserError(f"z of {config.site} is not outwards: {advice}")
     base = choose(config.base or names[0], names, "--base")
-    return path[names.index(base) :]  # what it stands on in the file is left out
+    return path[names.index(base) :]  # leave out what the base stands on in the file
 
 
 def refuse_what_is_lost(model, body):
-    """UserError for a body whose joint is more than a hinge with a servo."""
+    """UserError if a body's joint is more than a hinge with a servo."""
     joint = model.body_jntadr[body]
     several = model.body_jntnum[body] > 1
-    hinge = model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_HINGE  # no slide, ball or free base
+    hinge = model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_HINGE  # not slide, ball or free
     driven = model.actuator_trnid[model.actuator_trntype < 2, 0]
     coupled = model.eq_type == mujoco.mjtEq.mjEQ_JOINT
     partners = np.append(model.eq_obj1id[coupled], model.eq_obj2id[coupled])
@@ -125,20 +127,20 @@ def refuse_what_is_lost(model, body):
 
 
 def measure_servos(model, joints):
-    """(n, 5) of n joints' servos: kp N m/rad, kv, torque N m, lowest and highest target rad.
+    """(n, 5) for the servos of n joints: kp N m/rad, kv, torque N m, lowest and highest target rad.
 
-    MuJoCo is asked what arrives at the joints, whatever gears, gains and limits lie between; the
-    model is changed. Zeros where the file has no position servo, or no limit of torque.
+    Computed from the torques that MuJoCo applies to the joints, whatever gears, gains and limits
+    are in between. Changes the model. Zeros if there is no position servo, or no torque limit.
     """
-    model.opt.gravity[:] = 0  # its compensation can be counted among the actuators' torques
+    model.opt.gravity[:] = 0  # gravity compensation may be included in the actuators' torques
     data = mujoco.MjData(model)
 
     def torque(ctrl=0.0, angle=0.0, speed=0.0):
         data.qpos[model.jnt_qposadr[joints]] = angle
         data.qvel[model.jnt_dofadr[joints]] = speed
         data.ctrl[:] = ctrl
-        data.act[:] = ctrl  # what an integrated servo would have reached
-        # mj_forward without inertias and constraints, which so far out are beyond its numbers
+        data.act[:] = ctrl  # what an integrating servo would have reached
+        # mj_forward without inertia and constraints, which overflow at such extreme values
         mujoco.mj_kinematics(model, data)
         mujoco.mj_comPos(model, data)
         mujoco.mj_tendon(model, data)
@@ -147,29 +149,29 @@ def measure_servos(model, joints):
         mujoco.mj_fwdActuation(model, data)
         return data.qfrc_actuator[model.jnt_dofadr[joints]]  # a copy
 
-    # Driven as far as it goes, and against a joint that is far away and fast, a servo gives all
-    # that it has; a motor does so by its own limit of control. The weaker way counts.
+    # With an extreme target, and the joint far from it and moving away fast, a servo gives its full
+    # torque; a motor gives its own at its control limit. The weaker of both directions counts.
     most = 1e8
     ways = [torque(-most, most, most), torque(most, -most, -most)]
     torques = np.abs(ways).min(axis=0)
-    torques[torques == 0] = model.jnt_actfrcrange[joints, 1][torques == 0]  # nothing drives it
-    torques[torques > 1e6] = 0  # without a limit
+    torques[torques == 0] = model.jnt_actfrcrange[joints, 1][torques == 0]  # no actuator drives it
+    torques[torques > 1e6] = 0  # no limit
 
-    # Without limits of force a servo is linear: differences are its gains, zeros its targets.
+    # Without force limits a servo is linear: its gains are differences, its targets are zeros.
     model.actuator_forcelimited[:] = 0
     model.jnt_actfrclimited[:] = 0
     kp = torque() - torque(angle=1.0)
     kv = torque() - torque(speed=1.0)
-    # a gear may be negative
+    # a gear ratio may be negative
     targets = np.sort([torque(-most), torque(most)], axis=0) / np.maximum(kp, 1e-9)
     return np.transpose([kp, kv, torques, *targets])
 
 
-# ---- the new file: the gripper's own, with another arm under its hand
+# ---- the new file: the template's hand on another arm
 
 
 def xy_axes(words):
-    """(2, 3): x and y of a hand that looks and closes along two axes, such as "x,-y"."""
+    """(2, 3): x and y of the hand, from its outward and closing axes, such as "x,-y"."""
     axes = []
     with reading(f"--axes {words}", "name two axes, such as z,y or x,-y"):
         for word in words.split(","):
@@ -181,19 +183,19 @@ def xy_axes(words):
 
 
 def fill_body(body, model, i):
-    """Give `body` the mass of the file's body `i`, and an ellipsoid for each of its geoms."""
+    """Give `body` the mass and inertia of the file's body `i`, and an ellipsoid for each geom."""
     add_inertial(body, model, i)
     for g in np.flatnonzero(model.geom_bodyid == i):
         center, half = np.split(model.geom_aabb[g], 2)
-        if half.min() > 0.005 and half.max() < 1:  # m; screws, labels and planes are left out
+        if half.min() > 0.005 and half.max() < 1:  # m; leave out screws, labels and planes
             frame = add(body, "frame", pos=model.geom_pos[g], quat=model.geom_quat[g])
             add(frame, "geom", type="ellipsoid", pos=center, size=half)
 
 
 def add_joint(body, actuators, model, joint, servo):
-    """A hinge and its servo, a row of measure_servos, inside the limits of both."""
+    """A hinge and its servo, from a row of measure_servos, within the limits of both."""
     kp, kv, torque, *limits = servo
-    if kp <= 0:  # the file has none that holds a position
+    if kp <= 0:  # the file has no position servo
         kp = KP
         kv = KV
         torque = torque or TORQUE
@@ -211,16 +213,16 @@ def add_joint(body, actuators, model, joint, servo):
         axis=model.jnt_axis[joint],
         range=limits,
         ref=model.qpos0[model.jnt_qposadr[joint]],
-        armature=max(model.dof_armature[dof], 0.01),  # stiff servos shake a light wrist
+        armature=max(model.dof_armature[dof], 0.01),  # stiff servos make a light wrist shake
         damping=model.dof_damping[dof],
         frictionloss=model.dof_frictionloss[dof],
     )
-    ranges = {"ctrlrange": limits, "forcerange": (-torque, torque)}  # 0 0 is no limit in MJCF
+    ranges = {"ctrlrange": limits, "forcerange": (-torque, torque)}  # in MJCF 0 0 means no limit
     add(actuators, "position", joint=name, kp=kp, kv=kv, **ranges)
 
 
 def choose_gripper(config, spec, model, body):
-    """The Gripper or Jaws behind the flange's body, or None for the xArm-6's, and why."""
+    """The Gripper or Jaws behind the flange's body and "", or None for the xArm-6's and why."""
     if config.gripper == GRIPPER:
         return None, "asked for with --gripper"
     moving = np.isin(model.jnt_bodyid, below(model, body)[1:])
@@ -236,11 +238,11 @@ def choose_gripper(config, spec, model, body):
 
 
 def add_chain(world, actuators, model, path, servos, jaw):
-    """The bodies of `path`, each in the one before; the last one. The body `jaw` has no geoms yet.
+    """Nest the bodies of `path` in each other; returns the last. The body `jaw` gets no geoms yet.
 
     servos: {joint: row of measure_servos}.
     """
-    # where the base stood in the file does not matter
+    # the base's pose in the file does not matter
     body = add(world, "body", name="base", childclass="link")
     fill_body(body, model, path[0])
     for i in path[1:]:
@@ -257,7 +259,7 @@ def add_chain(world, actuators, model, path, servos, jaw):
 
 
 def write_arm(config, root):
-    """Put the arm into `root`, the gripper's parsed file; how many joints it has."""
+    """Build the arm in `root`, the parsed template. Returns its number of joints."""
     spec, model = read_model(config)
     flange = model.site(config.site)
     gripper, reason = choose_gripper(config, spec, model, flange.bodyid[0])
@@ -276,7 +278,7 @@ def write_arm(config, root):
     jaws = isinstance(gripper, Jaws)
     slides = joints[:0] if jaws or not gripper else model.body_jntadr[gripper.fingers]
     measured = measure_servos(model, np.append(joints, slides))
-    servos = dict(zip(joints, measured, strict=False))  # the fingers' come last
+    servos = dict(zip(joints, measured, strict=False))  # those of the fingers come last
     jaw = gripper.hand if jaws and gripper.fixed else None
     body = add_chain(world, actuators, model, path, servos, jaw)
     if gripper:
@@ -303,9 +305,9 @@ def write_arm(config, root):
 
 
 def point_down(kinematics, start, distance, height):
-    """qpos (dof,) near `start` with the hand straight down there and no elbow in the table, or None.
+    """qpos (dof,) near `start` with the hand straight down there and links above 3 cm; or None.
 
-    The closing axis points to the left or to the right, as it does at `start`.
+    The closing axis points left or right, as it does at `start`.
     """
     _, rotation = kinematics.forward(start)
     side = np.sign(rotation[1, 1])
@@ -319,7 +321,7 @@ def point_down(kinematics, start, distance, height):
 def farthest(kinematics, qpos, distance, step, nearest):
     """The distance (m) up to which the hand points down at the table, in steps of `step`.
 
-    Nearer than `nearest` it would stand at the base.
+    At less than `nearest` the hand would hit the base.
     """
     while qpos is not None and distance > nearest:
         distance += step
@@ -330,17 +332,17 @@ def farthest(kinematics, qpos, distance, step, nearest):
 def find_workspace(robot):
     """{numeric: value} of the new arm's file: rest pose, reach, and where the tasks take place.
 
-    The rest pose is the one, of many, that reaches far straight down and is plain: a radian from
-    the middle of a joint's range costs as much as 5 cm of reach. UserError if none reaches.
+    The rest pose is the best of many, by reach straight down and by distance from the middle of the
+    joint ranges: one radian costs as much as 5 cm of reach. UserError if none reaches.
     """
     kinematics = Kinematics(robot)
-    low, high = np.clip(robot.joint_range.T, -np.pi, np.pi)  # one turn is enough to look at
+    low, high = np.clip(robot.joint_range.T, -np.pi, np.pi)  # one turn is enough to search
     starts = np.random.default_rng(0).uniform(low, high, (80, robot.dof))
     links = robot.model.body_pos[: robot.model.body("hand").id + 1]
-    length = np.linalg.norm(links, axis=1).sum()  # m, stretched out
+    length = np.linalg.norm(links, axis=1).sum()  # m, length of the stretched arm
     nearest = min(0.15, 0.2 * length)
     best = (0.0, 0.0, 0.0)
-    for stretched in (0.4, 0.25):  # where to begin: not quite half of the arm stretched out
+    for stretched in (0.4, 0.25):  # starting distance: less than half of the stretched arm
         middle = stretched * length
         for start in [(low + high) / 2, *starts]:
             qpos = point_down(kinematics, start, middle, 0.3 * middle)
@@ -351,14 +353,14 @@ def find_workspace(robot):
                 best = max(best, (1 + far - near - 0.05 * bent, near, far, *qpos))
         if best[0]:
             break
-    _, near, far, *home = best  # none where no pose was found
+    _, near, far, *home = best  # without the pose if none was found
     if far - near < SPAN:
         found = f"only from {near:.2f} to {far:.2f} m" if best[0] else "and no pose was found"
         raise UserError(
             f"with this gripper the arm cannot point straight down along {SPAN} m of the table, "
             f"{found}: are --base, --site and --axes right?"
         )
-    scale = min(1.0, round((far - near) / 0.53, 2))  # 1 for arms with 0.53 m, as the xArms
+    scale = min(1.0, round((far - near) / 0.53, 2))  # 1 for arms with 0.53 m, like the xArms
     center = far - 0.21 * scale
     # 20 cm above the near half of the region, at scale 1
     rest = point_down(kinematics, home, center - 0.05 * scale, 0.2 * scale)
@@ -373,7 +375,7 @@ def find_workspace(robot):
 
 
 def convert(config, path):
-    """Write the arm that config.mjcf describes to `path`; its Robot. UserError: it cannot be kept."""
+    """Write the arm of config.mjcf to `path`; returns its Robot. UserError if it cannot be kept."""
     tree = ET.parse(get_robot(GRIPPER).path)
     root = tree.getroot()
     dof = write_arm(config, root)
@@ -389,7 +391,7 @@ def convert(config, path):
         tree.write(path)
         return Robot(config.name, path)
 
-    # the workspace is found with the arm as it stands in the file
+    # the workspace is searched with the arm as it is in the file
     robot = write({"home": np.zeros(dof), "velocity_limit": np.full(dof, SPEED)})
     return write(find_workspace(robot))
 
@@ -404,7 +406,7 @@ def main():
         raise UserError(f"{named} lower-case letters, digits and underscores only")
     if path.exists():
         raise UserError(f"{named} there is such a robot already; delete {path} first")
-    with atomic(path) as temporary:  # a refusal leaves nothing behind
+    with atomic(path) as temporary:  # a refusal leaves no file behind
         robot = convert(config, temporary)
     print(
         f"{config.name}: {robot.dof} joints, reaches {robot.reach} m straight down; its file is "

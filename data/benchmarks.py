@@ -13,9 +13,9 @@
         planning/jsons/*.json                [{"task", "image": [...], "conversations": [{"from":
                                              "human", "value"}, {"from": "gpt", "value"}]}]
 
-The first four ask for a letter, as Cosmos-Reason1's own evaluation does; the others are open and
-want a language model as judge, which is not here: data/scoring.py is stricter. Archives must have
-been unpacked.
+The first four ask for a letter, as in Cosmos-Reason1's own evaluation. The others are open-ended
+and meant for a language model as judge, which is not included: data/scoring.py is stricter. Unpack
+the archives first.
 """
 
 import json
@@ -30,11 +30,11 @@ from files import inside, read_text, reading, write_json
 @dataclass
 class BenchmarkConfig:
     name: str = "robovqa"  # robovqa, agibot, holoassist, robofail, egothink or sharerobot
-    data: str = "out/cosmos"  # the benchmark's folder; NAME.json is written into it
+    data: str = "out/cosmos"  # the benchmark's folder; NAME.json is written there
 
 
-# How the authors name things: the file, its field with pictures or clips, and that with questions,
-# where a row is not itself one.
+# The authors' names: the file, its field with images or clips, and its field with questions
+# (None: the row itself is the question).
 PUBLISHED = {
     "egothink": ("annotations.json", "image_path", None),
     "sharerobot": ("planning/**/*.json", "image", "conversations"),
@@ -44,14 +44,14 @@ for name in ("robovqa", "agibot", "holoassist", "robofail"):
 
 
 def read_question(pair):
-    """A question as data/scoring.py wants it."""
-    # the published files have both names
+    """A question as data/scoring.py expects it."""
+    # the published files use both names
     answer = pair.get("answer") or pair["correct_answer"]
     if "index2ans" not in pair:
         return {"question": pair["question"], "answer": answer, "form": "open"}
-    # listed by letter, as the question's text and "options" must agree
+    # sorted by letter, so that the question's text and "options" agree
     options = dict(sorted(pair["index2ans"].items()))
-    answer = answer.strip().upper()  # letters come in both cases
+    answer = answer.strip().upper()  # letters come in either case
     assert answer in options, f"the answer {answer} is none of the options"
     lines = [f"({letter}) {text}" for letter, text in options.items()]
     lines = [pair["question"], *lines, "Answer with the letter of the right option alone."]
@@ -65,8 +65,8 @@ def read_question(pair):
 
 
 def find_media(name, file, folder):
-    """Where in `folder` a picture or a clip lies, or None if it is not there."""
-    # names start at different folders from benchmark to benchmark
+    """The path of an image or a clip in `folder`, or None if it does not exist."""
+    # each benchmark's paths start at a different folder
     for place in file.relative_to(folder).parents:
         for path in (place / name, place / "images" / name):
             if inside(folder, path).exists():
@@ -74,7 +74,7 @@ def find_media(name, file, folder):
 
 
 def convert(config):
-    """Write the conversations file into the benchmark's folder."""
+    """Write the conversations file to the benchmark's folder."""
     pattern, shown, asked = PUBLISHED[choose(config.name, PUBLISHED, "benchmark")]
     folder = Path(config.data).absolute()
     records = []
@@ -84,7 +84,7 @@ def convert(config):
             for row in json.loads(read_text(file)):
                 pairs = as_list(row[asked] if asked else row)
                 if asked == "conversations":
-                    # pictures come first here as they do there
+                    # images come before the text in the original too
                     question = pairs[0]["value"].replace("<image>", "").lstrip()
                     pairs = [{"question": question, "answer": pairs[1]["value"]}]
                 paths = [find_media(name, file, folder) for name in as_list(row[shown])]
@@ -99,7 +99,7 @@ def convert(config):
             f"{folder} has {count} questions of {config.name}, and pictures of none: download "
             "the benchmark and unpack its archives there"
         )
-    # a conversations file names what lies beside and below it
+    # a conversations file refers to files in its own folder and below
     out = folder / f"{config.name}.json"
     write_json(out, records)
     print(f"{out}: {len(records)} of {count} questions, those whose pictures are there")

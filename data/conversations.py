@@ -1,6 +1,6 @@
-"""Your own data: conversations about pictures and videos, in the common formats.
+"""Your own data: conversations about images and videos, in the common formats.
 
-A file is JSON lines, a record a line, or one JSON list of records. A record is one of
+A file is JSON lines, one record per line, or one JSON list of records. A record is one of
 
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"},
                                                {"type": "text", "text": "What is this?"}]},
@@ -11,12 +11,12 @@ A file is JSON lines, a record a line, or one JSON list of records. A record is 
                                          {"from": "gpt", "value": "A cup."}]}    LLaVA, ShareGPT
     {"images": ["a.jpg"], "questions": [{"question": "What is this?", "answer": "A cup."}, ...]}
 
-The last is this project's own: questions about the same pictures, each as if asked alone, with the
-pictures before it. "videos" and <video> go beside "images" and <image>, "system" beside all. Each
-picture has one place, and each place one picture; LLaVA's texts may have none, then pictures come
-before the first question. A picture is a path below the file's folder (which may hold links), a
-file:// or data: URI, or {"path", "url", "bytes"}; a video is a folder of pictures, a GIF or WebP,
-a film, or a list of pictures. What else a record holds stays in `Row.record`.
+The last is this project's own: independent questions about the same images, which come before each
+of them. "videos" and <video> work like "images" and <image>; all formats may have "system". There
+must be as many placeholders as images; LLaVA's texts may have none, in which case the images come
+before the first question. An image is a path below the file's folder (which may contain links), a
+file:// or data: URI, or {"path", "url", "bytes"}; a video is a folder of images, a GIF or WebP, a
+video file, or a list of images. Everything else in a record stays in `Row.record`.
 """
 
 import json
@@ -30,7 +30,7 @@ from cli import UserError, one_line
 from data.media import load_image, load_video, locate
 from files import read_text, reading
 
-# of both shapes: people mix their words
+# of both conventions: people mix them
 ROLES = {
     "system": "system",
     "user": "user",
@@ -38,26 +38,26 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-LOADERS = {"image": load_image, "video": load_video}  # of the kinds of media
-# A place in a text: LLaVA's tag, Qwen's three tokens, Qwen 1's path. ms-swift's tags for boxes are
-# known here to be refused: nothing would be put in.
+LOADERS = {"image": load_image, "video": load_video}  # for each kind of media
+# A placeholder in a text: LLaVA's tag, Qwen's three tokens, Qwen 1's path. ms-swift's tags for
+# boxes are matched in order to refuse them: nothing would be filled in.
 PLACE = re.compile(
     r"<(?:\|vision_start\|><\|)?(image|video|bbox|ref-object|img>.+?(?=</img))"
     r"(?:</img|_pad\|><\|vision_end\|)?>\n*"
 )
-# What a record or a message, and what a picture or video may ask for and would not get.
+# Options of a record, a message, an image or a video that would not be honored here.
 UNREAD = re.compile(r"audios?|tools|tool_calls")
 UNREAD_OF_MEDIA = re.compile(r"\w+_pixels|resized_\w+|\w*frames|video_(start|end)|fps")
-MOST_CHARACTERS = 100_000  # of the texts of a row
-MOST_TOLD = 5  # bad records that an error names
+MOST_CHARACTERS = 100_000  # in the texts of a row
+MOST_TOLD = 5  # bad records that an error message names
 
 
 @dataclass
 class Row:
-    """A row of training: conversations about the same pictures, none seeing another.
+    """A training row: conversations about the same images, independent of each other.
 
-    conversations [[message, ...], ...] as `processor.chat` takes them; media in the order of
-    their places [("image", PIL) | ("video", [PIL])]; record, the dict in the file.
+    conversations [[message, ...], ...] as `processor.chat` takes them; media [("image", PIL) |
+    ("video", [PIL])] in the order of their placeholders; record, the dict in the file.
     """
 
     conversations: list
@@ -66,29 +66,30 @@ class Row:
 
 
 class Conversations:
-    """The records of a file; `row(i)` reads the pictures of one.
+    """The records of a file; `row(i)` reads the images of one.
 
-    A record's structure, and whether its pictures are there, is checked at once; what they show,
-    when the row is read. on_bad "refuse": bad records are a UserError that names them; "skip":
-    they are counted and left out.
+    The structure of the records, and whether their images exist, is checked at once; images are
+    decoded when their row is read. on_bad "refuse": bad records raise a UserError that names them;
+    "skip": they are counted and left out.
     """
 
     def __init__(self, path, on_bad="refuse"):
         self.path = Path(path)
-        self.records = []  # (place in the file, dict): pictures stay on the disk
+        self.records = []  # (place in the file, dict): images stay on disk
         bad = []
         entries = read_entries(self.path)
         for place, entry in tqdm(entries, desc=f"checking {self.path.name}", delay=2):
             try:
-                # whatever is wrong in there is wrong with the record
+                # any error in this block is an error in the record
                 with reading(f"{path}, {place}"):
                     record = json.loads(entry) if isinstance(entry, str) else entry
-                    # no header is read here: a million pictures on a network's disk take an hour
+                    # do not read image headers: for a million images on a network disk that takes
+                    # an hour
                     for _, source in read_record(record)[1]:
                         locate(source, self.path.parent)
                 self.records.append((place, record))
             except UserError as error:
-                bad.append(one_line(error, longest=200))  # so that five of them fit a message
+                bad.append(one_line(error, longest=200))  # so that five of them fit into a message
         if bad:
             about = f"{len(bad)} of {len(entries)} records are bad: {'; '.join(bad[:MOST_TOLD])}"
             if on_bad == "refuse":
@@ -104,11 +105,11 @@ class Conversations:
         return len(self.records)
 
     def name(self, i):
-        """A row in words, for whoever looks for it: "mine.jsonl, line 12"."""
+        """A row in words, to find it in the file: "mine.jsonl, line 12"."""
         return f"{self.path}, {self.records[i][0]}"
 
     def texts(self):
-        """Every text of the conversations, for a tokenizer."""
+        """All texts of the conversations, for training a tokenizer."""
         for _, record in self.records:
             for messages in read_record(record)[0]:
                 for message in messages:
@@ -118,11 +119,11 @@ class Conversations:
                     yield content
 
     def row(self, i, rng=None):
-        """The Row i. UserError that names file, line and picture if one cannot be read."""
+        """Row i. UserError with file, line and image if one cannot be read."""
         record = self.records[i][1]
         with reading(self.name(i)):
             conversations, sources = read_record(record)
-            # longer ones would fill the memory before anybody sees why
+            # longer ones would exhaust the memory before anyone sees why
             assert len(str(conversations)) < MOST_CHARACTERS, (
                 "it is too long: split the conversation"
             )
@@ -137,11 +138,11 @@ class Conversations:
 
 def read_entries(path):
     """[("line 12", JSON)] of JSON lines, or [("record 12", content)] of one JSON list."""
-    # bytes that are no UTF-8 become lone surrogates, for which only their record is refused
+    # invalid UTF-8 becomes lone surrogates, so that only its own record is refused
     text = read_text(path, errors="surrogateescape")
     unit = "line"
-    # splitlines would also split at what JSON strings may hold; files put together with `cat` have
-    # byte order marks in the middle
+    # splitlines would also split at characters that JSON strings may contain; files joined with
+    # `cat` have byte order marks in the middle
     entries = [line.strip(" \t\r\ufeff") for line in text.split("\n")]
     if text.lstrip().startswith("["):
         unit = "record"
@@ -156,7 +157,7 @@ def read_record(record):
     A source is a path, a URI, or a list of them: the frames of a video.
     """
     refuse_unread(record, UNREAD)
-    # tables fill the columns of other shapes with nulls
+    # tables fill columns that a record does not use with nulls
     turns = record.get("messages") or record.get("conversations")
     talks = [turns] if turns else [read_question(entry) for entry in record.get("questions") or []]
     assert talks, 'it has neither "messages" nor "conversations" nor "questions"'
@@ -169,7 +170,7 @@ def read_record(record):
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         assert "".join(answers).strip(), "it has no answer"
         questions = [message["content"] for message in messages if message["role"] == "user"]
-        # LLaMA-Factory refuses what LLaVA lets pass
+        # LLaVA allows this, LLaMA-Factory does not
         if questions and not media and not record.get("messages"):
             media = [(kind, left[kind].pop(0)) for kind in LOADERS for _ in list(left[kind])]
             questions[0][:0] = [{"type": kind} for kind, _ in media]
@@ -179,8 +180,8 @@ def read_record(record):
 
 
 def read_question(entry):
-    """The turns of one of a record's questions."""
-    # what questions share must be the same
+    """The turns for one of a record's questions."""
+    # the part before the question must be the same for all of them
     placed = PLACE.search(entry["question"])
     assert not placed, "its pictures come before each question: leave <image> out"
     question = {"role": "user", "content": entry["question"]}
@@ -188,28 +189,28 @@ def read_question(entry):
 
 
 def refuse_unread(item, names):
-    """Errors for what would be learned otherwise than it is meant."""
+    """Raise on options that would silently be ignored."""
     assert isinstance(item, dict), f"{item!r} is no text and no JSON object"
     for key, value in item.items():
-        # films are seen at two frames a second anyway
+        # videos are sampled at two frames per second anyway
         asked = value and names.fullmatch(key) and (key, value) != ("fps", 2)
         assert not asked, f"{key!r} is not obeyed here: take it out"
 
 
 def listed(record, kind):
-    """The sources beside a record's texts; rows of text alone may have "" or null there."""
+    """The media sources next to a record's texts; text-only rows may have "" or null there."""
     entries = as_list(record.get(kind) or record.get(f"{kind}s"))
     return list(filter(None, [find_source(entry, kind) for entry in entries]))
 
 
 def as_list(entry):
-    """Files have a list, or its one entry alone."""
+    """Files hold either a list or its single entry."""
     return entry if isinstance(entry, list) else [entry]
 
 
 def find_source(item, kind):
-    """The path or URI in a content item or its like, a list of them, or None without."""
-    if kind == "video" and isinstance(item, list):  # its frames
+    """The path or URI in a content item or the like, a list of them, or None if there is none."""
+    if kind == "video" and isinstance(item, list):  # a list of frames
         return [find_source(frame, "image") for frame in item]
     if not isinstance(item, dict):
         return item and str(item)
@@ -222,7 +223,7 @@ def find_source(item, kind):
 
 
 def read_message(turn, left, media):
-    """A chat message. Its media are added to `media`, from `left` where only a place is named."""
+    """A chat message. Appends its media to `media`; placeholders take theirs from `left`."""
     refuse_unread(turn, UNREAD)
     name = str(turn.get("role") or turn.get("from")).lower()
     assert name in ROLES, f"unknown role {name!r}, none of {[*ROLES]}"
@@ -234,7 +235,7 @@ def read_message(turn, left, media):
         if kind == "text":
             items[-1][kind] = what
             continue
-        # the model writes answers, and it writes no pictures
+        # answers are generated, and the model generates no images
         assert role == "user", f"a message of {name!r} holds <{kind}>: only questions may"
         assert what or left.get(kind), f"it has more <{kind}> than it names"
         media.append((kind, what or left[kind].pop(0)))
@@ -243,13 +244,13 @@ def read_message(turn, left, media):
     return {
         "role": role,
         "content": "".join(item["text"] for item in items),
-        # OpenAI's, ms-swift's
+        # the keys of OpenAI and ms-swift
         "learn": turn.get("weight") != 0 and turn.get("loss") is not False,
     }
 
 
 def read_item(item):
-    """Yield ("text", text) and (kind, source) of a text, or of an item of a content list."""
+    """Yield ("text", text) and (kind, source) for a text, or for an item of a content list."""
     item = {"type": "text", "text": item} if isinstance(item, str) else item
     refuse_unread(item, UNREAD_OF_MEDIA)
     kind = str(item.get("type")).removesuffix("_url")  # OpenAI's image_url
@@ -258,10 +259,10 @@ def read_item(item):
         return
     text = kind == "text" and item.get("text")
     assert isinstance(text, str), f"unknown content {item}: text, image and video are known"
-    text.encode()  # fails for half an emoji, and for what was no UTF-8
+    text.encode()  # fails on unpaired surrogates: half an emoji, or bytes that were not UTF-8
     for i, part in enumerate(PLACE.split(text)):
-        if i % 2 == 1:  # a place
-            name, _, source = part.partition(">")  # only Qwen 1's <img> has the path in it
+        if i % 2 == 1:  # a placeholder
+            name, _, source = part.partition(">")  # only Qwen 1's <img> contains the path
             yield name.replace("img", "image"), source
         elif part:
             yield "text", part

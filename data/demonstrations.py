@@ -1,21 +1,22 @@
-"""What Stage II reads: rows of episodes, with the frozen language model's hidden states of their frames.
+"""Training data for Stage II: rows of episodes, with hidden states of the frozen language model.
 
-The language model is frozen, so a frame's hidden states after block k never change. They are computed
-once for every FRAME_STRIDE-th frame and kept in the folder that `cache_folder` names, a file an
-episode: <cache>/<model>-k<k>-int8/<episode>.safetensors, or -text-first-int8 where the instruction
-comes first. Names are hashes of the model and the episode, so a file of another model or episode is
-never read.
+The language model is frozen, so a frame's hidden states after block k never change. They are
+computed once for every FRAME_STRIDE-th frame and stored in the folder that `cache_folder` names,
+one file per episode: <cache>/<model>-k<k>-int8/<episode>.safetensors, or -text-first-int8 if the
+instruction comes first. The names are hashes of the model and the episode, so a file of another
+model or episode is never read.
 
-A number takes 8 bits: a token's largest is 127, and the others are counted in its 127ths. The
-policy's first layer norms each token, so of a token of deviation 1 the error is at most
-sqrt(Dc) / 440, one standard deviation: docs/RESULTS.md has what it is.
+Hidden states are stored in 8 bits, with a scale per token that maps its largest number to 127. The
+policy's first layer normalizes each token, and for a token of unit standard deviation the rounding
+error has a standard deviation of at most sqrt(Dc) / 440; docs/RESULTS.md has the measured one.
 
-A row is a frame t of an episode: hidden states at t and at t + T, state at t, actions t .. t + T - 1.
-Past the end the last action is repeated: an episode ends when its task is done, and an arm that was
-never shown to stay there drifts away. There is no future frame there, so its loss is left out.
+A row is a frame t of an episode: hidden states at t and at t + T, state at t, actions t .. t + T -
+1. Past the end of the episode the last action is repeated: an episode ends when its task is done,
+and an arm that was never shown to stay there would drift away. There is no future frame then, so
+the future loss is left out.
 
-Letters: B rows of a step, R rows of all episodes, L tokens, Dc width of the language model, T action
-horizon, A and S action and state dims, padded to the largest robot's.
+Letters: B rows of a step, R rows of all episodes, L tokens, Dc width of the language model, T
+action horizon, A and S action and state dims, padded to those of the largest robot.
 """
 
 import hashlib
@@ -35,24 +36,24 @@ from data.robots import ROBOTS
 from data.tasks import TASKS
 from files import Tensors, save_tensors
 
-FRAME_STRIDE = 4  # control steps between frames that are trained on; divides the action horizon
-HELD_OUT = 25  # one episode in so many of each cell is for validation
+FRAME_STRIDE = 4  # control steps between training frames; divides the action horizon
+HELD_OUT = 25  # every so many episodes of a cell, one is for validation
 
 
 def select_episodes(cfg, known):
-    """The episodes that cfg (a TrainConfig) asks for, sorted by cell and seed.
+    """The episodes that cfg (a TrainConfig) selects, sorted by cell and seed.
 
-    If some are of robots that are not among `known`, only theirs: the others' layers will not train.
+    If some robots are not in `known`, only their episodes: the layers of the others stay frozen.
     """
     recorded = load_episodes(cfg.data)
-    # of an imported dataset both are its own
+    # an imported dataset has its own robots and tasks
     known_robots = [*ROBOTS, *(e.robot for e in recorded)]
     robots = choose_many(cfg.robots, dict.fromkeys(known_robots), "robot")
     known_scenes = [*TASKS, *FAMILIES, *(e.scene for e in recorded)]
     scenes = choose_many(cfg.tasks, dict.fromkeys(known_scenes), "task")
-    # sorted by cell and seed already
+    # already sorted by cell and seed
     wanted = [e for e in recorded if e.robot in robots and e.scene in scenes]
-    # the first robots' layers will be frozen
+    # layers of known robots will be frozen
     new = {episode.robot for episode in wanted} - set(known)
     episodes = []
     for _, cell in groupby(wanted, cell_of):
@@ -74,34 +75,34 @@ def cell_of(episode):
 
 
 def frames_of(episode):
-    """The control steps of an episode that are trained on."""
+    """The control steps of an episode that are used in training."""
     return range(0, len(episode), FRAME_STRIDE)
 
 
 def cache_path(folder, episode):
-    """A name made of all that an episode's hidden states depend on, but for the model."""
-    # the checksum covers the pictures too: a mended episode is another one
+    """Named by everything that an episode's hidden states depend on, except the model."""
+    # the checksum covers the images too: an edited episode gets a new name
     words = f"{episode.path.name} {episode.instruction} {episode.checksum} {FRAME_STRIDE}"
     digest = hashlib.sha256(words.encode()).hexdigest()
     return folder / f"{digest[:16]}.safetensors"
 
 
 def cache_folder(cache, backbone, config):
-    """Where hidden states of the model with this hash are, as a PolicyConfig reads them."""
+    """The folder of hidden states for the model with this hash, as a PolicyConfig reads them."""
     order = "-text-first" if config.text_first else ""
     return Path(cache) / f"{backbone}-k{config.intent_layer}{order}-int8"
 
 
 def to_bytes(hidden):
     """Hidden states (..., L, Dc) as {"hidden": int8, "scale": (..., L, 1) float32}."""
-    hidden = hidden.float().cpu().clamp(-65504, 65504)  # they are float16 again when read
-    # a token of zeros has no largest number
+    hidden = hidden.float().cpu().clamp(-65504, 65504)  # readers convert to float16
+    # avoid a scale of 0 for a token of zeros
     scale = hidden.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
     return {"hidden": (hidden / scale).round().to(torch.int8), "scale": scale}
 
 
 class HiddenStates:
-    """hidden[frame] of an episode's file, (L, Dc) float16, read as it is asked for."""
+    """hidden[frame] of an episode's file, (L, Dc) float16, read from disk on access."""
 
     def __init__(self, file):
         self.hidden = file.slice("hidden")
@@ -125,7 +126,7 @@ def uncached(episodes, folder, rank=0):
             open_cache(folder, episode)
         except UserError as error:
             missing.append(episode)
-            # nothing to tell of what was never there
+            # do not report files that never existed
             if cache_path(folder, episode).exists():
                 tqdm.write(f"{error}; it is made again")
     return missing
@@ -134,11 +135,11 @@ def uncached(episodes, folder, rank=0):
 def cache_hidden_states(blm, missing, config, folder, rank=0, world=1, fsdp=False):
     """Compute those of episodes for a PolicyConfig; rank r of `world` computes its share."""
     share = missing[rank::world]
-    # shards work together, so every process does as many
+    # with shards every process must run equally often
     if fsdp and len(share) < len(missing[::world]):
         share.append(missing[0])
     for episode in tqdm(share, "hidden states", disable=rank > 0, unit="episode"):
-        # all at once: an episode of 200 steps is 51 prompts of one length, without padding
+        # one batch: an episode of 200 steps gives 50 prompts of equal length, without padding
         images = [episode.images(t) for t in frames_of(episode)]
         texts = [episode.instruction] * len(images)
         reads = (config.intent_layer, config.text_first)
@@ -150,19 +151,19 @@ def cache_hidden_states(blm, missing, config, folder, rank=0, world=1, fsdp=Fals
 
 
 class Demonstrations:
-    """All rows in memory, but for hidden states, which stay on disk until a batch asks for them.
+    """All rows in memory, except for hidden states, which stay on disk until a batch needs them.
 
     embodiments {robot: Embodiment}, those of `known` first; cells [(robot, scene)];
     frame (R, 2): episode and frame of each row; has_future (R,); train (n,): row numbers;
-    held_out [row numbers], an array a cell.
+    held_out: an array of row numbers per cell.
     """
 
     def __init__(self, episodes, hidden, horizon, num_waypoints, known=()):
         self.episodes = episodes
-        self.hidden = hidden  # of each episode, as `open_cache` has it
+        self.hidden = hidden  # of each episode, from `open_cache`
         self.horizon = horizon
         self.num_waypoints = num_waypoints
-        self.ahead = horizon // FRAME_STRIDE  # frames until the future
+        self.ahead = horizon // FRAME_STRIDE  # frames between a row and its future
         self.embodiments = dict(known)
         for episode in episodes:
             expected = self.embodiments.setdefault(episode.robot, episode.embodiment)
@@ -172,7 +173,7 @@ class Demonstrations:
         robots = list(self.embodiments)
         indices = [robots.index(episode.robot) for episode in episodes]
         counts = [len(frames_of(episode)) for episode in episodes]
-        # a row is a frame of an episode
+        # one row per frame of an episode
         self.frame = np.array([(i, j) for i, count in enumerate(counts) for j in range(count)])
         self.has_future = self.frame[:, 1] + self.ahead < np.repeat(counts, counts)
         self.embodiment = np.repeat(indices, counts)
@@ -181,12 +182,12 @@ class Demonstrations:
         self.partner = self.find_partners(counts)
 
     def split(self):
-        """Set every HELD_OUT-th episode of a cell aside; new ones come last, so those aside stay."""
-        number = self.frame[:, 0]  # of each row's episode
+        """Hold out every HELD_OUT-th episode of a cell. New ones come last, so this is stable."""
+        number = self.frame[:, 0]  # episode of each row
         self.held_out = []
         for cell in self.cells:
             members = [i for i, episode in enumerate(self.episodes) if cell_of(episode) == cell]
-            # a small cell still has one to look at, and one to learn from
+            # in a small cell hold out the last episode, unless it is the only one
             aside = members[HELD_OUT - 1 :: HELD_OUT] or members[1:][-1:]
             rows = np.flatnonzero(np.isin(number, aside))
             self.held_out.append(rows)
@@ -194,9 +195,9 @@ class Demonstrations:
         self.train = np.setdiff1d(np.arange(len(number)), aside)
 
     def find_partners(self, counts):
-        """(R,) for each row the one of the layout's other command at the same step.
+        """(R,) for each row the one with the layout's other command at the same step.
 
-        Itself where there is none, or only one that is held out.
+        The row itself if there is no other command, or if its episode is held out.
         """
         first = np.cumsum([0, *counts])  # row of each episode's first frame
         layouts = defaultdict(list)
@@ -206,13 +207,13 @@ class Demonstrations:
         partner = itself.copy()
         for members in layouts.values():
             for i, j in zip(members, members[1:] + members[:1]):
-                # the last frame of a shorter one
+                # or the last frame, if that episode is shorter
                 frames = np.arange(counts[i]).clip(max=counts[j] - 1)
                 partner[first[i] : first[i + 1]] = first[j] + frames
         return np.where(np.isin(partner, self.train), partner, itself)
 
     def numbers(self, rows):
-        """state (n, S) and action (n, T, A) of rows (n,); zeros where a robot has fewer numbers."""
+        """state (n, S) and action (n, T, A) of rows (n,); zero-padded for smaller robots."""
         robots = self.embodiments.values()
         S = max(robot.state_dim for robot in robots)
         A = max(robot.action_dim for robot in robots)
@@ -223,22 +224,22 @@ class Demonstrations:
             episode = self.episodes[i]
             robot = self.embodiments[episode.robot]
             step = frame * FRAME_STRIDE
-            # past its end the last action is held
+            # past the end the last action is held
             steps = (step + ahead).clip(max=len(episode) - 1)
             state[row, : robot.state_dim] = torch.from_numpy(episode.state[step])
             action[row, :, : robot.action_dim] = torch.from_numpy(episode.action[steps])
         return state, action
 
     def waypoints(self, rows):
-        """(n, W, 3) m: where the tool is T, 2 T, ... steps after each row, or at the episode's end."""
+        """(n, W, 3) m: tool positions T, 2 T, ... steps after each row, or at the episode's end."""
         ahead = self.horizon * np.arange(1, self.num_waypoints + 1)
-        # nobody says where an imported state has the tool
+        # an imported state does not tell where the tool is
         places = np.zeros((len(rows), len(ahead), 3), np.float32)
         for row, (i, frame) in enumerate(self.frame[rows]):
             episode = self.episodes[i]
             if episode.robot in ROBOTS:
                 steps = (frame * FRAME_STRIDE + ahead).clip(max=len(episode) - 1)
-                first = episode.action.shape[1]  # it stands behind joints and finger
+                first = episode.action.shape[1]  # it comes after joints and finger
                 places[row] = episode.state[steps, first : first + 3]
         return places
 
@@ -246,20 +247,21 @@ class Demonstrations:
         """Fit a policy's normalizer to the training rows of robots that have no statistics yet."""
         embodiment = self.embodiment[self.train]
         for robot in np.unique(embodiment):
-            # a robot that acts already would act otherwise
+            # other statistics would change how a trained robot acts
             if not normalizer.fitted[robot]:
                 rows = self.train[embodiment == robot]
                 normalizer.fit(int(robot), *self.numbers(rows))
 
     def rows_of_step(self, seed, step, batch_size):
-        """(B,) rows, a function of (seed, step), sorted by robot: the policy has few groups then.
+        """(B,) rows, a function of (seed, step), sorted by robot so that the policy has few groups.
 
-        Any frame is as likely as any other, so longer tasks weigh more.
+        All frames are equally likely, so longer tasks weigh more.
         """
         rng = np.random.default_rng([seed, step])
         rows = rng.choice(self.train, batch_size)
-        # The second half are the other commands of the first half's layouts, at the same step: early
-        # in an episode only the words tell the two apart. Rows without one leave theirs as drawn.
+        # The second half holds the other commands of the first half's layouts, at the same step:
+        # early in an episode only the instruction tells the two apart. Where there is none, the
+        # drawn row is kept.
         half = len(rows) // 2
         first = rows[:half]
         second = rows[half : 2 * half]  # a view
@@ -269,7 +271,7 @@ class Demonstrations:
         return rows[order]
 
     def batch(self, rows):
-        """What Policy.forward takes, for rows (B,). A row without a future has the present there."""
+        """The input of Policy.forward for rows (B,). A missing future is the present frame."""
         future = self.has_future[rows]
         later = self.frame[rows]  # a copy: fancy indexing
         later[:, 1] += self.ahead * future
@@ -285,13 +287,13 @@ class Demonstrations:
         for name, frames in (("", self.frame[rows]), ("future_", later)):
             states = [torch.as_tensor(self.hidden[i][int(j)]) for i, j in frames]
             real = [torch.ones(len(state), dtype=torch.bool) for state in states]
-            # the policy casts float16 itself
+            # the policy converts from float16 itself
             batch[f"{name}hidden"] = pad_sequence(states, True)  # (B, L, Dc)
             batch[f"{name}mask"] = pad_sequence(real, True)  # (B, L)
         return batch
 
     def describe(self, rows):
-        """Rows in words, for whoever looks for a bad one."""
+        """Rows in words, to find a bad one."""
         words = []
         for i, frame in self.frame[rows]:
             words.append(f"{self.episodes[i].path.name} step {frame * FRAME_STRIDE}")

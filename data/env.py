@@ -1,17 +1,18 @@
 """One robot, one task, one table: the environment, with gymnasium's signature and 20 Hz control.
 
-Or one robot and a family of scenes (data/families.py), in which several things can be done: `command`
-says which, and names in the task, such as "cube", stand for the bodies of its roles.
+Or one robot and a family of scenes (data/families.py), each of which allows several commands:
+`command` selects one, and object names in its task, such as "cube", stand for the bodies that have
+these roles.
 
     reset(seed) -> observation, info
     step(action (A,)) -> observation, reward, terminated, truncated, info
 
 Observation: {"images": {"front", "wrist"}: (128, 128, 3) uint8, "state": (S,) float32,
 "instruction": str}; order and units of state and action: data/robots.py. Deterministic given the
-seed. The policy sees this and nothing else; `position`, `rotation` and the like serve success
-tests, the expert and the scenes of Stage I.
+seed. The policy sees nothing else; `position`, `rotation` and the like are for success tests, the
+expert and the scenes of Stage I.
 
-A layout is {body: (position (3,) m, yaw rad)}, what is moved first standing first.
+A layout is {body: (position (3,) m, yaw rad)}; the body to move first comes first.
 """
 
 import copy
@@ -28,29 +29,29 @@ from data.simulator import Camera, mujoco
 from data.tasks import MAX_STEPS, RGBA, TASKS, reachable, resize
 from embodiment import CONTROL_HZ, VIEWS
 
-SUBSTEPS = 20  # of the physics, 2.5 ms each
+SUBSTEPS = 20  # of the physics per control step, 2.5 ms each
 IMAGE_SIZE = 128  # pixels: 8 x 8 patches of Stage I's ViT, merged to 4 x 4
-INITIAL_NOISE = 0.02  # rad on every joint, as ManiSkill
+INITIAL_NOISE = 0.02  # rad on every joint, as in ManiSkill
 
-# Demonstrations with varied="all": shares with light and table drawn anew, with the front camera
-# moved, and with one cube more, in a color that no task and no perturbation has.
+# Demonstrations with varied="all": the shares with random light and table, with a moved front
+# camera, and with an extra cube in a color that no task or perturbation uses.
 VARIED = 0.6
 MOVED = 0.5
 CROWDED = 0.3
 CROWD = ("purple", "orange", "white")
-PERTURBATIONS = (  # what an evaluation changes, each alone
+PERTURBATIONS = (  # what an evaluation changes, one at a time
     "lighting",  # half the light, from the other side
-    "table",  # a gray-blue table top
-    "camera",  # front camera 2 cm and 3 degrees off, another way in every episode
-    "outside",  # objects moved together, until one lies 2 cm outside the demonstrations' region
-    "noise",  # 8 of 255 on every pixel, 0.005 rad and m on every number of the state
+    "table",  # a gray-blue tabletop
+    "camera",  # front camera 2 cm and 3 degrees off, in a random direction for each episode
+    "outside",  # objects moved together until the first is 2 cm outside the demonstrations' region
+    "noise",  # sigma 8 of 255 on every pixel, 0.005 rad or m on every number of the state
     "distractor",  # a yellow cube, at least 10 cm from everything else
 )
 
 
 @cache
 def compile_scene(robot_name, task_name, clutter):
-    """The MjModel of a cell, shared by every env of this process: each changes a copy."""
+    """The MjModel of a cell, shared by all envs of this process: each one changes a copy."""
     robot = get_robot(robot_name)
     family = FAMILIES.get(task_name)
     here = Path(__file__).parent
@@ -59,13 +60,13 @@ def compile_scene(robot_name, task_name, clutter):
     paths = [here / "table.xml", robot.path, objects / f"{things}.xml"]
     if clutter:
         paths.append(objects / "clutter.xml")
-    # the sections of the files are merged as if they stood in one
+    # sections of the included files are merged as if they were in one file
     files = {path.name: path.read_bytes() for path in paths}
     parts = "".join(f'<include file="{name}"/>' for name in files)
     spec = mujoco.MjSpec.from_string(f"<mujoco>{parts}</mujoco>", include=files)
-    # the arm's file has its base at the origin; here that is where objects start
+    # in the arm's file the base is at the origin; here the origin is where objects start
     spec.body("base").pos[0] = -robot.spawn_distance
-    for view in ("front", "render"):  # nearer for a small arm
+    for view in ("front", "render"):  # closer for a small arm
         spec.camera(view).pos *= robot.scale
     if family:
         everything = set().union(*(other.bodies for other in FAMILIES.values()))
@@ -75,11 +76,11 @@ def compile_scene(robot_name, task_name, clutter):
     return spec.compile()
 
 
-# ---- what varies: light, table top, front camera, and where things lie
+# ---- variations: light, tabletop, front camera, and where objects are
 
 
 def restore_looks(model, original):
-    """Undo what the episode before has changed of `model`."""
+    """Undo the changes that the previous episode made to `model`."""
     changed = (
         "light_diffuse",
         "light_dir",
@@ -101,8 +102,8 @@ def set_light(model, ambient, diffuse, lamp, direction):
 
 
 def vary_looks(model, rng):
-    """Another light and table top, for VARIED of the episodes."""
-    # all are drawn before it is drawn whether they are used
+    """Random light and tabletop, in a share VARIED of the episodes."""
+    # draw everything first, so that the random stream does not depend on whether it is used
     low = (0, 0.6, 0.3, 0.15, 0.15, 0.2)
     high = (2 * np.pi, 2, 0.8, 0.45, 0.45, 0.6)
     turn, height, grey, *light = rng.uniform(low, high)
@@ -115,7 +116,7 @@ def vary_looks(model, rng):
 
 
 def turn_camera(model, rng, far=1.0):
-    """Move the front camera by 2 cm and turn it by 3 degrees, some way, times `far`."""
+    """Move the front camera by 2 cm and turn it by 3 degrees in a random direction, times `far`."""
     camera = model.camera("front")
     way, axis = rng.normal(size=(2, 3))
     way /= np.linalg.norm(way)
@@ -127,14 +128,14 @@ def turn_camera(model, rng, far=1.0):
 
 
 def spots(layout):
-    """(objects, 2) m: where on the table the objects of a layout lie."""
+    """(objects, 2) m: positions of a layout's objects on the table."""
     positions = [position for position, _ in layout.values()]
     return np.array(positions)[:, :2]
 
 
 @cache
 def region(robot, task):
-    """(2, 2) m: lowest and highest corner of the box in which a task's first object starts."""
+    """(2, 2) m: lowest and highest corner of the box where a task's first object starts."""
     rng = np.random.default_rng(0)
     layouts = [task.spawn(robot, rng) for _ in range(10_000)]
     starts = [spots(layout)[0] for layout in layouts]
@@ -144,13 +145,13 @@ def region(robot, task):
 
 
 def outside(robot, task, layout, rng):
-    """The layout shifted along one axis, until its first object lies 2 cm outside its region.
+    """The layout shifted along one axis, until its first object is 2 cm outside its region.
 
-    The edge is drawn from `rng`, among those beyond which all objects stay in reach.
+    The direction is drawn from `rng`, among those that keep all objects within reach.
     """
     outer = region(robot, task) + np.array([[-0.02], [0.02]])  # (2, xy)
     shifts = outer - spots(layout)[0]
-    # all move together, so that what the task asks for stays as far apart
+    # all objects move together, so that their distances stay the same
     for edge in rng.permutation(4):
         axis, side = divmod(edge, 2)
         shift = np.zeros(3)
@@ -164,7 +165,7 @@ def outside(robot, task, layout, rng):
 
 
 def add_spare(robot, layout, rng):
-    """One more cube, 10 cm from all objects; nearer only where there is no such place."""
+    """Add a cube, 10 cm from all objects, or as far as possible if there is no such place."""
     tries = rng.uniform(-1, 1, (100, 2))
     tries *= robot.spawn_half_size + 0.05
     ways = tries[:, None] - spots(layout)  # (100, objects, 2)
@@ -178,10 +179,10 @@ def add_spare(robot, layout, rng):
 class TabletopEnv:
     """`robot` at the table with `task` to do. UserError on unknown names.
 
-    render=False leaves the images out; wordings: "seen", or "held_out" from training; clutter has
-    three spare cubes below the table. perturbation: one of PERTURBATIONS; layouts and wordings are as
-    without it, except for what it changes. varied, for training, draws anew for some episodes
-    "looks", which is light and table, or "all", the front camera's place and one more cube too.
+    render=False leaves the images out; wordings: "seen" or "held_out"; clutter adds three spare
+    cubes below the table. perturbation: one of PERTURBATIONS; layouts and wordings stay as they are
+    without it, except for what it changes. varied, for training, randomizes some episodes: "looks"
+    the light and the table, "all" also the front camera's pose and an extra cube.
     """
 
     hz = CONTROL_HZ
@@ -201,9 +202,9 @@ class TabletopEnv:
         choose(task, [*TASKS, *FAMILIES], "task")
         self.scene = task  # a task or a family
         self.family = FAMILIES.get(task)
-        self.task = TASKS.get(task)  # of a family's scenes, that of the command
-        self.roles = {}  # {name in the task: body} of the command
-        self.target = None  # (A,) that the servos hold: the action, inside the limits
+        self.task = TASKS.get(task)  # in a family's scene, the task of the command
+        self.roles = {}  # {name in the task: body}, for the command
+        self.target = None  # (A,) target of the servos: the action, clipped to the limits
         self.render = render
         self.perturbation = choose(perturbation, ["", *PERTURBATIONS], "perturbation")
         if self.family and perturbation in ("outside", "distractor"):
@@ -212,18 +213,18 @@ class TabletopEnv:
             )
         self.varied = varied  # "", "looks" or "all"
         self.wordings = wordings
-        # spare cubes only where they are used: without them the physics is a little faster
-        may_be_crowded = varied == "all" and not self.family  # words name what lies there already
+        # spare cubes only where they are used: without them the physics is slightly faster
+        may_be_crowded = varied == "all" and not self.family  # an extra cube could be ambiguous
         crowded = clutter or perturbation == "distractor" or may_be_crowded
-        # what reset restores; the copy is changed
+        # reset restores the original; only the copy is changed
         self.original = compile_scene(robot, task, crowded)
         self.model = copy.copy(self.original)
         self.data = mujoco.MjData(self.model)
-        self.start = {}  # {body: position (3,) m} of what a command may not move
-        # the task's frame has its origin where objects start
+        self.start = {}  # {body: position (3,) m}; a command may move only its own bodies
+        # the origin of the task frame is where objects start
         self.base = np.array([-self.robot.spawn_distance, 0.0, 0.0])
         self.tcp = self.model.site("tcp").id
-        # the geoms of either finger that touch things: left_pad, left_pad1, ...
+        # each finger's collision geoms: left_pad, left_pad1, ...
         names = [self.model.geom(i).name for i in range(self.model.ngeom)]
         self.pads = []
         for side in ("left_pad", "right_pad"):
@@ -233,12 +234,12 @@ class TabletopEnv:
     # ---- gymnasium's two verbs
 
     def reset(self, seed=0, instruction=None, command=0, new=False):
-        """A layout, a wording and a slightly disturbed rest pose, drawn from `seed`.
+        """Draw a layout, a wording and a slightly disturbed rest pose from `seed`.
 
-        instruction: another wording. Of a family's scene, command says which of its commands is
-        given, and new asks for scenes whose first command training never shows. info holds the layout.
+        instruction replaces the wording. In a family's scene, command selects one of its commands,
+        and new draws scenes whose first command never occurs in training. info holds the layout.
         """
-        rng = seeds.rng(seed, self.scene)  # where things lie, how the arm rests, which words
+        rng = seeds.rng(seed, self.scene)  # for layout, rest pose and wording
         mujoco.mj_resetData(self.model, self.data)
         restore_looks(self.model, self.original)
         if self.family:
@@ -251,17 +252,17 @@ class TabletopEnv:
         self.start = {body: self.position(body) for body in layout}
         self.give(command)
         words = rng
-        if self.family:  # the layout's other command draws its own
+        if self.family:  # the layout's other command draws its own wording
             words = seeds.rng(seed, "command", command)
         sentence = instruct(self.table, self.command, words, self.wordings)
         self.instruction = instruction or sentence
         self.steps = 0  # control steps of this episode
         self.clipped = {"limits": 0, "speed": 0}
-        self.sensor = seeds.rng(seed, "sensor")  # its noise goes on from step to step
+        self.sensor = seeds.rng(seed, "sensor")  # its noise continues from step to step
         return self.observe(), {"layout": layout}
 
     def lay_out(self, seed, layout, rng):
-        """Put things where they start, and the arm near its rest pose."""
+        """Put objects where they start, and the arm near its rest pose."""
         for name, (position, yaw) in layout.items():
             self.place(name, position, yaw)
         noise = rng.normal(0, INITIAL_NOISE, self.robot.dof)
@@ -270,7 +271,7 @@ class TabletopEnv:
         self.forward()
 
     def give(self, number):
-        """From now on it is this one of the scene's commands that counts."""
+        """Switch to this one of the scene's commands."""
         commands = len(self.table.commands)
         if not 0 <= number < commands:
             raise UserError(f"command {number}: this scene has {commands}, counted from 0")
@@ -279,27 +280,27 @@ class TabletopEnv:
         self.roles = self.command.roles
 
     def begin(self, number):
-        """As `give`, from where things are now: that is what others must not move away from."""
+        """Like `give`, but other objects must now stay where they currently are."""
         self.give(number)
         self.start = {body: self.data.body(body).xpos.copy() for body in self.start}
 
     def paint(self):
-        """Give the things of a family's scene their colors."""
+        """Give the objects of a family's scene their colors."""
         for name, color in self.table.colors.items():
             geoms = self.model.geom_bodyid == self.model.body(name).id
             self.model.geom_rgba[geoms] = RGBA[color]
 
     def succeeded(self):
-        """Is the command done, and has nothing moved that it does not name?"""
+        """Is the command done, without moving any object that it does not name?"""
         for name in self.start.keys() - self.roles.values():
             if np.linalg.norm(self.position(name) - self.start[name]) > STILL:
                 return False
         return all(self.task.success(self).values())
 
     def perturb(self, seed, layout):
-        """The layout, and the looks of the model, under this env's perturbation or variation.
+        """Apply this env's perturbation or variation to the model's looks; returns the layout.
 
-        Each is drawn from a stream of its own, so that the rest is alike.
+        Each uses a random stream of its own, so that everything else stays the same.
         """
         model = self.model  # as compiled: reset has restored it
         rng = seeds.rng(seed, "perturbation")
@@ -330,8 +331,8 @@ class TabletopEnv:
     def step(self, action):
         """Drive the servos to `action` (A,) for one control step (0.05 s).
 
-        Targets beyond joint, finger or velocity limits are clipped, and such steps counted in
-        info["clipped"]. ValueError if the action has another shape, or is not finite.
+        Targets beyond joint, finger or velocity limits are clipped; such steps are counted in
+        info["clipped"]. ValueError if the action has the wrong shape or is not finite.
         """
         robot = self.robot
         dof = robot.dof
@@ -343,7 +344,7 @@ class TabletopEnv:
         *inside, finger = robot.clip(action)
         reach = robot.velocity_limit / CONTROL_HZ  # rad
         target = np.clip(inside, before - reach, before + reach)
-        # fingers are sent to their end stops on purpose, and not counted
+        # fingers are driven to their end stops on purpose, so they are not counted
         self.clipped["limits"] += not np.allclose(inside, action[:dof], 0, 1e-6)
         self.clipped["speed"] += not np.allclose(target, inside, 0, 1e-6)
         self.target = np.append(target, finger)
@@ -355,12 +356,12 @@ class TabletopEnv:
         return self.observe(), float(done), done, truncated, info
 
     def drive(self, target, finger):
-        """One control step of physics towards joint targets (dof,) rad and a finger's, m."""
+        """One control step of physics toward joint targets (dof,) rad and a finger target, m."""
         dof = self.robot.dof
         before = self.data.ctrl[:dof].copy()
-        # at once: their servo's force is limited
+        # fingers jump to their target: the force of their servo is limited
         self.data.ctrl[dof] = self.robot.finger_control(finger)
-        for i in range(1, SUBSTEPS + 1):  # targets slide there, so that servos see no jumps
+        for i in range(1, SUBSTEPS + 1):  # interpolated, so that the servos see no jumps
             way = (target - before) * i
             self.data.ctrl[:dof] = before + way / SUBSTEPS
             mujoco.mj_step(self.model, self.data)
@@ -378,16 +379,17 @@ class TabletopEnv:
         return np.concatenate(numbers, dtype=np.float32)
 
     def opening(self):
-        """m, of either finger, live."""
+        """m, of each finger, now."""
         return self.robot.opening(self.data.qpos)
 
     def tool(self):
-        """(3, 3) rotation of the tool, live."""
+        """(3, 3) rotation of the tool, now."""
         return self.data.site_xmat[self.tcp].reshape(3, 3)
 
     def observe(self, render=None):
-        """The observation now. `render` overrides the env's own choice: a policy that looks only
-        every few steps needs no pictures between.
+        """The observation now. `render` overrides the env's own setting.
+
+        A policy that observes only every few steps needs no images in between.
         """
         images = {}
         if self.render if render is None else render:
@@ -402,7 +404,7 @@ class TabletopEnv:
         return {"images": images, "state": state, "instruction": self.instruction}
 
     def draw(self, view, size=IMAGE_SIZE, **how):
-        """A picture of a camera, see Camera.draw. UserError where there is no GL."""
+        """An image from a camera, see Camera.draw. UserError without GL."""
         return self.camera.draw(self.data, view, size, **how)
 
     def close(self):
@@ -411,11 +413,11 @@ class TabletopEnv:
     # ---- the true state: for success tests, the expert and scenes
 
     def place(self, name, position, yaw=0.0):
-        """Put a body somewhere, at rest, turned by `yaw` (rad) about the vertical."""
+        """Put a body at a position, at rest, turned by `yaw` (rad) about the vertical."""
         half = yaw / 2
         quat = [np.cos(half), 0, 0, np.sin(half)]
         body = self.model.body(name)
-        if body.mocapid[0] >= 0:  # goals, bins and spare cubes stay where they are put
+        if body.mocapid[0] >= 0:  # goals, bins and spare cubes are static
             self.data.mocap_pos[body.mocapid] = position
             self.data.mocap_quat[body.mocapid] = quat
         else:
@@ -424,11 +426,11 @@ class TabletopEnv:
             joint.qvel[:] = 0
 
     def forward(self):
-        """Work out where everything is, after joints or bodies were put somewhere by hand."""
+        """Recompute all positions after joints or bodies were set directly."""
         mujoco.mj_forward(self.model, self.data)
 
     def set_arm(self, targets):
-        """Joints rad and both fingers m (A,) there at once, servos holding."""
+        """Set joints (rad) and both fingers (m) to targets (A,) at once, with servos holding."""
         *joints, finger = targets
         places = [*joints, *self.robot.finger_joints(finger)]
         moving = len(places)
@@ -439,7 +441,7 @@ class TabletopEnv:
         self.target = np.array(targets)
 
     def body(self, name):
-        """The body's number, by its own name or by its role in the task."""
+        """The id of a body, given its name or its role in the task."""
         return self.model.body(self.roles.get(name, name)).id
 
     def position(self, name):
@@ -449,11 +451,11 @@ class TabletopEnv:
         return self.data.xmat[self.body(name)].reshape(3, 3).copy()
 
     def held(self):
-        """Is what the task is about in the hand?"""
+        """Is the task's object held?"""
         return self.grasped(next(iter(self.task.labels)))
 
     def why(self, held):
-        """Why an episode failed, from what `held` said after each step."""
+        """Why an episode failed, from the values of `held` after each step."""
         # these are done without a grasp
         if self.task.name in ("PushCube", "PullCube"):
             return "missed the target"
@@ -462,15 +464,15 @@ class TabletopEnv:
         return "held to the end" if held[-1] else "let go elsewhere"
 
     def grasped(self, name):
-        """True if both pads press the body, within 85 degrees of the closing axis.
+        """True if both pads press on the body, within 85 degrees of the closing axis.
 
-        ManiSkill's grasp test; how hard they must press is in the arm's file.
+        This is ManiSkill's grasp test; the force threshold is in the arm's file.
         """
         body = self.body(name)
         _, closing, _ = self.tool().T
-        wrench = np.zeros(6)  # in the contact's frame, whose rows are its axes
+        wrench = np.zeros(6)  # in the contact frame, whose axes are the rows of contact.frame
         for pads in self.pads:
-            force = np.zeros(3)  # N, in the world's frame
+            force = np.zeros(3)  # N, in the world frame
             for i, contact in enumerate(self.data.contact):
                 bodies = self.model.geom_bodyid[contact.geom]
                 if body in bodies and any(geom in pads for geom in contact.geom):

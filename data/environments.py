@@ -1,28 +1,28 @@
-"""The simulators that a policy is recorded, evaluated and watched in, and what each must have.
+"""The simulators that policies are recorded, evaluated and watched in, and their interface.
 
     tabletop     this repository's own (data/env.py): four arms, six tasks, families of scenes
-    metaworld    Meta-World's 50 tasks (data/metaworld.py), with packages of its own
-    libero       20 tasks of LIBERO (data/libero.py), with packages of its own
-    maniskill    ManiSkill's six tasks of the Panda (data/maniskill.py), with packages of its own
+    metaworld    Meta-World's 50 tasks (data/metaworld.py), with extra packages
+    libero       20 tasks of LIBERO (data/libero.py), with extra packages
+    maniskill    ManiSkill's six tasks of the Panda (data/maniskill.py), with extra packages
 
 An environment is an object with
 
-    robot         name, display_name, dof (the leading numbers of the state that move it)
-    embodiment    what its numbers are (embodiment.py); the tabletop's arms have the usual one
+    robot         name, display_name, dof (how many leading numbers of the state move it)
+    embodiment    the meaning of its numbers (embodiment.py); the tabletop's arms use the default
     scene         the task, or the family of scenes (data/families.py), which is then in `family`
     task          what is to be done; its name
     instruction   the sentence of this episode; steps: its control steps so far
-    hz            control steps a second; horizon: control steps of an episode
+    hz            control steps per second; horizon: control steps of an episode
     reset(seed, instruction=None) -> observation, info
     step(action (A,)) -> observation, reward, terminated, truncated, info {"success", "clipped"}
-    observe(render) -> {"images": {view: (size, size, 3) uint8}, "state": (S,) float32, "instruction"}
+    observe(render) -> {"images": {view: (size, size, 3) uint8}, "state", "instruction"}
     state() -> (S,) float32
-    draw(view, size, pretty) -> a picture; the view "render" is for people
-    held() -> bool, has the hand got what the task is about; why(held) -> why it failed, in words
+    draw(view, size, pretty) -> an image; the view "render" is for people
+    held() -> bool, does the gripper hold the task's object; why(held) -> why it failed, in words
     close()
 
 and its expert is a function (env, seed, noise, command, reset) -> Demonstration (data/expert.py).
-Episodes name the robot, and policies the robots they know, so training asks for no environment.
+Episodes name their robot, and policies the robots they know, so training needs no environment.
 """
 
 from dataclasses import dataclass
@@ -37,16 +37,16 @@ ENVIRONMENTS = ("tabletop", "metaworld", "libero", "maniskill")
 
 @dataclass(frozen=True)
 class Arm:
-    """What a rollout asks of a robot."""
+    """What a rollout needs to know about a robot."""
 
     name: str
     display_name: str
-    dof: int  # numbers of the state that say where the hand is
+    dof: int  # leading numbers of the state that give the hand's pose
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task of a package: tier is its difficulty or suite; sentence is what the policy is told."""
+    """A task of a package: tier is its difficulty or suite; sentence is the instruction."""
 
     name: str
     tier: str
@@ -55,11 +55,11 @@ class Task:
 
 
 class PackageEnv:
-    """What environments of other people's packages share: one task, told by a sentence.
+    """What the environments of other packages share: one task, given by a sentence.
 
-    Each sets hz, robot and embodiment, and has state(), draw(view), reset and step. tasks: {name: its
-    name, tier, horizon and sentence}. render=False leaves the images out; blind=True puts noise in
-    their place. UserError on an unknown task.
+    Each sets hz, robot and embodiment, and has state(), draw(view), reset and step. tasks: {name:
+    its name, tier, horizon and sentence}. render=False leaves the images out; blind=True replaces
+    them with noise. UserError on an unknown task.
     """
 
     family = None
@@ -67,20 +67,20 @@ class PackageEnv:
     def __init__(self, tasks, task, render=True, blind=False):
         self.scene = choose(task, tasks, "task")
         self.task = tasks[task]
-        self.number = list(tasks).index(task)  # among the package's, for random streams
+        self.number = list(tasks).index(task)  # index in the package's list, for random streams
         self.horizon = self.task.horizon
         self.render = render
         self.blind = blind
 
     def start_episode(self, seed, instruction):
-        """Start the time and the noise of an episode that is laid out: what `reset` returns."""
+        """Reset time and noise for an episode with a new layout. Returns what `reset` does."""
         self.instruction = instruction or self.task.sentence
         self.steps = 0
-        self.static = np.random.default_rng([seed, self.number])  # pictures of noise
+        self.static = np.random.default_rng([seed, self.number])  # images of noise
         return self.observe(), {}
 
     def read_action(self, action):
-        """(A,) from -1 to 1. ValueError if the action has another shape, or is not finite."""
+        """(A,) clipped to -1..1. ValueError if the action has the wrong shape or is not finite."""
         action = np.asarray(action, float)
         size = self.embodiment.action_dim
         if action.shape != (size,) or not np.isfinite(action).all():
@@ -88,7 +88,7 @@ class PackageEnv:
         return np.clip(action, -1, 1)
 
     def count_step(self, reward, success, render):
-        """What `step` returns, once the physics are done."""
+        """The return value of `step`, after the physics."""
         self.steps += 1
         success = bool(success)
         truncated = self.steps >= self.horizon and not success
@@ -106,15 +106,15 @@ class PackageEnv:
 
 
 def simulator(environment):
-    """The module of somebody else's: its ENVIRONMENT, ROBOT, TASKS, HZ and PACKAGES.
+    """The module of another simulator: its ENVIRONMENT, ROBOT, TASKS, HZ and PACKAGES.
 
-    UserError if it needs packages that are not there: the tabletop does without.
+    UserError if its packages are not installed; the tabletop does not need them.
     """
     return import_module(f"data.{environment}")
 
 
 def names_in(environment):
-    """(robots, tasks, further scenes) that an environment has. UserError if there is no such one."""
+    """(robots, tasks, further scenes) of an environment. UserError if there is no such one."""
     if choose(environment, ENVIRONMENTS, "environment") != "tabletop":
         module = simulator(environment)
         return (module.ROBOT.name,), tuple(module.TASKS), ()
@@ -126,7 +126,7 @@ def names_in(environment):
 
 
 def cells_of(config):
-    """(robots, scenes) that config's env, robots and tasks name; all tasks are without families."""
+    """(robots, scenes) that config's env, robots and tasks name; "all" tasks excludes families."""
     robots, tasks, families = names_in(config.env)
     chosen = choose_many(config.robots, robots, "robot")
     if config.tasks == "all":
@@ -135,7 +135,7 @@ def cells_of(config):
 
 
 def open_environment(environment, robot, scene, **options):
-    """One of the classes' objects; options are the tabletop's own (data/env.py)."""
+    """An object of one of these classes; options are those of its constructor."""
     if environment != "tabletop":
         return simulator(environment).ENVIRONMENT(scene, **options)
     from data.env import TabletopEnv
@@ -144,11 +144,11 @@ def open_environment(environment, robot, scene, **options):
 
 
 def expert_of(environment):
-    """The function that demonstrates there."""
+    """The expert function of an environment."""
     if environment == "metaworld":
         return simulator(environment).demonstrate
     if environment == "libero":
         from data.libero_expert import demonstrate
-    else:  # of the tabletop, which also knows ManiSkill's tasks
+    else:  # the tabletop's expert, which also handles ManiSkill's tasks
         from data.expert import demonstrate
     return demonstrate

@@ -1,11 +1,11 @@
-"""The scripted expert: a task becomes primitives, then poses, joint paths, targets at 20 Hz.
+"""The scripted expert: tasks to primitives, poses, joint paths, and targets at 20 Hz.
 
     primitives    PRIMITIVES[task](env) -> [Primitive]: approach, descend, grasp, carry, ..., each a
-                  pose of the tool or a place of the fingers
-    poses, paths  plan(env, primitives) -> [(name, targets)]: inverse kinematics along the way,
+                  pose of the tool or a finger position
+    poses, paths  plan(env, primitives) -> [(name, targets)]: inverse kinematics along the path,
                   another tilt or turn if that fails or collides, timing under the speed limits
-    execution     demonstrate(env, seed) -> Demonstration: carry out with small disturbances, watch
-                  for success, and plan again from where things are
+    execution     demonstrate(env, seed) -> Demonstration: execute with small disturbances, check
+                  for success, and replan from the current state
 
 This is the planning side of BLM1's data engine. The expert reads the true state of the simulator;
 policies never do. TCP is the tool's frame (data/robots.py); L control steps, S state and A action
@@ -28,15 +28,15 @@ from data.tasks import PEG_LENGTH, PEG_RADIUS, region_radius
 
 JOINT_SPEED = 1.3  # rad/s, peak, and never above 0.6 of the arm's own limit
 TCP_SPEED = 0.45  # m/s, peak
-CLEARANCE = 0.06  # m, from which the hand goes straight down to what it grasps
-PEG_SWING = 6.0  # N a finger: carries the peg (5.9 N) and lets it swing until friction balances it
-PEG_FIRM = 25.0  # N a finger: the peg does not swing
-PEG_LEVER = 0.07  # m from its center to where it is held
-FINGER_STEPS = 6  # control steps for every closing or opening, as ManiSkill's experts
-# Tilts to try, rad forwards from straight down: the WidowX points straight down only below 0.175 m.
+CLEARANCE = 0.06  # m; from this height the hand descends straight onto what it grasps
+PEG_SWING = 6.0  # N per finger: carries the peg (5.9 N), and lets it swing until friction stops it
+PEG_FIRM = 25.0  # N per finger: the peg does not swing
+PEG_LEVER = 0.07  # m from its center to where it is grasped
+FINGER_STEPS = 6  # control steps per closing or opening, as in ManiSkill's experts
+# Tilts to try, rad forward from straight down: the WidowX points straight down only below 0.175 m.
 TILTS = (0.0, 0.3, 0.6)
-STEEP = (0.9, 1.2)  # and for an arm of five joints, which is small: high up it must reach out
-PLANS = 6  # how often the expert may look again and plan from where things are
+STEEP = (0.9, 1.2)  # also for a small arm of five joints: high up it has to reach outward
+PLANS = 6  # how often the expert may replan from the current state
 UP = np.array([0.0, 0.0, 1.0])
 
 
@@ -46,32 +46,32 @@ class Infeasible(Exception):
 
 @dataclass
 class Primitive:
-    """One movement of the TCP to a `position`, or of the fingers alone where there is none."""
+    """One movement of the TCP to a `position`, or of the fingers alone if there is none."""
 
     name: str
-    finger: float  # m, where the fingers are sent; see SQUEEZE in data/robots.py
-    position: np.ndarray = None  # m, in the task's frame
-    turn: float = None  # rad from the hand's rest direction there; None: as the hand is
-    tilts: tuple = TILTS  # to be tried with that turn
-    straight: bool = True  # the TCP moves along a line; else the joints do, with the next in view
+    finger: float  # m, finger target; see SQUEEZE in data/robots.py
+    position: np.ndarray = None  # m, in the task frame
+    turn: float = None  # rad from the rest direction there; None: keep the hand's direction
+    tilts: tuple = TILTS  # tilts to try with that turn
+    straight: bool = True  # the TCP moves in a line; else the joints do, checking the next one too
     slow: float = 1.0  # fraction of the speed limits
-    hold: int = 0  # control steps to wait at the end, while the servos catch up
+    hold: int = 0  # control steps to wait at the end, until the servos catch up
 
 
 @dataclass
 class Demonstration:
-    """What was seen and commanded: row t of each belongs to control step t."""
+    """What was observed and commanded: row t of each is control step t."""
 
     states: np.ndarray  # (L, S)
     actions: np.ndarray  # (L, A) clean targets
     phases: list  # L names of primitives
-    images: list  # L times {view: picture}, empty where the env does not render
+    images: list  # L times {view: image}, empty if the env does not render
     success: bool
     instruction: str
 
     @classmethod
     def of(cls, rows, success, instruction):
-        """From rows of (state, action, phase, images), one a control step."""
+        """From rows of (state, action, phase, images), one per control step."""
         states, actions, phases, images = zip(*rows)
         actions = np.array(actions, np.float32)
         return cls(np.array(states), actions, phases, images, success, instruction)
@@ -81,21 +81,21 @@ class Demonstration:
 
 
 def tcp_of(env):
-    """(3,) m: the tool's place in the task's frame, live."""
+    """(3,) m: the tool's position in the task frame, now."""
     return env.data.site_xpos[env.tcp]
 
 
 def closing_sign(robot):
-    """1, or -1 for a hand that rests with its closing axis the other way round."""
+    """1, or -1 if the hand's closing axis points the other way at rest."""
     _, rotation = get_kinematics(robot.name).forward(robot.home)
     return -np.sign(rotation[1, 1])
 
 
 def tool_rotation(robot, direction, tilt, azimuth=None):
-    """(3, 3) rotation of a tool that points down, tilted by `tilt` towards `direction` (both rad).
+    """(3, 3) rotation of a tool that points down, tilted by `tilt` toward `direction` (both rad).
 
     The closing axis is horizontal; direction is about the vertical, 0 along the base's x. An arm
-    of five joints tilts its hand only outwards, which is towards `azimuth`, after it has turned.
+    of five joints can tilt its hand only outward, toward `azimuth`, so it turns the hand first.
     """
     if robot.dof == 5 and tilt:
         straight = tool_rotation(robot, direction, 0.0)
@@ -109,7 +109,7 @@ def tool_rotation(robot, direction, tilt, azimuth=None):
 
 
 def outwards(azimuth, tilt):
-    """(3, 3) rotation that turns what points down by `tilt` towards `azimuth` (both rad)."""
+    """(3, 3) rotation that tilts a downward vector by `tilt` toward `azimuth` (both rad)."""
     axis = np.array([np.sin(azimuth), -np.cos(azimuth), 0.0])
     quat = np.empty(4)
     rotation = np.empty(9)
@@ -119,7 +119,7 @@ def outwards(azimuth, tilt):
 
 
 def hand_pose(env):
-    """(direction, tilt) of the hand as it is: the nearest arguments of tool_rotation."""
+    """(direction, tilt) of the hand now: the closest arguments of tool_rotation."""
     tool = env.tool()
     tilt = 0.0
     if env.robot.dof == 5:
@@ -137,32 +137,32 @@ def hand_pose(env):
 
 
 def hand_offset(env, point):
-    """(3,) m: a point as the hand sees it, in the tool's frame."""
+    """(3,) m: a point in the tool's frame."""
     return env.tool().T @ (point - tcp_of(env))
 
 
 def azimuth_of(env, position):
-    """Direction (rad) from the base to a point: the hand's rest direction there."""
+    """Direction (rad) from the base to a point, which is the hand's rest direction there."""
     x, y, _ = position - env.base
     return np.arctan2(y, x)
 
 
 def quarter_turn(env, name, point):
-    """The smallest turn (rad) that puts the closing axis, at `point`, across a cube's faces."""
+    """The smallest turn (rad) after which the hand, at `point`, closes on two faces of a cube."""
     x, y, _ = env.rotation(name)
-    axis = np.hypot(x, y).argmax()  # the most horizontal one: the cube may lie on any face
+    axis = np.hypot(x, y).argmax()  # the most horizontal axis: the cube may lie on any face
     quarter = np.pi / 2
     yaw = np.arctan2(y[axis], x[axis])
     turn = yaw - azimuth_of(env, point)
     return (turn + quarter / 2) % quarter - quarter / 2
 
 
-# ---- tasks as primitives: what of each is still to do, seen from where things are now.
-# The order is that of ManiSkill's experts; what differs says why.
+# ---- tasks as primitives: for each task the remaining ones, from the current state.
+# They follow the order of ManiSkill's experts; comments explain differences.
 
 
 def retreat(env, finger):
-    """Fingers there first, then up from the table, if the hand is low."""
+    """Move the fingers to `finger`, then up from the table if the hand is low."""
     tcp = tcp_of(env)
     steps = []
     travel = env.opening() - max(finger, 0.0)
@@ -175,19 +175,19 @@ def retreat(env, finger):
 
 
 def grasp(env, name, point, turn, close=None, tilts=TILTS):
-    """Open, go above, go down, close; nothing if the body is held."""
+    """Open, approach, descend, close; nothing if the body is already held."""
     if env.grasped(name):
         return []
     close = env.robot.squeeze if close is None else close
     wide = env.robot.travel
     steps = [Primitive("descend", wide, point, slow=0.6, hold=2), Primitive("grasp", close)]
-    # Is the hand above it already, open and turned? Half a turn makes no difference.
+    # Is the hand already above it, open and turned? Half a turn makes no difference.
     direction, _ = hand_pose(env)
     error = direction - azimuth_of(env, point) - turn
     turned = abs(np.cos(error)) > np.cos(0.15)
     x, y, z = hand_offset(env, point)
     over = np.hypot(x, y) < 0.006 and z < CLEARANCE + 0.02
-    # m, each finger; a hand that holds nothing may still be closed
+    # m, of each finger; an empty hand may still be closed
     is_open = env.opening() > 0.9 * wide
     if not (turned and over and is_open):
         high = point + CLEARANCE * UP
@@ -197,18 +197,18 @@ def grasp(env, name, point, turn, close=None, tilts=TILTS):
 
 
 def held_at(env, name, point):
-    """Where the TCP must be for a held body to be at `point`: it may sit askew in the hand."""
+    """The TCP position that puts a held body at `point`: it may be off-center in the hand."""
     if env.grasped(name):
         return point + tcp_of(env) - env.position(name)
     return point
 
 
 def fetch(env, name, height, low):
-    """Grasp a body, and lift it by `height` (m) if it lies lower than `low`."""
+    """Grasp a body, and lift it by `height` (m) if it is lower than `low`."""
     body = env.position(name)
     turn = 0.0 if name == "sphere" else quarter_turn(env, name, body)
     steps = grasp(env, name, body, turn)
-    # what is about to be grasped lies low, whatever it is now
+    # what is still to be grasped has to be lifted in any case
     if steps or body[2] < low:
         high = held_at(env, name, body) + height * UP
         steps.append(Primitive("lift", env.robot.squeeze, high))
@@ -222,22 +222,22 @@ def pick_cube(env):
 
 
 def slide(env, name, side):
-    """Closed fingers stand behind the cube and drive it along x, over the edge of the target.
+    """Place closed fingers behind the cube, and move it along x over the edge of the target.
 
     Push: side 1; pull: side -1.
     """
     cube = env.position("cube")
     turn = -azimuth_of(env, cube)
-    # a jaw that turns against a fixed one closes beside the tool's place
+    # if one jaw is fixed, the jaws close beside the tool's position
     _, closing, _ = tool_rotation(env.robot, 0.0, 0.0).T
     cube -= env.robot.fist * closing
     back = 0.055  # m, behind the cube
     above = 0.07
-    if env.robot.dof == 5:  # near its base it comes no higher
+    if env.robot.dof == 5:  # near its base it cannot reach higher
         back = 0.04
         above = 0.045
     start = cube - (side * back, 0, 0)
-    # the fingers' half thickness and the cube's half side stand between TCP and cube center
+    # between TCP and cube center are half a finger's thickness and half a cube
     short = 0.03 + 0.6 * region_radius(env.robot)
     end = start.copy()
     end[0] = env.position("goal")[0] - side * short
@@ -255,9 +255,9 @@ def slide(env, name, side):
 
 
 def put(env, name, support, rest, lift, drop):
-    """Grasp a body, lift it by `lift`, carry it over a support, where it rests `rest` higher.
+    """Grasp a body, lift it by `lift`, carry it above a support, on which it rests `rest` higher.
 
-    Then lower it to `drop` above that (all in m), let go and leave.
+    Then lower it to `drop` above its resting place (all in m), let go and retreat.
     """
     wide = env.robot.travel
     place = env.position(support) + rest * UP
@@ -276,9 +276,9 @@ def put(env, name, support, rest, lift, drop):
 
 
 def peg_style(env, high):
-    """How this arm stands the peg up from where it is lifted to: "upright", "leaning" or "loose"."""
+    """How this arm can raise the peg from the lifted pose: "upright", "leaning" or "loose"."""
     name = env.robot.name
-    if name in SHIPPED:  # recorded demonstrations have these
+    if name in SHIPPED:  # as in the recorded demonstrations
         return {"panda": "loose", "widowx": "upright"}.get(name, "leaning")
     arm = get_kinematics(name)
     q = env.data.ctrl[: env.robot.dof]
@@ -294,10 +294,10 @@ def lift_peg(env):
     """Grasp across the far half and lift: the peg swings down in the grip. Then stand it up."""
     peg = env.position("peg")
     axis = env.rotation("peg")[:, 0]
-    firm = PEG_RADIUS - PEG_FIRM / env.robot.finger_kp  # m, where the fingers press as much
+    firm = PEG_RADIUS - PEG_FIRM / env.robot.finger_kp  # m, finger target for this force
     if env.grasped("peg") and peg[2] > 1.2 * PEG_RADIUS:
         return stand_peg(env, peg, axis * np.sign(axis[2]), firm)
-    axis *= np.sign(axis @ (peg - env.base))  # outwards
+    axis *= np.sign(axis @ (peg - env.base))  # pointing outward
     point = peg + PEG_LEVER * axis
     turn = np.arctan2(axis[1], axis[0]) - azimuth_of(env, point)
     high = peg + PEG_LEVER / 2 * axis + 0.23 * UP
@@ -305,11 +305,11 @@ def lift_peg(env):
     tilts = TILTS
     lift_tilts = TILTS[::-1]
     how = peg_style(env, high)
-    if how == "loose":  # the wrist cannot turn the peg all the way: it swings
+    if how == "loose":  # the wrist cannot turn the peg all the way, so the peg swings
         grip = PEG_RADIUS - PEG_SWING / env.robot.finger_kp
         lift_tilts = TILTS
     elif how == "leaning":
-        # leaning back a little spares the wrist the last of its range when the peg stands
+        # leaning back a little keeps the wrist from its limit when the peg stands
         tilts = (-0.25, 0.0, 0.3)
     return [
         *grasp(env, "peg", point, turn, grip, tilts),
@@ -318,14 +318,14 @@ def lift_peg(env):
 
 
 def stand_peg(env, peg, axis, grip):
-    """From where the peg hangs: turn the hand by what is missing, and set it down."""
+    """From a hanging peg: turn the hand by the remaining angle, and set the peg down."""
     tcp = tcp_of(env)
     _, (x, y, _), approach = env.tool().T
     forward = np.array([-y, x, 0.0])
     forward *= np.sign(forward @ (tcp - env.base)) / np.linalg.norm(forward)
     tilt = np.arctan2(approach @ forward, -approach[2])
     tilt += np.arctan2(axis @ forward, axis[2])
-    # set down with its lower end 6 mm below the table top, so that it surely stands
+    # aim its lower end 6 mm below the tabletop, so that it surely stands
     down = PEG_LENGTH + (tcp - peg) @ axis - tcp[2] - 0.006
     return [
         Primitive("turn", grip, tcp, 0.0, (tilt,), straight=False),
@@ -346,8 +346,8 @@ PRIMITIVES = {
         lift=0.09,
         drop=0.003,
     ),
-    # 9 mm above its rest instead of the source's 27: a ball dropped from higher jumps out of walls
-    # that reach only its lower half
+    # 9 mm above its resting place instead of ManiSkill's 27: a ball dropped from higher jumps out
+    # of walls that reach only its lower half
     "PlaceSphere": partial(
         put,
         name="sphere",
@@ -364,7 +364,7 @@ PRIMITIVES = {
 
 
 def collides(env, path, finger):
-    """True if the arm, anywhere on its path (n, dof), touches itself or what is fixed."""
+    """True if the arm, anywhere on its path (n, dof), touches itself or anything fixed."""
     model = env.model
     scratch = copy.copy(env.data)
     is_free = model.body_dofnum[model.geom_bodyid] == 6  # may be touched: that is the task
@@ -380,7 +380,7 @@ def collides(env, path, finger):
 
 
 def straight_path(arm, q, goal, rotation):
-    """Waypoints [q] that lead the TCP along a line to a pose, turning evenly. Raises Infeasible."""
+    """Waypoints [q] that move the TCP along a line to a pose, turning evenly. Raises Infeasible."""
     at, turned = arm.forward(q)
     start, end = np.empty((2, 4))  # quaternions
     turn = np.empty(3)
@@ -398,7 +398,7 @@ def straight_path(arm, q, goal, rotation):
         mujoco.mju_quatIntegrate(quat, turn, fraction)
         mujoco.mju_quat2Mat(between, quat)
         q = arm.solve_ik(position, between.reshape(3, 3), path[-1])
-        # a jump would flip the elbow or the wrist over
+        # a jump would flip the elbow or the wrist
         if q is None or np.abs(q - path[-1]).max() > 0.6:
             raise Infeasible
         path.append(q)
@@ -418,16 +418,16 @@ def find_path(env, q, primitive, pose):
         if end is None:
             raise Infeasible
         path = np.linspace(q, end, 8)
-    # Where the arm is already is not asked: a hand pressed onto the table must be able to leave.
+    # Do not check the start: a hand pressed onto the table must be able to leave.
     if collides(env, path[1:], max(primitive.finger, 0.0)):
         raise Infeasible
     return np.array(path)
 
 
 def timed(robot, path, slow, hold):
-    """Targets (n, dof) at 20 Hz along the waypoints, the last one held.
+    """Targets (n, dof) at 20 Hz along the waypoints; the last one is held for `hold` steps.
 
-    Minimum-jerk progress 10 u^3 - 15 u^4 + 6 u^5, peak joint and TCP speeds under the limits.
+    Minimum-jerk progress 10 u^3 - 15 u^4 + 6 u^5, with peak joint and TCP speeds under the limits.
     """
     arm = get_kinematics(robot.name)
     limit = np.minimum(JOINT_SPEED, 0.6 * robot.velocity_limit) * slow
@@ -435,9 +435,9 @@ def timed(robot, path, slow, hold):
     ways = np.linalg.norm(np.diff(places, axis=0), axis=1)
     turns = np.abs(np.diff(path, axis=0)) / limit
     seconds = np.maximum(ways / (TCP_SPEED * slow), turns.max(axis=1))
-    # when each waypoint is passed at full speed
+    # times of the waypoints at full speed
     knots = np.cumsum([0.0, *seconds + 1e-6])
-    # minimum jerk peaks at 15/8 of its mean speed
+    # the peak speed of minimum jerk is 15/8 of its mean
     n = max(3, math.ceil(1.875 * knots[-1] * CONTROL_HZ))
     u = np.minimum(np.arange(1, n + hold + 1) / n, 1.0)
     progress = knots[-1] * u**3 * (10 - 15 * u + 6 * u**2)
@@ -445,14 +445,14 @@ def timed(robot, path, slow, hold):
 
 
 def reach(env, q, pose, primitive, following):
-    """Targets (n, dof) that bring the hand from `q` to a primitive, and its (direction, tilt) there.
+    """Targets (n, dof) from `q` to a primitive, and the hand's (direction, tilt) there.
 
-    An approach is taken only if the way that follows is possible too. Raises Infeasible.
+    An approach is accepted only if the following path is possible too. Raises Infeasible.
     """
     direction, tilt = pose
     more = STEEP if env.robot.dof == 5 else ()
     choices = (tilt, *TILTS, *more)
-    tilts = sorted(choices, key=lambda other: abs(other - tilt))  # as the hand is, first
+    tilts = sorted(choices, key=lambda other: abs(other - tilt))  # closest to the hand's tilt first
     if primitive.turn is not None:
         direction = azimuth_of(env, primitive.position) + primitive.turn
         tilts = (*primitive.tilts, *more)
@@ -468,11 +468,11 @@ def reach(env, q, pose, primitive, following):
 
 
 def plan(env, primitives):
-    """[(name, targets (n, A))] that carry out primitives from where the arm is. Raises Infeasible."""
+    """[(name, targets (n, A))] that execute primitives from the arm's pose. Raises Infeasible."""
     q = env.data.ctrl[: env.robot.dof]
     pose = hand_pose(env)
     segments = []
-    # each begins where the one before it ends
+    # each one starts where the previous one ends
     for primitive, following in pairwise([*primitives, None]):
         targets = np.tile(q, (FINGER_STEPS, 1))
         if primitive.position is not None:
@@ -488,14 +488,14 @@ def plan(env, primitives):
 
 
 def control_steps(env):
-    """(primitive's name, target (A,), steps left of it) for every control step.
+    """Yield (primitive's name, target (A,), steps left in it) for every control step.
 
-    A plan that ends without success is followed by another.
+    A plan that ends without success is followed by a new one.
     """
     for _ in range(PLANS):
         try:
             segments = plan(env, PRIMITIVES[env.task.name](env))
-        except Infeasible:  # roll back: let go, and look again
+        except Infeasible:  # fall back: let go, and plan again
             segments = plan(env, [Primitive("release", env.robot.travel)])
         for name, targets in segments:
             for i, target in enumerate(targets):
@@ -503,15 +503,15 @@ def control_steps(env):
 
 
 def demonstrate(env, seed, noise=0.0, command=0, reset=True):
-    """Carry out a command in the layout of `seed`, or with reset=False go on from where `env` is.
+    """Carry out a command in the layout of `seed`; with reset=False continue from the env's state.
 
-    noise: size (rad) of smooth disturbances of the executed joint targets while moving freely. The
-    recorded actions stay clean, so demonstrations show the way back (DART, arXiv 1703.09327).
+    noise: size (rad) of smooth disturbances of the executed joint targets during free motion. The
+    recorded actions stay clean, so demonstrations show how to recover (DART, arXiv 1703.09327).
     Returns a Demonstration, successful or not.
     """
     if reset:
         env.reset(seed, command=command)
-    env.steps = 0  # the task's time begins when the expert does
+    env.steps = 0  # the task's time starts with the expert
     observation = env.observe()
     rng = seeds.rng(seed, "disturbance")
     disturbance = np.zeros(env.robot.dof)  # rad, correlated in time
@@ -519,7 +519,7 @@ def demonstrate(env, seed, noise=0.0, command=0, reset=True):
     for name, target, left in control_steps(env):
         disturbance = 0.8 * disturbance + 0.6 * noise * rng.normal(size=env.robot.dof)
         free = name in ("approach", "lift", "carry")
-        fade = min(1.0, left / 6) if free else 0.0  # quiet again where precision begins
+        fade = min(1.0, left / 6) if free else 0.0  # fade out before precise motion
         rows.append((observation["state"], target, name, observation["images"]))
         target = target + np.append(disturbance * fade, 0)
         observation, _, success, late, _ = env.step(target)

@@ -1,4 +1,4 @@
-"""The simulator as gymnasium environments: a name for every task and every family of scenes.
+"""The simulator as gymnasium environments: one id for every task and every family of scenes.
 
     import gymnasium
     import data.gym
@@ -27,7 +27,7 @@ OPTIONS = ("command", "instruction")
 
 
 def action_space(robot):
-    """Joint targets rad inside the arm's limits, and the finger's target m."""
+    """Joint targets (rad) within the arm's limits, and the finger target (m)."""
     low, high = robot.joint_range.T
     low = np.array([*low, SQUEEZE], np.float32)
     high = np.array([*high, robot.travel], np.float32)
@@ -35,12 +35,12 @@ def action_space(robot):
 
 
 def observation_space(robot):
-    """What `TabletopEnv.observe` gives."""
+    """The space of `TabletopEnv.observe`."""
     pixels = spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    # contacts push joints a little beyond their limits, and nothing but the arm's length bounds
-    # where the tool is: only the columns of its rotation have bounds of their own
+    # contacts push joints slightly beyond their limits, and only the arm's length limits the tool's
+    # position, so only the columns of its rotation get real bounds
     state = np.full(robot.state_dim, np.inf, np.float32)
-    state[-6:] = 1 + 1e-5  # rounding
+    state[-6:] = 1 + 1e-5  # tolerance for rounding
     printable = "".join(map(chr, range(32, 127)))
     return spaces.Dict(
         {
@@ -52,7 +52,7 @@ def observation_space(robot):
 
 
 class GymEnv(gymnasium.Env):
-    """A TabletopEnv with spaces; its other options, such as perturbation, are passed on."""
+    """A TabletopEnv with spaces. Further options, such as perturbation, are passed to it."""
 
     metadata = {"render_modes": []}  # noqa: RUF012, gymnasium reads it from the class
 
@@ -62,7 +62,7 @@ class GymEnv(gymnasium.Env):
         self.observation_space = observation_space(self.table.robot)
 
     def reset(self, *, seed=None, options=None):
-        """seed draws the layout; without one the next is drawn. options: see OPTIONS."""
+        """seed determines the layout; without one it is random. options: see OPTIONS."""
         super().reset(seed=seed)
         options = options or {}
         if unknown := options.keys() - set(OPTIONS):
@@ -71,9 +71,9 @@ class GymEnv(gymnasium.Env):
         return self.table.reset(layout, **options)
 
     def step(self, action):
-        """Terminated: it is done, reward 1. Truncated: out of time."""
+        """terminated: the task is done, reward 1. truncated: out of time."""
         *result, info = self.table.step(action)
-        # the table goes on counting in its own
+        # a copy, because the table keeps counting in its own dict
         info["clipped"] = dict(info["clipped"])
         return *result, info
 
@@ -82,5 +82,5 @@ class GymEnv(gymnasium.Env):
 
 
 for name in (*TASKS, *FAMILIES):
-    # the table ends its episodes itself
+    # no max_episode_steps: the table ends its episodes itself
     gymnasium.register(f"nanoblm/{name}-v0", f"{__name__}:GymEnv", kwargs={"scene": name})

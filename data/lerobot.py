@@ -1,15 +1,16 @@
-"""LeRobotDatasets: other people's robots in, our demonstrations out, and a look before the night.
+"""Import, check and export LeRobotDatasets.
 
-    python -m data.lerobot check FOLDER             a table of what may be wrong, and a contact sheet
+    python -m data.lerobot check FOLDER             a table of possible problems, and a contact sheet
     python -m data.lerobot import FOLDER out/mine --cameras front=observation.images.top,wrist=...
     python -m data.lerobot export out/demos out/nanoblm-v3
 
 FOLDER is a folder, or user/name on the hub; versions 2.0, 2.1 and 3.0 are read, 3.0 is written.
-`import` decodes every picture once, into episodes as data/record.py keeps them, so that training
-never touches a film. An export with --no-video comes back as it was, and trains the same policy to
-the bit. Needs `pip install -r requirements-lerobot.txt`.
+`import` decodes every image once and writes episodes in the format of data/record.py, so that
+training never decodes video. An export with --no-video can be imported again without any change,
+and training on it gives the same policy bit for bit. Needs `pip install -r
+requirements-lerobot.txt`.
 
-Not supported: more than three cameras (choose three), several instructions in one episode, numbers
+Not supported: more than three cameras (choose three), several instructions in one episode, values
 of 1,000 and above.
 """
 
@@ -34,46 +35,46 @@ from data.record import LARGEST, embodiment_of, write_episode
 from embodiment import MOST_VIEWS, VIEW_NAME, Embodiment
 from files import atomic_folder, reading
 
-GRIPPER = "gripper|finger|jaw"  # in the name of a number
+GRIPPER = "gripper|finger|jaw"  # in the name of a state or action dimension
 
 
 @dataclass
 class ImportFlags:
-    cameras: str = ""  # NAME=CAMERA,...: one to three cameras, and what the policy calls them
-    robot: str = ""  # name of the robot; empty: the dataset's own
-    task: str = ""  # one instruction for all episodes; empty: their own
-    size: int = 224  # most pixels of a picture's side; weights/nano shrinks pictures to 128
-    episodes: str = ""  # START:STOP, a part of the dataset; empty: all
-    state: str = "observation.state"  # the feature that is the state
-    action: str = "action"  # the feature that is the action
+    cameras: str = ""  # NAME=CAMERA,...: one to three cameras, and their names for the policy
+    robot: str = ""  # name of the robot; empty: the name in the dataset
+    task: str = ""  # one instruction for all episodes; empty: those in the dataset
+    size: int = 224  # largest image side in pixels; weights/nano shrinks images to 128
+    episodes: str = ""  # START:STOP, a range of episodes; empty: all
+    state: str = "observation.state"  # feature to use as state
+    action: str = "action"  # feature to use as action
 
 
 @dataclass
 class CheckFlags:
-    sheet: str = ""  # file of the contact sheet; empty: FOLDER.png
-    state: str = "observation.state"  # the feature that is the state
-    action: str = "action"  # the feature that is the action
+    sheet: str = ""  # file for the contact sheet; empty: FOLDER.png
+    state: str = "observation.state"  # feature to use as state
+    action: str = "action"  # feature to use as action
 
 
 @dataclass
 class ExportFlags:
-    robot: str = ""  # the robot, if there are episodes of several
-    video: bool = True  # off: the pictures as they are, nothing lost, in several times the space
+    robot: str = ""  # which robot, if there are episodes of several
+    video: bool = True  # off: images as they are, without loss, at several times the size
 
 
 # ---- importing
 
 
 def camera_map(text, cameras):
-    """{name: camera} from "front=...,wrist=...", in this order. UserError names the cameras."""
+    """{name: camera} from "front=...,wrist=...", in this order. UserError lists the cameras."""
     have = f"the cameras are {', '.join(cameras) or 'none'}"
     chosen = {}
     for part in text.split(","):
         view, equals, camera = part.strip().partition("=")
-        # a bare camera would have to be guessed
+        # without a name we would have to guess
         if not equals:
             raise UserError(f"--cameras front=...,wrist=... says which is which; {have}")
-        # observations have both beside their cameras
+        # observations use these keys for other things
         if not re.fullmatch(VIEW_NAME, view) or view in ("state", "instruction"):
             raise UserError(f"--cameras {view}=...: no camera can be called so; try front or wrist")
         if view in chosen:
@@ -85,29 +86,29 @@ def camera_map(text, cameras):
 
 
 def to_picture(pixels, size):
-    """The middle square of (height, width, 3) uint8, as `BLM.act` crops it, at most `size` wide."""
+    """The central square of (height, width, 3) uint8, as in `BLM.act`, at most `size` wide."""
     square = middle_square(pixels)
-    # never enlarged: that is the processor's business, and costs disk
+    # never enlarged: the processor does that, and it would waste disk space
     if len(square) <= size:
         return square
     return np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def as_kept(body, size):
-    """An encoded picture as `write_episode` takes it: these bytes if they can stay, else an array."""
+    """An encoded image as `write_episode` takes it: its own bytes if possible, else an array."""
     pixels = np.asarray(load_image(BytesIO(body)))
     height, width, _ = pixels.shape
     with open_image(BytesIO(body)) as image:
-        # a note in the file may turn it
+        # EXIF may contain a rotation
         plain = (image.format, image.mode) == ("JPEG", "RGB") and not image.getexif()
-    # every coding loses: what we exported comes back as it was
+    # re-encoding loses quality: our own exports come back unchanged
     if plain and height == width <= size:
         return body
     return to_picture(pixels, size)
 
 
 def import_pictures(dataset, entry, camera, times, size):
-    """Yield a camera's pictures of an episode as `write_episode` takes them."""
+    """Yield a camera's images of an episode as `write_episode` takes them."""
     if camera in entry.clips:
         for pixels in dataset.pictures(entry, camera, times):
             yield to_picture(pixels, size)
@@ -119,7 +120,7 @@ def import_pictures(dataset, entry, camera, times, size):
 
 @contextmanager
 def of_episode(entry):
-    """Name the episode in whatever goes wrong in the block."""
+    """Add the episode to the message of any UserError in the block."""
     try:
         yield
     except UserError as error:
@@ -127,25 +128,25 @@ def of_episode(entry):
 
 
 def check_numbers(entry, recording):
-    """UserError names the first number that no robot can have meant."""
+    """UserError at the first implausible value: not finite, or not below LARGEST."""
     for name in ("state", "action"):
         values = getattr(recording, name)
-        strange = np.argwhere(~(np.abs(values) < LARGEST))  # NaN is not smaller either
+        strange = np.argwhere(~(np.abs(values) < LARGEST))  # NaN fails this too
         for frame, number in strange:  # the first is enough
             said = f"{name} at frame {frame} holds {values[frame, number]}"
             raise UserError(f"{entry.data}: {said}; it must be below {LARGEST:g}")
 
 
 def instruction_of(entry, recording, given):
-    """The one sentence of an episode; `given` stands for it if there is any."""
-    # somebody's own word needs no other
+    """The only instruction of an episode, or `given` if that is not empty."""
+    # an explicit --task wins
     if given:
         return given
-    # a frame's own task_index decides: the table of episodes may say nothing, or too much
+    # each frame's own task_index counts: the episode table may list nothing, or too much
     for frame, sentence in enumerate(recording.tasks):
         if not (isinstance(sentence, str) and sentence.strip()):
             raise UserError(f"{entry.data}: frame {frame} has no instruction; give one with --task")
-        # our episodes have one instruction, and the language model's states depend on it
+        # our episodes have one instruction, and the hidden states depend on it
         if sentence != recording.tasks[0]:
             both = f"{recording.tasks[0]!r}, at frame {frame} {sentence!r}"
             raise UserError(f"{entry.data}: it begins with {both}: give one sentence with --task")
@@ -153,7 +154,7 @@ def instruction_of(entry, recording, given):
 
 
 def read_recordings(dataset):
-    """The Recording of each Entry. UserError names the episode with a number that cannot be."""
+    """The Recording of each Entry. UserError names the episode with an implausible value."""
     recordings = []
     for entry in dataset.entries:
         with of_episode(entry):
@@ -164,16 +165,16 @@ def read_recordings(dataset):
 
 
 def find_relative(state, action, state_names, action_names):
-    """Which numbers of the action are targets for which of the state: see Embodiment.relative.
+    """Which action dims are targets for which state dims: see Embodiment.relative.
 
-    state (n, S) and action (n, A) of all frames. A target is called as the number that it is for,
-    or, where nobody names them, stands in the same place, and it stays near it: most of what varies
-    in it is gone once that is subtracted. Deltas and other units fail this. Grippers are left out:
-    how far one is from where it was told to be says that it holds something.
+    state (n, S) and action (n, A) of all frames. A target has the same name as its state dimension
+    (or, without names, the same index) and stays close to it: subtracting the state must remove
+    more than half of the action's variance. Deltas and other units fail this test. Grippers are
+    excluded: the gap between target and position tells that something is held.
     """
     S = state.shape[1]
     A = action.shape[1]
-    # names that two numbers share say nothing
+    # duplicate names do not identify a dimension
     named = len(set(state_names)) == S and len(set(action_names)) == A
     if named:
         places = {name: j for j, name in enumerate(state_names)}
@@ -181,7 +182,7 @@ def find_relative(state, action, state_names, action_names):
         grippers = [i for i, name in enumerate(action_names) if re.search(GRIPPER, name.lower())]
     else:
         pairs = [i if i < S else -1 for i in range(A)]
-        grippers = [A - 1]  # it nearly always comes last
+        grippers = [A - 1]  # it is almost always the last one
     relative = []
     for i, j in enumerate(pairs):
         near = j >= 0 and np.var(action[:, i] - state[:, j]) < np.var(action[:, i]) / 2
@@ -190,7 +191,7 @@ def find_relative(state, action, state_names, action_names):
 
 
 def describe_targets(relative, names):
-    """A line for people: which numbers of the action are learned relative to the state."""
+    """A line for the user: which action dims are learned relative to the state."""
     names = names or [f"number {i}" for i in range(len(relative))]
     targets = []
     others = []
@@ -202,11 +203,11 @@ def describe_targets(relative, names):
 
 
 def demonstration_of(dataset, entry, recording, views, flags):
-    """The Demonstration of an Entry; its pictures are decoded as they are asked for."""
+    """The Demonstration of an Entry; its images are decoded lazily."""
     instruction = instruction_of(entry, recording, flags.task)
     dataset.check_clips(entry, views.values())
 
-    # one frame of all cameras at a time: an hour of pictures does not fit into memory
+    # one frame of all cameras at a time: an hour of images does not fit into memory
     def images():
         times = recording.timestamp
         cameras = views.values()
@@ -225,9 +226,9 @@ def demonstration_of(dataset, entry, recording, views, flags):
 
 
 def header_of(entry, recording, about):
-    """What an episode of ours said of itself before it was exported, {} of anybody else's.
+    """The header of an episode that was exported from here, or {} for other datasets.
 
-    UserError if it cannot be.
+    UserError if its values are invalid.
     """
     header = dict(recording.header)
     if not header:
@@ -237,7 +238,7 @@ def header_of(entry, recording, about):
         words = [header["scene"], header["task"]]
         assert all(isinstance(word, str) and word for word in words), f"scene and task are {words}"
         assert min(header["seed"], header["command"]) >= 0, "seeds and commands count from 0"
-    # other cameras or numbers were asked for: it is no more that robot
+    # the import selected other cameras or dims, so this is no longer the same robot
     shape = embodiment_of(about, recording.state.shape[1], recording.action.shape[1]).shape()
     if embodiment.shape() != shape:
         del header["embodiment"]
@@ -245,25 +246,25 @@ def header_of(entry, recording, about):
 
 
 def robot_name(given, dataset):
-    """What the embodiment will be called."""
+    """The name of the embodiment."""
     name = given or dataset.robot
     # lerobot's converters write "unknown"
     if not name or name == "unknown":
         raise UserError(f"{dataset.about} names no robot: give a name with --robot")
-    # no "/": a dataset would say where we write; no dot first: hidden files are passed over
+    # no "/": a dataset must not choose where we write; no leading dot: hidden files are skipped
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"the robot's name {name!r} becomes a file's: give another with --robot")
     return name
 
 
 def chosen_entries(dataset, text):
-    """The entries whose indices lie in "START:STOP", all if it is empty."""
+    """The entries with an index in "START:STOP"; all if it is empty."""
     if not text:
         return dataset.entries
     span = re.fullmatch(r"(\d*):(\d*)", text)
     if not span:
         raise UserError(f"--episodes {text}: type START:STOP, such as 0:50, or :10")
-    # as Python slices: without STOP to the end
+    # like a Python slice: without STOP to the end
     start = int(span[1] or 0)
     stop = int(span[2] or len(dataset.entries))
     chosen = [entry for entry in dataset.entries if start <= entry.index < stop]
@@ -273,7 +274,7 @@ def chosen_entries(dataset, text):
 
 
 def about_dataset(source, dataset, robot, name, views):
-    """What the headers of all its episodes say; "relative" is not known yet."""
+    """The header fields that all episodes share; "relative" is added later."""
     # "dataset" tells data/record.py that robot and task are not the simulator's
     return {
         "robot": robot,
@@ -290,13 +291,13 @@ def about_dataset(source, dataset, robot, name, views):
 
 
 def import_dataset(source, out, flags):
-    """Write an episode file for each episode of a LeRobotDataset into the new folder `out`.
+    """Write an episode file for each episode of a LeRobotDataset to the new folder `out`.
 
     source: a folder, or user/name on the hub; flags: ImportFlags.
 
     The folder appears whole or not at all. UserError names file and episode.
     """
-    # read before the map is checked: a hub's films of other cameras are not worth the wait
+    # before the map is checked: do not download videos of cameras that are not used
     named = [part.partition("=")[2].strip() for part in flags.cameras.split(",")]
     folder = find_dataset(source, [camera for camera in named if camera])
     dataset = Dataset(folder, flags.state, flags.action)
@@ -306,25 +307,25 @@ def import_dataset(source, out, flags):
     robot = robot_name(flags.robot, dataset)
     if not 16 <= flags.size <= 1024:
         raise UserError(f"--size {flags.size}: from 16 to 1024 pixels")
-    # told before the work, since lerobot downloads single episodes too
+    # checked before any work, because lerobot can download single episodes
     missing = dataset.missing_files(views.values())
     if missing:
         advice = "download the rest, or take a part with --episodes START:STOP"
         raise UserError(f"{missing[0]} is not there ({len(missing)} files are missing): {advice}")
-    # a folder of the hub's cache is called by a hash
+    # a folder in the hub's cache is named by a hash
     here = Path(source).is_dir()
     name = folder.resolve().name if here else source.rpartition("/")[2]
     name = re.sub(r"[^\w.-]", "_", name)
     about = about_dataset(source, dataset, robot, name, views)
     names = about["state_names"], about["action_names"]
     recordings = read_recordings(dataset)
-    # what cannot be one robot's is told before the work, not when the episodes are read
+    # check before any work that all episodes can be one robot's
     with reading(dataset.about):
         state = np.concatenate([recording.state for recording in recordings])
         action = np.concatenate([recording.action for recording in recordings])
         about["relative"] = find_relative(state, action, *names)
         embodiment_of(about, state.shape[1], action.shape[1])
-    # what is relative is in the header of each of ours
+    # for our own exports each header says what is relative
     ours = recordings[0].header
     known = "exported here: seeds, scenes, commands, phases and what is relative come back"
     print(known if ours else describe_targets(about["relative"], about["action_names"]))
@@ -333,7 +334,7 @@ def import_dataset(source, out, flags):
         for entry, recording in tqdm(entries, total=len(recordings), unit="episode"):
             with of_episode(entry):
                 demonstration = demonstration_of(dataset, entry, recording, views, flags)
-                # the seed orders episodes, and sets every 25th aside
+                # the seed sorts the episodes, and so decides which are held out
                 own = {"task": demonstration.instruction, "seed": entry.index}
                 own |= header_of(entry, recording, about)
                 path = new / f"{robot}-{name}-{entry.index:06d}.safetensors"
@@ -359,7 +360,7 @@ def main():
         return
     flags_class, places = COMMANDS[choose(what, COMMANDS, "command")]
     argv = sys.argv[2:]
-    # folders first, so that a flag's value is none of them
+    # folders first, so that the value of a flag is not taken for one
     count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     folders = argv[:count]
     flags = parse(flags_class, description=__doc__.split("\n")[0], argv=argv[count:])
@@ -370,7 +371,7 @@ def main():
     elif what == "export":
         export(*folders, flags.robot, flags.video)
     else:
-        # all cameras: which of them are any good is the question
+        # all cameras: the check should tell which of them are usable
         dataset = Dataset(find_dataset(folders[0]), flags.state, flags.action)
         check(dataset, flags.sheet or f"{dataset.folder}.png")
 

@@ -1,10 +1,10 @@
-"""What may be wrong with a LeRobotDataset, found before a night is spent on training.
+"""Find problems in a LeRobotDataset before a night is spent on training.
 
-`check` prints a table, a line a question: in how many episodes the answer is bad, and where first.
-It draws a contact sheet too, for what no program sees: the wrong camera, a hand in the way. Nothing
-is mended. The bounds below are for a person to look twice, not laws.
+`check` prints a table with a line per question: the first problem found, and how many more there
+are. It also draws a contact sheet, for what no program sees: the wrong camera, a hand in the way.
+Nothing is repaired. The bounds below tell a person where to look twice; they are not laws.
 
-L frames of an episode, S and A numbers of state and action, C cameras.
+L frames of an episode, S and A numbers of state and action.
 """
 
 from collections import Counter
@@ -17,24 +17,24 @@ from cli import UserError
 from data.lerobot_read import names_of
 from files import atomic
 
-STILL = 0.02  # of a number's range in the dataset: less is no movement
-IDLE = 1.0  # s at the beginning without movement
-OFF = 0.1  # of a frame that a timestamp may be off
-FLAT = 1e-6  # a number that never changes by more is constant
-EDGE = 0.005  # of a number's range: this near to an end is at the end
+STILL = 0.02  # of a dimension's range in the dataset: less is not movement
+IDLE = 1.0  # s without movement at the beginning
+OFF = 0.1  # of a frame: tolerance for timestamps
+FLAT = 1e-6  # a dimension that never changes by more is constant
+EDGE = 0.005  # of a dimension's range: values this close to an end are at that end
 OFTEN = 0.4  # of all frames at one end
-BOTH = 0.1  # of all frames at the other end too: a gripper, which opens and closes
-LATE = 0.5  # s that an action may come before the movement
-TOGETHER = 0.3  # least correlation of the changes of action and state
-BLACK = 10.0  # of 255, mean of a picture
-FROZEN = 0.5  # of 255: pictures that differ by less at every point are the same
+BOTH = 0.1  # of all frames at the other end too: then it is a gripper, which opens and closes
+LATE = 0.5  # s by which an action may precede the movement
+TOGETHER = 0.3  # smallest correlation between changes of action and state
+BLACK = 10.0  # of 255, mean of an image
+FROZEN = 0.5  # of 255: images are the same if every pixel differs by less
 FEW = 10  # episodes with one instruction
-THUMB = 32  # pixels; a picture for comparisons
+THUMB = 32  # pixels; side of the thumbnails that are compared
 ROWS = 12  # episodes in the contact sheet
-MOMENTS = 4  # of each
-TILE = 96  # pixels of a picture's height there
+MOMENTS = 4  # images per camera and episode
+TILE = 96  # pixels; height of an image in the contact sheet
 
-# in the order of the table
+# in the order of the printed table
 QUESTIONS = (
     "numbers that are missing",
     "frames dropped or twice",
@@ -55,7 +55,7 @@ QUESTIONS = (
 
 
 def dropped_frames(recording):
-    """What is wrong with the frames' numbers, "" if they are 0, 1, 2 ..."""
+    """What is wrong with the frame numbers; "" if they are 0, 1, 2 ..."""
     steps = np.diff(recording.frame)
     if recording.frame[0] != 0:
         return f"begins with frame {recording.frame[0]}"
@@ -65,7 +65,7 @@ def dropped_frames(recording):
 
 
 def late_frames(recording, fps):
-    """Where a timestamp is not its frame's number / fps, "" if nowhere."""
+    """Where a timestamp differs from frame number / fps; "" if nowhere."""
     off = np.abs(recording.timestamp * fps - recording.frame)
     for place in np.flatnonzero(~(off <= OFF))[:1]:
         return f"frame {recording.frame[place]} at {recording.timestamp[place]:.3f} s"
@@ -73,7 +73,7 @@ def late_frames(recording, fps):
 
 
 def holes(recording):
-    """Where a number of state or action is not finite, "" if nowhere."""
+    """Where a value of state or action is not finite; "" if nowhere."""
     for name in ("state", "action"):
         for frame, number in np.argwhere(~np.isfinite(getattr(recording, name)))[:1]:
             return f"{name} {number} at frame {frame}"
@@ -81,7 +81,7 @@ def holes(recording):
 
 
 def wordless(recording):
-    """The first frame without an instruction, or with another one than the first."""
+    """The first frame without an instruction, or the instructions if there are several; else ""."""
     for frame, task in enumerate(recording.tasks):
         if not (isinstance(task, str) and task.strip()):
             return f"frame {frame}"
@@ -90,24 +90,24 @@ def wordless(recording):
 
 
 def first_movement(state, span):
-    """The first frame (of L) whose state is not that of frame 0 any more; L if there is none."""
+    """The first frame (of L) whose state differs from that of frame 0; L if there is none."""
     moved = np.abs(state - state[0]) > STILL * span + FLAT
     frames = np.flatnonzero(moved.any(1))
     return int(frames[0]) if len(frames) else len(state)
 
 
-# ---- one episode's pictures
+# ---- one episode's images
 
 
 def longest_freeze(thumbs, state, span):
-    """(first frame, frames) of the longest time in which a camera stood still and the robot moved.
+    """(first frame, frames) of the longest time in which the image froze while the robot moved.
 
     thumbs (L, THUMB, THUMB).
     """
     same = np.abs(np.diff(thumbs, axis=0)).max((1, 2)) < FROZEN  # (L - 1,)
-    # frames at which it is not the same any more, and both ends
+    # frames where the image changes, and both ends
     changes = np.flatnonzero(~same) + 1
-    borders = [0, *changes, len(thumbs)]  # a film that never changes is one span
+    borders = [0, *changes, len(thumbs)]  # a video that never changes is one span
     best = (0, 0)
     for start, stop in pairwise(borders):
         if stop - start > best[1] and first_movement(state[start:stop], span) < stop - start:
@@ -116,7 +116,7 @@ def longest_freeze(thumbs, state, span):
 
 
 def look(dataset, recording, entry, moments):
-    """({camera: thumbs (L, THUMB, THUMB)}, {camera: pictures of some moments})."""
+    """({camera: thumbs (L, THUMB, THUMB)}, {camera: images at some moments})."""
     thumbs = {}
     shown = {}
     for camera in dataset.cameras:
@@ -137,7 +137,7 @@ def camera_faults(thumbs, recording, span, fps):
     """{question: what is wrong with one of the cameras}."""
     found = {}
     for camera, small in thumbs.items():
-        # even one dark frame: a cable, or a film that begins before the camera
+        # even a single dark frame: a loose cable, or a video that starts before the camera
         dark = np.flatnonzero(small.mean((1, 2)) < BLACK)
         if len(dark):
             found["black camera"] = f"{camera}, {len(dark)} frames from {dark[0]} on"
@@ -151,17 +151,17 @@ def camera_faults(thumbs, recording, span, fps):
 
 
 def label(names, number):
-    """A number's name as the dataset has it, or its index."""
+    """The name of a dimension in the dataset, or its index."""
     return names[number] if number < len(names) else f"number {number}"
 
 
 def number_faults(values, names, what):
-    """[(question, what is wrong)] of all values (frames, n) of state or action."""
+    """[(question, what is wrong)] for all values (frames, n) of state or action."""
     found = []
     low = values.min(0)
     high = values.max(0)
     span = high - low
-    # a number that stays at an end is a joint at its stop, or a clipped command
+    # a dimension that stays at one end is a joint at its stop, or a clipped command
     for number in range(values.shape[1]):
         name = f"{what} {label(names, number)}"
         if not span[number] > FLAT:
@@ -177,7 +177,7 @@ def number_faults(values, names, what):
 
 
 def common_numbers(state_names, action_names, sizes):
-    """[(index in the state, in the action)] of what has the same name; by place if none has any."""
+    """[(index in the state, in the action)] of dims with the same name; by index without names."""
     if not state_names and not action_names and sizes[0] == sizes[1]:
         return [(i, i) for i in range(sizes[0])]
     # a state often has more: velocities, or the pose of the hand
@@ -186,22 +186,22 @@ def common_numbers(state_names, action_names, sizes):
 
 
 def best_lag(recordings, pairs, fps):
-    """(frames by which actions come before the movement, correlation there); negative: after it.
+    """(frames by which actions precede movement, the correlation there); negative: they follow it.
 
-    Changes of action and state from frame to frame are compared, at up to a second either way.
+    Correlates frame-to-frame changes of action and state, at lags of up to a second either way.
     """
     farthest = round(fps)
-    # sums over all episodes: a short one alone would decide by chance
+    # summed over all episodes: a single short one would decide by chance
     products = np.zeros(2 * farthest + 1)
     squares = np.zeros((2 * farthest + 1, 2))
     states, actions = zip(*pairs)
     everything = np.concatenate([recording.state[:, states] for recording in recordings])
-    scale = everything.std(0) + FLAT  # degrees and m alike
+    scale = everything.std(0) + FLAT  # so that degrees and m count equally
     for recording in recordings:
         moved = np.diff(recording.state[:, states], axis=0) / scale
         asked = np.diff(recording.action[:, actions], axis=0) / scale
         for place, lag in enumerate(range(-farthest, farthest + 1)):
-            if abs(lag) >= len(moved):  # a short episode
+            if abs(lag) >= len(moved):  # the episode is too short
                 continue
             # (L - 1 - |lag|, n) each
             later = moved[max(0, lag) : len(moved) + min(0, lag)]
@@ -214,7 +214,7 @@ def best_lag(recordings, pairs, fps):
 
 
 def action_faults(dataset, recordings):
-    """What is wrong with how actions and movements go together: (text, is it bad?)."""
+    """How well actions and movements agree: (text, is it bad?)."""
     state_names = names_of(dataset.features[dataset.state])
     action_names = names_of(dataset.features[dataset.action])
     sizes = recordings[0].state.shape[1], recordings[0].action.shape[1]
@@ -224,7 +224,7 @@ def action_faults(dataset, recordings):
         return "not compared: no name is in both, or no episode is whole", False
     lag, correlation = best_lag(recordings, pairs, dataset.fps)
     how = f"correlation {correlation:.2f}"
-    # a joint target and its angle change together; a relative action is the change itself
+    # a joint target changes with its angle; a relative action is itself the change
     if correlation < TOGETHER:
         return f"they hardly go together, {how}: are actions relative?", True
     states, actions = map(list, zip(*pairs))
@@ -236,13 +236,13 @@ def action_faults(dataset, recordings):
     return f"actions come {time} before the movement, {how}", lag > LATE * dataset.fps
 
 
-# ---- the whole
+# ---- the whole dataset
 
 
 def ask_numbers(dataset, recordings, faults):
-    """Add to faults {question: [(episode or None, what)]} what state, action and words show.
+    """Append to faults {question: [(episode or None, what)]} what state, action and words show.
 
-    Returns in words how actions and movements go together.
+    Returns a text about how well actions and movements agree.
     """
     for recording in recordings:
         for question, what in (
@@ -258,11 +258,11 @@ def ask_numbers(dataset, recordings, faults):
         whole = values[np.isfinite(values).all(1)]
         for question, what in number_faults(whole, names_of(dataset.features[name]), name):
             faults[question].append((None, what))
-    # told even if it is well: the number is worth knowing
+    # also reported if it is fine: the number is worth knowing
     text, bad = action_faults(dataset, recordings)
     if bad:
         faults["action and movement"].append((None, text))
-    # a policy seldom learns a sentence that it saw once
+    # a policy rarely learns an instruction that it saw only once
     counts = Counter(recording.tasks[0] for recording in recordings)
     for task, count in counts.items():
         if count < FEW:
@@ -271,7 +271,7 @@ def ask_numbers(dataset, recordings, faults):
 
 
 def ask_pictures(dataset, recordings, faults, sheet_episodes):
-    """The same of the cameras. Returns {episode: {camera: pictures for the sheet}}."""
+    """The same for the cameras. Returns {episode: {camera: images for the sheet}}."""
     states = np.concatenate([recording.state for recording in recordings])
     span = np.nanmax(states, 0) - np.nanmin(states, 0)
     shown = {}
@@ -282,7 +282,7 @@ def ask_pictures(dataset, recordings, faults, sheet_episodes):
         moments = set()
         if entry.index in sheet_episodes:
             moments = set(np.linspace(0, entry.length - 1, MOMENTS).astype(int).tolist())
-        # one broken film is no reason not to look at the others
+        # one broken video should not keep us from checking the others
         try:
             dataset.check_clips(entry, dataset.cameras)
             thumbs, tiles = look(dataset, recording, entry, moments)
@@ -297,21 +297,21 @@ def ask_pictures(dataset, recordings, faults, sheet_episodes):
 
 
 def draw_sheet(shown, path):
-    """A row an episode: some moments of each camera, side by side."""
+    """One row per episode: some moments of each camera, side by side."""
     rows = []
     for episode, tiles in shown.items():
         row = [np.asarray(picture) for pictures in tiles.values() for picture in pictures]
         strip = Image.fromarray(np.hstack(row))
         ImageDraw.Draw(strip).text((4, 2), f"episode {episode}", fill="yellow")
         rows.append(np.asarray(strip))
-    width = max(row.shape[1] for row in rows)  # a short episode has fewer moments
+    width = max(row.shape[1] for row in rows)  # short episodes have fewer moments
     padded = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows]
     with atomic(path) as temporary:
         Image.fromarray(np.vstack(padded)).save(temporary, "PNG")
 
 
 def check(dataset, sheet):
-    """Print what is in a Dataset and what may be wrong with it, and draw the contact sheet.
+    """Print a summary of a Dataset and its possible problems, and draw the contact sheet.
 
     Returns {question: [(episode, or None for all, what)]}. UserError if its numbers cannot be read.
     """
@@ -322,7 +322,7 @@ def check(dataset, sheet):
         dataset.entries = [entry for entry in dataset.entries if entry.data not in missing]
         if not dataset.entries:
             raise UserError(f"{dataset.folder}: no numbers of any episode are there")
-    # spread over the dataset: people change the scene as the day goes on
+    # spread over the dataset: people change the scene in the course of a day
     places = np.linspace(0, len(dataset.entries) - 1, min(ROWS, len(dataset.entries)))
     chosen = {dataset.entries[int(place)].index for place in places}
     recordings = [dataset.recording(entry) for entry in dataset.entries]

@@ -1,17 +1,17 @@
-"""A LeRobotDataset as it lies in its folder: numbers and pictures of one episode at a time.
+"""Read a LeRobotDataset from its folder: numbers and images of one episode at a time.
 
     dataset = Dataset(find_dataset("user/name"))       v3.0, or v2.0 and v2.1
-    for entry in dataset.entries:                      an Entry an episode
-        recording = dataset.recording(entry)           state (L, S), action (L, A), timestamp (L,) ...
-        for picture in dataset.pictures(entry, camera, recording.timestamp): (height, width, 3) uint8
+    for entry in dataset.entries:                      one Entry per episode
+        recording = dataset.recording(entry)           state (L, S), action (L, A), timestamp (L,)
+        for picture in dataset.pictures(entry, camera, recording.timestamp): (h, w, 3) uint8
 
-Layout of v3.0: meta/info.json; meta/tasks.parquet, the sentence as index and its task_index;
-meta/episodes/*/*.parquet, a row an episode; data/*/*.parquet, a row a frame, many episodes a file;
-videos/<camera>/*/*.mp4, many episodes a film, and not the same ones as a data file has. In v2 the
-metadata are JSON lines, and every episode has a parquet file and a film a camera to itself.
-Source: lerobot 0.4.4 and 0.6.1, lerobot/datasets.
+Layout of v3.0: meta/info.json; meta/tasks.parquet, with the sentence as index and its task_index;
+meta/episodes/*/*.parquet, one row per episode; data/*/*.parquet, one row per frame, many episodes
+per file; videos/<camera>/*/*.mp4, many episodes per video, and not the same ones as in a data file.
+In v2 the metadata are JSON lines, and every episode has its own parquet file and a video per
+camera. Source: lerobot 0.4.4 and 0.6.1, lerobot/datasets.
 
-Names and units of the numbers are what info.json says under `names`; it often says nothing.
+Names and units of the numbers are what info.json says under `names`, which is often nothing.
 L frames of an episode, S and A numbers of state and action; times in s.
 """
 
@@ -29,18 +29,18 @@ from data.media import load_image
 from files import find_or_fetch, inside, read_json, read_text, reading, whole_files
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
-# columns that are no feature of the robot
+# columns that are not features of the robot
 INDEX = ("timestamp", "frame_index", "episode_index", "task_index")
 ADVICE = "is the download whole?"
-# what our own exports say in columns of text: what a frame is for, and, as JSON, the episode's header
+# text columns in our own exports: what each frame does, and the episode's header as JSON
 PHASE = "nanoblm.phase"
 HEADER = "nanoblm.episode"
-KEPT = ("scene", "command", "task", "seed", "embodiment", "noise", "maker")  # of the header
+KEPT = ("scene", "command", "task", "seed", "embodiment", "noise", "maker")  # fields of the header
 
 
 @dataclass
 class Clip:
-    """Where a camera's pictures of one episode are; stop is None if they are the whole film."""
+    """Where a camera's images of one episode are; stop is None for a whole video file."""
 
     path: Path
     start: float
@@ -49,7 +49,7 @@ class Clip:
 
 @dataclass
 class Entry:
-    """An episode as the metadata have it; clips {camera: Clip} only of cameras stored as films."""
+    """An episode in the metadata; clips {camera: Clip}, only for cameras stored as videos."""
 
     index: int
     length: int
@@ -62,7 +62,7 @@ class Recording:
     """An episode's numbers: state (L, S), action (L, A) float64, timestamp (L,), frame (L,) int.
 
     tasks: L sentences, None where the dataset has none for the frame's task_index.
-    phases: L words; header: KEPT of the episode that was exported, {} if it is nobody's of ours.
+    phases: L words; header: fields KEPT of an exported episode's header, {} for other datasets.
     """
 
     index: int
@@ -85,19 +85,19 @@ def extra(module):
 
 
 def find_dataset(source, cameras=()):
-    """The folder `source`, or that dataset of the hub, fetched; of its films only these cameras'.
+    """The folder `source`, or a dataset downloaded from the hub, with videos of these cameras only.
 
     UserError if there is neither.
     """
     # both layouts: videos/<camera>/chunk-000/ and videos/chunk-000/<camera>/
     films = [f"videos/*{camera}/*" for camera in cameras] or ["videos/*"]
-    # the newest version, not lerobot's tag of a format: older ones are read too
+    # the newest revision, not lerobot's tag for a format: older formats are read too
     patterns = ["meta/*", "data/*", "images/*", *films]
     return find_or_fetch(source, repo_type="dataset", allow_patterns=patterns)
 
 
 def names_of(feature):
-    """The names of a feature's numbers, [] if it gives none: a list, or lists by kind in a dict."""
+    """The names of a feature's numbers, [] if there are none: a list, or a dict of lists."""
     names = feature.get("names") or []
     # {"motors": [...]}, or a dict whose keys are the names
     if isinstance(names, dict):
@@ -105,7 +105,7 @@ def names_of(feature):
         names = list(chain(*lists)) or list(names)
     if len(names) == 1 and isinstance(names[0], list):
         names = names[0]
-    # names that do not fit are worse than none
+    # no names are better than wrong ones
     fits = len(names) == np.prod(feature.get("shape", len(names)))
     return [str(name) for name in names] if fits else []
 
@@ -117,23 +117,23 @@ def read_lines(path):
 
 
 def read_table(path, columns=None, episode=None):
-    """Columns of a parquet file as an arrow table; of one episode, if its index is given."""
+    """Columns of a parquet file as an arrow table; only one episode, if its index is given."""
     parquet = extra("pyarrow.parquet")
-    # lerobot writes a row group an episode, and those of others are not read
+    # lerobot writes one row group per episode, so the others are not read
     rows = None if episode is None else [("episode_index", "=", episode)]
     with reading(path, ADVICE):
         there = parquet.read_schema(path).names
         lacking = [name for name in columns or () if name not in there]
         assert not lacking, f"it lacks the column {', '.join(lacking)}"
-        # partitioning None: folders' names are no columns
+        # partitioning None: folder names are not columns
         return parquet.read_table(path, columns=columns, filters=rows, partitioning=None)
 
 
 class Dataset:
-    """What the metadata say. UserError if they are missing, of another version, or contradictory.
+    """The metadata. UserError if they are missing, of an unknown version, or contradictory.
 
     folder, version, fps, robot (its robot_type or ""), features, cameras [name], tasks {task_index:
-    sentence}, entries [Entry]. state, action: the names of the features that are read as such.
+    sentence}, entries [Entry]. state, action: names of the features to use as such.
     """
 
     def __init__(self, folder, state="observation.state", action="action"):
@@ -148,22 +148,22 @@ class Dataset:
             self.version = choose(info["codebase_version"], VERSIONS, "version of LeRobotDataset")
             self.fps = float(info["fps"])
             assert 0 < self.fps < 1000, f"fps is {info['fps']}"
-            self.robot = info.get("robot_type") or ""  # null in many
+            self.robot = info.get("robot_type") or ""  # null in many datasets
             self.features = info["features"]
             numbers = [name for name in self.features if self.features[name]["dtype"][:3] != "str"]
-            # strict: what merely looks like it may be the gripper's alone
+            # exact names only: a similar one may hold the gripper alone
             self.state = choose(state, numbers, "feature")
             self.action = choose(action, numbers, "feature")
             self.ours = [name for name in (PHASE, HEADER) if name in self.features]
             kinds = {name: feature["dtype"] for name, feature in self.features.items()}
             self.cameras = [name for name, kind in kinds.items() if kind in ("image", "video")]
             self.films = [name for name in self.cameras if kinds[name] == "video"]
-        # v2.1 differs from v2.0 in its statistics alone, which nobody reads here
+        # v2.1 differs from v2.0 only in its statistics, which are not used here
         self.old = self.version != "v3.0"
         self.tasks = self.read_tasks()
         self.entries = self.read_old_entries() if self.old else self.read_entries()
         with reading(self.about, ADVICE):
-            # a download that broke off leaves the first files of a table
+            # an interrupted download leaves only the first files of a table
             there = [entry.index for entry in self.entries]
             promised = info.get("total_episodes", len(there))
             assert promised == len(there) > 0, f"{promised} episodes, but {len(there)} are listed"
@@ -180,28 +180,28 @@ class Dataset:
         path = self.folder / "meta" / "tasks.parquet"
         table = read_table(path)
         with reading(path, ADVICE):
-            # the sentence is pandas' index, which has a name of its own only in some versions
+            # the sentence is the pandas index, which only some versions name
             others = [name for name in table.column_names if name != "task_index"]
-            # other converters write a column "task" beside it
+            # other converters write an additional column "task"
             named = [name for name in ("task", "__index_level_0__") if name in others]
             sentences = table[(named or others)[0]].to_pylist()
             return dict(zip(table["task_index"].to_pylist(), sentences, strict=True))
 
     def place(self, template, **indices):
-        """The file that a template of info.json names, which may not leave the folder."""
-        # a template is somebody else's text: it could lead to any file
+        """The path from a template in info.json, which must not leave the folder."""
+        # templates come from others and could name any file
         with reading(self.about):
             return inside(self.folder, self.info[template].format(**indices))
 
     def read_entries(self):
-        """Entries of v3.0: a camera's chunk and file are its own, not those of the data."""
+        """Entries of v3.0: each camera has its own chunk and file, as do the data."""
         folder = self.folder / "meta" / "episodes"
         entries = []
         for path in whole_files(folder, "*/*.parquet"):
             parquet = extra("pyarrow.parquet")
             with reading(path, ADVICE):
                 names = parquet.read_schema(path).names
-            # hundreds of columns, a file can be large
+            # statistics have hundreds of columns, and a file can be large
             columns = [name for name in names if not name.startswith("stats/")]
             for row in read_table(path, columns).to_pylist():
                 with reading(path, ADVICE):
@@ -216,19 +216,19 @@ class Dataset:
     def clip(self, row, camera):
         prefix = f"videos/{camera}"
         path = self.place("video_path", video_key=camera, **indices_of(row, prefix))
-        # s in the film, where other episodes come before and after
+        # s in the video, which holds other episodes before and after
         start = float(row[f"{prefix}/from_timestamp"])
         stop = float(row[f"{prefix}/to_timestamp"])
         return Clip(path, start, stop)
 
     def read_old_entries(self):
-        """Entries of v2: every episode has files of its own."""
+        """Entries of v2: every episode has its own files."""
         path = self.folder / "meta" / "episodes.jsonl"
         entries = []
         for row in read_lines(path):
             with reading(path, ADVICE):
                 index = int(row["episode_index"])
-                # 1,000 episodes a folder, whatever is in them
+                # 1,000 episodes per folder, whatever they contain
                 chunk = index // int(self.info["chunks_size"])
                 indices = {"episode_chunk": chunk, "episode_index": index}
                 clips = {}
@@ -240,7 +240,7 @@ class Dataset:
         return sorted(entries, key=lambda entry: entry.index)
 
     def describe(self):
-        """Lines for people: what is in it, with the names that the dataset itself gives."""
+        """A summary for people, with the names that the dataset itself gives."""
         frames = sum(entry.length for entry in self.entries)
         size = f"{len(self.entries)} episodes, {frames:,} frames at {self.fps:g} fps"
         lines = [
@@ -262,22 +262,22 @@ class Dataset:
     # ---- an episode
 
     def missing_files(self, cameras):
-        """The files of the metadata that are not there, of these cameras and of the numbers."""
+        """Files in the metadata that do not exist, for these cameras and for the numbers."""
         paths = [entry.data for entry in self.entries]
         for camera in cameras:
             paths += [entry.clips[camera].path for entry in self.entries if camera in entry.clips]
         return [path for path in dict.fromkeys(paths) if not path.is_file()]
 
     def check_clips(self, entry, cameras):
-        """UserError if a film has more or fewer pictures of the episode than there are numbers.
+        """UserError if a video has more or fewer images of the episode than there are rows.
 
-        lerobot's recorder can drop pictures and keep their rows: all later ones would be shifted.
+        lerobot's recorder can drop images but keep their rows, which shifts all later ones.
         """
         for camera in cameras:
             clip = entry.clips.get(camera)
-            if clip is None:  # pictures are in the rows themselves
+            if clip is None:  # images are in the rows themselves
                 continue
-            if clip.stop is None:  # v2: the film is the episode
+            if clip.stop is None:  # v2: the video is the episode
                 frames = film_frames(clip) or entry.length
             else:
                 frames = (clip.stop - clip.start) * self.fps
@@ -286,20 +286,20 @@ class Dataset:
                 raise UserError(f"{clip.path}: {differ}: were frames dropped? {ADVICE}")
 
     def recording(self, entry):
-        """The Recording of an Entry. UserError if columns or rows are missing, or not numbers."""
+        """The Recording of an Entry. UserError if columns or rows are missing or not numeric."""
         if self.opened[0] != entry.data:
-            # not the pictures, which may be in it and are read an episode at a time
+            # without images, which may be in the same file and are read one episode at a time
             wanted = [self.state, self.action, *INDEX, *self.ours]
             self.opened = entry.data, read_table(entry.data, list(dict.fromkeys(wanted)))
         table = self.opened[1]
         with reading(entry.data):
-            # by number, not by dataset_from_index: after a merge that counts through all files
+            # by index, not by dataset_from_index, which after a merge counts through all files
             rows = np.flatnonzero(table["episode_index"].to_numpy() == entry.index)
             own = table.take(rows)
             assert len(own) == entry.length, (
                 f"{len(own)} rows, not {entry.length} as the metadata say"
             )
-            # joined by task_index: the rows of tasks.parquet are in any order
+            # looked up by task_index: rows of tasks.parquet are in any order
             tasks = [self.tasks.get(index) for index in own["task_index"].to_pylist()]
             return Recording(
                 entry.index,
@@ -312,20 +312,20 @@ class Dataset:
             )
 
     def own_words(self, rows):
-        """(phases, header) of an episode's rows, as a Recording has them."""
-        # nobody knows what a hand was about to do
+        """(phases, header) from an episode's rows, for its Recording."""
+        # other datasets do not tell the phases
         phases = ["teleoperation"] * len(rows)
         if PHASE in self.ours:
             phases = rows[PHASE].to_pylist()
             assert all(isinstance(phase, str) for phase in phases), f"{PHASE} holds no words"
         if HEADER not in self.ours:
             return phases, {}
-        # every row says the same
+        # the same in every row
         header = json.loads(rows[HEADER][0].as_py())
         return phases, {name: header[name] for name in KEPT}
 
     def pictures(self, entry, camera, timestamps):
-        """Yield a camera's picture (height, width, 3) uint8 at each of an episode's timestamps (L,).
+        """Yield a camera's image (height, width, 3) uint8 for each of an episode's timestamps (L,).
 
         UserError if one is missing, or none is within half a frame of its time.
         """
@@ -338,40 +338,40 @@ class Dataset:
                 yield np.asarray(load_image(BytesIO(body)))
 
     def encoded(self, entry, camera):
-        """Yield the pictures of a camera that is no film, as the bytes of a file each."""
+        """Yield the encoded images, in bytes, of a camera that is not stored as video."""
         cells = read_table(entry.data, [camera], entry.index)[camera]
         assert len(cells) == entry.length
         for cell in cells:
             with reading(entry.data):
-                # nearly always the bytes; a path is below the folder or nothing that we open
-                picture = cell.as_py()  # {"bytes": an encoded picture, or None, "path": its file}
+                # nearly always bytes; a path must stay inside the folder
+                picture = cell.as_py()  # {"bytes": an encoded image or None, "path": its file}
                 yield picture["bytes"] or inside(self.folder, picture["path"]).read_bytes()
 
 
 def indices_of(row, prefix):
-    """chunk_index and file_index of a row of meta/episodes: of the data, or of a camera."""
+    """chunk_index and file_index in a row of meta/episodes: for the data, or for a camera."""
     return {name: int(row[f"{prefix}/{name}"]) for name in ("chunk_index", "file_index")}
 
 
 def matrix(column):
     """An arrow column of numbers or lists of numbers as (L, n) float64; missing ones are NaN."""
-    # None becomes NaN, and lists of different lengths an error
+    # None becomes NaN; lists of different lengths raise an error
     values = np.array(column.to_pylist(), np.float64)
     return values.reshape(len(values), -1)  # a feature of shape (1,) is a column of plain numbers
 
 
 def film_pictures(clip, timestamps, fps):
-    """Yield the pictures of a Clip nearest to timestamps (L,), s after its start, in their order.
+    """Yield the images of a Clip nearest to timestamps (L,), s after its start, in order.
 
-    UserError where the nearest is more than half a frame away, or times go backwards.
+    UserError if the nearest is more than half a frame away, or the timestamps do not increase.
     """
     av = extra("av")
     times = clip.start + np.asarray(timestamps)
     half = 0.5 / fps
-    # swscale's fast way from YUV to RGB, the default, is darker by one to two levels of 255
+    # swscale's fast conversion from YUV to RGB, the default, is darker by one or two levels of 255
     ways = av.video.reformatter.Interpolation
     exact = ways.BICUBIC | ways.ACCURATE_RND | ways.FULL_CHR_H_INT | ways.FULL_CHR_H_INP
-    waiting = list(times[::-1])  # the next one last
+    waiting = list(times[::-1])  # the next one is last
 
     def at_time(frame):
         time = waiting.pop()
@@ -382,20 +382,20 @@ def film_pictures(clip, timestamps, fps):
     with reading(clip.path, ADVICE), av.open(str(clip.path)) as film:
         assert (np.diff(times) > 0).all(), "the episode's timestamps do not grow"
         stream = film.streams.video[0]
-        stream.thread_type = "AUTO"  # pictures and parts of pictures at the same time
-        # to the key picture before the first, with room for rounding
+        stream.thread_type = "AUTO"  # decode frames and slices in parallel
+        # seek to the keyframe before the first image, with room for rounding
         film.seek(int(max(0.0, times[0] - half) / stream.time_base), stream=stream)
         last = None
         for frame in film.decode(stream):
-            # the film goes on before and after with other episodes
+            # the video holds other episodes before and after
             if frame.time < clip.start - half:
                 continue
             if clip.stop is not None and frame.time > clip.stop - half:
                 break
-            # what is nearer to the picture before this one
+            # times that are closer to the previous image than to this one
             while last and waiting and waiting[-1] - last.time < frame.time - waiting[-1]:
                 yield at_time(last)
-            if not waiting:  # the rest is other episodes'
+            if not waiting:  # the rest belongs to other episodes
                 return
             last = frame
         assert last is not None, f"no pictures from {times[0]:.3f} s on"
@@ -404,7 +404,7 @@ def film_pictures(clip, timestamps, fps):
 
 
 def film_frames(clip):
-    """How many pictures a whole film says it has; 0 if it does not say."""
+    """The number of images in a whole video, from its header; 0 if it does not say."""
     av = extra("av")
     with reading(clip.path, ADVICE), av.open(str(clip.path)) as film:
         return film.streams.video[0].frames

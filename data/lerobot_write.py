@@ -1,9 +1,9 @@
-"""Our episodes as a LeRobotDataset v3.0, which lerobot loads, edits and trains on.
+"""Write our episodes as a LeRobotDataset v3.0, which lerobot loads, edits and trains on.
 
-One data file, a row group an episode; films of all episodes of a camera end to end, a new one when
-one is full. Pictures become H.264 with a key picture every second one, so that any is found fast;
-with --no-video they stay the JPEG files that they are, in the rows, and nothing is lost.
-Two columns of text hold what lerobot has no place for: PHASE and HEADER, which `import` reads back.
+One data file, with one row group per episode; for each camera one video of all episodes in a row,
+and a new one when the last is full. Images become H.264 with every second one a keyframe, for fast
+random access; with --no-video they stay the JPEG files that they are, in the rows, without loss.
+Two text columns hold what lerobot has no place for: PHASE and HEADER, which `import` reads back.
 Statistics are computed from all numbers of the dataset: lerobot's own quantiles are averages of
 those of the episodes. Source: lerobot 0.4.4, lerobot/datasets.
 
@@ -23,13 +23,13 @@ from data.record import load_episodes
 from data.robots import get_robot
 from files import atomic_folder, write_json
 
-FILM_BYTES = 200_000_000  # of an mp4, lerobot's own limit
-CHUNK = "chunk-000/file-{:03d}"  # a chunk is 1,000 files: more than there will be
-PIXELS = "yuv444p"  # with 4:2:0 the shipped policy's joint targets are off by 1.7 times as much
-CODEC = {"crf": "18", "g": "2", "bf": "0"}  # bf 0: a picture's time is its number / fps
+FILM_BYTES = 200_000_000  # per mp4, lerobot's own limit
+CHUNK = "chunk-000/file-{:03d}"  # a chunk is 1,000 files, more than there will be
+PIXELS = "yuv444p"  # 4:2:0 would make the shipped policy's joint targets err by 1.7 times as much
+CODEC = {"crf": "18", "g": "2", "bf": "0"}  # bf 0: an image's time is its number / fps
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
-STRIDE = 10  # frames between those whose pixels count for the statistics
-SCALARS = {  # a column of numbers each
+STRIDE = 10  # frames between those whose pixels are sampled for the statistics
+SCALARS = {  # one number per column
     "timestamp": "float32",
     "frame_index": "int64",
     "episode_index": "int64",
@@ -38,20 +38,20 @@ SCALARS = {  # a column of numbers each
 }
 
 
-# ---- what the numbers are called
+# ---- names of the numbers
 
 
 def names_in(episode):
-    """(names of the state's S numbers, of the action's A); [] where nobody said."""
+    """(names of the state's S numbers, of the action's A); [] if unknown."""
     about = episode.about
-    # imported: as its dataset called them
+    # imported: the dataset's own names
     if "dataset" in about:
         return about["state_names"], about["action_names"]
-    # another simulator's: they are described in words, not named one by one
+    # another simulator's: described in words, not named one by one
     if "env" in about:
         return [], []
     robot = get_robot(episode.robot)
-    # the unit behind the dot, for info.json has no place for it
+    # with the unit as suffix, because info.json has no field for it
     joints = [f"{robot.model.joint(i).name}.rad" for i in range(robot.dof)]
     fingers = [*joints, "finger.m"]
     places = [f"tcp_{axis}.m" for axis in "xyz"]
@@ -59,16 +59,16 @@ def names_in(episode):
     return [*fingers, *places, *turns], fingers
 
 
-# ---- films
+# ---- videos
 
 
 class Film:
-    """The films of one camera, written picture after picture; `clips` [(file, start, stop)]."""
+    """The videos of one camera, written image by image, in as many files as needed."""
 
     def __init__(self, folder, fps):
         self.folder = folder
         self.fps = Fraction(fps).limit_denominator(1000)
-        self.number = -1  # of the file
+        self.number = -1  # number of the current file
         self.open_next()
 
     def open_next(self):
@@ -79,18 +79,18 @@ class Film:
         path = self.folder / f"{CHUNK.format(self.number)}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = av.open(str(path), "w")
-        # H.264, though lerobot's default is AV1: every decoder has it
+        # H.264, although lerobot's default is AV1: every decoder supports it
         self.stream = self.file.add_stream("libx264", rate=self.fps, options=CODEC)
-        # color at full resolution: objects are a few pixels wide
+        # color at full resolution, because objects are only a few pixels wide
         self.stream.pix_fmt = PIXELS
 
     def add(self, picture):
         av = extra("av")
-        # the encoder opens with the first picture
+        # the encoder opens with the first image
         if not self.frames:
             self.stream.height, self.stream.width = picture.shape[:2]
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-        # whole numbers of 1 / fps: lerobot wants a picture within 0.1 ms of its row
+        # whole multiples of 1 / fps: lerobot requires an image within 0.1 ms of its row
         frame.pts = self.frames
         frame.time_base = 1 / self.fps
         self.write(self.stream.encode(frame))
@@ -102,13 +102,13 @@ class Film:
             self.file.mux(packet)
 
     def close(self):
-        # what the encoder still holds back
+        # flush the encoder
         self.write(self.stream.encode())
         self.file.close()
 
     def make_room(self):
-        """Go on in another file if this one is full; called between episodes."""
-        # an episode is never split: its row names one file
+        """Continue in a new file if this one is full; called between episodes."""
+        # an episode is never split: its row names a single file
         if self.bytes > FILM_BYTES:
             self.close()
             self.open_next()
@@ -118,8 +118,8 @@ class Film:
 
 
 def statistics(values):
-    """{name: list} of values (n, d), each of d numbers: what lerobot keeps of a feature."""
-    # double: sums over millions of pixels
+    """{name: list} for values (n, d), each of d numbers: lerobot's statistics of a feature."""
+    # in double precision: sums over millions of pixels
     values = np.asarray(values, np.float64)
     table = {
         "min": values.min(0),
@@ -134,18 +134,18 @@ def statistics(values):
 
 
 def all_statistics(samples):
-    """{feature: statistics} of {feature: values (n, d)}; pixels (n, 3) as lerobot shapes them."""
+    """{feature: statistics} of {feature: values (n, d)}; pixels (n, 3) in lerobot's shape."""
     table = {}
     for feature, values in samples.items():
         table[feature] = statistics(values)
-        if feature.startswith("observation.images."):  # a number a color: (3, 1, 1)
+        if feature.startswith("observation.images."):  # one number per color: (3, 1, 1)
             for name in table[feature].keys() - {"count"}:
                 table[feature][name] = [[[number]] for number in table[feature][name]]
     return table
 
 
 def pixels_of(pictures):
-    """(n, 3) in 0..1: every fourth pixel each way of some pictures."""
+    """(n, 3) in 0..1: every fourth pixel in both directions of some images."""
     return np.concatenate([picture[::4, ::4].reshape(-1, 3) for picture in pictures]) / 255
 
 
@@ -153,7 +153,7 @@ def pixels_of(pictures):
 
 
 def header_of(episode):
-    """What training depends on beside rows and words, as JSON: the same in each of its rows.
+    """What training depends on besides rows and words, as JSON, to be repeated in every row.
 
     Not in meta/episodes, where lerobot's own tools drop columns that they do not know.
     """
@@ -170,7 +170,7 @@ def header_of(episode):
 
 
 def data_columns(episode, number, first, task_index, fps):
-    """{feature: (L,) or (L, n)}: an episode's rows; first is the number of its first row."""
+    """{feature: (L,) or (L, n)}: an episode's rows; first is the index of its first row."""
     frames = np.arange(len(episode))
     # in the order in which lerobot writes them
     return {
@@ -187,10 +187,10 @@ def data_columns(episode, number, first, task_index, fps):
 
 
 def picture_columns(cameras, episode):
-    """{camera: its pictures, files as they are}: the columns of cameras that are no films."""
+    """{camera: its encoded images}: the columns of cameras that are not stored as video."""
     columns = {camera: [] for camera in cameras}
     for t in range(len(episode)):
-        # lerobot makes them PNG, and reads what PIL reads
+        # lerobot writes PNG, but reads whatever PIL reads
         for camera, body in zip(cameras, episode.jpegs(t), strict=True):
             columns[camera].append({"bytes": body, "path": f"frame-{t:06d}.jpg"})
     return columns
@@ -201,7 +201,7 @@ def to_table(columns):
     arrow = extra("pyarrow")
     arrays = {}
     for name, values in columns.items():
-        # of pictures: arrow finds the type that lerobot expects, bytes and path
+        # images: arrow infers the type that lerobot expects, bytes and path
         if isinstance(values, list):
             arrays[name] = arrow.array(values)
             continue
@@ -213,12 +213,12 @@ def to_table(columns):
 
 
 def write_tasks(path, sentences):
-    """The sentences in the order of their task_index, as pandas writes a table with them as index.
+    """Write the sentences in the order of their task_index, as a pandas table with them as index.
 
-    lerobot looks a frame's sentence up by row number, not by task_index: the two must be the same.
+    lerobot looks up a frame's sentence by row number, not by task_index: the two must be the same.
     """
     arrow = extra("pyarrow")
-    index = "__index_level_0__"  # pandas' name for an index without one
+    index = "__index_level_0__"  # pandas' name for an unnamed index
     keys = ("name", "field_name", "pandas_type", "numpy_type", "metadata")
     number = dict(zip(keys, ("task_index", "task_index", "int64", "int64", None)))
     sentence = dict(zip(keys, (None, index, "unicode", "object", None)))
@@ -231,11 +231,11 @@ def write_tasks(path, sentences):
 
 
 def camera_feature(picture, fps, video):
-    """What info.json says of a camera with such pictures."""
+    """The entry of info.json for a camera with images like this one."""
     height, width, _ = picture.shape
     names = ["height", "width", "channels"]
     feature = {"dtype": "image", "shape": [height, width, 3], "names": names}
-    # 0.6.1 says more of the encoder, and does without
+    # 0.6.1 stores more about the encoder, but does not need it
     if not video:
         return feature
     about = {
@@ -252,14 +252,14 @@ def camera_feature(picture, fps, video):
 
 
 def feature_table(episode, fps, video):
-    """What info.json says of each feature."""
+    """The entries of info.json for all features."""
     state_names, action_names = names_in(episode)
     state = {"dtype": "float32", "shape": [episode.state.shape[1]], "names": state_names or None}
     action = {"dtype": "float32", "shape": [episode.action.shape[1]], "names": action_names or None}
     features = {"observation.state": state, "action": action}
     for view, picture in zip(episode.embodiment.views, episode.images(0), strict=True):
         features[f"observation.images.{view}"] = camera_feature(picture, fps, video)
-    # lerobot hands them on as they are, and makes no statistics of them
+    # lerobot passes these on unchanged, and computes no statistics for them
     for name in (PHASE, HEADER):
         features[name] = {"dtype": "string", "shape": [1], "names": None}
     scalars = {name: {"dtype": t, "shape": [1], "names": None} for name, t in SCALARS.items()}
@@ -270,9 +270,9 @@ def feature_table(episode, fps, video):
 
 
 def chosen_episodes(folder, robot):
-    """The episodes of one robot, all alike. UserError if there are several robots, sizes or rates."""
+    """The episodes of one robot, all alike. UserError if robots, sizes or rates differ."""
     episodes = load_episodes(folder)
-    # the shapes in info.json are those of all episodes
+    # info.json has one shape for all episodes
     robots = sorted({episode.robot for episode in episodes})
     if len(robots) > 1 and not robot:
         advice = "a LeRobotDataset has one: choose it with --robot"
@@ -289,7 +289,7 @@ def chosen_episodes(folder, robot):
 
 
 def shape_of(episode):
-    """In words, what must be the same in all episodes of a dataset."""
+    """What must be the same in all episodes of a dataset, in words."""
     sizes = [picture.shape[0] for picture in episode.images(0)]
     return f"{episode.embodiment.shape()}, pictures of {sizes} pixels"
 
@@ -297,7 +297,7 @@ def shape_of(episode):
 def sample_pixels(cameras, episode):
     """{camera: pixels (n, 3)} for the statistics."""
     kept = {camera: [] for camera in cameras}
-    # neighbors look alike
+    # neighboring frames look alike
     for t in range(0, len(episode), STRIDE):
         for camera, picture in zip(cameras, episode.images(t), strict=True):
             kept[camera].append(picture)
@@ -305,9 +305,9 @@ def sample_pixels(cameras, episode):
 
 
 def film_episode(films, episode):
-    """Append an episode to {camera: Film}; what its row says of films."""
+    """Append an episode to {camera: Film}. Returns the video columns of its row."""
     starts = {}
-    # where it begins, now that it is known in which file
+    # note where it starts, after choosing the file
     for camera, film in films.items():
         film.make_room()
         starts[camera] = film.frames
@@ -317,7 +317,7 @@ def film_episode(films, episode):
     row = {}
     for camera, film in films.items():
         prefix = f"videos/{camera}"
-        # a camera's own, which may differ from the data's and the other camera's
+        # each camera's own, which may differ from the data's and the other camera's
         row[f"{prefix}/chunk_index"] = 0
         row[f"{prefix}/file_index"] = film.number
         row[f"{prefix}/from_timestamp"] = float(starts[camera] / film.fps)
@@ -326,8 +326,8 @@ def film_episode(films, episode):
 
 
 def write_rows(out, episodes, fps, video):
-    """Data and films of all episodes: (rows of meta/episodes, {feature: [values of each]})."""
-    # task_index is a sentence's place here
+    """Write data and videos: (rows of meta/episodes, {feature: [values of each]}, sentences)."""
+    # task_index is a sentence's index here
     sentences = list(dict.fromkeys(episode.instruction for episode in episodes))
     cameras = [f"observation.images.{view}" for view in episodes[0].embodiment.views]
     filmed = cameras if video else []
@@ -336,17 +336,17 @@ def write_rows(out, episodes, fps, video):
     path.parent.mkdir(parents=True)
     rows = []
     samples = {}
-    first = 0  # row of the dataset
+    first = 0  # dataset index of the episode's first row
     writer = None
     for number, episode in enumerate(tqdm(episodes, unit="episode")):
         task_index = sentences.index(episode.instruction)
         columns = data_columns(episode, number, first, task_index, fps)
         pictures = {} if video else picture_columns(cameras, episode)
         table = to_table(columns | pictures)
-        # the schema is the first episode's
+        # all episodes have the schema of the first
         writer = writer or extra("pyarrow.parquet").ParquetWriter(path, table.schema)
         writer.write_table(table)
-        # words have no statistics
+        # text has no statistics
         numbers = {name: values for name, values in columns.items() if values.dtype.kind != "U"}
         own = {name: values.reshape(len(episode), -1) for name, values in numbers.items()}
         own |= sample_pixels(cameras, episode)
@@ -363,7 +363,7 @@ def write_rows(out, episodes, fps, video):
             "meta/episodes/chunk_index": 0,
             "meta/episodes/file_index": 0,
         }
-        # lerobot merges and edits datasets by these
+        # lerobot needs these to merge and edit datasets
         for feature, table in all_statistics(own).items():
             row |= {f"stats/{feature}/{name}": values for name, values in table.items()}
         rows.append(row)
@@ -377,15 +377,15 @@ def write_rows(out, episodes, fps, video):
 
 
 def export(folder, out, robot="", video=True):
-    """Write the episodes of `folder` as a LeRobotDataset v3.0 into the new folder `out`.
+    """Write the episodes of `folder` as a LeRobotDataset v3.0 to the new folder `out`.
 
-    robot: which, if there are several; video: films, which are small, or pictures as they are.
-    It appears whole or not at all. UserError if the episodes are not of one robot, size and rate.
+    robot: which one, if there are several; video: small videos, or images as they are.
+    The folder appears whole or not at all. UserError if robots, sizes or rates differ.
     """
     arrow = extra("pyarrow")
     episodes = chosen_episodes(folder, robot)
     fps = episodes[0].embodiment.control_hz
-    fps = int(fps) if fps == int(fps) else fps  # lerobot's info.json has an integer
+    fps = int(fps) if fps == int(fps) else fps  # an integer in lerobot's info.json
     with atomic_folder(out) as new:
         meta = new / "meta"
         (meta / "episodes" / "chunk-000").mkdir(parents=True)
@@ -412,7 +412,7 @@ def export(folder, out, robot="", video=True):
             "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
             "features": feature_table(episodes[0], fps, video),
         }
-        # last, as lerobot does: a folder without it is no dataset
+        # written last, as in lerobot: a folder without it is not a dataset
         write_json(meta / "info.json", info)
     print(
         f"{len(episodes)} episodes of {episodes[0].robot}, {len(sentences)} instructions, in {out}"

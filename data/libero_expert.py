@@ -1,12 +1,12 @@
-"""The expert of LIBERO's tasks (data/libero.py): it puts one thing into a basket or onto a plate.
+"""The expert for LIBERO's tasks (data/libero.py): puts one object into a basket or onto a plate.
 
-    approach, descend    above the thing, then straight down: around its middle, or over its rim
+    approach, descend    above the object, then straight down: around its middle, or over its rim
     grasp, lift          until both fingers touch it
-    carry, place         above the place, then down, wherever the thing sits in the hand
-    release, retreat     and all again if that was not it
+    carry, place         above the place, then down, wherever the object sits in the hand
+    release, retreat     and again from the start if that was not a success
 
-It reads the true state of the simulator in every step, and so goes on from wherever a disturbance,
-or a policy, has led. The package has no expert, and its demonstrations are people's.
+It reads the true state of the simulator in every step, so it recovers from wherever a disturbance,
+or a policy, has led. The package has no expert; its demonstrations were recorded by people.
 """
 
 from functools import partial
@@ -20,31 +20,31 @@ from data.expert import Demonstration
 from data.libero import CLOSED, HIDDEN, OPEN
 from data.simulator import mujoco
 
-# Control steps between two pictures of a demonstration: training reads those alone.
+# Control steps between two images of a demonstration: training reads only those.
 PICTURE_STRIDE = 4
-# heights are m above what is meant
-GAIN = 2.0  # of a step of the hand's target, for each m of error; more than 1, since it lags behind
-ABOVE = 0.15  # from where the hand goes straight down
-FINGER_DEPTH = 0.035  # at most so far below the top of a thing that is held around its middle
-RIM_DEPTH = 0.022  # and of one that is held by its rim
-TIP = 0.012  # fingers reach this far below the point between them
-RIM_INSET = 0.004  # m, from the outermost of a thing to the middle of its rim
-# The open hand over a rim: m along its closing axis outwards, across it, and above the point between
-# the fingers. First the outer finger, then what is beside it.
+# heights in m above the point in question
+GAIN = 2.0  # step of the hand's target per m of error; more than 1, because the hand lags behind
+ABOVE = 0.15  # from here the hand descends straight
+FINGER_DEPTH = 0.035  # largest depth below the top of an object that is held around its middle
+RIM_DEPTH = 0.022  # the same for an object that is held by its rim
+TIP = 0.012  # the fingers extend this far below the point between them
+RIM_INSET = 0.004  # m, from the outer edge of an object to the middle of its rim
+# The open hand over a rim: m outward along its closing axis, across it, and above the point between
+# the fingers. First the outer finger, then the hand beside it.
 FINGER_SHAPE = product((0.025, 0.032, 0.04, 0.047, 0.055), (-0.01, 0.0, 0.01), (-TIP,))
 HAND_SHAPE = [*FINGER_SHAPE, *product((-0.1, -0.06, 0.07, 0.1), (-0.03, 0.0, 0.03), (0.045,))]
-WIDEST = 0.068  # m, that goes between the fingers
-CLOSE_STEPS = 20  # control steps: a rim of 5 mm is reached after 10
+WIDEST = 0.068  # m; widest object that fits between the fingers
+CLOSE_STEPS = 20  # control steps; the fingers reach a rim of 5 mm after 10
 OPEN_STEPS = 8
-NOISE_SCALE = 20  # of an action for each rad of data.record's --noise, as in Meta-World
-FREE = ("approach", "lift", "carry")  # what is disturbed
-PLANS = 4  # how often the expert looks again
+NOISE_SCALE = 20  # of an action per rad of data.record's --noise, as for Meta-World
+FREE = ("approach", "lift", "carry")  # phases that are disturbed
+PLANS = 4  # how often the expert replans
 UP = np.array([0.0, 0.0, 1.0])
-CUBE = np.array(list(product((-1, 1), repeat=3)))  # corners of one
+CUBE = np.array(list(product((-1, 1), repeat=3)))  # corners of a cube
 
 
 def corners(env, name):
-    """(n, 3) m: corners of the shapes that a thing collides with, where they are now."""
+    """(n, 3) m: corners of an object's collision shapes, now."""
     model = env.model
     data = env.data
     shapes = []
@@ -62,13 +62,13 @@ def corners(env, name):
 
 
 def middle_of(env, name):
-    """(3,) m: the middle of the box around a thing."""
+    """(3,) m: the center of an object's bounding box."""
     points = corners(env, name)
     return (points.min(axis=0) + points.max(axis=0)) / 2
 
 
 def height_below(env, x, y, z):
-    """m: how high what lies below a point is, the arm aside."""
+    """m: height of the first surface below a point, not counting the arm."""
     geom = np.zeros(1, np.int32)
     groups = np.array([group == HIDDEN for group in range(6)], np.uint8)
     way = mujoco.mj_ray(env.model, env.data, np.array([x, y, z]), -UP, groups, 1, -1, geom)
@@ -78,25 +78,26 @@ def height_below(env, x, y, z):
 
 
 def plan_grasp(env):
-    """(point (3,) m, closing axis (3,)): around the thing's middle, or over its rim if it is wide."""
+    """(point (3,) m, closing axis (3,)): around the object's middle, or over a wide one's rim."""
     points = corners(env, env.target)
     low, high = points.min(axis=0), points.max(axis=0)
     middle = (low + high) / 2
     around = []
     rims = []
-    for angle in np.radians((0, 30, -30, 60, -60, 90)):  # away from how the hand is at rest
+    for angle in np.radians((0, 30, -30, 60, -60, 90)):  # relative to the hand's rest direction
         axis = np.array([np.sin(angle), np.cos(angle), 0.0])
         along = (points - middle) @ axis
         width = along.max() - along.min()
         if width < WIDEST:
             point = middle + (along.max() + along.min()) / 2 * axis
             point[2] = max(high[2] - FINGER_DEPTH, low[2] + TIP)
-            # turning takes time: only where it is much narrower
+            # turning takes time: only if the object is much narrower that way
             around.append((width + 0.01 * abs(angle), point, axis))
         for side in (-1, 1):
             rim = middle + side * (width / 2 - RIM_INSET) * axis
             rim[2] = high[2] - RIM_DEPTH
-            # the outer finger wants room as far down as it comes, the hand beside it above the thing
+            # there must be room for the outer finger at its depth, and for the hand above the
+            # object
             over = []
             for out, across, height in HAND_SHAPE:
                 x, y, _ = rim + out * side * axis + across * np.cross(axis, UP)
@@ -107,19 +108,19 @@ def plan_grasp(env):
 
 
 def steer(env, target, axis, fingers):
-    """The action (7,) that brings the hand towards a place, pointing down and closing along `axis`."""
+    """The action (7,) that moves the hand to `target`, pointing down and closing along `axis`."""
     place, rotation = env.hand()
     axis = axis * np.sign(axis @ rotation[:, 0] or 1.0)  # half a turn makes no difference
     wanted = np.column_stack([axis, np.cross(-UP, axis), -UP])
-    turn = np.cross(rotation, wanted, axis=0).sum(axis=1) / 2  # rad, if it is small
+    turn = np.cross(rotation, wanted, axis=0).sum(axis=1) / 2  # rad, for small angles
     action = np.concatenate([GAIN * (target - place) / 0.05, GAIN * turn / 0.5, [fingers]])
     return np.clip(action, -1, 1)
 
 
 def go(env, name, target, axis, fingers, near, most=60):
-    """(name, action) until the hand is `near` (m) a place, or after `most` steps.
+    """Yield (name, action) until the hand is `near` (m) its target, or after `most` steps.
 
-    target: (3,) m, or a function that says where it is now.
+    target: (3,) m, or a function that returns its current position.
     """
     for _ in range(most):
         place, rotation = env.hand()
@@ -130,7 +131,7 @@ def go(env, name, target, axis, fingers, near, most=60):
 
 
 def close_hand(env, axis):
-    """(name, action) while the fingers close around something, the hand staying where it is."""
+    """Yield (name, action) while the fingers close on something and the hand stays in place."""
     place = env.hand()[0].copy()
     firm = 0
     for _ in range(CLOSE_STEPS):
@@ -141,23 +142,23 @@ def close_hand(env, axis):
 
 
 def open_hand(env, axis):
-    """(name, action) while the fingers open, the hand staying where it is."""
+    """Yield (name, action) while the fingers open and the hand stays in place."""
     place = env.hand()[0].copy()
     for _ in range(OPEN_STEPS):
         yield "release", steer(env, place, axis, OPEN)
 
 
 def over_place(env, height):
-    """(3,) m: where the hand must be for the thing to be over the middle of its place.
+    """(3,) m: hand position with the object above the middle of its place.
 
-    However the thing sits in the hand.
+    It works wherever the object sits in the hand.
     """
     x, y, _ = env.hand()[0] + middle_of(env, env.place) - middle_of(env, env.target)
     return np.array([x, y, height])
 
 
 def fetch(env):
-    """(name, action) of the way to the thing, until it is held or was missed; returns the axis."""
+    """Yield (name, action) to grasp the object, until it is held or missed; returns the axis."""
     point, axis = plan_grasp(env)
     yield from go(env, "approach", point + ABOVE * UP, axis, OPEN, near=0.025)
     yield from go(env, "descend", point, axis, OPEN, near=0.006, most=30)
@@ -166,16 +167,16 @@ def fetch(env):
 
 
 def deliver(env, axis):
-    """(name, action) of the way of a held thing to its place, and of the hand away from there."""
+    """Yield (name, action) to put down a held object at its place."""
     hand = env.hand()[0].copy()
-    hang = hand[2] - corners(env, env.target)[:, 2].min()  # m, from the thing's lower end
+    hang = hand[2] - corners(env, env.target)[:, 2].min()  # m, from the object's lower end
     top = corners(env, env.place)[:, 2].max() + hang
     high = max(top + 0.06, hand[2] + 0.05)
     start = np.array([*hand[:2], high])
     yield from go(env, "lift", start, axis, CLOSED, near=0.02)
     over = partial(over_place, env, high)
     yield from go(env, "carry", over, axis, CLOSED, near=0.02, most=100)
-    # into a basket, onto a plate
+    # into a basket, or onto a plate
     down = top - 0.04 if env.task.tier == "object" else top - 0.006
     over = partial(over_place, env, down)
     yield from go(env, "place", over, axis, CLOSED, near=0.006, most=25)
@@ -183,10 +184,10 @@ def deliver(env, axis):
 
 
 def control_steps(env):
-    """(primitive's name, action) for every control step; what ends without success begins again."""
+    """Yield (primitive's name, action) for every control step; without success it starts over."""
     for _ in range(PLANS):
         axis = env.hand()[1][:, 0].copy()
-        axis[2] = 0  # level
+        axis[2] = 0  # horizontal
         axis /= np.linalg.norm(axis)
         if not env.held():
             axis = yield from fetch(env)
@@ -197,9 +198,9 @@ def control_steps(env):
 
 
 def demonstrate(env, seed, noise=0.0, command=0, reset=True):
-    """As data.expert.demonstrate: what is recorded is clean, what is done is disturbed.
+    """Like data.expert.demonstrate: recorded actions are clean, executed ones are disturbed.
 
-    It looks at the state anew in every step, so it goes on from wherever a disturbance leads.
+    The expert reads the state in every step, so it recovers from wherever a disturbance leads.
     """
     if reset:
         env.reset(seed)

@@ -1,10 +1,10 @@
-"""Pictures and films: from files, from what records hold, or from objects, to upright RGB.
+"""Images and videos, from files, records or objects, to upright RGB.
 
-to_rgb(image)            a PIL picture of any mode, or an array, as all other files want it
-middle_square(pixels)    what a policy sees of a picture that is not square
-open_image, load_image   a picture's file (or its bytes in a BytesIO)
-load_video(path)         a folder of pictures, an animated GIF or WebP, or a film, as frames
-locate(source, root)     where a record's picture is: a path, file:// or data:
+to_rgb(image)            a PIL image of any mode, or an array, in the form that all other files use
+middle_square(pixels)    what a policy sees of an image that is not square
+open_image, load_image   an image file (or its bytes in a BytesIO)
+load_video(path)         a folder of images, an animated GIF or WebP, or a video file, as frames
+locate(source, root)     the file of a record's image: a path, file:// or data:
 """
 
 import base64
@@ -18,30 +18,30 @@ from PIL import Image, ImageOps, ImageSequence
 from cli import UserError
 from files import inside, reading
 
-MAX_PIXELS = 64_000_000  # of a picture; larger ones are refused before they are decoded
-MAX_FILM_PIXELS = 1_000_000_000  # of all frames of a video: 3 GB
-MAX_FRAMES = 768  # of a video: Qwen2.5-VL's own limit
-FRAMES_A_SECOND = 2  # of a film: what Qwen2.5-VL was trained on
+MAX_PIXELS = 64_000_000  # in an image; larger ones are refused before they are decoded
+MAX_FILM_PIXELS = 1_000_000_000  # in all frames of a video: 3 GB
+MAX_FRAMES = 768  # in a video: Qwen2.5-VL's own limit
+FRAMES_A_SECOND = 2  # of a video file, as in Qwen2.5-VL's training
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-Image.MAX_IMAGE_PIXELS = None  # `open_image` has a lower limit than PIL's, and says what to do
+Image.MAX_IMAGE_PIXELS = None  # `open_image` has a stricter limit than PIL, and says what to do
 
 
 def to_rgb(image):
-    """A PIL picture as upright RGB, transparency on white, deep greys scaled to 0..255.
+    """A PIL image as upright RGB: transparency becomes white, deep grays are scaled to 0..255.
 
-    A uint8 (height, width, 3) array stays as it is. UserError on any other.
+    A uint8 (height, width, 3) array is returned as it is. UserError on anything else.
     """
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
         return image
     if not isinstance(image, Image.Image):
         kind = f"{getattr(image, 'dtype', type(image))} {np.shape(image)}"
         raise UserError(f"a picture must be PIL or uint8 (height, width, 3), not {kind}")
-    image = ImageOps.exif_transpose(image)  # phones turn pictures by a note in the file
-    if image.mode[0] in "IF":  # greys deeper than 8 bits, which PIL would clip at 255
+    image = ImageOps.exif_transpose(image)  # phones store the rotation of an image in EXIF
+    if image.mode[0] in "IF":  # more than 8 bits of gray, which PIL would clip at 255
         grey = np.nan_to_num(np.asarray(image))
         if grey.dtype.kind == "f" and grey.max() <= 1:  # 0..1
             grey = grey * 255
-        elif grey.max() > 255:  # 16 bits; darker ones are taken as they are
+        elif grey.max() > 255:  # 16 bits; images that stay below 256 are not scaled
             grey = grey // 256
         image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
@@ -51,11 +51,11 @@ def to_rgb(image):
 
 
 def middle_square(pixels):
-    """The middle (side, side, 3) of pixels (height, width, 3): what a policy sees of a wide camera.
+    """The central (side, side, 3) of pixels (height, width, 3): what a policy sees of a wide image.
 
-    Cropped, since a camera of the same height sees the same middle: of 20 episodes with cameras of
-    640x480 (WidowX PickCube, Panda StackCube) 19 succeed, 18 with square ones, and none with the
-    picture padded with black or squeezed.
+    Cropped, because that is what a square camera of the same height would see. Of 20 episodes with
+    cameras of 640x480 (WidowX PickCube, Panda StackCube) 19 succeed, compared with 18 for square
+    cameras, and none if the image is padded with black or squeezed.
     """
     height, width, _ = pixels.shape
     side = min(height, width)
@@ -66,9 +66,9 @@ def middle_square(pixels):
 
 @contextmanager
 def open_image(path):
-    """The picture in a file (PIL), of which only the header is read until it is used.
+    """The image in a file (PIL). Only the header is read until the pixels are used.
 
-    UserError if it is none, too large, or breaks off when it is used.
+    UserError if it is not an image, is too large, or is truncated.
     """
     name = "a picture's bytes" if isinstance(path, BytesIO) else path
     with reading(name), Image.open(path) as image:
@@ -81,19 +81,19 @@ def open_image(path):
 
 
 def load_image(path):
-    """The picture in a file as `to_rgb` has it. UserError as `open_image`."""
+    """The image in a file, as returned by `to_rgb`. UserError as in `open_image`."""
     with open_image(path) as image:
         return to_rgb(image)
 
 
 def load_video(path):
-    """A video's frames [PIL RGB]: a folder of pictures, an animation, or a film, two a second.
+    """A video's frames [PIL RGB]: a folder of images, an animation, or a video file, 2 per second.
 
-    path: also a list of pictures' files. UserError if it cannot be played, is longer than the
-    limits above, or its frames differ in size.
+    path may also be a list of image files. UserError if it cannot be decoded, exceeds the limits
+    above, or its frames differ in size.
     """
-    # frames come one by one: what is too long is told before it fills the memory, and a film's
-    # own header may not say how long it is
+    # frames come one by one, so that too long a video is refused before it fills the memory: the
+    # header of a video file may not give its length
     if isinstance(path, list):
         frames = map(load_image, path)
     elif path.is_dir():
@@ -124,21 +124,21 @@ def play_animation(path):
 
 def play_film(path):
     with reading(path, "films need PyAV: `pip install -r requirements-video.txt`"):
-        import av  # an extra: few people train on films
+        import av  # an extra: few people train on video files
     shown = None
     with reading(path), av.open(str(path)) as film:
         for frame in film.decode(video=0):
             tick = int(frame.time * FRAMES_A_SECOND)
             if tick != shown:
                 shown = tick
-                yield frame.to_image().rotate(frame.rotation, expand=True)  # held upright
+                yield frame.to_image().rotate(frame.rotation, expand=True)  # upright
 
 
 def locate(source, root):
-    """The file of a picture or video as records name it, or its bytes in a BytesIO.
+    """The file of an image or video named in a record, or its bytes in a BytesIO.
 
     source: a path below `root`, a file:// or data: URI, or a list of them, the frames of a video.
-    UserError if it is not there on the disk, or leads out of `root`.
+    UserError if the file does not exist, or is outside `root`.
     """
     if isinstance(source, list):
         return [locate(frame, root) for frame in source]
@@ -147,7 +147,7 @@ def locate(source, root):
     name = source
     if source.startswith("file://"):
         name = unquote(source.removeprefix("file://"))
-    path = inside(root, name.replace("\\", "/"))  # as Windows writes it
+    path = inside(root, name.replace("\\", "/"))  # Windows paths
     if not path.exists():
         raise UserError(f"{source} is not there")
     return path

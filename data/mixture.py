@@ -1,7 +1,7 @@
 """The rows of Stage I: several conversations files, mixed by weight.
 
-Every row of a step depends on (seed, step) alone, whatever the number of processes; an epoch of a file
-is one shuffle of it, so that a resumed run skips and repeats nothing.
+Every row of a step depends only on (seed, step), for any number of processes. An epoch of a file is
+one shuffle of it, so a resumed run skips and repeats nothing.
 """
 
 import re
@@ -13,13 +13,13 @@ import numpy as np
 from cli import UserError
 from data.conversations import Conversations
 
-BLOCK = 100  # rows that hold the mixture exactly
-HELD_OUT = 50  # one row in so many of a file is not trained on, unless it has a val.jsonl beside
+BLOCK = 100  # rows in which the mixture's proportions are exact
+HELD_OUT = 50  # one in so many rows of a file is for validation, unless it has a val.jsonl
 
 
 @dataclass
 class Source:
-    """Rows of one kind. `rows` and `validation` have the methods of Conversations."""
+    """Rows from one file. `rows` and `validation` have the methods of Conversations."""
 
     name: str
     rows: Conversations
@@ -27,7 +27,7 @@ class Source:
     validation: Conversations = None
 
     def __post_init__(self):
-        # few rows are all for training: two of them would tell nothing
+        # all rows of a small file are for training: one or two validation rows would tell nothing
         self.train_index = range(len(self.rows))
         self.val_index = range(len(self.validation or ()))
         if self.validation is None and len(self.rows) >= HELD_OUT:
@@ -37,16 +37,16 @@ class Source:
 
 
 def open_sources(data, on_bad):
-    """--data as a list of Source."""
+    """--data as a list of Sources."""
     sources = []
     for part in data.split(","):
-        # a path may hold a colon; a weight is a number behind the last one
+        # a path may contain a colon; the weight is a number after the last one
         name, weight = re.fullmatch(r"(.*?)(?::(\d+\.?\d*|\.\d+))?", part.strip()).groups()
         path = Path(name)
         name = path.stem
         validation = None
         if path.name == "train.jsonl":
-            name = path.parent.name  # says more
+            name = path.parent.name  # more informative than "train"
             beside = path.with_name("val.jsonl")
             validation = Conversations(beside, on_bad) if beside.exists() else None
         rows = Conversations(path, on_bad)
@@ -55,7 +55,7 @@ def open_sources(data, on_bad):
 
 
 class Mixture:
-    """Rows of several sources, mixed by weight. Every row of a step depends on (seed, step) alone."""
+    """Rows of several sources, mixed by weight. Each row of a step depends only on (seed, step)."""
 
     def __init__(self, sources, seed):
         self.sources = sources
@@ -64,7 +64,7 @@ class Mixture:
         weights = np.array([source.weight for source in sources])
         if not weights.sum() > 0:
             raise UserError("--data: the weights must not all be zero")
-        # as near to the weights as whole numbers of rows allow
+        # as close to the weights as whole numbers of rows allow
         exact = BLOCK * weights / weights.sum()
         self.counts = np.floor(exact).astype(int)  # rows of each source in a block
         rest = np.argsort(self.counts - exact, kind="stable")[: BLOCK - self.counts.sum()]
@@ -81,8 +81,8 @@ class Mixture:
         return rng.permutation(np.repeat(np.arange(len(self.counts)), self.counts))
 
     def shuffle(self, source, epoch):
-        """The rows of a source in the order of an epoch."""
-        if self.epochs.get(source, (None,))[0] != epoch:  # the last one is kept
+        """The rows of a source, in the order of an epoch."""
+        if self.epochs.get(source, (None,))[0] != epoch:  # only the last epoch is cached
             rng = np.random.default_rng([self.seed, source, epoch])
             self.epochs[source] = (epoch, rng.permutation(self.sources[source].train_index))
         return self.epochs[source][1]
@@ -93,7 +93,7 @@ class Mixture:
         for number in range(step * batch_size, (step + 1) * batch_size):
             block, place = divmod(number, BLOCK)
             order = self.block(block)
-            # how many rows of this source stand before: its place in the source's epochs
+            # the number of earlier rows from this source is its position in the source's epochs
             source = int(order[place])
             before = block * self.counts[source] + (order[:place] == source).sum()
             epoch, i = divmod(int(before), len(self.sources[source].train_index))
@@ -101,6 +101,6 @@ class Mixture:
         return rows
 
     def describe(self, rows):
-        """Rows in words, for whoever looks for a bad one."""
-        # a source knows its rows' files and lines
+        """Rows in words, to find a bad one."""
+        # a source knows the files and lines of its rows
         return ", ".join(self.sources[source].rows.name(index) for _, source, index in rows)

@@ -1,29 +1,28 @@
-"""Episodes: recorded from the expert, kept on disk, read at training speed, looked at.
+"""Episodes: record them from the expert, store and load them, look at them.
 
     python -m data.record --robots all --tasks all --episodes 100 --workers 2
     python -m data.record --show out/demos      a contact sheet, out/demos.png
     python -m data.record --env metaworld --episodes 50 --out out/metaworld
     python -m data.record --env libero --episodes 50 --out out/libero
     python -m data.record --env maniskill --episodes 50 --out out/maniskill
-                                                other people's tasks (data/environments.py)
+                                                tasks in other simulators (data/environments.py)
 
-An episode is one file, L control steps at 20 Hz long: <folder>/<robot>-<task>-<seed>.safetensors,
-or, of a scene in which several things can be done (data/families.py), <robot>-<family>-<seed>-<n>
-for the n-th of its commands. Each such layout is played twice, with two commands: only the words
-say which.
-
+An episode is one file, L control steps at 20 Hz: <folder>/<robot>-<task>-<seed>.safetensors, or, in
+a scene that allows several commands (data/families.py), <robot>-<family>-<seed>-<n> for the n-th of
+them. Each such layout is recorded twice, with two commands, which only the instruction tells apart.
 
     state   (L, S) float32      what was measured, and what the expert commanded;
     action  (L, A) float32      order and units: data/robots.py
-    jpeg    (bytes,) uint8      JPEG pictures end to end
-    offset  (V L + 1,) int64    where each begins: of step t pieces V t (front), V t + 1 (wrist);
-                                V = 2 cameras here, 1 to 3 of an imported robot
+    jpeg    (bytes,) uint8      JPEG images, concatenated
+    offset  (V L + 1,) int64    where each starts: step t has V t (front) and V t + 1 (wrist);
+                                V = 2 cameras here, 1 to 3 for an imported robot
     phase   (L,) uint8          index into the header's "phases"
 
-Its header has robot, scene (a task or a family), command, task, seed, instruction, phases, noise,
-maker, made (the command) and a checksum; env and embodiment where that is not the tabletop. Files
-appear whole or not at all, and what they hold does not depend on the number of workers. A second run records what is missing or damaged. Only successes are kept; failures.json
-has the seeds of the others, and is written last.
+The header has robot, scene (a task or a family), command, task, seed, instruction, phases, noise,
+maker, made (the command line) and a checksum; also env and embodiment if recorded outside the
+tabletop. Files appear whole or not at all, and their content does not depend on the number of
+workers. Running again records what is missing or damaged. Only successes are stored; failures.json
+lists the seeds of the failures, and is written last.
 """
 
 import io
@@ -60,10 +59,10 @@ from files import (
 from jobs import run_jobs
 
 JPEG_QUALITY = 92
-LARGEST = 1e3  # rad or m: no arm's state or action comes near
-MOST_PIXELS = 1024  # of a picture's side
-# Seeds for each episode that is wanted, and 20 more, before a cell is given up: some layouts fail,
-# and some are solved by the policy that was to be corrected.
+LARGEST = 1e3  # rad or m: far above any arm's state or action
+MOST_PIXELS = 1024  # on either side of an image
+# Seeds to try per wanted episode, plus 20 more, before a cell is given up: some layouts fail, and
+# some are solved by the policy that was to be corrected.
 TRIES = 7
 ADVICE = "delete it and record again"
 
@@ -73,29 +72,29 @@ class RecordConfig:
     env: str = "tabletop"  # tabletop, metaworld, libero or maniskill
     robots: str = "all"  # comma-separated robots, or all
     tasks: str = "all"  # comma-separated tasks, or all; families of scenes by name
-    episodes: int = 100  # successful episodes for each robot and each of these
+    episodes: int = 100  # successful episodes for each robot and task
     seed: int = 0  # first layout seed
     workers: int = 2  # processes
-    noise: float = 0.015  # rad, smooth disturbance of what is executed (never of what is recorded)
+    noise: float = 0.015  # rad, smooth disturbance of executed (never of recorded) actions
     out: str = "out/demos"  # folder of episodes
 
 
 @dataclass
 class Flags(RecordConfig):
-    show: str = ""  # draw this folder of episodes instead of recording
+    show: str = ""  # draw a contact sheet of this folder instead of recording
 
 
 # ---- writing
 
 
 def write_episode(path, demonstration, about):
-    """One Demonstration as a file, `about` in its header; see the top of this file."""
+    """Write one Demonstration to a file, with `about` in its header; see the top of this file."""
     pictures = []
     for images in demonstration.images:
         for image in images.values():  # in the order of the prompt
-            # what is JPEG already would lose by being made so twice
+            # do not compress a JPEG twice
             pictures.append(image if isinstance(image, bytes) else to_jpeg(image))
-    # words become numbers, the header says which
+    # words become numbers, which index the header's list
     names, phase = np.unique(demonstration.phases, return_inverse=True)
     tensors = {
         "state": demonstration.states,
@@ -113,23 +112,23 @@ def write_episode(path, demonstration, about):
 
 
 def to_jpeg(pixels):
-    """(height, width, 3) uint8 as the bytes of a JPEG file."""
+    """(height, width, 3) uint8 to the bytes of a JPEG file."""
     body = io.BytesIO()
-    # full color resolution: objects are a few pixels wide
+    # full color resolution, because objects are only a few pixels wide
     Image.fromarray(pixels).save(body, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return body.getvalue()
 
 
 def describe(maker, noise, environment):
-    """How an episode was made, in words: the tabletop's are called as ManiSkill's are."""
+    """How an episode was made, with the environment: ManiSkill's have the same names as ours."""
     elsewhere = environment not in (None, "tabletop")
     return f"{maker} with noise {noise}" + (f" in {environment}" if elsewhere else "")
 
 
 def record_slice(job):
-    """Record episodes of a cell until enough are kept: (cell's name, seeds that failed)."""
-    config, demonstrate, maker, robot, scene, seeds, wanted = job  # what a process can be sent
-    # other people's looks stay as they are
+    """Record a cell's episodes until there are enough: (name of the cell, seeds that failed)."""
+    config, demonstrate, maker, robot, scene, seeds, wanted = job  # all that is sent to the process
+    # looks vary only in our own simulator
     varied = {"varied": "all"} if config.env == "tabletop" else {}
     env = open_environment(config.env, robot, scene, **varied)
     cell = f"{robot}-{scene}"
@@ -143,9 +142,9 @@ def record_slice(job):
         path = Path(config.out) / f"{name}.safetensors"
         try:
             about = Episode(path).about
-        except UserError:  # there is none, or it is damaged
+        except UserError:  # missing or damaged
             demonstration = demonstrate(env, seed, config.noise, command)
-            if not demonstration:  # to be left out, and no failure
+            if not demonstration:  # skipped, which is not a failure
                 left_out += 1
                 continue
             if not demonstration.success:
@@ -160,11 +159,11 @@ def record_slice(job):
                 "noise": config.noise,
                 "maker": maker,
             }
-            if config.env != "tabletop":  # whose robot is none of ours
+            if config.env != "tabletop":  # the robot is not one of ours
                 about |= {"env": config.env, "embodiment": asdict(env.embodiment)}
             write_episode(path, demonstration, about)
         else:
-            # kept only if this run would have made it so; older episodes do not name their maker
+            # reuse it only if this run would make the same; older episodes do not name their maker
             made_by = describe(about.get("maker", maker), about.get("noise"), about.get("env"))
             if made_by != by:
                 raise UserError(f"{path} was made by {made_by}, not by {by}: choose another --out")
@@ -174,17 +173,17 @@ def record_slice(job):
     env.close()
     if kept < wanted and not left_out:
         raise UserError(f"{kept} of {wanted} episodes of {robot} {scene}, and no more to be had")
-    if kept < wanted:  # a policy that needs no more corrections is no mistake
+    if kept < wanted:  # a policy that needs no more corrections is not an error
         print(f"{kept} of {wanted} episodes of {robot} {scene}: of the others {left_out} went well")
     return cell, failed
 
 
 def record(config, demonstrate=None, maker="expert", first_seed=0):
-    """Record what is missing of robots x tasks x episodes into config.out.
+    """Record the missing episodes of robots x tasks x episodes in config.out.
 
-    demonstrate(env, seed, noise, command) -> Demonstration, or None for a seed to be left out; it travels
-    to the workers, and is the environment's expert if there is none. maker: what it is, in the
-    headers; first_seed: what is added to config.seed.
+    demonstrate(env, seed, noise, command) -> Demonstration, or None to skip a seed; it is sent to
+    the workers, and defaults to the environment's expert. maker: its name in the headers;
+    first_seed: added to config.seed.
     Returns {cell: seeds that failed}.
     """
     robots, scenes = cells_of(config)
@@ -198,7 +197,7 @@ def record(config, demonstrate=None, maker="expert", first_seed=0):
             f"stay below {FIRST_CORRECTION:,}, where other seeds begin"
         )
     writable(config.out)
-    # slices of ten interleaved seeds, so that the work divides well among any number of workers
+    # slices of ten interleaved seeds, so that the work divides evenly among any number of workers
     step = max(1, config.episodes // 10)
     jobs = []
     for scene, robot, i in product(scenes, robots, range(step)):
@@ -206,7 +205,7 @@ def record(config, demonstrate=None, maker="expert", first_seed=0):
         wanted = len(range(i, config.episodes, step))
         jobs.append((config, demonstrate, maker, robot, scene, own_seeds, wanted))
     failures = defaultdict(list)
-    # One recorder a folder: another would draw the same episodes.
+    # One recorder per folder: another would record the same episodes.
     with claim(config.out):
         done = run_jobs(record_slice, jobs, config.workers)
         for cell, failed in tqdm(done, total=len(jobs)):
@@ -222,9 +221,9 @@ def record(config, demonstrate=None, maker="expert", first_seed=0):
 class Episode:
     """One file: state (L, S), action (L, A) float32, phases [L], images(t); `about`, its header.
 
-    Also robot, its Embodiment, task, seed, instruction, and the checksum of all. UserError if a
-    byte is not as it was written, or a number cannot be. Of an imported one the robot has any name,
-    the task is its sentence and the scene the dataset's name.
+    Also robot, its Embodiment, task, seed, instruction, and the checksum of everything. UserError
+    if a byte has changed since writing, or a value is implausible. An imported episode's robot has
+    any name, its task is its sentence, and its scene is the dataset's name.
     """
 
     def __init__(self, path):
@@ -235,8 +234,8 @@ class Episode:
         with reading(path, ADVICE):
             self.robot = self.about["robot"]
             self.task = self.about["task"]
-            self.scene = self.about.get("scene", self.task)  # older episodes are of one task alone
-            # what is other people's, a dataset (data/lerobot.py) or an environment, has its own
+            self.scene = self.about.get("scene", self.task)  # older episodes have only a task
+            # episodes of a dataset (data/lerobot.py) or another environment have their own names
             if not {"dataset", "env"} & self.about.keys():
                 choose(self.robot, ROBOTS, "robot")
                 choose(self.task, TASKS, "task")
@@ -248,7 +247,7 @@ class Episode:
             self.action = file["action"]
             self.offset = file["offset"]
             self.phases = [self.about["phases"][i] for i in file["phase"]]
-            # pictures stay on disk until they are asked for
+            # images stay on disk until they are needed
             pictures = len(self.offset) - 1
             self.embodiment = embodiment_of(self.about, self.state.shape[1], self.action.shape[1])
             shots = pictures / len(self.embodiment.views)
@@ -257,7 +256,7 @@ class Episode:
             for name in ("state", "action"):
                 values = file[name]
                 assert values.ndim == 2 and values.dtype.kind == "f", f"{name} is no matrix"
-                strange = np.argwhere(~(np.abs(values) < LARGEST))  # NaN is not smaller either
+                strange = np.argwhere(~(np.abs(values) < LARGEST))  # NaN fails this too
                 for step, number in strange:
                     raise UserError(f"{name} at step {step} holds {values[step, number]}")
 
@@ -265,16 +264,16 @@ class Episode:
         return len(self.state)
 
     def jpegs(self, t):
-        """The pictures of step t as they are kept, bytes of a JPEG file each."""
+        """The encoded images of step t, bytes of one JPEG file each."""
         count = len(self.embodiment.views)
         pieces = self.offset[count * t : count * (t + 1) + 1].tolist()
         with reading(self.path, ADVICE):
-            # opened anew: thousands of open maps would not do
+            # reopened, because thousands of open memory maps would be too many
             jpeg = Tensors(self.path).slice("jpeg")
             return [jpeg[start:stop].tobytes() for start, stop in pairwise(pieces)]
 
     def images(self, t):
-        """[front, wrist] (128, 128, 3) uint8 of step t; of an imported episode any squares."""
+        """[front, wrist] (128, 128, 3) uint8 of step t; an imported episode has any squares."""
         pictures = []
         with reading(self.path, ADVICE):
             for body in self.jpegs(t):
@@ -284,7 +283,7 @@ class Episode:
         return pictures
 
     def observation(self, t):
-        """What the policy would have seen at step t, as `BLM.act` takes it."""
+        """What the policy would have observed at step t, in the form that `BLM.act` takes."""
         return {
             "images": dict(zip(self.embodiment.views, self.images(t), strict=True)),
             "state": self.state[t],
@@ -293,8 +292,8 @@ class Episode:
 
 
 def embodiment_of(about, state_dim, action_dim):
-    """The Embodiment that an episode's header means."""
-    if "embodiment" in about:  # of another simulator's robot
+    """The Embodiment in an episode's header."""
+    if "embodiment" in about:  # another simulator's robot
         return Embodiment(**about["embodiment"])
     if "dataset" not in about:
         return Embodiment(state_dim, action_dim)
@@ -303,7 +302,7 @@ def embodiment_of(about, state_dim, action_dim):
         state_dim,
         action_dim,
         views=tuple(about["cameras"]),
-        relative=about.get("relative"),  # as in the simulator, before it was decided by the data
+        relative=about.get("relative"),  # None, the default rule, in imports older than this field
         control_hz=about["fps"],
         state=", ".join(about["state_names"]) or unknown,
         action=", ".join(about["action_names"]) or unknown,
@@ -311,7 +310,7 @@ def embodiment_of(about, state_dim, action_dim):
 
 
 def load_episodes(folder):
-    """All episodes of a folder, sorted by cell and seed. UserError if one is broken, or none."""
+    """All episodes in a folder, sorted by cell and seed. UserError on a broken one, or none."""
     episodes = [Episode(path) for path in whole_files(folder, "*.safetensors")]
     if not episodes:
         raise UserError(f"no episodes in {folder}; make them: python -m data.record --out {folder}")
@@ -319,19 +318,19 @@ def load_episodes(folder):
 
 
 def ensure(folder):
-    """Record the demonstrations that `folder` is for by default, unless all are there."""
+    """Record the default demonstrations into `folder` if it is the default one and incomplete."""
     config = RecordConfig(workers=os.cpu_count() or 1)
-    finished = Path(folder, "failures.json").exists()  # it is written last
+    finished = Path(folder, "failures.json").exists()  # written last
     if Path(folder) == Path(config.out) and not finished:
         print(f"too few demonstrations in {folder}: recording them, a few minutes")
         record(config)
 
 
-# ---- looking
+# ---- contact sheet
 
 
 def show(folder, out):
-    """Draw four moments of an episode of each cell: a row a task, a column a robot.
+    """Draw four moments of an episode of each cell: a row per task, a column per robot.
 
     Front view above wrist view, at half size.
     """
@@ -355,7 +354,7 @@ def show(folder, out):
 def main():
     config = parse(Flags, description="Record the expert's demonstrations, or look at them.")
     if config.show:
-        show(config.show, f"{Path(config.show)}.png")  # beside the folder
+        show(config.show, f"{Path(config.show)}.png")  # next to the folder
     else:
         record(config)
 

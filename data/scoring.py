@@ -1,12 +1,12 @@
-"""Is a reply right? Scores of answers, by the form that a question asks for.
+"""Score answers: is a reply right, by the form that its question asks for?
 
-yes/no, words, choice, steps   the very words of the answer
-point                          {"point_2d": [x, y], ...} within 5 px, half a cube in nano's front view
+yes/no, words, choice, steps   exactly the words of the answer
+point                          {"point_2d": [x, y], ...} within 5 px, half a cube in the front view
 box                            {"bbox_2d": [x1, y1, x2, y2], ...}, intersection over union of 0.5
-letter                         the first letter of an option that stands alone in the reply, as
-                               Cosmos-Reason1's own evaluation has it (arXiv 2503.15558)
-open                           the same words but for case, punctuation and articles, as SQuAD has
-                               it (arXiv 1606.05250): stricter than a language model as judge
+letter                         the first option letter that stands alone in the reply, as in
+                               Cosmos-Reason1's own evaluation (arXiv 2503.15558)
+open                           the same words, ignoring case, punctuation and articles, as in
+                               SQuAD (arXiv 1606.05250): stricter than a language model as judge
 """
 
 import json
@@ -20,12 +20,12 @@ import numpy as np
 from cli import choose
 
 FORMS = ("yes/no", "words", "choice", "steps", "point", "box", "letter", "open")
-POINT_PX = 5.0  # most pixels between a point and the right one
-BOX_OVERLAP = 0.5  # least intersection over union
+POINT_PX = 5.0  # largest distance in pixels to the right point
+BOX_OVERLAP = 0.5  # smallest intersection over union
 
 
 def is_right(question, reply):
-    """Whether a reply answers {"answer", "form", and "options" for letters} as its form asks.
+    """Is a reply right for {"answer", "form", and "options" for letters}, by the rule of its form?
 
     UserError if the form is unknown.
     """
@@ -42,35 +42,35 @@ def is_right(question, reply):
     return reply.strip() == answer
 
 
-# ---- points and boxes, written in JSON as Qwen2.5-VL does
+# ---- points and boxes, written in JSON as in Qwen2.5-VL
 
 
 def numbers(text, key, missing):
-    """The finite numbers under `key` of a JSON object, as many as `missing` has; else `missing`."""
+    """The finite numbers under `key` of a JSON object, if shaped like `missing`; else `missing`."""
     try:
         values = np.array(json.loads(text)[key], float)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return missing  # a model may reply anything
+        return missing  # a model may reply with anything
     usable = values.shape == missing.shape and np.isfinite(values).all()
     return values if usable else missing
 
 
 def distance(reply, answer):
-    """Pixels between the points of two answers; infinite if the reply has none."""
-    # far away is where no point is said to be
+    """Distance in pixels between the points of two answers; infinite if the reply has none."""
+    # a reply without a point is infinitely far away
     point = numbers(reply, "point_2d", np.full(2, np.inf))
     return math.dist(point, json.loads(answer)["point_2d"])
 
 
 def overlap(reply, answer):
-    """Intersection over union of two answers' boxes, 0 to 1; 0 if the reply has none."""
-    box = numbers(reply, "bbox_2d", np.zeros(4))  # an empty box covers nothing
+    """Intersection over union of the boxes of two answers, 0 to 1; 0 if the reply has none."""
+    box = numbers(reply, "bbox_2d", np.zeros(4))  # an empty box
     # (2, 2, 2): reply and answer, lowest and highest corner, x and y
     corners = np.reshape([box, json.loads(answer)["bbox_2d"]], (2, 2, 2))
     low = corners[:, 0]
     high = corners[:, 1]
-    sides = high.min(axis=0) - low.max(axis=0)  # of what both cover
-    shared = sides.clip(0).prod()  # 0 where they lie apart
+    sides = high.min(axis=0) - low.max(axis=0)  # of the intersection
+    shared = sides.clip(0).prod()  # 0 if they are disjoint
     union = (high - low).prod(axis=1).sum() - shared
     return float(shared / union) if union > 0 else 0.0
 
@@ -79,7 +79,7 @@ def overlap(reply, answer):
 
 
 def letter(reply, count):
-    """The first of the first `count` letters alone in a reply, inside <answer> if it has that."""
+    """The first of the first `count` letters alone in a reply; inside <answer> if it has that."""
     inside = re.search(r"<answer>(.*?)</answer>", reply, re.DOTALL)
     letters = string.ascii_uppercase[:count]
     text = inside[1] if inside else reply
@@ -94,30 +94,30 @@ def words(text):
 
 
 def word_groups(text):
-    """Counter of the three words in a row of a text."""
+    """Counter of a text's groups of three successive words."""
     spoken = text.lower().split()
     return Counter(zip(spoken, spoken[1:], spoken[2:]))
 
 
 def is_degenerate(reply, answer):
-    """Does a reply repeat itself: three words in a row more than twice, or a character six times?
+    """Is a reply repetitive: three words in a row more than twice, or one character six times?
 
-    What the right answer repeats as often is fine: a plan may name one thing in every step.
+    Repetitions that the right answer has too are fine: a plan may name an object in every step.
     """
     right = word_groups(answer)
     repeats = any(n > max(2, right[group]) for group, n in word_groups(reply).items())
     return repeats or re.search(r"(\S)\1{5}", reply) is not None
 
 
-# ---- how sure a rate is
+# ---- confidence interval
 
 
 def wilson(successes, n):
     """95% interval (low, high) of a rate, 0 to 1 (Wilson 1927)."""
-    z = 1.96  # deviations
-    more = z * z  # trials that are imagined, half of them successes
+    z = 1.96  # standard deviations
+    more = z * z  # pseudo-trials, half of them successes
     center = successes + more / 2
-    # nothing tried is as unsure as can be: 0 to 1
+    # without any trials the interval is 0 to 1
     spread = successes * (n - successes) / max(n, 1)
     half = z * math.sqrt(spread + more / 4)
     low = center - half

@@ -1,8 +1,8 @@
-"""MuJoCo, imported so that a machine without OpenGL can do everything but draw.
+"""Import MuJoCo so that a machine without OpenGL can do everything but render.
 
-`import mujoco` loads the GL library that MUJOCO_GL names and fails where it is missing. Here it is
-imported with none, and the library is loaded with the first picture. Whatever simulates takes
-`mujoco` from this file. Runs with mujoco 3.3 to 4.0.
+`import mujoco` loads the GL library that MUJOCO_GL names, and fails if it is missing. Here it is
+imported without one, and the library is loaded with the first image. All simulation code imports
+`mujoco` from this file. Works with mujoco 3.3 to 4.0.
 """
 
 import importlib
@@ -15,8 +15,8 @@ from cli import UserError, run
 
 
 def load():
-    """Import mujoco without any GL. UserError if it is not there, or two versions lie over it."""
-    asked = os.environ.get("MUJOCO_GL")  # by the user, for Camera
+    """Import mujoco without GL. UserError if it is missing, or two versions are mixed up."""
+    asked = os.environ.get("MUJOCO_GL")  # the user's setting, for Camera
     os.environ["MUJOCO_GL"] = "disable"
     try:
         import mujoco  # noqa: F401
@@ -34,22 +34,22 @@ def load():
 run(load)  # scripts import this file before their own `run`
 import mujoco
 
-# kinds of what a pixel may show; plain numbers, as numpy compares with the enum itself in Python
+# kinds of objects in a segmentation; plain ints, because numpy compares the enum in slow Python
 GEOM = int(mujoco.mjtObj.mjOBJ_GEOM)
 SITE = int(mujoco.mjtObj.mjOBJ_SITE)
 
 
 class Camera:
-    """Draws the views of one model, in 3 ms each. The GL is opened with the first picture."""
+    """Renders the views of a model, in 3 ms each. GL is opened with the first image."""
 
     def __init__(self, model):
         self.model = model
-        self.renderers = {}  # {size: one that draws size x size pixels}
+        self.renderers = {}  # {size: renderer of size x size pixels}
 
     def draw(self, data, view, size, pretty=False, segmentation=False):
         """(size, size, 3) uint8, or with `segmentation` (size, size) geom ids, -1 for the sky.
 
-        `pretty` adds shadows, for people. UserError where there is no GL.
+        `pretty` adds shadows, for people. UserError without GL.
         """
         if segmentation:
             ids, kinds = self.segment(data, view, size)
@@ -57,7 +57,7 @@ class Camera:
         return self.aim(data, view, size, pretty).render().copy()
 
     def segment(self, data, view, size):
-        """Ids of what each pixel shows and their kinds, each (size, size): geoms, sites and the like."""
+        """Ids and kinds of what each pixel shows, (size, size) each: geoms, sites and so on."""
         renderer = self.aim(data, view, size)
         renderer.enable_segmentation_rendering()
         both = renderer.render()
@@ -65,7 +65,7 @@ class Camera:
         return both[..., 0], both[..., 1]
 
     def aim(self, data, view, size, pretty=False):
-        """The renderer of this size, about to draw the view."""
+        """The renderer of this size, ready to draw the view."""
         if size not in self.renderers:
             self.renderers[size] = open_renderer(self.model, size)
         renderer = self.renderers[size]
@@ -76,20 +76,20 @@ class Camera:
         return renderer
 
     def close(self):
-        """Free the GL's memory."""
+        """Free GL memory."""
         for renderer in self.renderers.values():
             renderer.close()
         self.renderers = {}
 
 
 def open_renderer(model, size):
-    """mujoco's Renderer, with the GL loaded. UserError if there is none, with what to install."""
+    """mujoco's Renderer, with GL loaded. UserError if there is none, saying what to install."""
     if sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")  # no display is needed
+        os.environ.setdefault("MUJOCO_GL", "egl")  # needs no display
     try:
-        rendering = sys.modules[mujoco.Renderer.__module__]  # its place depends on the version
+        rendering = sys.modules[mujoco.Renderer.__module__]  # its module depends on the version
         if not hasattr(rendering.gl_context, "GLContext"):
-            importlib.reload(rendering.gl_context)  # with the GL this time
+            importlib.reload(rendering.gl_context)  # now with GL
             importlib.reload(rendering)
         return rendering.Renderer(model, size, size)
     except Exception as error:  # noqa: BLE001, EGL, OSMesa and GLFW each raise their own
@@ -102,11 +102,11 @@ def open_renderer(model, size):
 
 
 def coarsen(model, cell):
-    """Merge corners of drawn meshes that share a cube of `cell` (m) of space, in place.
+    """Merge vertices of visual meshes within each cube of side `cell` (m), in place.
 
-    Without a GPU a picture costs as much as it has triangles, and scanned things have far more of
-    them than a small picture has pixels. Only what cannot be touched changes: physics stay as they
-    are. To be called before a Camera is made.
+    Without a GPU an image costs as much as it has triangles, and scanned objects have far more than
+    a small image has pixels. Meshes that collide are not changed, so the physics stays the same.
+    Call it before creating a Camera.
     """
     touched = (model.geom_contype | model.geom_conaffinity) != 0
     meshes = model.geom_type == mujoco.mjtGeom.mjGEOM_MESH.value
@@ -118,12 +118,12 @@ def coarsen(model, cell):
         inside = np.bincount(cube)
         middles = [np.bincount(cube, axis) / inside for axis in corners.T]
         corners[:] = np.column_stack(middles)[cube]
-        # what has become a line or a point goes, the rest moves up
+        # drop triangles that became lines or points; the others move up
         start = model.mesh_faceadr[mesh]
         now = cube[model.mesh_face[start : start + model.mesh_facenum[mesh]]]  # (F, 3)
         now.sort(axis=1)
         whole = (now[:, 0] < now[:, 1]) & (now[:, 1] < now[:, 2])
-        # of two triangles with the same corners one is enough
+        # of triangles with the same corners keep one
         _, unlike = np.unique(now, axis=0, return_index=True)
         kept = np.sort(unlike[whole[unlike]])
         for array in (model.mesh_face, model.mesh_facenormal, model.mesh_facetexcoord):

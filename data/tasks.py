@@ -1,17 +1,18 @@
-"""The six tasks: what lies on the table, where it starts, when it is done, how it is asked for.
+"""The six tasks: objects on the table, where they start, when a task is done, its instructions.
 
-What lies there is in data/objects/, which of it and the words in data/wordings.json. Frame: z = 0 is the table
-top, the origin is the middle of the region where objects start, x points away from the robot, y to
-its left; m, rad, kg. Source: ManiSkill 3.0.1, mani_skill/envs/tasks/tabletop. Departures:
+The objects are in data/objects/, their names and the wordings in data/wordings.json. Frame: z = 0
+is the tabletop, the origin is the middle of the region where objects start, x points away from the
+robot, y to its left; m, rad, kg. Source: ManiSkill 3.0.1, mani_skill/envs/tasks/tabletop.
+Differences:
 
-- Regions, goal heights and (for the small WidowX) every distance follow the arm's workspace: the
-  source's lie beyond some arms' reach.
+- Regions, goal heights and (for the small WidowX) all distances follow the arm's workspace: the
+  source's are beyond the reach of some arms.
 - Layouts are drawn again if the tool cannot reach a cube pointing straight down (StackCube), if
-  ball and bin are too close for the fingers, or if the cube lies at its goal already.
-- PickCube's goal is drawn for the policy's cameras.
-- LiftPegUpright tests the angle between the peg's axis and the vertical, either end up: the
-  source's Euler angle does not see every tilt.
-- 200 control steps (10 s) instead of 50: the source's own experts need more than 50.
+  ball and bin are too close for the fingers, or if the cube starts at its goal.
+- PickCube's goal is visible to the policy's cameras.
+- LiftPegUpright tests the angle between the peg's axis and the vertical, with either end up: the
+  source's Euler angle misses some tilts.
+- 200 control steps (10 s) instead of 50: even the source's own experts need more than 50.
 """
 
 import json
@@ -33,16 +34,16 @@ RGBA = {
 }
 PEG_LENGTH = 0.12  # half length, m
 PEG_RADIUS = 0.025  # half width, m
-MAX_STEPS = 200  # control steps of an episode
+MAX_STEPS = 200  # control steps per episode
 
 
-@dataclass(frozen=True, eq=False)  # hashable, though its wordings are lists
+@dataclass(frozen=True, eq=False)  # hashable by identity, although its wordings are lists
 class Task:
-    """objects: file in data/objects/; labels {body: what people call it}, what is moved first.
+    """objects: file in data/objects/; labels {body: its everyday name}, the body to move first.
 
     spawn(robot, rng) -> {body: (position, yaw)}; success(env) -> {condition: bool}, done when all
-    hold. instructions: wordings that Stage I uses too; paraphrases and commands: more, for policies,
-    which with the four alone obeyed the four alone; held_out: for evaluation only.
+    hold. instructions: wordings that Stage I uses too; paraphrases and commands: more of them for
+    policies, which obeyed only these four when trained on no others; held_out: only for evaluation.
     """
 
     name: str
@@ -53,14 +54,14 @@ class Task:
     instructions: list
     paraphrases: list
     held_out: list
-    commands: list  # with {roles} in place of things, for scenes with several commands
+    commands: list  # with {roles} for objects, for scenes with several commands
     held_out_commands: list
-    off_template_commands: list  # as people write, for evaluation only
+    off_template_commands: list  # the way people write, only for evaluation
 
     def sentences(self, wordings, several=False):
-        """Its "seen", "held_out" or "off_template" wordings, where a scene has several commands or one.
+        """Its "seen", "held_out" or "off_template" wordings; several: the scene has many commands.
 
-        In all but those of one command {roles} stand for things.
+        {roles} stand for objects, except in wordings that are only for scenes with one command.
         """
         if several or wordings == "off_template":
             choices = {"seen": self.commands, "held_out": self.held_out_commands}
@@ -72,9 +73,9 @@ class Task:
 
 
 def resize(spec, robot):
-    """Fit goals, targets and PickCube's cube to the arm, in an uncompiled scene."""
+    """Fit goals, targets and PickCube's cube to the arm, in a scene that is not compiled yet."""
     for body in spec.bodies:
-        if body.name == "marker0":  # of scenes with several commands
+        if body.name == "marker0":  # in scenes with several commands
             body.geoms[0].size[0] = robot.goal_radius
         if body.name.startswith("target"):
             for ring in body.geoms:
@@ -102,7 +103,7 @@ def square(robot, rng):
 
 
 def reachable(robot, *points):
-    """True if the tool can point straight down at every xy (in the task's frame)."""
+    """True if the tool can point straight down at every xy (in the task frame)."""
     near, far = robot.reach
     return all(near <= np.hypot(x + robot.spawn_distance, y) <= far for x, y in points)
 
@@ -112,10 +113,10 @@ def pick_spawn(robot, rng):
     while True:
         goal = square(robot, rng)
         cube = square(robot, rng)
-        yaw = rng.uniform(0, 2 * np.pi)  # a cube is turned, and the goal above the table
+        yaw = rng.uniform(0, 2 * np.pi)  # the cube is rotated, and the goal is above the table
         height = rng.uniform(0, robot.max_goal_height)
         distance = np.linalg.norm([*(cube - goal), height])
-        if distance > 2 * robot.goal_radius:  # else it is done before it begins
+        if distance > 2 * robot.goal_radius:  # otherwise it is done before it starts
             return {
                 "cube": ((*cube, half), yaw),
                 "goal": ((*goal, half + height), 0.0),
@@ -124,7 +125,7 @@ def pick_spawn(robot, rng):
 
 def region_spawn(robot, rng, way):
     x, y = square(robot, rng)
-    # straight ahead of the cube (way 1), or straight behind; 0.5 mm up, so that the rings are seen
+    # straight ahead of the cube (way 1), or straight behind it; 0.5 mm up, so that the rings show
     goal = (x + way * 0.2 * robot.scale, y, 0.0005)
     return {
         "cube": ((x, y, 0.02), 0.0),
@@ -135,10 +136,10 @@ def region_spawn(robot, rng, way):
 def stack_spawn(robot, rng):
     s = robot.scale
     while True:
-        # both cubes lie near a place that is itself drawn
+        # both cubes are near a point that is drawn too
         offset = rng.uniform(-0.1, 0.1, 2) * s
         a, b = offset + rng.uniform((-0.1, -0.2), (0.1, 0.2), (2, 2)) * s
-        # so far apart they do not touch, however they are turned
+        # far enough apart not to touch, whatever their rotation
         if np.hypot(*(a - b)) > 0.0586 and reachable(robot, a, b):
             yaw_a, yaw_b = rng.uniform(0, 2 * np.pi, 2)
             return {
@@ -160,7 +161,7 @@ def sphere_spawn(robot, rng):
 
 
 def peg_spawn(robot, rng):
-    # it lies along x, towards the robot or away from it
+    # it lies along x, either toward the robot or away from it
     return {"peg": ((*square(robot, rng), PEG_RADIUS), 0.0)}
 
 
@@ -169,7 +170,7 @@ def peg_spawn(robot, rng):
 
 def pick_success(env):
     offset = env.position("cube") - env.position("goal")
-    speed = np.abs(env.data.qvel[: env.robot.dof]).max()  # rad/s, of the arm alone
+    speed = np.abs(env.data.qvel[: env.robot.dof]).max()  # rad/s, of the arm only
     return {
         "at_goal": np.linalg.norm(offset) <= env.robot.goal_radius,
         "robot_static": speed <= 0.2,
@@ -186,7 +187,7 @@ def push_success(env):
 
 
 def put_success(name, place, within, height, env):
-    """The body `name` lies, let go and at rest, `height` (m) above `place`."""
+    """Is the body `name` at rest, released, and `height` (m) above `place`?"""
     offset = env.position(name) - env.position(place)
     joint = env.model.body_jntadr[env.body(name)]
     linear, angular = np.split(env.data.joint(joint).qvel, 2)  # m/s, rad/s
@@ -201,7 +202,7 @@ def put_success(name, place, within, height, env):
 
 
 def peg_success(env):
-    up = env.rotation("peg")[2, 0]  # of its axis; either end will do
+    up = env.rotation("peg")[2, 0]  # of its axis; either end may be up
     height = env.position("peg")[2]
     return {
         "upright": abs(up) >= np.cos(0.08),

@@ -1,9 +1,9 @@
-"""One thing said in hundreds of ways: what instructions of training are drawn from.
+"""Hundreds of ways to word one instruction, from which those for training are drawn.
 
-A policy that was told each command in forty sentences did 74% of commands in those, and 60% in others
-(results/told-text-first.json). So most of what it is told in training is drawn from patterns.json: of
-[a|b|c] one is taken, and things stand for {roles}. Now and then something is said before, behind or
-in the middle of it, or a letter is missing.
+A policy trained on forty sentences per command did 74% of the commands in those, and 60% in
+held-out ones (results/told-text-first-before.json). So most training instructions are drawn from
+patterns.json: one alternative of each [a|b|c] is chosen, and {roles} stand for objects. Sometimes a
+phrase is added before, after or in the middle, or a letter is missing.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""What each part of the method is worth: the table of policies trained with one thing changed.
+"""What each part of the method contributes: a table of policies trained with one change each.
 
-    sh runs/ablations.sh                                    trains and evaluates them
-    python -m dev.ablations --runs out/ablations            gathers them into results/ablations.json
-    python -m dev.ablations                                 prints the table of that file again
+    sh runs/ablations.sh                                    train and evaluate them
+    python -m dev.ablations --runs out/ablations            collect them in results/ablations.json
+    python -m dev.ablations                                 print the table of that file again
 
-A row is one model or several (<runs>/<row>/<number>, with the evaluation in <number>.json beside),
-which share the steps among them.
+A row is one model or several that share the row's training steps: <runs>/<row>/<number>, with the
+evaluation next to it in <number>.json.
 """
 
 from dataclasses import dataclass
@@ -39,12 +39,12 @@ ROWS = {  # name: what changes
 
 @dataclass
 class AblationConfig:
-    runs: str = ""  # folder of runs/ablations.sh to gather; empty: only print
+    runs: str = ""  # folder of runs/ablations.sh to collect; empty: only print
     results: str = "results/ablations.json"  # result file
 
 
 def gather(folder, about):
-    """The row of a folder: success of all its models, {robot: {task: [wins, episodes]}}."""
+    """The row of a folder: success over all its models, {robot: {task: [wins, episodes]}}."""
     cells = {}
     commands = []
     errors = []
@@ -74,9 +74,9 @@ def gather(folder, about):
 
 
 def table(rows):
-    """Markdown: success in % for each robot and all, the error of joint targets in mrad.
+    """Markdown: success in % for each robot and overall, error of joint targets in mrad.
 
-    The error is on held-out episodes of the row's own data.
+    The error is measured on held-out episodes of the row's own data.
     """
     head = ["row", "what changes", *ROBOTS, "mean", "95% interval", "off, mrad"]
     lines = [head, ["---"] * len(head)]

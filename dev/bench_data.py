@@ -1,11 +1,11 @@
-"""Reading batches for training, beside lerobot's own loader on the same dataset.
+"""Reading batches for training, compared with lerobot's own loader on the same dataset.
 
     python -m dev.bench --only data --dataset FOLDER --lerobot PYTHON
 
-FOLDER is a LeRobotDataset with films, PYTHON an interpreter that has lerobot, which does not fit
-into the environment of this project. Each side has one process and no worker beside it. It is what
-a step waits for after the first epoch: what `import` and the cache of hidden states cost is paid
-once, and told by `prepared_s`.
+FOLDER is a LeRobotDataset with videos, PYTHON an interpreter that has lerobot, which cannot be
+installed into this project's environment. Each side has one process and no workers. Measured is how
+long a step waits for data after the first epoch: `import` and the cache of hidden states are paid
+once, and reported as `prepared_s`.
 """
 
 import re
@@ -24,13 +24,13 @@ from embodiment import MOST_VIEWS
 from train_policy import TrainConfig, load_demonstrations, load_models, policy_config
 
 ROOT = Path(__file__).parent.parent
-BATCH = 64  # rows: a frame of all cameras, its state, and HORIZON actions
-EPISODES = 4  # of the dataset, its first
+BATCH = 64  # rows: one frame of all cameras, its state, and HORIZON actions
+EPISODES = 4  # the dataset's first episodes
 
 
 def prepare(source, folder, device):
-    """Demonstrations of the dataset `source`, imported and with their hidden states in `folder`."""
-    # called as the dataset calls them, whatever that is
+    """Import the dataset `source` into `folder`, with hidden states. Returns its Demonstrations."""
+    # use the dataset's own camera names
     cameras = Dataset(source).cameras[:MOST_VIEWS]
     views = [re.sub(r"\W", "_", camera.rpartition(".")[2]) for camera in cameras]
     chosen = ",".join(f"{view}={camera}" for view, camera in zip(views, cameras, strict=True))
@@ -45,9 +45,9 @@ def prepare(source, folder, device):
 
 
 def read_pictures(demos, rows):
-    """The pictures themselves, which training reads once, for the cache: [(V squares)] of rows."""
+    """The images, which training reads only once, for the cache: [(V squares)] of rows."""
     frames = demos.frame[rows]
-    # a row knows its episode and which of the frames that are trained on
+    # a row knows its episode and the index of its training frame
     return [demos.episodes[i].images(FRAME_STRIDE * j) for i, j in frames.tolist()]
 
 
@@ -58,7 +58,7 @@ def milliseconds(read, *arguments):
 
 
 def row_of(what, ours, theirs):
-    """A row of the table: times (rounds,) in ms of both sides, which lay side by side."""
+    """A row of the table: adjacent times (rounds,) in ms of both sides."""
     return {
         "what": what,
         "ms": round(float(np.median(ours)), 2),
@@ -71,7 +71,7 @@ def row_of(what, ours, theirs):
 
 
 def measure(config, turns, environment, device):
-    """Rows of config (a BenchConfig); turns is `process_turns` of dev/bench.py.
+    """The rows for config (a BenchConfig); turns is `process_turns` of dev/bench.py.
 
     UserError if a flag is missing.
     """
@@ -80,7 +80,7 @@ def measure(config, turns, environment, device):
         raise UserError(f"--only data stands beside lerobot: {advice}")
     words = ["dev/bench_lerobot.py", config.dataset, EPISODES, BATCH]
     command = [config.lerobot, *map(str, words)]
-    # our modules are not for its interpreter
+    # that interpreter must not import our modules
     environment = environment | {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -88,7 +88,7 @@ def measure(config, turns, environment, device):
         prepared = time.perf_counter() - start
         times = []
         with turns(command, ROOT, environment) as lerobot:
-            # other rows every time, so nothing is read twice
+            # different rows each time, so that nothing is read twice
             for step in range(config.rounds + 1):
                 rows = demos.rows_of_step(0, step, BATCH)
                 batch = milliseconds(demos.batch, rows)

@@ -1,17 +1,17 @@
-"""What a large GPU makes of the large sizes: acting, decoding, a step of each stage.
+"""What a large GPU achieves at the large sizes: acting, decoding, a training step of each stage.
 
     python -m dev.bench --only gpu                  one GPU of 80 GB, no network, at most 8 minutes
-    python -m dev.bench --only gpu --device cpu     a dry run at tiny sizes: every line, no figures
+    python -m dev.bench --only gpu --device cpu     a dry run at tiny sizes: all code, no figures
 
     act       pixels and a state to a chunk, with random weights: block 12 of Qwen2.5-VL-3B or
-              Qwen3-VL-2B, a DiT of GR00T's size, 4 Euler steps, two pictures of 224 x 224
-    decode    tokens a second at batch 1, and the share of what the memory's speed allows
-    stage 1   train_sft.py's step: LoRA on Qwen2.5-VL-3B, rows packed
-    stage 2   train_policy.py's step at GR00T's size, from hidden states of such a model
-    nano      both stages of the shipped sizes, by the scripts themselves
+              Qwen3-VL-2B, a DiT of GR00T's size, 4 Euler steps, two images of 224 x 224
+    decode    tokens per second at batch 1, as a share of what the memory bandwidth allows
+    stage 1   a step of train_sft.py: LoRA on Qwen2.5-VL-3B, rows packed
+    stage 2   a step of train_policy.py at GR00T's size, from hidden states of such a model
+    nano      both stages at the shipped sizes, by the scripts themselves
 
-Figures of the machine stand beside: how fast it multiplies and how fast it copies, measured here.
-A part that fails is told and left out: on a lent machine the others still count.
+For reference it also measures how fast the machine multiplies and copies. A part that fails is
+reported and left out, so that the others still count.
 """
 
 import itertools
@@ -33,29 +33,29 @@ from policy import PRESETS, EmbodimentLinear, Policy, PolicyConfig
 from positions import vision_plan
 from vlm import VLM, Cache
 
-# ms from observation to chunk on an H100, as the authors of GR00T N1.7 (3 B) publish them
+# ms from observation to chunk on an H100, as published by the authors of GR00T N1.7 (3 B)
 GROOT = {"eager": 156, "compiled": 72, "TensorRT": 47, "TensorRT, the ViT too": 30}
-GOAL = 47  # ms a chunk, in plain PyTorch
-BUDGET = 450  # s after which no further part begins
+GOAL = 47  # ms per chunk, in plain PyTorch
+BUDGET = 450  # s after which no further part starts
 LORA_RANK = 16
 ROBOTS = {"panda": Embodiment(17, 8), "widowx": Embodiment(16, 7)}
 
 
 @dataclass
 class Sizes:
-    """What is measured. Defaults are those of a large GPU."""
+    """What is measured. The defaults are for a large GPU."""
 
-    vlms: dict  # {name: VLMConfig}, the first is trained too
+    vlms: dict  # {name: VLMConfig}; the first is also trained
     policy: PolicyConfig = field(default_factory=lambda: PRESETS["gr00t"])
-    side: int = 224  # pixels of a picture
+    side: int = 224  # pixels, side of an image
     words: int = 48  # tokens of text in a prompt
-    past: int = 512  # tokens in the cache when a step is timed
-    tokens: int = 64  # that are generated
+    past: int = 512  # tokens in the cache when a decoding step is timed
+    tokens: int = 64  # tokens to generate
     sft_rows: int = 32
     policy_rows: int = 128
     product: int = 8192  # side of the matrices whose product is timed
-    copied: int = 2**31  # bytes
-    seconds: float = 3.0  # that each figure is measured for
+    copied: int = 2**31  # bytes to copy
+    seconds: float = 3.0  # s per measurement
     compiler: str = "inductor"
 
 
@@ -116,7 +116,7 @@ TINY = Sizes(
     side=64,
     words=8,
     past=16,
-    tokens=24,  # few of them do not stand out from what else the machine does
+    tokens=24,  # with fewer the difference would disappear in the machine's noise
     sft_rows=2,
     policy_rows=4,
     product=64,
@@ -135,10 +135,10 @@ def wait(device):
 
 
 def times_ms(job, sizes, device):
-    """Milliseconds of each run of `job` that fits into sizes.seconds; the first is left out."""
+    """Milliseconds of each run of `job` within sizes.seconds, without the first run."""
     job()
     wait(device)
-    # three at least, however slow: a median of one is none
+    # at least three, however slow: the median of one is no median
     times = []
     began = time.perf_counter()
     while len(times) < 3 or time.perf_counter() - began < sizes.seconds:
@@ -154,10 +154,10 @@ def median_ms(job, sizes, device):
 
 
 def captured(job, device):
-    """`job` as one CUDA graph: what its kernels read stays where it is, and one call starts all."""
+    """`job` as one CUDA graph: its kernels read fixed addresses, and one call starts them all."""
     if device.type != "cuda":
         return job
-    # what is set up at the first call must not be captured
+    # setup in the first calls must not be captured
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -171,7 +171,7 @@ def captured(job, device):
 
 
 def peak_memory(device):
-    """GB at most since the last call; None where nobody counts."""
+    """Peak memory in GB since the last call; None without a GPU."""
     if device.type != "cuda":
         return None
     peak = torch.cuda.max_memory_allocated() / 1e9
@@ -180,8 +180,8 @@ def peak_memory(device):
 
 
 def machine_limits(sizes, device):
-    """Floating point operations and bytes a second, of a bfloat16 product and of a copy."""
-    # as measured, not as sold: a share of these can be reached
+    """Floating point operations and bytes per second, of a bfloat16 product and of a copy."""
+    # measured rather than advertised, so that a share of them is attainable
     n = sizes.product
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     product = median_ms(lambda: a @ a, sizes, device)
@@ -196,7 +196,7 @@ def machine_limits(sizes, device):
 
 
 def new_vlm(config, device, dtype):
-    """A random VLM, for use without gradients."""
+    """A random VLM, without gradients."""
     torch.manual_seed(0)
     with torch.device(device):
         vlm = VLM(config).to(dtype)
@@ -204,17 +204,17 @@ def new_vlm(config, device, dtype):
 
 
 def new_policy(config, sizes, device):
-    """A random policy on the hidden states of such a VLM."""
+    """A random policy for the hidden states of such a VLM."""
     torch.manual_seed(0)
     with torch.device(device):
         return Policy(sizes.policy, config.hidden_size, ROBOTS).to(device)
 
 
 def prompt(config, sizes, device, pictures=2):
-    """Inputs of one row: so many pictures of noise, then random words."""
+    """Inputs for one row: images of noise, then random words."""
     generator = torch.Generator().manual_seed(0)
     vision = config.vision_config
-    patches = sizes.side // vision.patch_size  # along a side
+    patches = sizes.side // vision.patch_size  # patches along a side
     tokens = (patches // vision.spatial_merge_size) ** 2
     ids = []
     for _ in range(pictures):
@@ -223,7 +223,7 @@ def prompt(config, sizes, device, pictures=2):
     ids += torch.randint(0, 256, (sizes.words,), generator=generator).tolist()
     numbers = 3 * vision.temporal_patch_size * vision.patch_size**2
     inputs = {"input_ids": torch.tensor([ids])}
-    # a picture is shown twice, which makes its patches as long as a video's
+    # an image is shown twice, so its patches have as many numbers as a video's
     if pictures:
         pixels = torch.randn(pictures * patches**2, numbers, generator=generator)
         grids = torch.tensor([[1, patches, patches]] * pictures)
@@ -232,9 +232,9 @@ def prompt(config, sizes, device, pictures=2):
 
 
 def sample(policy, hidden, *inputs):
-    """`Policy.sample`, in the type of the hidden states."""
+    """`Policy.sample`, in the dtype of the hidden states."""
     half = hidden.dtype == torch.bfloat16
-    # without a cache of casts: a graph would keep what the cache lets go of
+    # without a cache of casts: a graph would keep pointers to what the cache frees
     with torch.autocast(hidden.device.type, torch.bfloat16, half, cache_enabled=False):
         return policy.sample(hidden, *inputs)
 
@@ -242,9 +242,9 @@ def sample(policy, hidden, *inputs):
 class Look(nn.Module):
     """Pixels (P, 3*2*p*p) and state (1, S) to a chunk (1, T, A), for prompts of one shape.
 
-    The same as `VLM.forward` and `Policy.sample`, but all that no look changes is worked out once:
-    places, masks, rotary angles, the words. So nothing asks the GPU for a number, and the whole can
-    be one graph.
+    The same as `VLM.forward` and `Policy.sample`, but everything that is the same for all
+    observations is computed once: positions, masks, rotary angles, the words. So no number has to
+    come back from the GPU, and the whole can be one graph.
     """
 
     def __init__(self, vlm, policy, inputs, noise):
@@ -256,7 +256,7 @@ class Look(nn.Module):
         config = vlm.config
         visual = vlm.visual
         self.blocks = vlm.model.layers[: policy.config.intent_layer]
-        # what each block was given beside x, and the first one its x
+        # each block's inputs besides x, and the first block's x
         self.where = {}
         hooks = []
         for block in (*visual.blocks, *self.blocks):
@@ -288,28 +288,28 @@ class Look(nn.Module):
                 merger = visual.deepstack_merger_list[len(deep)]
                 deep.append(merger(x)[self.back])
         tokens = visual.merger(x)[self.back]
-        # pictures take their places among the words
+        # image tokens replace their placeholders
         x = self.text.index_copy(1, self.places, tokens[None].to(self.text.dtype))
         for i, block in enumerate(self.blocks):
             x = block(x, *self.where[block][1:])
             if i < len(deep):
                 x = x.index_add(1, self.places, deep[i][None].to(x.dtype))
-        # one robot: who it is need not be asked either
+        # a single robot, so its index need not be read from the GPU either
         with mock.patch("policy.embodiment_groups", return_value=([0], [1])):
             return sample(self.policy, x, self.mask, state, self.embodiment, self.noise)
 
 
 def new_look(config, sizes, device, dtype):
-    """(Look, its pixels and state, the same chunk by the ordinary way)."""
+    """(Look, its pixels and state, the same chunk computed the ordinary way)."""
     vlm = new_vlm(config, device, dtype)
     policy = new_policy(config, sizes, device).requires_grad_(False).eval()
     for module in policy.modules():
         if isinstance(module, (nn.Linear, EmbodimentLinear)):
-            module.to(dtype)  # what is read once a step; norms are small
+            module.to(dtype)  # only weights that are read in every step; norms are small
     inputs = prompt(config, sizes, device)
     shape = (1, policy.config.action_horizon, policy.action_dim)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    # as a robot would have it at rest
+    # as for a robot at rest
     state = torch.zeros(1, policy.state_dim, device=device)
     robot = torch.zeros(1, dtype=torch.long, device=device)
 
@@ -322,14 +322,14 @@ def new_look(config, sizes, device, dtype):
 
 
 def act(name, sizes, device, dtype):
-    """Rows: a chunk as it is today, as one graph, and with compiled blocks as one graph."""
+    """Rows: a chunk in eager mode, as one graph, and as one graph with compiled blocks."""
     with torch.no_grad():
         look, seen, ordinary = new_look(sizes.vlms[name], sizes, device, dtype)
         ways = {"eager": median_ms(ordinary, sizes, device)}
         graph = captured(lambda: look(*seen), device)
         ways["one graph"] = median_ms(graph, sizes, device)
         del graph
-        # block by block: a kind of block is compiled once, not 32 times
+        # block by block, so that a kind of block is compiled once, not 32 times
         for block in (*look.vlm.visual.blocks, *look.blocks, *look.policy.blocks):
             block.compile(backend=sizes.compiler)
         graph = captured(lambda: look(*seen), device)
@@ -345,7 +345,7 @@ def act(name, sizes, device, dtype):
 
 
 class LongCache(Cache):
-    """A cache that stands at `past` tokens for ever, so that one step can be taken again and again."""
+    """A cache that stays at `past` tokens, so that the same step can be repeated."""
 
     def __init__(self, vlm, past, device, dtype):
         super().__init__(past + 1)
@@ -356,7 +356,7 @@ class LongCache(Cache):
 
 
 def decode(name, sizes, device, dtype, bytes_a_second):
-    """Rows: tokens a second of `generate`, and of one step as a graph, which a fixed cache allows."""
+    """Rows: tokens per second of `generate`, and of one step as a graph, with a fixed cache."""
     config = sizes.vlms[name]
     with torch.no_grad():
         vlm = new_vlm(config, device, dtype)
@@ -365,8 +365,8 @@ def decode(name, sizes, device, dtype, bytes_a_second):
         def generate(count):
             return lambda: vlm.generate(**inputs, max_new_tokens=count, stop_token_ids=[-1])
 
-        # without the prompt's own time; the quickest of each, since what disturbs only adds, and on a
-        # busy machine a difference of medians may be below 0
+        # Subtract the time of the prompt. Use the fastest of each, because disturbances only add
+        # time: on a busy machine a difference of medians may be negative.
         first = min(times_ms(generate(1), sizes, device))
         all_of_them = min(times_ms(generate(1 + sizes.tokens), sizes, device))
         ways = {"generate": (all_of_them - first) / sizes.tokens}
@@ -379,7 +379,7 @@ def decode(name, sizes, device, dtype, bytes_a_second):
             return vlm.step(token, None, cache)
 
         ways["a step as one graph"] = median_ms(captured(step, device), sizes, device)
-    # every weight is read once a token, the tied table as the head
+    # every weight is read once per token; a tied table is also the head
     read = sum(p.nbytes for p in vlm.model.parameters())
     read += sum(layer.nbytes for layer in cache.layers)
     rows = []
@@ -395,7 +395,7 @@ def decode(name, sizes, device, dtype, bytes_a_second):
 
 
 class Flops(TorchDispatchMode):
-    """Counts floating point operations of products and attention, backward too.
+    """Counts floating point operations of matrix products and attention, also in backward.
 
     torch's own FlopCounterMode (2.13) stops at a module whose input is a parameter.
     """
@@ -411,8 +411,8 @@ class Flops(TorchDispatchMode):
 
 
 def timed_step(what, forward, optimizers, sizes, device, flops_a_second):
-    """The row of a training step: `forward` makes the loss."""
-    # the weights stay in float32, as in the scripts
+    """The row for a training step; `forward` computes the loss."""
+    # weights stay in float32, as in the scripts
     parameters = trainer.trained_parameters(optimizers)
 
     def gradients():
@@ -426,7 +426,7 @@ def timed_step(what, forward, optimizers, sizes, device, flops_a_second):
         trainer.step_optimizers(optimizers, 1e-4)
         trainer.zero_gradients(optimizers)
 
-    # forward and backward are counted; the optimizer's products take time, but are no use
+    # count forward and backward; the optimizer's products take time, but are not useful work
     with Flops() as counter:
         gradients()
     trainer.zero_gradients(optimizers)
@@ -439,7 +439,7 @@ def timed_step(what, forward, optimizers, sizes, device, flops_a_second):
 
 
 def sft_batch(config, sizes, device):
-    """Rows of a picture and words each, packed; the second half of the words is the answer."""
+    """Packed rows of an image and words each; the second half of the words is the answer."""
     row = prompt(config, sizes, device, pictures=1)
     ids = row["input_ids"]
     labels = torch.full_like(ids, -100)
@@ -476,13 +476,13 @@ def stage_2(name, sizes, device, flops_a_second):
     rows = sizes.policy_rows
     length = prompt(config, sizes, torch.device("cpu"))["input_ids"].shape[1]
     shape = (rows, policy.config.action_horizon, policy.action_dim)
-    robots = torch.arange(rows) * len(ROBOTS) // rows  # sorted, as batches are
+    robots = torch.arange(rows) * len(ROBOTS) // rows  # sorted, as in real batches
     batch = {"state": torch.randn(rows, policy.state_dim), "action": torch.randn(shape)}
     batch |= {"embodiment": robots, "future_valid": torch.ones(rows, dtype=torch.bool)}
     batch["waypoints"] = torch.zeros(rows, policy.config.num_waypoints, 3)
     for when in ("", "future_"):
         hidden = torch.randn(rows, length, config.hidden_size)
-        batch[f"{when}hidden"] = hidden.half()  # as the cache has it
+        batch[f"{when}hidden"] = hidden.half()  # as in the cache
         batch[f"{when}mask"] = torch.ones(rows, length, dtype=torch.bool)
     batch |= policy.draw(rows)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -495,7 +495,7 @@ def stage_2(name, sizes, device, flops_a_second):
     return [timed_step(what, forward, optimizers, sizes, device, flops_a_second)]
 
 
-# ---- all of it
+# ---- all parts
 
 
 def shipped(name, measure_it):
@@ -503,9 +503,9 @@ def shipped(name, measure_it):
 
 
 def measure(device, nano, sizes=None, dtype=torch.bfloat16):
-    """Rows {"what", "ms", ...} of all parts, printed as they come.
+    """Rows {"what", "ms", ...} of all parts, printed one by one.
 
-    nano: {stage: what makes a row of the shipped sizes}, for a GPU alone.
+    nano: {stage: function that measures the row of the shipped size}, only on a GPU.
     """
     began = time.perf_counter()
     sizes = sizes or (LARGE if device.type == "cuda" else TINY)
@@ -519,7 +519,7 @@ def measure(device, nano, sizes=None, dtype=torch.bfloat16):
     first = next(iter(sizes.vlms))
     parts = [(act, name, *common, dtype) for name in sizes.vlms]
     parts += [(decode, name, *common, dtype, bytes_a_second) for name in sizes.vlms]
-    # what trains comes behind what runs: it needs all of the memory
+    # training comes last: it needs all of the memory
     parts += [(stage_1, first, *common, flops_a_second), (stage_2, first, *common, flops_a_second)]
     if device.type == "cuda":
         parts += [(shipped, *job) for job in nano.items()]
@@ -530,13 +530,13 @@ def measure(device, nano, sizes=None, dtype=torch.bfloat16):
             continue
         try:
             new = part(*arguments)
-        # whatever it is: out of memory, a compiler that is missing, a driver
+        # whatever it is: out of memory, a missing compiler, a driver error
         except Exception as error:  # noqa: BLE001
             new = [{"what": name, "ms": None, "left_out": f"{type(error).__name__}: {error}"[:500]}]
         for row in new:
             print(row, flush=True)
         rows += new
-        if device.type == "cuda":  # what a part made is gone, its memory shall be free
+        if device.type == "cuda":  # free the memory of the finished part
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
     return rows

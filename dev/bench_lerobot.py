@@ -2,14 +2,14 @@
 
     python dev/bench_lerobot.py FOLDER EPISODES BATCH
 
-A batch of shuffled rows for each line on stdin, as lerobot's training script makes them: a frame of
-every camera, the state, and a chunk of actions. Prints milliseconds, a line each.
+For each line on stdin it makes a batch of shuffled rows, as in lerobot's training script: a frame
+of every camera, the state, and a chunk of actions. Prints milliseconds, one line per batch.
 """
 
 import sys
 import time
 
-HORIZON = 16  # actions of a row, as weights/nano's
+HORIZON = 16  # actions per row, as in weights/nano
 
 
 def main():
@@ -21,14 +21,14 @@ def main():
     chunk = {"action": [step / fps for step in range(HORIZON)]}
     chosen = list(range(int(episodes)))
     dataset = LeRobotDataset("local/dataset", folder, chosen, delta_timestamps=chunk)
-    # no workers, as on the other side: the cores are few, and two that decode would hide the cost
+    # no workers, as on the other side: with few cores, two that decode would hide the cost
     loader = torch.utils.data.DataLoader(dataset, int(batch_size), shuffle=True, drop_last=True)
     batches = iter(loader)
-    next(batches)  # opens the films
+    next(batches)  # opens the videos
     print("ready", flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
-        # an epoch may end
+        # the epoch may have ended
         if next(batches, None) is None:
             batches = iter(loader)
             next(batches)

@@ -1,8 +1,8 @@
-"""Drawing in LIBERO: its package's own renderer and the adapter's, taking turns. For dev/bench.py.
+"""Rendering in LIBERO: its package's own renderer and ours, in turns. For dev/bench.py.
 
-Both draw 128 x 128 pixels of the front camera and of the hand's; the package with its defaults:
-reflections, four samples a pixel, every triangle. Times are CPU time: without a GPU drawing may use
-several threads.
+Both render 128 x 128 pixels of the front and the wrist camera; the package uses its defaults:
+reflections, four samples per pixel, all triangles. Times are CPU time, because without a GPU
+rendering may use several threads.
 """
 
 import numpy as np
@@ -13,11 +13,11 @@ from data.libero import CAMERAS, TASKS, LiberoEnv, make_inner
 from dev.drawing import milliseconds
 
 SCENES = ("object-0", "spatial-4")
-SAMPLES = 4  # of a pixel: mujoco's default
+SAMPLES = 4  # per pixel: mujoco's default
 
 
 def package_renderer(task):
-    """(a function that draws both views as the package does, in an environment of its own)."""
+    """A function that renders both views like the package, in an environment of its own."""
     inner, _ = make_inner(TASKS[task])
     inner.reset()
     inner.sim.model.vis.quality.offsamples = SAMPLES
@@ -35,14 +35,14 @@ def package_renderer(task):
 
 
 def measure(rounds):
-    """A row as of bench.compare for each scene: one picture, the mean of both views."""
+    """For each scene a row like those of bench.compare: one image, the mean of both views."""
     rows = []
     for scene in SCENES:
         env = LiberoEnv(scene)
         env.reset(1)
         jobs = (env.observe, package_renderer(scene))
         times = [[milliseconds(job) / 2 for job in jobs] for _ in range(rounds + 1)]
-        ours, theirs = np.array(times[1:]).T  # the first round opens the GL
+        ours, theirs = np.array(times[1:]).T  # without the first round, which opens GL
         row = {"what": f"a picture of LIBERO's {scene}", "ms": round(float(np.median(ours)), 2)}
         row |= {"rounds": rounds, "against_ms": round(float(np.median(theirs)), 2)}
         row["times_as_fast"] = round(float(np.median(theirs / ours)), 3)

@@ -1,8 +1,8 @@
-"""Drawing in Meta-World: its package's own renderer and the adapter's, taking turns. For dev/bench.py.
+"""Rendering in Meta-World: its package's own renderer and ours, in turns. For dev/bench.py.
 
-The adapter draws its two views of 128 x 128; the package the same camera, whole, at that size and at
-its default of 480 x 480, with its defaults: shadows, reflections and four samples a pixel. Times are
-CPU time: without a GPU drawing may use several threads.
+Ours renders its two views of 128 x 128; the package's renders the whole front camera at that size
+and at its default of 480 x 480, with its defaults: shadows, reflections and four samples per pixel.
+Times are CPU time, because without a GPU rendering may use several threads.
 """
 
 import numpy as np
@@ -11,11 +11,11 @@ from data.metaworld import CAMERA_POSITION, MetaWorldEnv, make_inner
 from dev.drawing import milliseconds
 
 TASK = "drawer-open"
-SIZES = (128, 480)  # pixels of the package's pictures
+SIZES = (128, 480)  # pixels, sides of the package's images
 
 
 def package_renderer(size):
-    """A function that draws as the package does, in an environment of its own."""
+    """A function that renders like the package, in an environment of its own."""
     from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 
     inner = make_inner(TASK)
@@ -28,13 +28,13 @@ def package_renderer(size):
 
 
 def measure(rounds):
-    """A row as of bench.compare for each size: one picture of ours, the mean of both views."""
+    """For each size a row as in bench.compare: one image of ours, the mean of both views."""
     env = MetaWorldEnv(TASK)
     env.reset(1)
     jobs = [env.observe, *map(package_renderer, SIZES)]
     times = np.array([[milliseconds(job) for job in jobs] for _ in range(rounds + 1)])
-    times = times[1:]  # the first round opens the GL
-    ours = times[:, 0] / 2  # an observation has two pictures
+    times = times[1:]  # without the first round, which opens GL
+    ours = times[:, 0] / 2  # an observation has two images
     rows = []
     for size, theirs in zip(SIZES, times[:, 1:].T):
         row = {"what": f"a picture of Meta-World, beside {size} x {size}"}

@@ -1,9 +1,9 @@
-"""What serve.py adds to `BLM.act`, and how it bears clients that never pause.
+"""What serve.py adds to the time of `BLM.act`, and how it handles clients that never pause.
 
     OMP_WAIT_POLICY=PASSIVE python -m dev.bench --only serve --rounds 200 --seconds 60
 
-The server is a process of its own on this machine, so what is added is packing, the loopback and
-the turns of its threads; a network comes on top.
+The server is a separate process on this machine, so it adds encoding, the loopback interface and
+thread switches; a real network adds to that.
 """
 
 import re
@@ -23,14 +23,14 @@ from model import BLM
 from wire import require_extras
 
 ROOT = Path(__file__).parent.parent
-CLIENTS = 8  # at a time
+CLIENTS = 8  # at the same time
 ROBOT = "widowx"
 
 
 @contextmanager
 def serving(device, environment):
-    """(address, process number) of a server for as long as the block runs."""
-    # port 0 is any free one; the server prints which
+    """(address, process id) of a server, for the duration of the block."""
+    # port 0 is any free one; the server prints which it is
     words = ["serve.py", "--port", "0", "--robot", ROBOT, "--device", device]
     pipes = {"stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, **pipes)
@@ -48,8 +48,8 @@ def serving(device, environment):
 
 
 def memory(pid):
-    """MiB that a process holds; NaN where the system does not tell."""
-    # the kernel's own count, which other systems keep elsewhere
+    """Memory of a process in MiB; NaN where the system does not provide it."""
+    # the kernel's own count, which only Linux keeps here
     status = Path(f"/proc/{pid}/status")
     text = status.read_text() if status.exists() else "VmRSS: nan"
     return round(float(re.search(r"VmRSS:\s+(\S+)", text)[1]) / 1024, 1)
@@ -62,15 +62,15 @@ def milliseconds(act, observation):
 
 
 def added(address, blm, observation, rounds):
-    """A row: a chunk through the server beside `act` in this process, taking turns."""
-    # side by side, so that whatever else the machine does meets both
+    """A row: a chunk through the server and from `act` in this process, in turns."""
+    # in turns, so that other load on the machine affects both
     with connected(address) as policy:
         sides = (policy.act, blm.act)
         times = []
         for _ in range(rounds + 1):
             times.append([milliseconds(act, observation) for act in sides])
     served, alone = np.array(times[1:]).T  # (rounds,) each; the first round is slower
-    # medians of differences and ratios of neighbors, as everywhere in dev/bench.py
+    # medians of differences and of ratios of adjacent times, as everywhere in dev/bench.py
     return {
         "what": "serve",
         "ms": round(float(np.median(served)), 2),
@@ -82,7 +82,7 @@ def added(address, blm, observation, rounds):
 
 
 def load(address, pid, observation, seconds):
-    """A row: CLIENTS that ask again as soon as they are answered, and the server's memory."""
+    """A row: CLIENTS that send the next request at once, and the server's memory."""
     times = []
     errors = []
     end = time.perf_counter() + seconds
@@ -91,7 +91,7 @@ def load(address, pid, observation, seconds):
         try:
             with connected(address) as policy:
                 expected = policy.act(observation, ROBOT)  # (T, dof + 1)
-                # no pause: there is always somebody who waits
+                # without a pause, so that some client is always waiting
                 while time.perf_counter() < end:
                     start = time.perf_counter()
                     chunk = policy.act(observation, ROBOT)
@@ -100,15 +100,15 @@ def load(address, pid, observation, seconds):
         except (UserError, AssertionError) as error:
             errors.append(str(error))
 
-    # a chunk takes so much longer than packing that one process can be all clients
+    # a chunk takes so much longer than encoding that one process can be all clients
     threads = [Thread(target=client) for _ in range(CLIENTS)]
     for thread in threads:
         thread.start()
-    time.sleep(seconds / 10)  # what everybody needs is there
+    time.sleep(seconds / 10)  # by now everything has been allocated
     held = memory(pid)
     for thread in threads:
         thread.join()
-    # a leak of one message a call would be 100 MB in 1,000 calls
+    # a leak of one message per call would be 100 MB in 1,000 calls
     return {
         "what": f"serve, {CLIENTS} clients",
         "ms": round(float(np.median(times)), 2),
@@ -121,7 +121,7 @@ def load(address, pid, observation, seconds):
 
 
 def measure(config, environment):
-    """Both rows, as config (a BenchConfig) asks for them."""
+    """Both rows, for config (a BenchConfig)."""
     require_extras()
     # the same weights in both processes
     blm = BLM.from_pretrained("weights/nano", config.device)

@@ -1,8 +1,8 @@
-"""One side of dev/bench.py: it prepares a part, then times it once for each line on stdin.
+"""One side of dev/bench.py: prepares a part, then times it once for each line on stdin.
 
-    python dev/bench_side.py act cpu        in the tree that is measured, with PYTHONPATH at its root
+    python dev/bench_side.py act cpu        in the tree to measure, with PYTHONPATH at its root
 
-Prints milliseconds, a line each. It calls only what all commits have.
+Prints milliseconds, one line per run. It uses only functions that all commits have.
 """
 
 import sys
@@ -14,11 +14,11 @@ import torch
 GENERATED = 32  # tokens
 WORDS = 72  # tokens of text in a prompt
 VIEWS = ("front", "wrist")
-STATE_DIM = 16  # of the WidowX
+STATE_DIM = 16  # the WidowX's
 
 
 def observation(state_dim):
-    """What `BLM.act` is timed on: two pictures of noise, a state of zeros."""
+    """The input that `BLM.act` is timed on: two images of noise, a state of zeros."""
     rng = np.random.default_rng(0)
     pictures = {view: rng.integers(0, 255, (128, 128, 3), dtype=np.uint8) for view in VIEWS}
     return {
@@ -37,7 +37,7 @@ def act(device):
 
 
 def prompt(config, device):
-    """One picture of 8 x 8 patches and WORDS random words."""
+    """One image of 8 x 8 patches, and WORDS random words."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 256, (1, 18 + WORDS), generator=generator)
     ids[0, 0] = config.vision_start_token_id
@@ -84,7 +84,7 @@ PARTS = {"act": act, "prefill": prefill, "generate": generate, "engine": engine}
 def main():
     part, device = sys.argv[1:]
     job = PARTS[part](device)
-    job()  # the first is slower
+    job()  # the first run is slower
     print("ready", flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()

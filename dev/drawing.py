@@ -1,12 +1,12 @@
-"""CPU time of drawing, for the benches of other people's simulators."""
+"""CPU time of rendering, for the benches of other simulators."""
 
 import time
 
-PICTURES = 10  # in a turn
+PICTURES = 10  # per turn
 
 
 def milliseconds(job):
-    """ms of CPU time that one of PICTURES calls of a job takes."""
+    """CPU time in ms of one call of a job, averaged over PICTURES calls."""
     start = time.process_time()
     for _ in range(PICTURES):
         job()

@@ -1,11 +1,11 @@
-"""Figures, each from a file of results, a log or the shipped weights.
+"""Figures, each from a result file, a log or the shipped weights.
 
     python -m dev.figures success      success in every cell, as a heat map
-    python -m dev.figures digital      accuracy by category, beside chance and noise for pictures
-    python -m dev.figures told         which of a scene's commands is done, beside the controls
-    python -m dev.figures replay       predicted beside recorded, a panel a joint, of each robot
+    python -m dev.figures digital      accuracy by category, with chance and noise for images
+    python -m dev.figures told         which of a scene's commands is done, with the controls
+    python -m dev.figures replay       predicted and recorded actions, a panel per joint and robot
     python -m dev.figures losses       losses over the steps of a training, from its log.jsonl
-    python -m dev.figures intent       where in both pictures the intent queries look
+    python -m dev.figures intent       where the intent queries attend in both images
     python -m dev.figures denoising    noise becoming a chunk of joint targets in four Euler steps
     python -m dev.figures mosaic       an episode of every robot and task at once, as a GIF
 
@@ -21,7 +21,7 @@ from unittest import mock
 
 import matplotlib
 
-matplotlib.use("agg")  # no display is needed
+matplotlib.use("agg")  # needs no display
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -36,7 +36,7 @@ from model import BLM
 from policy import Attention
 from rollout import robots_of, rollout, save_gif
 
-SEED = 1_000_001  # layout of the pictures
+SEED = 1_000_001  # layout of the scenes shown
 COLORS = {"chance": "#bbbbbb", "blind": "#d08770", "base": "#e0b84c", "model": "#4c8c5c"}
 TOLD = {
     "done": ("commands done", "#4c8c5c"),
@@ -46,8 +46,8 @@ TOLD = {
     "other": ("did the other one", "#d08770"),
 }
 LOSSES = ("loss", "answer", "flow", "future")
-TILE = 144  # pixels of one of the mosaic's pictures
-SMOOTH = 0.02  # of a run: width of the running mean
+TILE = 144  # pixels, side of a tile in the mosaic
+SMOOTH = 0.02  # width of the running mean, as a share of the run
 
 
 @dataclass
@@ -56,14 +56,14 @@ class FigureConfig:
         ""  # result file or log; default results/<figure>.json, for losses out/*/log.jsonl
     )
     weights: str = "weights/nano"  # model folder, for intent, denoising and mosaic
-    out: str = ""  # picture; default assets/<figure>.png, of the mosaic .gif
+    out: str = ""  # image file; default assets/<figure>.png, for the mosaic .gif
 
 
 # ---- from result files
 
 
 def success(config):
-    """The table of cells: red is 0%, green 100%; below each figure its 95% interval."""
+    """The table of cells: red is 0%, green 100%; below each rate its 95% interval."""
     path = config.source or "results/physical.json"
     with reading(path, "make it with `python eval.py physical`"):
         cells = read_json(path)["cells"]
@@ -85,7 +85,7 @@ def success(config):
 
 
 def digital(config):
-    """Bars for each category of every file; on the model's the 95% interval."""
+    """Bars for each category of every file; those of the model have the 95% interval."""
     path = config.source or "results/digital.json"
     with reading(path, "make it with `python eval.py digital`"):
         rows = {}
@@ -134,7 +134,7 @@ def told(config):
 
 
 def replay(config):
-    """A row of panels for each robot: what was recorded, and the policy's chunks end to end."""
+    """A row of panels per robot: the recorded actions, and the policy's chunks, concatenated."""
     path = config.source or "results/replay.json"
     with reading(path, "make it with `python eval.py replay`"):
         robots = read_json(path)["robots"]
@@ -160,7 +160,7 @@ def replay(config):
 
 
 def losses(config):
-    """A panel for each log: losses as they came and their running mean, on a logarithmic scale."""
+    """A panel per log: losses and their running means, on a logarithmic scale."""
     logs = config.source.split(",")
     if not config.source:
         logs = sorted(Path("out").glob("*/log.jsonl"))
@@ -190,7 +190,7 @@ def losses(config):
 
 
 def look(config, robot, task):
-    """(model, what it sees of a scene)."""
+    """(model, an observation of a scene)."""
     blm = BLM.from_pretrained(config.weights)
     env = TabletopEnv(robot, task)
     observation, _ = env.reset(SEED)
@@ -200,7 +200,7 @@ def look(config, robot, task):
 
 @torch.no_grad()
 def attention_to_patches(blm, observation):
-    """Where the intent queries look, for each view: (rows, columns) of merged patches, sum 1 in all.
+    """Attention of the intent queries, per view: (rows, columns) of merged patches; sums to 1.
 
     The mean over queries, heads and the Perceiver's layers.
     """
@@ -228,7 +228,7 @@ def attention_to_patches(blm, observation):
     prompt = blm.processor.prompt([pictures], [instruction])
     shown = prompt["input_ids"][0] == blm.vlm.config.image_token_id
     places = torch.stack(weights).mean(0)[shown.nonzero()[:, 0]]
-    places = places / places.sum()  # what goes to words and separators is left out
+    places = places / places.sum()  # leave out attention to words and separators
     merge = blm.processor.image.merge_size
     maps = []
     for grid in prompt["image_grid_thw"].tolist():
@@ -239,7 +239,7 @@ def attention_to_patches(blm, observation):
 
 
 def intent(config):
-    """Both pictures of three scenes, brighter where the intent queries look."""
+    """Both images of three scenes, brighter where the intent queries attend."""
     scenes = [("panda", "StackCube"), ("xarm7", "LiftPegUpright"), ("widowx", "PlaceSphere")]
     figure, panels = plt.subplots(2, len(scenes), figsize=(2.6 * len(scenes), 5.4))
     for column, (robot, task) in enumerate(scenes):
@@ -259,7 +259,7 @@ def intent(config):
 
 
 def denoising(config):
-    """Targets of a robot's joints over a chunk, from noise to what `act` returns."""
+    """Joint targets over a chunk, from noise to the result of `act`."""
     robot = "widowx"
     blm, observation = look(config, robot, "PickCube")
     policy = blm.policy
@@ -289,9 +289,9 @@ def denoising(config):
 
 
 def mosaic(config):
-    """One episode of every robot (rows) and task (columns), side by side: pictures for a GIF.
+    """One episode of every robot (rows) and task (columns), side by side: frames for a GIF.
 
-    A bar under a finished tile: green is done, red is not.
+    A bar below a finished tile: green for success, red for failure.
     """
     blm = BLM.from_pretrained(config.weights)
     robots = robots_of(blm, "all")
@@ -303,12 +303,12 @@ def mosaic(config):
             env.close()
             print(f"{robot:8s}{task:16s}{result['reason'] or 'success'}")
             *pictures, last = result["frames"]
-            last = last.copy()  # the renderer's own memory
+            last = last.copy()  # copy: the renderer reuses its memory
             last[-5:] = (0, 130, 0) if result["success"] else (180, 0, 0)
             tiles.append([*pictures, last])
     frames = []
     for i in range(max(map(len, tiles))):
-        now = [pictures[min(i, len(pictures) - 1)] for pictures in tiles]  # the finished wait
+        now = [pictures[min(i, len(pictures) - 1)] for pictures in tiles]  # finished tiles wait
         grid = np.stack(now).reshape(len(robots), len(TASKS), TILE, TILE, 3)
         grid = grid.swapaxes(1, 2).reshape(len(robots) * TILE, len(TASKS) * TILE, 3)
         frames.append(Image.fromarray(grid))

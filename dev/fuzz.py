@@ -1,10 +1,11 @@
-"""Damage every file that is read, a little, at random: it must load, or give a one-line error.
+"""Damage every kind of file that is read, slightly and at random.
 
     python -m dev.fuzz                       3,000 mutations of each kind of file
     python -m dev.fuzz --mutations 300 --only config.json,episode
 
-A mutation of a JSON file replaces, removes or doubles one value, at any depth; one of a binary file
-flips a bit, cuts the file, or fills a stretch with zeros. tests/test_fuzz.py runs a few of each.
+A damaged file must load, or give a one-line error. A mutation of a JSON file replaces, removes or
+doubles one value, at any depth; one of a binary file flips a bit, truncates the file, or fills a
+stretch with zeros. tests/test_fuzz.py runs a few of each.
 """
 
 import copy
@@ -56,16 +57,16 @@ SMALL = {
 
 @dataclass
 class FuzzConfig:
-    mutations: int = 3000  # of each kind of file
+    mutations: int = 3000  # mutations of each kind of file
     only: str = "all"  # kinds of file, comma-separated, or all
-    seed: int = 0  # of everything
+    seed: int = 0  # seed of everything
 
 
 # ---- mutations
 
 
 def places(value, path=()):
-    """Every path into a JSON value: keys and indices."""
+    """Every path into a JSON value, as keys and indices."""
     yield path
     pairs = value.items() if isinstance(value, dict) else []
     if isinstance(value, list):
@@ -94,7 +95,7 @@ def mutate_json(text, rng):
 def mutate_bytes(content, rng):
     """Bytes with a bit flipped, the end cut off, or a stretch of zeros."""
     content = bytearray(content)
-    # headers are short, and most of what can go wrong is in them
+    # headers are short, but most of what can go wrong is in them
     place = rng.randrange(min(len(content), 2000) if rng.random() < 0.5 else len(content))
     deed = rng.choice(("flip", "cut", "zeros"))
     if deed == "flip":
@@ -106,7 +107,7 @@ def mutate_bytes(content, rng):
     return bytes(content)
 
 
-# ---- the files, and what reads them
+# ---- the files, and how they are read
 
 
 def make_model(folder):
@@ -176,7 +177,7 @@ def read_episode(path):
 
 
 def read_model(path):
-    """Loads, and acts: what is loaded must work, too."""
+    """Load the model and act: what loads must also work."""
     blm = BLM.from_pretrained(path.parent)
     picture = np.zeros((32, 32, 3), np.uint8)
     images = {"front": picture, "wrist": picture}
@@ -194,7 +195,7 @@ MODEL_FILES = (
     "model.safetensors",
     "policy.safetensors",
 )
-# kind: (what makes it, its file, what reads it)
+# kind: (function that makes it, its file, function that reads it)
 KINDS = {name: (make_model, name, read_model) for name in MODEL_FILES}
 KINDS["conversations"] = (make_conversations, "rows.jsonl", read_rows)
 KINDS["episode"] = (make_episode, "widowx-PushCube-0.safetensors", read_episode)
@@ -213,7 +214,7 @@ KINDS["made.json"] = (
 
 
 def fuzz(kind, mutations, seed):
-    """Mutate a file of this kind and read it, so many times. Returns how many were refused."""
+    """Mutate a file of this kind and read it, `mutations` times. Returns how many were refused."""
     make, name, read = KINDS[kind]
     rng = random.Random(f"{kind} {seed}")
     refused = 0

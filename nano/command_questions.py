@@ -1,14 +1,14 @@
-"""Questions about commands, asked of the scenes of commands.py.
+"""Questions about commands, for the scenes of commands.py.
 
     done       is this done? yes, or no
     possible   can this be done here? yes, or "no: there is no yellow ball"
-    meant      what must be moved? its label, whatever words the command has for it
-    where      the same as a point in the front picture
-    goes       where it ends, as a point
-    goal       several commands in a sentence to a numbered list of plain ones, in their order
+    meant      what must be moved? its label, however the command words it
+    where      the same, as a point in the front image
+    goes       where it ends up, as a point
+    goal       several commands in one sentence, to a numbered list of plain ones in their order
 
-Wordings are in commands.json. A plain command names things by their colors, in its task's first
-wording: so a plan is written, and so a policy is told its steps.
+Wordings are in commands.json. A plain command names objects by their colors, in the first wording
+of its task. Plans are written in plain commands, and so are the steps given to a policy.
 """
 
 import json
@@ -22,18 +22,18 @@ from nano.scenes import class_of
 WORDINGS = json.loads((Path(__file__).parent / "commands.json").read_text())
 COLORS_OF = {"cube": list(RGBA), "ball": BALL_COLORS, "bin": BIN_COLORS}
 KINDS = ("done", "possible", "meant", "where", "goes", "goal")
-CHANCE = {  # of a guess; others are open
+CHANCE = {  # probability that a guess is right; the others are open
     "done": 0.5,
     "possible": 0.5,
     "meant": 1 / len(RGBA),
 }
-NOT_DONE = 0.15  # share of scenes without a finished command that are asked whether one is done
+NOT_DONE = 0.15  # share of scenes without a finished command that still get the question "done"
 
 
 def absent(record, command, rng):
-    """(things of the command with an absent one in place of another, the absent one), or Nones."""
+    """(things of the command, one of them replaced by an absent one; the absent one), or Nones."""
     present = set(record["things"])
-    if "bin" in present:  # that of PlaceSphere is white
+    if "bin" in present:  # the bin of PlaceSphere is white
         present.add("white bin")
     choices = []
     for i, thing in enumerate(command["things"]):
@@ -42,7 +42,7 @@ def absent(record, command, rng):
             missing = f"{color} {kind}"
             things = list(command["things"])
             things[i] = missing
-            # what training must not show is not even refused there
+            # not even to be refused: training must not contain combinations that are held out
             if missing not in present and not is_new(command["task"], things):
                 choices.append((things, missing))
     if not choices:
@@ -51,7 +51,7 @@ def absent(record, command, rng):
 
 
 class Asker:
-    """Asks about the commands of a record; `rng` draws which, and in which words."""
+    """Asks about the commands of a record; `rng` draws which ones, and the wordings."""
 
     def __init__(self, record, rng, held_out=False):
         self.record = record
@@ -63,7 +63,7 @@ class Asker:
         return choices[self.rng.integers(len(choices))]
 
     def ask(self, kind, words, answer, form="words", labels=(), place=None):
-        """Add a question as nano/questions.py describes them."""
+        """Add a question, in the format of nano/questions.py."""
         text = self.pick(WORDINGS[kind][self.wordings])
         question = {
             "question": text.format(words),
@@ -79,8 +79,8 @@ class Asker:
         self.questions.append(question)
 
     def words_of(self, command):
-        """A command as it was recorded or, as often, plain."""
-        # a judge hears the steps of a plan, which are plain
+        """A command as it was recorded or, half of the time, plain."""
+        # the judge of a plan's steps is given plain commands
         if self.rng.random() < 0.5:
             return command["instruction"]
         return plain(command["task"], command["things"])
@@ -89,7 +89,7 @@ class Asker:
         """Questions of every kind that the record allows."""
         commands = self.record["commands"]
         self.ask_done(commands)
-        # each of another command, or of the same: words alone must not give an answer away
+        # the command is drawn for each: the instruction alone must not give an answer away
         self.possible(self.pick(commands))
         self.meant(self.pick(commands))
         self.points(self.pick(commands))
@@ -101,7 +101,7 @@ class Asker:
         done = [command for command in commands if command["done"]]
         others = [command for command in commands if not command["done"]]
         asked = done[:1]
-        # over all scenes there are about as many of each
+        # over all scenes the two answers are about equally frequent
         if others and (done or self.rng.random() < NOT_DONE):
             asked.append(self.pick(others))
         for command in asked:
@@ -111,7 +111,7 @@ class Asker:
 
     def possible(self, command):
         things, missing = absent(self.record, command, self.rng)
-        # what is absent is named in plain words: nothing else tells what is meant
+        # an absent object gets a plain command: other words would not tell which one is meant
         if missing and self.rng.random() < 0.5:
             words = plain(command["task"], things)
             self.ask("possible", words, f"no: there is no {missing}")
@@ -125,7 +125,7 @@ class Asker:
         self.ask("meant", words, label, labels=[label], place=label)
 
     def points(self, command):
-        """Where is what moves, and where does it go?"""
+        """Where is the object to move, and where does it go?"""
         kinds = zip(("where", "goes"), command["things"], command["places"])
         for kind, label, place in kinds:
             if place:  # a peg goes nowhere
@@ -136,11 +136,11 @@ class Asker:
                 self.ask(kind, words, answer, "point", [label], point)
 
     def goal(self, commands):
-        """Two or three commands, in an order that their words give."""
-        number = self.rng.integers(2, 4)  # of commands, if there are so many
+        """Two or three commands, in the order that the sentence gives."""
+        number = self.rng.integers(2, 4)  # number of commands, if there are that many
         order = self.rng.permutation(len(commands))[:number]
         chosen = [commands[i] for i in order]
-        # the last one is joined in a way that may turn the order of the words round
+        # the last one is joined by words that may reverse the order
         words = ", then ".join(map(self.words_of, chosen[:-1]))
         join = self.pick(WORDINGS["joins"][self.wordings])
         words = join.format(words, self.words_of(chosen[-1]))

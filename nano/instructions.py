@@ -1,15 +1,15 @@
-"""Instructions that have nothing to do with robots: replayed in Stage I, and probed afterwards.
+"""Instructions unrelated to robots: mixed into Stage I, and probed afterward.
 
-    python -m nano.instructions          writes out/general/{train,probes}.jsonl and some pictures
+    python -m nano.instructions          writes out/general/{train,probes}.jsonl and some images
 
 Six kinds: format (answer in capital letters, twice, as JSON), copying, ordering (words, numbers),
-arithmetic, choice (which letter stands before some words, which words after a letter; take an
-option and give its letter), and refusal (asked about what the picture does not show, say so).
-Probes use words and numbers of which training sees other combinations, and half of them a wording
-that it never sees. Training has most of copying and choice: looking up in the text what is to be
-said next comes late in a small model, suddenly, and the letter of an answer rests on it.
+arithmetic, choice (which letter precedes given words, which words follow a letter; repeat an option
+and give its letter), and refusal (say that something is not in the image). Probes use words and
+numbers in combinations that training does not contain, and half of them a held-out wording. Copying
+and choice are the most frequent kinds in training: looking up the next word in the text is learned
+late by a small model, and suddenly, and giving the letter of an answer depends on it.
 
-A line is {"images", "questions": [one]}, of the fields that questions.py describes.
+A line is {"images", "questions": [one]}, with the fields that questions.py describes.
 """
 
 import json
@@ -29,24 +29,24 @@ from nano.scenes import write_lines
 
 DATA = json.loads((Path(__file__).parent / "instructions.json").read_text())
 WORDS = DATA["words"].split()
-ABSENT = DATA["absent"].split()  # what no picture shows
-WORDINGS = DATA["wordings"]  # {name: {"seen": [...], "held_out": one}}; a name begins with its kind
+ABSENT = DATA["absent"].split()  # things that no image shows
+WORDINGS = DATA["wordings"]  # {name: {"seen": [...], "held_out": one}}; a name starts with its kind
 KINDS = tuple(dict.fromkeys(name.split()[0] for name in WORDINGS))
 OFTEN = {"copying": 6, "choice letter": 4, "choice words": 4, "choice both": 6}  # times the others
-FIRST_SEED = 3_000_000  # of the pictures' layouts: no other scene has them
+FIRST_SEED = 3_000_000  # of the images' layouts, which no other scene has
 
 
 @dataclass
 class InstructionsConfig:
     rows: int = 60000  # training rows
-    probes: int = 400  # probes, as many of each kind
-    pictures: int = 240  # pictures for refusals, of all robots and tasks
-    seed: int = 0  # of everything but the pictures
+    probes: int = 400  # probes, equally many of each kind
+    pictures: int = 240  # images for refusals, from all robots and tasks
+    seed: int = 0  # seed of everything but the images
     out: str = "out/general"  # folder
 
 
 def instruction(name, rng):
-    """(what goes into the wording, answer, options or none) of one instruction."""
+    """(words to insert into the wording, answer, options or None) for one instruction."""
 
     def draw(number):
         return rng.choice(WORDS, number, replace=False).tolist()
@@ -73,13 +73,13 @@ def instruction(name, rng):
         return [listed], ordered, None
     if name.startswith("choice"):
         return choice(name, draw, rng)
-    if name == "refusal":  # words for things that no scene has
+    if name == "refusal":  # words for things that are in no scene
         thing = str(rng.choice(ABSENT))
         return [thing], f"There is no {thing} in the picture.", None
     a, b = rng.choice(range(1, 10), 2).tolist()
     if name == "arithmetic plus":
         return [a, b], str(a + b), None
-    return [max(a, b), min(a, b)], str(abs(a - b)), None  # nothing below zero
+    return [max(a, b), min(a, b)], str(abs(a - b)), None  # never negative
 
 
 def choice(name, draw, rng):
@@ -88,7 +88,7 @@ def choice(name, draw, rng):
     parts = np.split(draw(lengths.sum()), lengths.cumsum()[:-1])
     options = [" ".join(part) for part in parts]
     right = rng.integers(len(options))
-    # as questions about scenes list theirs
+    # in the same format as in questions about scenes
     listed = " ".join(map("{}) {}".format, LETTERS, options))
     option = options[right]
     letter = LETTERS[right]
@@ -99,7 +99,7 @@ def choice(name, draw, rng):
 
 
 def row(name, rng, pictures, held_out):
-    """A line of the file with an instruction of WORDINGS[name]."""
+    """A line of the file, with an instruction of WORDINGS[name]."""
     words, answer, options = instruction(name, rng)
     seen = WORDINGS[name]["seen"]
     wording = WORDINGS[name]["held_out"] if held_out else seen[rng.integers(len(seen))]
@@ -107,7 +107,7 @@ def row(name, rng, pictures, held_out):
         "question": wording.format(*words),
         "answer": answer,
         "category": name.split()[0],
-        # an answer that ends in a letter also trains the heads on options
+        # an answer that ends in a letter also trains the auxiliary heads on options
         "form": "choice" if answer[-1] in LETTERS and options else "words",
         "chance": 1 / len(options) if options else 0.0,
         "held_out": held_out,
@@ -119,12 +119,12 @@ def row(name, rng, pictures, held_out):
 
 
 def draw_pictures(config):
-    """Draw what is missing of the pictures; their paths, from the folder."""
+    """Draw the missing images. Returns their paths within the folder."""
     cells = [(robot, task) for task in TASKS for robot in ROBOTS]
     names = [f"pictures/{i:03d}.png" for i in range(config.pictures)]
     for i, name in enumerate(names):
         path = Path(config.out) / name
-        if not path.exists():  # else as it would be now: the configuration plays no part
+        if not path.exists():  # otherwise it is the same: it does not depend on the configuration
             env = TabletopEnv(*cells[i % len(cells)])
             observation, _ = env.reset(FIRST_SEED + i)
             with atomic(path) as temporary:
@@ -138,7 +138,7 @@ def text_of(line):
 
 
 def make(config):
-    """Write both files and the pictures. No probe is also a training row."""
+    """Write both files and the images. No probe is also a training row."""
     at_least(config, 1, "rows", "probes")
     at_least(config, 2, "pictures")
     at_least(config, 0, "seed")
@@ -148,7 +148,7 @@ def make(config):
     names = list(WORDINGS)
     probes = []
     for i in range(config.probes):
-        # kinds in turn, then the sorts of each, then seen and held-out wordings
+        # alternate first kinds, then names of a kind, then seen and held-out wordings
         turn, kind = divmod(i, len(KINDS))
         same = [name for name in names if name.split()[0] == KINDS[kind]]
         turn, which = divmod(turn, len(same))
@@ -157,7 +157,7 @@ def make(config):
     taken = set(map(text_of, probes))
     odds = np.array([OFTEN.get(name, 1) for name in names])
     odds = odds / odds.sum()
-    # one picture in eight is for probes alone
+    # every eighth image is only for probes
     shown = [picture for i, picture in enumerate(pictures) if i % 8]
     train = []
     while len(train) < config.rows:

@@ -1,27 +1,26 @@
-"""nano's pictures for Stage I, from the simulator, with questions that its true state answers.
+"""nano's images for Stage I, from the simulator, with questions answered from its true state.
 
     python -m nano.scenes --scenes 42000 --workers 2        writes out/corpus in about 15 minutes
 
 A scene is one of two things:
-    a picture   front, or front and wrist: a random layout with spare cubes around, the arm
-                anywhere, now and then ready to grasp or nearly so
+    a picture   front, or front and wrist: a random layout with spare cubes, the arm in a random
+                pose, sometimes ready to grasp or nearly so
     a clip      four front views in order: an attempt at the task, by the expert or with one of
-                four faults, as a whole, its end, up to the end of a step, or two pictures with two
-                that may follow
-It has at most ten questions (questions.py), is one line of train.jsonl or val.jsonl, and is read
-like any other conversations file:
+                four faults; the whole attempt, its end, the time until a step ends, or two images
+                and two possible continuations
+It has at most ten questions (questions.py), and is one line of train.jsonl or val.jsonl, which are
+ordinary conversations files:
 
     {"images": ["train/panda-PickCube-000/12-0.png", ...], "questions": [...], "robot", "task",
-     "grounding": [{"patches": 64 letters, row by row, what each patch of this picture shows:
+     "grounding": [{"patches": 64 letters, row by row, what each patch of this image shows:
                                A nothing, B gripper, C the first of questions.COLORS, ...
-                    "objects": {label: [x, y, depth] of its center}, in pixels and m,
-                               of the gripper too, even where it does not show
+                    "objects": {label: [x, y, depth] of its center}, in pixels and m;
+                               includes the gripper, even if it is not visible
                     "opening": of the gripper, 0 to 1}, ...]}
 
-Validation scenes come from seeds that training never sees; their questions are asked twice, in
-wordings that it sees and in those that it does not, and once more as people might ask them, in
-off_template.jsonl. made.json has what they were made from and,
-once all is there, checksums.
+Validation scenes come from seeds that training never sees. Their questions are asked in seen and in
+held-out wordings and, in off_template.jsonl, the way people might ask them. made.json stores the
+settings and, once all files are complete, checksums.
 """
 
 import dataclasses
@@ -61,53 +60,54 @@ from files import atomic, read_json, reading, write_json
 from jobs import run_jobs
 from nano.questions import CATEGORIES, CAUSES, COLORS, STEPS, Asker, equalise
 
-GRID = 8  # patches a side of nano's ViT
+GRID = 8  # patches per side of nano's ViT
 PATCH = IMAGE_SIZE // GRID
 PICTURE = (IMAGE_SIZE, IMAGE_SIZE, 3)
 MORE = [f"{color} ball" for color in BALL_COLORS] + [f"{color} bin" for color in BIN_COLORS[1:]]
-# what a patch may show: what questions name, then what only commands do; weights rest on the order
+# what a patch may show: classes in questions, then those only in commands; weights depend on the
+# order
 CLASSES = ["nothing", "gripper", *dict.fromkeys([*COLORS, *MORE])]
-SPARE = ("yellow", *CROWD, "red", "green", "blue")  # colors of spare cubes, where the task has none
+SPARE = ("yellow", *CROWD, "red", "green", "blue")  # colors of spare cubes, if the task has none
 GRASPABLE = [label for label in COLORS if "cube" in label or label in ("blue ball", "peg")]
-CLUTTER = 3  # spare cubes at most
+CLUTTER = 3  # most spare cubes
 MOST_QUESTIONS = 10
-SHARD = 250  # scenes of one job
-SPLITS = {  # files, and the wordings in which they ask
+SHARD = 250  # scenes per job
+SPLITS = {  # files, and the wordings of their questions
     "train": ["seen"],
     "val": ["seen", "held_out"],
     "off_template": ["off_template"],
 }
-LIFTED = ("lift", "LiftPegUpright")  # a step that holds something, as carrying does
+LIFTED = ("lift", "LiftPegUpright")  # a step during which something is held, like "carry"
 
 
 @dataclass
 class ScenesConfig:
-    scenes: int = 42000  # training scenes, spread over all robots and tasks
+    scenes: int = 42000  # training scenes, over all robots and tasks
     seed: int = 0  # first seed
     workers: int = 2  # processes
     out: str = "out/corpus"  # folder
 
 
-# ---- what is in a picture
+# ---- what is in an image
 
 
 def project(env, view, point):
-    """x, y (pixels) and depth (m) of a point in the task's frame, seen by the camera `view`."""
+    """x, y (pixels) and depth (m) of a point in the task frame, seen by the camera `view`."""
     camera = env.data.camera(view)
     x, y, z = camera.xmat.reshape(3, 3).T @ (point - camera.xpos)
-    depth = max(-z, 1e-3)  # cameras look along -z; what is behind one projects far away
+    depth = max(-z, 1e-3)  # cameras look along -z; points behind the camera project far away
     half = IMAGE_SIZE / 2
     focal = half / np.tan(np.radians(env.model.camera(view).fovy[0]) / 2)
     return half + focal * x / depth, half - focal * y / depth, depth
 
 
 def class_of(label):
-    """The name in CLASSES of what is called so: a white bin looks like the bin of PlaceSphere."""
+    """The name in CLASSES for a label: a white bin looks like the bin of PlaceSphere."""
     return "bin" if label == "white bin" else label
 
 
 def classes_of(env, geoms, numbers):
-    """(128, 128) the class of each pixel of a segmentation; numbers {name of a body: its class}."""
+    """(128, 128) the class of each pixel in a segmentation; numbers {name of a body: its class}."""
     of_body = np.zeros(env.model.nbody, int)
     for body, number in numbers.items():
         of_body[env.model.body(body).id] = number
@@ -116,20 +116,20 @@ def classes_of(env, geoms, numbers):
 
 
 def patches_of(classes, number, first):
-    """64 letters: of so many classes the one that each patch shows. From `first` on they are objects."""
-    # (128, 128) to a row of pixels for each patch, in reading order
+    """64 letters: the class, out of `number`, that each patch shows; objects start at `first`."""
+    # (128, 128) to one row of pixels per patch, in reading order
     tiles = rearrange(classes, "(y a) (x b) -> (y x) (a b)", a=PATCH, b=PATCH)
     counts = (tiles[..., None] == np.arange(number)).sum(1)  # (64, C)
     counts[:, 0] = 4  # four pixels of an object are enough to name a patch
-    counts[:, first:] *= 4  # and objects matter more than fingers in front of them
+    counts[:, first:] *= 4  # and objects count more than fingers in front of them
     return "".join(chr(ord("A") + number) for number in counts.argmax(1))
 
 
 def look(env, view, bodies):
-    """(picture, its grounding for the record, how things show for the Asker).
+    """(image, its grounding for the record, visible objects for the Asker).
 
-    bodies {name of a body: label}; the last {label: (x1, y1, x2, y2, how many pixels, x, y)}. Of
-    things that share a label it says which patches show one, and no center.
+    bodies {name of a body: label}; the last {label: (x1, y1, x2, y2, number of pixels, x, y)}. If
+    objects share a label, patches are marked, but no center is given.
     """
     labels = list(map(class_of, bodies.values()))
     things = sorted(zip(labels, bodies))
@@ -146,7 +146,7 @@ def look(env, view, bodies):
         if len(xs) and labels.count(label) == 1:
             center = project(env, view, env.position(body))
             centers[label] = center
-            # a box ends behind its last pixel
+            # a box ends after its last pixel
             corners = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
             seen[label] = (*map(int, corners), len(xs), *center[:2])
     grounding = {
@@ -158,10 +158,10 @@ def look(env, view, bodies):
 
 
 def scene(env, shots, questions, rng):
-    """The record of a scene of what `look` returned; its images are still arrays."""
+    """The record of a scene from the results of `look`; its images are still arrays."""
     mixed = [questions[i] for i in rng.permutation(len(questions))]
     categories = [question["category"] for question in mixed]
-    # one of each category comes first, then a second of each
+    # first one question of each category, then a second of each
     turns = [categories[:i].count(category) for i, category in enumerate(categories)]
     order = np.argsort(turns, kind="stable")[:MOST_QUESTIONS]
     images, grounding, _ = zip(*shots)
@@ -178,15 +178,15 @@ def scene(env, shots, questions, rng):
 
 
 def picture(env, seed, rng, asker):
-    """[the scene] of a layout with spare cubes, the arm anywhere or its fingers around something."""
+    """[the scene] of a layout with spare cubes, the arm anywhere or around an object."""
     env.reset(seed)
     bodies = {label: body for body, label in env.task.labels.items()}
     own = sum("cube" in label for label in bodies)
     add_cubes(env, bodies, rng)
-    # positions of bodies follow from qpos only now
+    # compute positions of bodies from qpos
     env.forward()
     pose_arm(env, bodies, rng)
-    views = VIEWS if rng.random() < 0.7 else VIEWS[:1]  # the front alone is what clips show
+    views = VIEWS if rng.random() < 0.7 else VIEWS[:1]  # clips show only the front
     things = dict(zip(bodies.values(), bodies))
     shots = [look(env, view, things) for view in views]
     *_, shown = zip(*shots)
@@ -201,7 +201,7 @@ def picture(env, seed, rng, asker):
 
 
 def grasp_point(env, label, body):
-    """Where to grasp a body: its center, or a place on the outer half of the peg."""
+    """Where to grasp a body: its center, or a point on the outer half of the peg."""
     center = env.position(body)
     if label != "peg":
         return center
@@ -210,11 +210,11 @@ def grasp_point(env, label, body):
 
 
 def add_cubes(env, bodies, rng):
-    """Put spare cubes on the table, where nothing lies, and into bodies {label: body}."""
+    """Put spare cubes in free places on the table, and into bodies {label: body}."""
     others = [f"{color} cube" for color in SPARE if f"{color} cube" not in bodies]
     taken = [env.position(body)[:2] for body in bodies.values()]
     for i, label in enumerate(rng.permutation(others)[: rng.integers(CLUTTER + 1)].tolist()):
-        # on the table before the arm, whose reach the scale follows (m)
+        # on the table in front of the arm, scaled with its reach (m)
         xy = rng.uniform((-0.2, -0.22), (0.15, 0.22)) * env.robot.scale
         if np.linalg.norm(xy - taken, axis=1).min() > 0.07:
             body = f"clutter{i}"
@@ -225,17 +225,17 @@ def add_cubes(env, bodies, rng):
 
 
 def pose_arm(env, bodies, rng):
-    """The arm anywhere; in four of ten scenes open around a thing, or some centimeters away."""
+    """Pose the arm anywhere; in four of ten scenes open around an object, or centimeters off."""
     scale = env.robot.scale
     finger = rng.uniform(0, env.robot.travel)
     labels = sorted(set(bodies) & set(GRASPABLE))
-    for _ in range(5):  # tries: not every pose can be reached
-        # anywhere in a box over the spawn region, in the base's frame (m)
+    for _ in range(5):  # retry, because not every pose can be reached
+        # anywhere in a box over the spawn region, in the base frame (m)
         position = rng.uniform((-0.13, -0.13, 0.03), (0.13, 0.13, 0.3))
         position = position * (scale, scale, 0.7 if scale < 1 else 1) - env.base
         turn = rng.normal(0, 0.4)
         tilt = rng.choice([0.0, 0.3])
-        if labels and rng.random() < 0.4:  # else hardly one scene would be ready to grasp
+        if labels and rng.random() < 0.4:  # otherwise hardly any scene would be ready to grasp
             label = rng.choice(labels)
             point = grasp_point(env, label, bodies[label])
             turn = quarter_turn(env, bodies[label], point)
@@ -252,7 +252,7 @@ def pose_arm(env, bodies, rng):
 
 
 def beside(rng):
-    """(3,) m: from where a grasp would succeed, by centimeters or, as often, by millimeters."""
+    """(3,) m: offset from a successful grasp, by centimeters or, as often, by millimeters."""
     if rng.random() < 0.5:
         distance = rng.uniform(0.035, 0.06)
         angle = rng.uniform(0, 2 * np.pi)
@@ -261,9 +261,9 @@ def beside(rng):
 
 
 def ready(env, label, body):
-    """Would closing the gripper now grasp the body? It stands open around the right place."""
+    """Would closing the gripper now grasp the body? It must be open around the right point."""
     offset = np.abs(hand_offset(env, grasp_point(env, label, body)))
-    opened = env.opening() > 0.028  # m, a finger's: half a cube takes 0.02
+    opened = env.opening() > 0.028  # m, per finger: half a cube takes 0.02
     return bool((offset < (0.012, 0.015, 0.02)).all() and opened and not env.grasped(body))
 
 
@@ -271,11 +271,11 @@ def ready(env, label, body):
 
 
 def commands(env, rng, fault):
-    """(name of the step, action) of the expert, with a `fault` once, else as often as it takes."""
+    """(name of the step, action) of the expert: one plan with a `fault`, else as many as needed."""
     shift = np.append(rng.choice([-1, 1], 2) * rng.uniform(0.035, 0.05, 2), 0)
-    late = rng.uniform(0.3, 0.8)  # where in its step a dropped thing is let go
+    late = rng.uniform(0.3, 0.8)  # when in its step a dropped object is released
     astray = CAUSES[fault]["astray"] if fault else []
-    for _ in range(1 if fault else 4):  # a second plan would mend the fault
+    for _ in range(1 if fault else 4):  # a second plan would repair the fault
         try:
             primitives = PRIMITIVES[env.task.name](env)
             for primitive in primitives:
@@ -294,15 +294,15 @@ def commands(env, rng, fault):
                     target = np.append(target[:-1], env.robot.travel)
                 yield name, target
             if fault == "dropped" and name == "carry":
-                break  # there is nothing left to set down
-    for _ in range(8):  # what was let go comes to rest
+                break  # there is nothing left to put down
+    for _ in range(8):  # wait until a released object is at rest
         yield None, env.target.copy()
 
 
 def attempt(env, seed, rng, fault):
-    """The expert, once with a `fault` or, with None, as often as it takes.
+    """Run the expert, once with a `fault` or, with None, with as many plans as it needs.
 
-    Returns qpos (T, n) and the step's name of every control step, and whether it succeeded.
+    Returns qpos (T, n) and the step's name for every control step, and whether it succeeded.
     """
     env.reset(seed)
     qpos = []
@@ -314,12 +314,12 @@ def attempt(env, seed, rng, fault):
         *_, done, truncated, _ = env.step(action)
         if name and (done or truncated):
             break
-    # the moment after the last step belongs to that step
+    # the state after the last step belongs to that step
     return np.array([*qpos, env.data.qpos]), [*names, *names[-1:]], done
 
 
 def clips(env, seed, rng, asker):
-    """The scenes of one attempt, none if a fault did no harm or the expert failed."""
+    """The scenes of one attempt; none if a fault did no harm, or if the expert failed."""
     causes = [name for name, cause in CAUSES.items() if env.task.name in cause["tasks"]]
     fault = causes[seed // 4 % len(causes)] if rng.random() < 0.5 else None
     qpos, names, success = attempt(env, seed, rng, fault)
@@ -330,9 +330,9 @@ def clips(env, seed, rng, asker):
     scenes = []
 
     def add(times):
-        """A scene of four moments, if anything has been asked."""
+        """Append a scene of four moments, if there are questions about it."""
         questions = asker.take()
-        for question in questions:  # all depend on all that the task is about
+        for question in questions:  # each depends on all of the task's objects
             question["labels"] = labels
         if questions:
             shots = [replay(env, qpos[int(t)], env.task.labels) for t in times]
@@ -345,7 +345,7 @@ def clips(env, seed, rng, asker):
     add(np.linspace(begin, last, 4))
     order = [name for name, _ in groupby(names)]
     if fault is None and "approach" in order and len(set(order)) == len(order):  # no second try
-        for t in range(8, last):  # control steps, 20 a second
+        for t in range(8, last):  # control steps, at 20 Hz
             if names[t] != names[t + 1] and names[t] in STEPS:  # the end of a step
                 asker.within(task, wording(env, rng), labels[0], order, names[t])
                 add(np.linspace(max(0, t - 24), t, 4))
@@ -366,18 +366,18 @@ def replay(env, qpos, bodies):
 
 
 def ask_as_a_whole(env, qpos, rng, asker, add, label, fault, causes):
-    """Scenes from the beginning to the end of an attempt: four if it failed, as that is rarer."""
+    """Scenes from the beginning to the end of an attempt: four if it failed, which is rarer."""
     last = len(qpos) - 1
     tasks = [task.instructions[0] for task in TASKS.values()]
     own = env.task.instructions[0]
     for _ in range(4 if fault else 2):
         times = np.linspace(0, last, 4)
-        # ends stay ends, the two between them move
+        # the ends are fixed, the two moments between them vary
         times[1:3] += rng.uniform(-0.1, 0.1, 2) * last
         still = rng.random() < 0.25
         times = np.full(4, rng.integers(last)) if still else times.astype(int)
         asker.whole(own, tasks, wording(env, rng), label, fault, causes)
-        if still:  # the same picture four times over: it tells nothing but that nothing moves
+        if still:  # four times the same image shows only that nothing moves
             asker.take()
         way = np.abs(qpos[times[-1]] - qpos[times[0]])
         asker.yes_no("embodiment moving", way[: env.robot.dof].max() > 0.05)
@@ -385,17 +385,17 @@ def ask_as_a_whole(env, qpos, rng, asker, add, label, fault, causes):
 
 
 def ask_what_follows(qpos, rng, asker, add):
-    """Scenes of two moments and two that may follow, 0.4 s later and far away."""
+    """Scenes of two moments and two possible continuations, 0.4 s later and far off."""
     last = len(qpos) - 1
     for t in rng.integers(8, max(9, last - 8), 3):
         third = rng.random() < 0.5
         after = min(t + 8, last)
-        # the wrong picture is of before, or of long after
+        # the wrong image is from before, or from long after
         back = t >= 16 and rng.random() < 0.7
         other = t - 16 if back else min(t + 40, last)
         way = np.abs(qpos[after] - qpos[t]).max()
         other_way = np.abs(qpos[other] - qpos[t]).max()
-        # what stays where it was might be next as well
+        # if little moves, the wrong image could be right too
         if last >= 24 and way > 0.05 and other_way > 1.5 * way:
             asker.ask("future", "3" if third else "4", options=("3", "4"))
             pair = (after, other) if third else (other, after)
@@ -406,13 +406,13 @@ def ask_what_follows(qpos, rng, asker, add):
 
 
 def make_shard(job):
-    """`fill_shard` with pictures and clips, and what is asked of them."""
+    """`fill_shard` with pictures and clips and their questions."""
     part, *_, first, _ = job
     draw = seeds.rng(first, "wording")
     askers = [Asker(draw, wordings) for wordings in SPLITS[part.parent.name]]
 
     def scenes_of(env, seed):
-        kind = picture if seed % 4 else clips  # a clip's seed gives up to nine scenes
+        kind = picture if seed % 4 else clips  # the seed of a clip gives up to nine scenes
         scenes = [kind(env, seed, seeds.rng(seed, "scene"), asker) for asker in askers]
         return itertools.chain(*scenes)
 
@@ -420,14 +420,14 @@ def make_shard(job):
 
 
 def fill_shard(job, scenes_of, environment="tabletop", **options):
-    """Write the pictures of a shard, then its lines; returns how many they are.
+    """Write the images of a shard, then its lines. Returns the number of scenes.
 
-    scenes_of(env, seed): records, whose images are still arrays; options: of the environment.
+    scenes_of(env, seed): records whose images are still arrays; options: of the environment.
     """
     part, robot, scene, first, count = job
-    if part.exists():  # whole, of a rendering that was stopped
+    if part.exists():  # complete, from a run that was stopped
         return count
-    # render: what `reset` and `step` would draw is not looked at
+    # the images of `reset` and `step` are not used
     env = open_environment(environment, robot, scene, render=False, **options)
     records = []
     for seed in itertools.count(first):
@@ -440,7 +440,7 @@ def fill_shard(job, scenes_of, environment="tabletop", **options):
 
 
 def write_scenes(part, records):
-    """Write the images of records, then their lines: a part that is there has all its pictures."""
+    """Write the images of records, then their lines: a part that exists has all its images."""
     folder = part.parent.parent
     with atomic(part) as lines, open(lines, "w") as file:
         for number, record in enumerate(records):
@@ -455,19 +455,19 @@ def write_scenes(part, records):
 
 
 def jobs_of(config):
-    """{split: [(part, robot, task, first seed, scenes)]}: SHARD scenes of a cell, or what is left.
+    """{split: [(part, robot, task, first seed, scenes)]}: SHARD scenes of a cell, or the remainder.
 
-    Each robot and task has as many; of all scenes, a fifteenth more for validation.
+    All cells have the same number of scenes, and validation has a fifteenth as many.
     """
     jobs = {split: [] for split in SPLITS}
     out = Path(config.out)
     cells = list(itertools.product(TASKS, ROBOTS))
-    # rounded up, so that a small corpus has each cell
+    # rounded up, so that even a small corpus has every cell
     each = math.ceil(config.scenes / len(cells))
     few = max(20, config.scenes // 15 // len(cells))
     for number, (task, robot) in enumerate(cells):
         seed = config.seed + 10_000 * number  # no two cells share a seed
-        # 300 seeds give more than SHARD scenes: shards share none
+        # 300 seeds give more than SHARD scenes, so shards share none
         jobs["train"] += shards_of(out / "train", robot, task, each, SHARD, seed, 300)
         seed += seeds.FIRST_VALIDATION
         for split in ("val", "off_template"):
@@ -476,7 +476,7 @@ def jobs_of(config):
 
 
 def shards_of(folder, robot, scene, each, most, seed, apart=0):
-    """[(part, robot, scene, first seed, scenes)]: `each` scenes of a cell, at most so many a part."""
+    """[(part, robot, scene, first seed, scenes)]: `each` scenes of a cell, `most` per part."""
     shards = []
     for i in range(math.ceil(each / most)):
         part = folder / f"{robot}-{scene}-{i:03d}.jsonl"
@@ -485,9 +485,9 @@ def shards_of(folder, robot, scene, each, most, seed, apart=0):
 
 
 def join(lines, path):
-    """Lines as a file, without the "yes" or "no" too many."""
+    """Write lines to a file, without surplus "yes" or "no" questions."""
     records = [json.loads(line) for line in lines]
-    equalise([record["questions"] for record in records])  # over all robots and tasks
+    equalise([record["questions"] for record in records])  # balanced over all robots and tasks
     write_lines(path, [json.dumps(record) for record in records if record["questions"]])
 
 
@@ -501,26 +501,26 @@ def checksum(path):
 
 
 def render(config, jobs, make_shard, join, env="tabletop"):
-    """Render what is missing of a folder; the result does not depend on the number of workers.
+    """Render what is missing in a folder. The result does not depend on the number of workers.
 
-    config has scenes, seed, workers and out; jobs {split: [job]}, whose first is the part that
-    make_shard(job) writes; join(lines, path) writes the lines of them all. env: the world that
-    they show.
+    config has scenes, seed, workers and out; jobs {split: [job]}, where job[0] is the part that
+    make_shard(job) writes; join(lines, path) writes all their lines to one file. env: the
+    environment.
     """
     at_least(config, 1, "scenes", "workers")
     at_least(config, 0, "seed")
     path = Path(config.out) / "made.json"
     settings = {"scenes": config.scenes, "seed": config.seed, "env": env}
     if path.exists():
-        before = {"env": "tabletop"} | read_json(path, "delete it")  # older folders do not say
+        before = {"env": "tabletop"} | read_json(path, "delete it")  # older folders do not name it
         if before | settings != before:
             there = f"--scenes {before.get('scenes')} --seed {before.get('seed')}"
             if before["env"] != env:
                 there = f"--env {before['env']} {there}"
             raise UserError(f"{path.parent} is of {there}: choose another --out, or delete it")
-        if "checksums" in before:  # all is there
+        if "checksums" in before:  # everything is there
             return
-    # now, so that nobody goes on with other settings; checksums last, when all is there
+    # now, so that the folder cannot be continued with other settings; checksums come last
     write_json(path, settings)
     shards = list(itertools.chain(*jobs.values()))
     with tqdm(total=sum(count for *_, count in shards), unit="scene") as bar:
@@ -542,7 +542,7 @@ def make(config):
 
 
 def check_whole(path, advice):
-    """UserError if a file of `render` is missing, or not as it was made."""
+    """UserError if a file of `render` is missing, or has changed since it was made."""
     with reading(path, advice):
         if checksum(path) != read_json(path.with_name("made.json"))["checksums"][path.name]:
             raise UserError("it was damaged or changed since it was made; delete the folder")
@@ -550,17 +550,17 @@ def check_whole(path, advice):
 
 @lru_cache(maxsize=4)
 def read_rows(path, time):
-    """Conversations of a file as it was at that time: several stages read the same."""
+    """Conversations of a file with this modification time: several stages read the same file."""
     return Conversations(path)
 
 
 @dataclass
 class Scenes:
-    """The scenes of a split ("train" or "val") as rows: a source of train_sft.py.
+    """The scenes of a split ("train" or "val") as rows: a source for train_sft.py.
 
-    A row asks at most `questions` of the chosen categories, drawn anew each time, the rarer its
-    category the likelier. A share `blind` of rows has noise for pictures: the model learns to
-    guess where it sees nothing, instead of babbling. pictures_only: nothing is asked.
+    A row asks at most `questions` of the chosen categories, drawn anew each time, with higher
+    probability for rarer categories. A share `blind` of the rows has noise for images: the model
+    learns to guess when it sees nothing, instead of babbling. pictures_only: without questions.
     """
 
     folder: str
@@ -575,8 +575,8 @@ class Scenes:
         path = Path(self.folder) / f"{self.split}.jsonl"
         check_whole(path, f"make it with `python -m nano.scenes --out {self.folder}`")
         self.file = read_rows(path, path.stat().st_mtime_ns)
-        self.index = []  # (row of the file, which of its questions)
-        self.often = Counter()  # questions of each category
+        self.index = []  # (row of the file, indices of its questions)
+        self.often = Counter()  # number of questions in each category
         for i, (_, record) in enumerate(self.file.records):
             categories = [question["category"] for question in record["questions"]]
             kept = [n for n, category in enumerate(categories) if category in names]
@@ -596,7 +596,7 @@ class Scenes:
         return self.file.name(self.index[i][0])
 
     def texts(self):
-        """Every question and answer, and often, for a tokenizer, every instruction."""
+        """All questions and answers, and instructions with many repetitions, for a tokenizer."""
         for i, kept in self.index:
             questions = self.file.records[i][1]["questions"]
             for n in kept:
@@ -607,7 +607,7 @@ class Scenes:
     def row(self, i, seed=None):
         """A Row. seed (of the run, number of the row) draws its questions, and whether it is blind.
 
-        Without one it asks all questions as they stand.
+        Without a seed it has all questions, in their order.
         """
         i, kept = self.index[i]
         row = self.file.row(i)
@@ -620,7 +620,8 @@ class Scenes:
             if draw.random() < self.blind:
                 row.media = [("image", noise(draw)) for _ in row.media]
                 row.record = {**row.record, "grounding": None}
-            # waiting times: who comes first comes with odds of one over how often there are others
+            # exponential waiting times draw without replacement, with odds of one over the
+            # frequency
             often = [self.often[questions[n]["category"]] for n in kept]
             wait = np.random.default_rng([run, 1, number]).exponential(often)
             kept = [kept[n] for n in wait.argsort()[: self.questions]]

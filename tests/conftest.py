@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """For every test anew: what it calls may set another number, and sums of two threads differ."""
+    """Before each test: code under test may change the number, and sums of two threads differ."""
     torch.set_num_threads(1)
 
 
@@ -73,7 +73,7 @@ def killed_again_and_again(function, moments, *arguments):
 
 
 def live_and_die(function, moments, arguments):
-    """In a fresh process, which is safe to fork: it has started no threads."""
+    """Run in a fresh process that has started no threads, so that forking is safe."""
     torch.set_num_threads(1)
     for moment in moments:
         child = os.fork()
@@ -84,5 +84,5 @@ def live_and_die(function, moments, arguments):
 
 
 def here(work, jobs, workers):
-    """Stands for run_jobs: in this process, which has a package open already or a function of its own."""
+    """Replaces run_jobs: works in this process, with its open packages and own functions."""
     return map(work, jobs)

@@ -1,4 +1,4 @@
-"""What the datasets in tests/fixtures/lerobot show, so that tests know every number and picture."""
+"""Content of the datasets in tests/fixtures/lerobot, so that tests know every number and image."""
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def picture(episode, t, camera):
 
 
 def numbers(episode):
-    """state and action (L, 6) float32: a walk, and where it goes next."""
+    """state and action (L, 6) float32: a random walk, and its next position."""
     draws = np.random.default_rng(episode)
     steps = draws.normal(0, 2, (LENGTHS[episode] + 1, 6))
     walk = np.cumsum(steps, 0).astype(np.float32)

@@ -73,7 +73,7 @@ def qwen3_config(tokenizer, **changes):
         num_heads=2,
         out_hidden_size=48,
         patch_size=8,
-        num_position_embeddings=49,  # pictures of the tests have fewer rows than 7, and more
+        num_position_embeddings=49,  # images in the tests have fewer rows than 7, and more
         deepstack_visual_indexes=[0, 2],
     )
     sizes = {
@@ -97,7 +97,7 @@ def qwen3_processor():
 
 
 def random_model(config, seed=0):
-    """Weights large enough that every part matters: at deviation 0.02 a wrong rotary angle would pass."""
+    """Weights large enough that every part matters: with 0.02 a wrong rotary angle would pass."""
     torch.manual_seed(seed)
     model = VLM(config).eval()
     for name, parameter in model.named_parameters():
@@ -146,7 +146,7 @@ def prompts(tokenizer, config, side="left"):
 
 
 def token_types(batch, config):
-    """0 text, 1 image, 2 video: transformers 5 uses plain positions in silence without them."""
+    """0 text, 1 image, 2 video: without them transformers 5 silently uses plain positions."""
     return (batch["input_ids"] == config.image_token_id).int() + 2 * (
         batch["input_ids"] == config.video_token_id
     ).int()

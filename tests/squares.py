@@ -11,7 +11,7 @@ COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
 
 def questions_of(i):
-    """Three questions about scene i: two of a kind, and one nine times as rare."""
+    """Three questions about scene i: two of one kind, and one that is nine times rarer."""
     label = f"{list(COLORS)[i % 3]} cube"
     place = [i * 3 % 8 * 16 + 8, i * 5 % 8 * 16 + 8]
     point = json.dumps({"point_2d": place, "label": label})
@@ -25,7 +25,7 @@ def questions_of(i):
 
 
 def scene_of(i):
-    """(pictures, record) of scene i: the square fills one patch, its center lies a bit beside."""
+    """(images, record) of scene i: the square fills one patch, its center is slightly off."""
     label = f"{list(COLORS)[i % 3]} cube"
     row, column = i * 5 % 8, i * 3 % 8
     image = np.full((128, 128, 3), 128, np.uint8)

@@ -1,4 +1,4 @@
-"""An arm's own gripper: two sliding fingers come out the same however the file writes them."""
+"""An arm's own gripper: two sliding fingers give the same result however the file writes them."""
 
 import json
 import sys
@@ -16,11 +16,11 @@ from data.robots import Kinematics, get_robot
 from data.simulator import mujoco
 from dev import arms
 
-# what the pads of a real file may say, each unlike MuJoCo's default
+# contact options of a real file's pads, each different from MuJoCo's default
 OPTIONS = 'friction="0.8 0.03 0.002" condim="6" priority="2" solref="0.012 0.9" solmix="2"'
 OPTIONS += ' solimp="0.8 0.97 0.002 0.4 1.5" margin="0.0005" gap="0.0002"'
 PAD = f'<geom type="box" size="0.01 0.005 0.03" pos="0 {{0}} 0.09" {OPTIONS}/>'
-# seen, and never touched
+# visual, not colliding
 SCREW = '<geom type="box" size="0.001 0.5 0.5" contype="0" conaffinity="0"/>'
 
 
@@ -53,7 +53,7 @@ def fitted(text, folder, **flags):
 
 @pytest.fixture(autouse=True)
 def anywhere(monkeypatch):
-    """Where the tasks take place is not asked here: it takes seconds."""
+    """Skip the search for the workspace, which takes seconds."""
     found = {"home": np.full(7, 0.3), "reach": (0.2, 0.6), "spawn_distance": 0.4}
     monkeypatch.setattr(add_robot, "find_workspace", lambda robot: found)
 
@@ -67,7 +67,7 @@ def reference(tmp_path_factory):
 
 
 def touching(robot, opening):
-    """Places and turns of all pads (n, 12), and the tool's, with the fingers `opening` m open."""
+    """Poses of all pads (n, 12), and the tool's, with the fingers `opening` m open."""
     kinematics = Kinematics(robot)
     kinematics.data.qpos[robot.dof :] = opening
     at, turned = kinematics.forward(np.full(robot.dof, 0.3))
@@ -116,7 +116,7 @@ def test_the_same_gripper_written_otherwise_is_the_same_gripper(case, tmp_path, 
     for opening in (0.0, 0.03):
         theirs = touching(reference, opening)
         ours = touching(mine, opening)
-        # boxes look alike from both sides, and which finger is called the left one is free
+        # a box is symmetric, and which finger is the left one is arbitrary
         same = np.allclose(ours[:, :3], theirs[:, :3], atol=1e-5)
         assert same or np.allclose(ours[[0, 2, 1], :3], theirs[:, :3], atol=1e-5)
 
@@ -131,7 +131,7 @@ def test_a_finger_touches_as_it_does_in_its_file(reference):
         for option in CONTACT:
             ours = getattr(model, f"geom_{option}")[pad]
             assert np.allclose(ours, getattr(wanted, f"geom_{option}")[0]), option
-    # what never touches anything is left out
+    # geoms that never collide are left out
     assert model.body("left_finger").geomnum == 1
 
 
@@ -155,7 +155,7 @@ def test_fingers_that_end_apart_stay_apart(tmp_path):
     assert np.allclose(robot.model.joint("left_finger").range, (0.006, 0.046))
 
 
-PYRAMID = "-.01 0 .06 .01 0 .06 -.01 0 .12 .01 0 .12 0 .01 .09 0 .002 .09"  # one point lies inside
+PYRAMID = "-.01 0 .06 .01 0 .06 -.01 0 .12 .01 0 .12 0 .01 .09 0 .002 .09"  # one point is inside
 MESH = f'<asset><mesh name="tip" vertex="{PYRAMID}"/></asset>'
 
 
@@ -227,7 +227,7 @@ def test_the_xarm_s_gripper_can_be_asked_for(tmp_path):
 
 
 def test_a_finger_of_several_geoms_grasps_and_lifts(tmp_path, monkeypatch):
-    monkeypatch.undo()  # the tasks take place where it reaches
+    monkeypatch.undo()  # restore the search for the workspace
     two = PAD.replace("0.01 0.005 0.03", "0.01 0.005 0.015").replace("0.09", "0.075") + PAD
     fingers = [finger("a", 1, "0 1 0", "0 0.04", two), finger("b", -1, "0 -1 0", "0 0.04", two)]
     robot = fitted(gripped(*fingers), tmp_path)

@@ -1,4 +1,4 @@
-"""An arm's own gripper whose jaws turn: one number opens it, and the file's own servo closes it."""
+"""An arm's own gripper with jaws that turn: one number opens it, the file's own servo closes it."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ MESH = '<geom type="mesh" mesh="{}"/>'
 
 
 def jaw(name, side, axis="-1 0 0", limits="0 0.9", pad=PAD, more=""):
-    """A jaw that turns outwards about x, from a place 2 cm beside the middle."""
+    """A jaw that turns outward about x, mounted 2 cm beside the middle."""
     return f"""<body name="{name}" pos="0 {0.02 * side} 0.03">
     <joint name="{name}" axis="{axis}" range="{limits}" damping="0.1" armature="0.01" {more}/>
     <inertial pos="0 0 0.05" mass="0.05" diaginertia="1e-5 1e-5 1e-5"/>
@@ -192,7 +192,7 @@ def test_the_hollow_of_a_mesh_stays_empty(tmp_path):
         reaching.append((points - at) @ tool)
     assert len(reaching) > 5
     reaching = np.vstack(reaching)
-    # beside a cube the rod's face is all there is; one hull would reach 2 cm further
+    # next to a cube there is only the rod's face; a single hull would reach 2 cm farther
     beside = reaching[reaching[:, 2] > -0.07]
     assert beside[:, 1].max() < -CUBE - CLEARANCE + 1e-4
     assert reaching[:, 1].max() > -0.005  # the foot
@@ -230,7 +230,7 @@ def test_other_jaws_make_way_for_the_xarm_s_and_the_file_says_why(case, tmp_path
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_jaws_grasp_and_lift(kind, tmp_path, monkeypatch):
-    # as data.add_robot finds it, which takes seconds
+    # a value as data.add_robot would compute it, which takes seconds
     found = {
         "home": (-0.0524, 0.3951, 1.1367, 1.0634, 0.0, 0.5463, -0.0524),
         "reach": (0.1562, 0.7562),
@@ -247,7 +247,7 @@ def test_five_joints_reach_a_place_and_lean_as_they_must(tmp_path, monkeypatch):
     found = {"home": np.full(5, 0.3)}
     monkeypatch.setattr("data.add_robot.find_workspace", lambda robot: found)
     text = ONE
-    for number in (5, 6):  # two of the plain arm's seven joints stand still
+    for number in (5, 6):  # two of the plain arm's seven joints become fixed
         _, axis, limit, _ = JOINTS[number - 1]
         joint = f'<joint name="j{number}" axis="{axis}" range="{limit}" />'
         assert joint in text

@@ -1,4 +1,4 @@
-"""Another arm from its MJCF file: the same arm again, as people's files have it, or refused."""
+"""Add an arm from its MJCF file: the same arm in any style of file, or a refusal."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ from data.robots import ARMS, ROBOTS, Kinematics, get_kinematics, get_robot
 
 
 def shipped(name, folder, position="0 0 0"):
-    """An arm that is here already, as elsewhere: a site at its flange, a stand without a joint."""
+    """An arm that we ship, written as others do: a site at its flange, a stand without a joint."""
     text = get_robot(name).path.read_text()
     text = text.replace('<site name="tcp"', '<site name="attachment_site"/><site name="tcp"')
     stand = f'<body name="stand" pos="{position}"><body pos="0 0 0.1" quat="0 0 0 1">'
@@ -61,14 +61,16 @@ def test_an_arm_from_its_mjcf_file_is_the_same_arm(name, tmp_path):
 
 
 def flange(kinematics, qpos):
-    """Where the hand sits, and its axes: the tool's, without the length of the hand."""
+    """Position and axes of the hand: those of the tool, without the hand's length."""
     at, turned = kinematics.forward(qpos)
     return at - turned @ kinematics.model.site("tcp").pos, turned
 
 
 def mass_of_arm(robot):
-    """kg, of what moves before the hand: the site at the flange is in the hand, a link of the new
-    arm."""
+    """Mass (kg) of the moving links before the hand.
+
+    The site at the flange is in the hand, or in a link of the new arm.
+    """
     first = robot.model.body(robot.model.jnt_bodyid[0])
     return (first.subtreemass - robot.model.body("hand").subtreemass).item()
 
@@ -97,7 +99,7 @@ def known(monkeypatch):
     data.env.region.cache_clear()
 
 
-# ---- one plain arm of seven joints, and the same as people's files have it
+# ---- a plain arm of seven joints, and the same in the style of other people's files
 
 JOINTS = [  # place in the link before, axis, range, mass
     ("0 0 0.12", "0 0 1", "-3.1 3.1", 4),

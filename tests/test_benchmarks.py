@@ -1,4 +1,4 @@
-"""The paper's benchmarks, in small: questions, pictures and answers where their authors put them."""
+"""The paper's benchmarks on a small scale, with files where their authors put them."""
 
 import json
 
@@ -34,7 +34,7 @@ def converted(name, folder):
 
 @pytest.fixture
 def cosmos(tmp_path):
-    """Clips as folders of frames: one asked once, one twice, one that is not there."""
+    """Clips as folders of frames: one with one question, one with two, one that is missing."""
     root = tmp_path / "cosmos" / "robovqa"
     options = {"A": "lift", "C": "stop", "B": "turn"}  # listed by their letters
     other = {"question": "What next?", "index2ans": options, "correct_answer": "c"}
@@ -103,7 +103,7 @@ def test_a_second_conversion_is_the_first(cosmos):
     first = converted("robovqa", cosmos)
     again = converted("robovqa", cosmos)
     assert [row.record for row in first] == [row.record for row in again]
-    below = converted("robovqa", cosmos / "robovqa")  # of its own folder alone
+    below = converted("robovqa", cosmos / "robovqa")  # only its own folder
     assert [row.conversations for row in below] == [row.conversations for row in first]
 
 

@@ -102,7 +102,7 @@ def test_hub_names_are_fetched_and_their_absence_is_one_line(tokenizer, tmp_path
         "./Qwen/Nothing",
         "/Qwen/Nothing",
         "Qwen",
-    ):  # these are folders that are not there: nothing is asked of the hub
+    ):  # these folders do not exist; the hub is not contacted
         with pytest.raises(UserError, match="cannot read"):
             VLM.from_pretrained(local)
 
@@ -116,7 +116,7 @@ def test_save_and_load_round_trip(tokenizer, tmp_path):
         for name, tensor in model.state_dict().items():
             assert again.state_dict()[name].dtype == torch.float32
             assert torch.equal(again.state_dict()[name], tensor.to(dtype or tensor.dtype).float())
-    weights = load_file(tmp_path / "model.safetensors")  # in shards, as large hub checkpoints are
+    weights = load_file(tmp_path / "model.safetensors")  # in shards, like large ones on the hub
     names = sorted(weights)
     for shard, part in (("a", names[:9]), ("b", names[9:])):
         save_file({name: weights[name] for name in part}, tmp_path / f"{shard}.safetensors")
@@ -218,7 +218,7 @@ def test_the_shipped_weights_load_in_transformers():
     assert words == chat(tokenizer, talk, [(1, 2, 2)])[0]
 
 
-CONFIGS = json.loads((ROOT / "tests" / "configs.json").read_text())  # the 3B, by who wrote it
+CONFIGS = json.loads((ROOT / "tests" / "configs.json").read_text())  # the 3B's, by writer
 
 
 @pytest.mark.parametrize("version", CONFIGS)
@@ -480,7 +480,7 @@ print(peak)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are Linux's")
 def test_memory_peaks_at_the_weights_and_a_little(tmp_path):
-    """With a table of the share that it is of 3 B, in bfloat16 and kept so."""
+    """With an embedding table that is the share of the model that it is at 3 B, in bfloat16."""
     sizes = {"vocab_size": 12000, "num_hidden_layers": 16, "hidden_size": 768}
     sizes |= {"intermediate_size": 2688, "mrope_section": (16, 24, 24)}
     config = VLMConfig(**sizes, vision_config=VisionConfig(out_hidden_size=768))
@@ -492,7 +492,7 @@ def test_memory_peaks_at_the_weights_and_a_little(tmp_path):
     model.save_pretrained(tmp_path)
     size = sum(p.nbytes for p in model.parameters())
     assert size > 200e6
-    # in a process of its own, which gives back what it frees: nothing is there to be used again
+    # in a process of its own, so that no freed memory is reused
     command = [sys.executable, "-c", LOADING, str(tmp_path)]
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
@@ -505,7 +505,7 @@ def test_a_copied_model_is_the_model(tokenizer, tmp_path):
     (tmp_path / "one" / "policy.safetensors").write_text("another's")
     index = tmp_path / "one" / "model.safetensors.index.json"
     wanted = read_json(index)["weight_map"]
-    index.unlink()  # as the hub's small ones
+    index.unlink()  # as for small models on the hub
     copy_model(tmp_path / "one", tmp_path / "two")
     assert not (tmp_path / "two" / "policy.safetensors").exists()
     assert read_json(tmp_path / "two" / index.name)["weight_map"] == wanted

@@ -42,7 +42,7 @@ def lazy(monkeypatch):
 
 
 def call(monkeypatch, *flags):
-    """What `python corrections.py ...` asks the recorder for."""
+    """What `python corrections.py ...` passes to the recorder."""
     asked = []
 
     def keep(config, demonstrate, maker, first_seed):
@@ -81,7 +81,7 @@ def test_a_policy_that_needs_few_corrections_is_no_mistake(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["widowx-PickCube-3.safetensors"]
     said = capsys.readouterr().out
     assert said == "1 of 2 episodes of widowx PickCube: of the others 3 went well\n"
-    # an expert that cannot do it is one
+    # an expert that fails is a failure
     failure = SimpleNamespace(success=False)
     job = (config, lambda *_: failure, "expert", "widowx", "PushCube", range(2, 6), 2)
     with pytest.raises(UserError, match="0 of 2 episodes of widowx PushCube, and no more"):

@@ -1,4 +1,4 @@
-"""A rollout: how often the policy looks, and why an episode failed."""
+"""A rollout: how often the policy observes, and why an episode failed."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""What stands in dev/: figures are drawn from what is there, rows gathered, both sides timed."""
+"""The programs in dev/: figures are drawn, rows are collected, both sides are timed."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def test_the_intent_queries_look_somewhere(tmp_path, monkeypatch):
 
 
 def run_folder(folder, row, number, robots, wins):
-    """What runs/ablations.sh leaves of one model."""
+    """The files that runs/ablations.sh leaves for one model."""
     model = folder / row / str(number)
     model.mkdir(parents=True)
     figures = {"joint_error_rad": 0.0123}
@@ -96,7 +96,7 @@ def test_the_shipped_rows_are_known():
 
 
 def test_sides_take_turns(tmp_path, monkeypatch):
-    """Beside a commit of a repository of its own, which has what a part calls."""
+    """Compared with a commit of another repository, which has what the part calls."""
     tree = tmp_path / "tree"
     tree.mkdir()
     shutil.copytree(ROOT / "weights" / "nano", tree / "weights" / "nano")
@@ -117,7 +117,7 @@ def test_sides_take_turns(tmp_path, monkeypatch):
     trees = subprocess.run(
         ["git", "worktree", "list"], cwd=tree, check=True, capture_output=True, text=True
     )
-    assert trees.stdout.count("\n") == 1  # the other commit's is gone
+    assert trees.stdout.count("\n") == 1  # the worktree of the other commit is gone
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_look_is_what_the_models_say(name):
         look, (pixels, state), ordinary = bench_gpu.new_look(
             config, bench_gpu.TINY, cpu, torch.float32
         )
-        for parameter in look.policy.parameters():  # at first a chunk is its noise
+        for parameter in look.policy.parameters():  # a new policy returns its noise
             parameter.add_(0.05 * torch.randn_like(parameter))
         torch.testing.assert_close(look(pixels, state), ordinary(), atol=1e-5, rtol=1e-5)
         other = torch.randn_like(pixels)

@@ -14,7 +14,7 @@ from data.robots import ROBOTS, SQUEEZE
 
 
 def settle(env, steps=6, finger=None):
-    """Hold still for some steps; the last info."""
+    """Hold still for some steps; returns the last info."""
     finger = env.robot.travel if finger is None else finger
     hold = np.append(env.data.ctrl[: env.robot.dof], finger)
     for _ in range(steps):
@@ -93,7 +93,7 @@ DRAW = "import cli; cli.run(lambda: e.draw('front'))"
 
 
 def python(code, folder, module, text, gl):
-    """Run `code` where `module` reads `text`: as sitecustomize it is run before anything else."""
+    """Run `code` with `module` replaced by `text`: sitecustomize runs before anything else."""
     path = folder / module
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)

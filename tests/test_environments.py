@@ -1,4 +1,4 @@
-"""What environments of other people's packages share, without any package."""
+"""What the environments of other packages share, tested without any package."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ TASKS = {"shut": TASK, "open": TASK}
 
 
 class Door(PackageEnv):
-    """A package's environment whose physics are one number."""
+    """An environment of a package whose physics is a single number."""
 
     hz = 10
     robot = Arm("hinge", "A hinge", 1)
@@ -40,7 +40,7 @@ def test_an_episode_ends_with_success_or_with_its_time():
     observation, _ = env.reset(3)
     assert observation["instruction"] == "open the door" and env.number == 1
     assert list(observation["images"]) == ["front", "wrist"]
-    *_, done, late, info = env.step([5.0, 0.0])  # no more than 1
+    *_, done, late, info = env.step([5.0, 0.0])  # clipped to 1
     assert env.angle == 1 and not done and not late
     *_, done, late, info = env.step([1.0, 0.0], render=False)
     assert done and not late and info == {"success": True, "clipped": {}}

@@ -134,7 +134,7 @@ def test_the_other_command_is_watched():
     env = TabletopEnv("panda", "which_cube", render=False)
     shown = demonstrate(env, 2, command=1)
 
-    class Deaf:  # it does the second command, whatever it is told
+    class Deaf:  # it always does the second command, whatever the instruction
         def act(self, observation, robot):
             return shown.actions[env.steps : env.steps + 12]
 
@@ -208,7 +208,7 @@ KNOWN = {
 
 
 class Oracle:
-    """A model that replies as KNOWN says where it sees pictures, and nothing where it sees noise."""
+    """A model that gives the replies of KNOWN when shown images, and none when shown noise."""
 
     def answers(self, images, questions, max_new_tokens):
         replies = []
@@ -229,7 +229,7 @@ def test_questions_of_every_form_are_scored(questions, monkeypatch, capsys):
     assert rates["existence"]["chance"] == 0.5
     assert rates["existence"]["blind"] == 0
     assert rates["point"]["model"] == rates["next"]["model"] == 1
-    assert rates["all"]["model"] == 0  # the category of questions that name none
+    assert rates["all"]["model"] == 0  # the category of questions without one
     assert result["means"]["model"] == pytest.approx((2 / 3 + 1 + 1 + 0) / 4)
     printed = capsys.readouterr().out
     assert "| existence | 3 | 50.0 | 0.0 | 66.7 | 100.0 | 0.0 | 0.0 | 21 to 94 |" in printed
@@ -287,7 +287,7 @@ def test_replay_repeats_the_last_action_or_the_joints():
 
 
 def write_line(folder, seed, robot="widowx"):
-    """An episode in which every joint follows a line of its own, a state a step behind its action."""
+    """An episode in which each joint moves linearly; the state is one step behind the action."""
     steps = np.arange(9)[:, None]
     states = np.zeros((9, 16), np.float32)
     states[:, :7] = 0.01 * seed + 0.01 * steps * np.arange(7)
@@ -307,9 +307,9 @@ def test_replay_compares_with_both_controls_on_held_out_episodes_alone(tmp_path,
     assert result["frames"] == 3 and result["episode"] == "widowx-PickCube-1.safetensors"
     assert result["units"] == ["rad"] * 6 + ["m"]
     error = result["error"]
-    # the other episode's joints lie 0.01 lower, and nothing else differs
+    # in the other episode all joints are 0.01 lower; nothing else differs
     assert np.allclose(error["nearest_frame"], 0.01, atol=1e-6)
-    # frames 0, 4 and 8 with 9, 5 and 1 steps left: how far a line is on average from where it was
+    # frames 0, 4 and 8 with 9, 5 and 1 steps left: mean distance of a line from where it was
     ahead = [*range(1, 10), *range(1, 6), 1]
     assert np.allclose(error["repeat_last"], 0.01 * np.mean(ahead) * np.arange(7), atol=1e-6)
     assert error["policy"][0] > 0
@@ -325,7 +325,7 @@ def test_figures_of_plans_stand_beside_those_of_the_whole_goal_told_at_once():
     rows = [
         goal_row("plan", [True, True], planned=True, judged_right=[True, True]),
         goal_row("plan", [True, False], planned=True, judged_right=[True, False]),
-        goal_row("plan", [], planned=False, judged_right=[]),  # no plan: nothing was judged
+        goal_row("plan", [], planned=False, judged_right=[]),  # no plan, so nothing was judged
         goal_row("plan", [False], planned=False, judged_right=[]),  # refused
         goal_row("steps", [True, True]),
         goal_row("whole", [True, False]),
@@ -346,7 +346,7 @@ def test_figures_of_plans_stand_beside_those_of_the_whole_goal_told_at_once():
 
 
 def late_episodes(function, jobs, workers):
-    """run_jobs in this process: an episode succeeds if the arm waits, or the chunk was made to fit."""
+    """run_jobs in this process: an episode succeeds if the arm waits, or the chunk is inpainted."""
     for number, _, _, change, robot, task, seed in jobs:
         options = evaluation.switches("0,8")[change]
         jump = 0.01 if options["inpaint"] else 0.01 * (1 + options["delay"])

@@ -1,4 +1,4 @@
-"""The scripted expert: it solves every task within the limits, and goes on from where things are."""
+"""The scripted expert: it solves every task within the limits, and replans from any state."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Files appear whole, as others may read them, or not at all; who fails leaves nothing behind."""
+"""Files appear whole, with normal permissions, or not at all; a failure leaves nothing behind."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a file that is read: it loads, or is one line."""
+"""Whatever is wrong with a file: it loads, or gives a one-line error."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A goal is planned, carried out step by step and judged, all by what the model says."""
+"""A goal is planned, carried out step by step and judged, all by the model's replies."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from nano.command_questions import WORDINGS
 
 
 class Model:
-    """Stands in for BLM: says what the test wants, and acts as the expert of the scene's command."""
+    """Replaces BLM: replies as the test says, and acts as the expert for the scene's command."""
 
     def __init__(self, env, plan="", refused=(), done=lambda: True):
         self.env = env
@@ -35,7 +35,7 @@ class Model:
         assert instruction == self.env.instruction
         targets = self.targets.setdefault(instruction, control_steps(self.env))
         _, target, _ = next(targets)
-        return target[None]  # a step at a time, so that the expert sees what came of it
+        return target[None]  # one step at a time, so that the expert sees the result
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Auxiliary heads of Stage I learn what is there, of what is asked, and nothing else."""
+"""Auxiliary heads of Stage I learn what is in the image, for what is asked, and nothing else."""
 
 from copy import deepcopy
 from types import SimpleNamespace
@@ -80,7 +80,7 @@ def picture(patches, opening=0.0, **objects):
 
 
 def row_of(question, grounding, processor):
-    """(its batch, numbers of each token that learns, the text's ids) of a row of one question."""
+    """(batch, numbers of each token that learns, ids of the text) for a row with one question."""
     content = [{"type": "image"} for _ in grounding]
     content.append({"type": "text", "text": question["question"]})
     answer = {"role": "assistant", "content": question["answer"]}
@@ -122,7 +122,7 @@ def test_tokens_of_an_answer_know_what_it_depends_on_and_only_they(corpus, proce
     assert torch.equal(tokens, learned)
     answers = (tokens.diff(prepend=torch.tensor([-9])) > 1).cumsum(0)
     assert answers.max() == 6
-    for number, row in ((2, rows[0]), (5, rows[1])):  # of "what, where, is it red" the second
+    for number, row in ((2, rows[0]), (5, rows[1])):  # "where", the second of three
         place = row.record["questions"][1]["place"]
         mine = batch["answer_number"][answers == number]
         assert len(mine) > 3 and np.allclose(mine[:, :2], np.array(place) / 16 - 4)
@@ -150,7 +150,7 @@ def test_an_answer_knows_places_of_gripper_and_things(processor, listed):
     for i in answer:
         places = numbers[i, 4:40].reshape(4, 3, 3)  # pictures; gripper, two things; x, y, depth
         assert np.allclose(places[:2, 0], [[1.5, 0.5, 1], [0.5, 0.5, 0]], atol=1e-5)
-        assert np.isnan(places[2:]).all() and np.isnan(places[0, 1]).all()  # its center is far off
+        assert np.isnan(places[2:]).all() and np.isnan(places[0, 1]).all()  # its center is far away
         assert np.allclose(places[0, 2], [-1, -2.5, 1], atol=1e-5)
         assert numbers[i, 40:42].tolist() == [0, 1] and np.isnan(numbers[i, 42:]).all()
         assert numbers[i, :2].tolist() == [-1, -2.5] and np.isnan(numbers[i, RIGHT])
@@ -188,7 +188,7 @@ def test_blind_rows_and_others_teach_no_patches(corpus, processor):
     other = Row([[{"role": "user", "content": "Hi"}]], [], {"messages": []})
     batch = batch_of([row, other], processor)
     assert (batch["patch_class"] == UNKNOWN).all() and batch["patch_place"].isnan().all()
-    assert batch["answer_number"][:, 4:].isnan().all()  # but what words point at is in the words
+    assert batch["answer_number"][:, 4:].isnan().all()  # but the words' own targets remain
     heads = heads_of(processor)
     _, losses = forward(batch, heads, processor)
     assert losses["patches_llm"] == 0 and losses["patches_vit"] == 0 and losses["answers"] > 0
@@ -287,7 +287,7 @@ def test_patches_know_their_role_in_a_command_and_other_rows_teach_none(corpus, 
     assert roles[-1, [9, 20]].tolist() == [1, 2]
     places = batch["command_place"]
     assert places[0].isnan().all() and places[1, 1].isnan().all()
-    # x, y and depth in the picture; nothing says where the robot has it
+    # x, y and depth in the image; the position in the robot's frame is unknown
     place = torch.tensor([24 / 16 - 4, 24 / 16 - 4, 0.0])
     assert torch.allclose(places[1, 0, :3], place, atol=1e-5) and places[1, 0, 3:].isnan().all()
     known = command_row("".join(letters), [[24, 24, 0.6], None], [[0.1, -0.2, 0.02], None])

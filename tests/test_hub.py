@@ -1,6 +1,6 @@
-"""The hub: what is uploaded is what from_pretrained needs and a card, whose figures are in the files.
+"""The hub: uploads contain what from_pretrained needs, and a card with figures from the files.
 
-A stand-in of the hub's HTTP API answers, on this machine: as far as files and names go.
+A fake of the hub's HTTP API, on this machine, answers as far as files and names go.
 """
 
 import base64
@@ -102,7 +102,7 @@ class StandIn(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def repositories(monkeypatch, tmp_path):
-    """The stand-in's, with a token that may write, and an empty cache."""
+    """The fake's token with write access, and an empty cache."""
     StandIn.repositories = {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -113,7 +113,7 @@ def repositories(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    # made anew: the library's own keeps what it has learned of the endpoint
+    # a new one, because the library's caches what it knows about the endpoint
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hf_api.HfApi(address))
     yield StandIn.repositories
     server.shutdown()
@@ -122,7 +122,7 @@ def repositories(monkeypatch, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model folder as training leaves it, with what nobody else needs."""
+    """A model folder as training leaves it, with files that nobody else needs."""
     folder = tmp_path / "trained"
     small_blm().save_pretrained(folder)
     (folder / "state").mkdir()
@@ -179,7 +179,7 @@ def test_the_card_of_the_shipped_weights_quotes_the_files():
     assert policy["state"] in card and policy["action"] in card and policy["backbone"] in card
     assert "| front, wrist | 20 |" in card and "Trained from random weights" in card
     assert "Code: MIT License" in card and 'BLM.from_pretrained("user/nano")' in card
-    # other weights' results, and the expert's, are none of its
+    # no results of other weights, or of the expert
     assert "out/policy" not in card and "expert" not in card
     assert len(card.split("```")[1].strip().splitlines()) == 4  # python, and three lines
 
@@ -194,7 +194,7 @@ def test_a_card_quotes_what_was_measured_elsewhere():
 
 
 def row_of(card, name, number):
-    """Cells of a row: the number-th that begins so."""
+    """Cells of a row: the number-th row that starts so."""
     rows = [line for line in card.splitlines() if line.startswith(f"| {name} |")]
     return [cell.strip() for cell in rows[number].strip("|").split("|")][1:]
 

@@ -1,4 +1,4 @@
-"""Chunks that come late: the arm goes on, and the new chunk begins with what is carried out meanwhile."""
+"""Chunks that arrive late: the arm keeps moving, and the new chunk starts with what it executes."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_guidance_is_clipped_and_follows_the_gradient():
 
 
 def test_held_steps_end_in_known_targets_and_free_ones_do_not_move():
-    """At birth the velocity is zero, so nothing but the guidance moves anything."""
+    """A new policy's velocity is zero, so only the guidance moves anything."""
     policy = Policy(PolicyConfig(), WIDTH, ROBOTS)
     batch = small_batch()
     for robot in range(2):
@@ -78,7 +78,7 @@ def test_a_chunk_begins_with_what_is_committed_to_the_bit(blm):
     new = blm.act(seen, "panda", 1.0, seed=2)
     chunk = blm.act(seen, "panda", 1.0, seed=2, committed=old[:2], planned=old[2:])
     assert (chunk[:2] == old[:2]).all() and not (chunk[2:] == new[2:]).any()
-    # nothing of it stays behind
+    # nothing is left over
     assert all(parameter.grad is None for parameter in blm.policy.parameters())
     assert (blm.act(seen, "panda", 1.0, seed=2) == new).all()
 
@@ -124,7 +124,7 @@ def test_mistakes_in_targets_are_told(blm, options, says):
 
 
 class Counting:
-    """Chunks of 16 whose first joint says which look and which step a target is of, as 100 look + step."""
+    """Chunks of 16 whose first joint encodes look and step of a target, as 100 look + step."""
 
     def __init__(self, monkeypatch, seconds=0.0):
         self.looks = []
@@ -156,7 +156,7 @@ def test_without_a_delay_chunks_follow_each_other_as_ever(monkeypatch):
 def test_with_a_delay_the_old_chunk_goes_on(monkeypatch, delay, stop):
     blm = Counting(monkeypatch)
     pilot = Pilot(blm, "panda", 12, delay=delay, inpaint=True)
-    assert first(pilot.look({})) == [*range(stop)]  # the first one is waited for
+    assert first(pilot.look({})) == [*range(stop)]  # the arm waits for the first one
     old = [*range(stop, stop + delay)]
     assert first(pilot.look({})) == [*old, *range(100 + delay, 100 + stop)]
     assert pilot.borders == [stop + delay]
@@ -170,7 +170,7 @@ def test_a_measured_delay_is_the_clocks(monkeypatch):
     pilot = Pilot(blm, "panda", 12, delay=None, inpaint=True)
     pilot.look({})
     assert first(pilot.look({})) == [12, 13, 14, *range(103, 112)]
-    blm.seconds = 0.04  # faster than expected: what was committed is in the chunk too
+    blm.seconds = 0.04  # faster than expected: the committed targets are in the chunk too
     assert first(pilot.look({})) == [112, *range(201, 212)]
     assert blm.looks[2]["committed"] == [112, 113, 114]
     assert pilot.delays == [3, 3, 1]
@@ -180,9 +180,9 @@ def test_an_arm_whose_chunk_comes_too_late_waits_at_its_last_target(monkeypatch)
     blm = Counting(monkeypatch, seconds=0.09)
     pilot = Pilot(blm, "panda", 12, delay=None)
     pilot.look({})
-    blm.seconds = 0.49  # once: four targets were left for ten steps
+    blm.seconds = 0.49  # once: only four targets were left for ten steps
     assert first(pilot.look({})) == [12, 13, 14, 15, *[15] * 6]
-    blm.seconds = 1.99  # longer than a chunk: nothing of it is of use
+    blm.seconds = 1.99  # longer than a chunk: none of it is usable
     assert first(pilot.look({})) == [*range(110, 116), *[115] * 34]
     blm.seconds = 0.09
     assert first(pilot.look({})) == [115, 115]

@@ -1,4 +1,4 @@
-"""Work for several processes: it ends when it should, and nothing of it stays behind."""
+"""Work in several processes: it ends when it should, and leaves nothing behind."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def work(job):
     folder, deed = job
     (folder / str(os.getpid())).touch()
     if deed in ("die", "fail"):
-        time.sleep(1)  # behind the quick one, however slowly its worker starts
+        time.sleep(1)  # after the quick one, however slowly its worker starts
     if deed == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if deed == "fail":
@@ -35,7 +35,7 @@ def work(job):
 
 
 def alive(folder):
-    """Workers that left a file in `folder` and are still there."""
+    """Workers that left a file in `folder` and are still alive."""
     numbers = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
     return [n for n in numbers if os.path.exists(f"/proc/{n}")]
 

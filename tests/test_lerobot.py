@@ -1,4 +1,4 @@
-"""LeRobotDatasets: what lerobot wrote is read exactly, what we write reads back, faults are named."""
+"""LeRobotDatasets: lerobot's are read exactly, ours are read back, and faults are named."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def edit_info(folder, **changes):
 
 @pytest.fixture
 def copied(tmp_path):
-    """A function that copies a fixture: tests spoil it."""
+    """A function that copies a fixture, for tests to modify."""
 
     def copy(name):
         shutil.copytree(FIXTURES / name, tmp_path / name)
@@ -115,7 +115,7 @@ def test_a_camera_has_files_of_its_own():
     clips = [entry.clips for entry in Dataset(FIXTURES / "v30_h264").entries]
     assert [clip[TOP].path.stem for clip in clips] == ["file-000", "file-000", "file-001"]
     assert [clip[WRIST].path.stem for clip in clips] == ["file-000", "file-001", "file-002"]
-    # the second episode lies behind the first in one film, and alone in the other
+    # in one camera's video the second episode follows the first, in the other's it is alone
     assert clips[1][TOP].start == pytest.approx(1.2) and clips[1][WRIST].start == 0
 
 
@@ -183,7 +183,7 @@ def test_language_columns_are_passed_over(copied, tmp_path, capsys):
 @pytest.mark.parametrize("index", ["__index_level_0__", "task", "sentence"])
 def test_sentences_are_joined_by_task_index(index, copied):
     folder = copied("v30_image")
-    # not in the order of the index, and the episodes' table says nothing
+    # not in the order of the index, and the table of episodes does not list it
     tasks = {"task_index": [1, 0], index: [scene.TASKS[1], scene.TASKS[0]]}
     pq.write_table(pa.table(tasks), folder / "meta/tasks.parquet")
     table = pq.read_table(episodes_file(folder), partitioning=None)
@@ -261,7 +261,7 @@ def test_what_to_install_is_said():
 
 
 def film_of(path, times, size=16):
-    """A film whose k-th picture has the brightness 10 k, at times in ms."""
+    """A video whose k-th image has brightness 10 k, at times in ms."""
     import av
 
     with av.open(str(path), "w") as film:
@@ -295,7 +295,7 @@ def test_the_nearest_picture_is_taken(tmp_path):
     [
         (0.0, None, [0.0, 0.265], "no picture at 0.265 s: the nearest is at 0.2"),
         (0.0, None, [0.5, 0.6, 0.7], "no picture at 0.700 s"),
-        # what lies next to it in the film is another episode's
+        # its neighbor in the video belongs to another episode
         (0.2, 0.5, [0.0, 0.2, 0.3], "no picture at 0.500 s: the nearest is at 0.4"),
         (0.4, 0.7, [-0.06], "no picture at 0.340 s: the nearest is at 0.4"),
         (0.0, None, [0.1, 0.1], "timestamps do not grow"),
@@ -313,7 +313,7 @@ def test_a_picture_of_another_time_is_never_taken(start, stop, timestamps, says,
 
 
 def arms(n=400):
-    """state (n, 3) of a slow movement, and where each number is a step later."""
+    """state (n, 3) of a slow movement, and its values one step later."""
     path = np.cumsum(np.random.default_rng(0).normal(size=(n + 1, 3)), 0)
     return path[:-1], path[1:]
 
@@ -535,7 +535,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
 
 
 def demonstration(seed, length=12, size=64):
-    """A slow film in large patches, which a codec keeps well, and any numbers."""
+    """A slow video of large patches, which a codec preserves well, and arbitrary numbers."""
     draws = np.random.default_rng(seed)
     patches = draws.integers(30, 150, (2, size // 32, size // 32, 3), dtype=np.uint8)
     pictures = patches.repeat(32, 1).repeat(32, 2)
@@ -579,7 +579,7 @@ BACK = "front=observation.images.front,wrist=observation.images.wrist"
 
 
 def played_twice(folder):
-    """Episodes of families and of a task, in which no number moves much: nothing can be guessed."""
+    """Episodes of families and of a task, where no number moves enough to guess `relative`."""
     for scene_name, seed, command in [
         ("which_cube", 7, 0),
         ("which_cube", 7, 1),
@@ -597,7 +597,7 @@ def played_twice(folder):
 
 
 def losses_of(episodes, steps=3):
-    """Losses of training steps on episodes whose hidden states are numbers made of the pictures."""
+    """Losses of training steps on episodes with hidden states made from the images."""
     from data.demonstrations import Demonstrations, frames_of
     from policy import PRESETS, Policy
     from train_policy import TrainConfig, make_batch
@@ -798,7 +798,7 @@ def test_an_export_is_of_one_robot_and_size(demos, tmp_path):
     assert not (tmp_path / "v3").exists()
 
 
-# ---- before the night
+# ---- check, before a night of training
 
 
 def recording(state, action=None, fps=10, **changes):
@@ -859,7 +859,7 @@ def test_a_camera_that_stands_still_while_the_robot_moves_is_found():
     moving = walk(40)
     span = np.ptp(moving, axis=0)
     assert lerobot_check.longest_freeze(thumbs, moving, span) == (10, 20)
-    moving[10:30] = moving[10]  # nothing to see
+    moving[10:30] = moving[10]  # the camera freezes
     assert lerobot_check.longest_freeze(thumbs, moving, span)[1] < 3
     dark = lerobot_check.camera_faults({"top": 0 * thumbs}, recording(walk(40)), span, 10)
     assert dark == {

@@ -1,4 +1,4 @@
-"""LIBERO through its adapter: the real package; its starts, its pictures, recorded, driven, judged."""
+"""LIBERO through its adapter: the real package's starts and images; recorded, driven, evaluated."""
 
 import sys
 from types import SimpleNamespace
@@ -60,7 +60,7 @@ def libero():
 
 @pytest.fixture(scope="module")
 def env(libero):
-    """One for all tests: the package takes seconds to build one."""
+    """One for all tests: the package takes seconds to build it."""
     env = libero.LiberoEnv("object-0")
     yield env
     env.close()
@@ -84,12 +84,12 @@ def test_evaluations_take_the_official_starts_in_order(env):
         env.reset(seed)
         places.append(env.data.qpos.copy())
     basket = slice(*env.inner.sim.model.get_joint_qpos_addr("basket_1_joint0"))
-    official = env.starts[:, 1 : 1 + env.model.nq]  # between the time and the speeds
-    for start in (0, 1):  # it has settled since
+    official = env.starts[:, 1 : 1 + env.model.nq]  # without time and velocities
+    for start in (0, 1):  # objects have settled since
         assert np.allclose(places[start][basket][:2], official[start][basket][:2], atol=0.003)
     assert np.allclose(places[2], places[0], atol=1e-3)  # there are 50
     assert not np.array_equal(places[0], places[1])
-    # not the soup's place, for which the package leaves no room, but others'
+    # not the soup's place, where the package has no freedom, but others'
     assert not np.array_equal(places[3], places[4])
     assert np.array_equal(places[3], places[5])
 
@@ -156,7 +156,7 @@ def test_demonstrations_are_episodes_like_any_other(libero, env, monkeypatch, tm
 
 
 class Still:
-    """A policy that stays where it is, and keeps what it was told and whether it saw noise."""
+    """A policy that stays where it is, and records its instruction and whether it saw noise."""
 
     policy = SimpleNamespace(
         embodiments={"libero_panda": (8, 7)}, config=SimpleNamespace(action_horizon=16)

@@ -1,4 +1,4 @@
-"""data/media.py keeps its promises: any picture becomes upright RGB, or is told in one line."""
+"""data/media.py keeps its promises: any image becomes upright RGB, or gives a one-line error."""
 
 import base64
 import os

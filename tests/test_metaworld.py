@@ -1,4 +1,4 @@
-"""Meta-World through its adapter: the real package, mended for this mujoco; recorded, driven, judged."""
+"""Meta-World through its adapter: the real package, fixed for this mujoco; recorded, evaluated."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ def test_a_mean_of_tiers_counts_each_tier_alike():
     figure = mean_of_tiers(tiers)
     assert figure["mean"] == 0.5
     low, high = figure["interval"]
-    assert 0.4 < low < 0.5 < high < 0.7  # few episodes of the hard one, so above is less sure
+    assert 0.4 < low < 0.5 < high < 0.7  # few episodes of the hard one, so the top is less certain
     alone = rate([True, False, True])
     low, high = mean_of_tiers({"easy": alone})["interval"]
     assert np.allclose((low, high), alone["interval"])
@@ -84,7 +84,7 @@ def test_the_first_picture_shows_nothing_of_the_episode_before(metaworld):
 
 
 def test_the_expert_sees_the_goal(metaworld):
-    # bounds kept from before the goal was shown would clip it to zero
+    # cached bounds without the goal would clip it to zero
     env = metaworld.MetaWorldEnv("reach", render=False)
     env.reset(1)
     env.step(np.zeros(4))
@@ -104,7 +104,7 @@ def test_the_picture_is_the_middle_of_the_published_one(metaworld):
     x, y = metaworld.CROP_CENTER
     cut = whole[y - half : y + half, x - half : x + half]
     smaller = cut.reshape(128, 2, 128, 2, 3).mean(axis=(1, 3))
-    assert np.abs(front - smaller).mean() < 4  # of 255; 15 and more if it is a few pixels off
+    assert np.abs(front - smaller).mean() < 4  # of 255; 15 or more if it is off by a few pixels
     env.close()
 
 
@@ -143,7 +143,7 @@ def test_demonstrations_are_episodes_like_any_other(metaworld, monkeypatch, tmp_
 
 
 class Expert:
-    """A policy that cheats: the package's expert, if it is told the right sentence and sees."""
+    """A policy that cheats: the package's expert, if it gets the right sentence and sees images."""
 
     policy = SimpleNamespace(
         embodiments={"sawyer": (4, 4)}, config=SimpleNamespace(action_horizon=16)

@@ -1,4 +1,4 @@
-"""Scenes of Meta-World with commands: what each task moves is found, painted and learned from."""
+"""Scenes of Meta-World with commands: what each task moves is found, marked and learned."""
 
 import json
 

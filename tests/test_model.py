@@ -1,5 +1,6 @@
 """model.py keeps its promises: what is saved is what is loaded, a chunk depends on what it should
-and on nothing else, mistakes are told in one line."""
+and on nothing else, mistakes give one line.
+"""
 
 import copy
 import dataclasses
@@ -33,7 +34,7 @@ ROBOTS = {"panda": Embodiment(17, 8), "widowx": Embodiment(16, 7)}
 
 
 def small_blm(seed=0, policy=True, corpus=CORPUS, robots=ROBOTS):
-    """Random weights, of a size at which pictures and words matter."""
+    """Random weights, large enough that images and words matter."""
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(corpus, vocab_size=300)
     vision = VisionConfig(
@@ -196,7 +197,7 @@ def test_stages_keep_their_records(tmp_path):
     assert load_training(tmp_path) == {}
     (tmp_path / "training.json").write_text('{"sft": {"stage": "sft", "step": 5}}')
     assert load_training(tmp_path) == {"sft": {"stage": "sft", "step": 5}}
-    # the starting point of people's own questions says how it was made too
+    # the record of the model that training started from is kept too
     assert load_training(ROOT / "weights" / "base")["sft"]["stage"] == "sft"
 
 
@@ -315,7 +316,7 @@ ODD = [None, True, -1, 0, 1.5, 10**9, 10**18, float("nan"), 1e308, "", "panda", 
 
 
 def test_a_changed_description_loads_or_is_told(folder):
-    """Whatever stands in policy.json: one line, or a policy that acts or says why not."""
+    """Whatever policy.json holds: one line, or a policy that acts or says why not."""
     path = folder / "policy.json"
     text = path.read_text()
     rng = random.Random(0)
@@ -383,7 +384,7 @@ def test_older_policies_act_as_before(folder, version):
     about = json.loads(path.read_text())
     if version < 4:
         del about["config"]["text_first"]
-    # what is each robot's own today was said of all
+    # now stored per robot, then once for all
     about["views"] = ["front", "wrist"]
     for robot in about["embodiments"].values():
         for name in ("views", "relative", "control_hz", "state", "action"):
@@ -477,7 +478,7 @@ def test_intents_of_a_batch_equal_those_of_one(blm):
 
 
 def transparent(picture):
-    """Opaque, with a transparent frame of another color where `picture` is white."""
+    """Opaque, but with a transparent frame of another color where `picture` is white."""
     alpha = np.full((*picture.shape[:2], 1), 255, np.uint8)
     rgba = np.concatenate([picture, alpha], axis=2)
     rgba[:4] = (10, 200, 30, 0)

@@ -1,4 +1,4 @@
-"""What a perturbation changes of a scene and what it leaves."""
+"""What a perturbation changes in a scene, and what it leaves alone."""
 
 import numpy as np
 import pytest

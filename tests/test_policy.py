@@ -18,7 +18,7 @@ from policy import (
     sample_tau,
 )
 
-# the last action is the finger; a place ends the state
+# the last action is the finger; the last numbers of the state are a position
 ROBOTS = {"long": Embodiment(8, 5), "short": Embodiment(6, 3)}
 T, L, WIDTH = 4, 9, 24
 
@@ -116,7 +116,7 @@ def test_padding_moves_nothing(text_first):
         "state": torch.where(own, batch["state"], 1e6),
         "state_noise": torch.where(own, batch["state_noise"], 1e6),
     }
-    for which in ("", "future_"):  # garbage, even NaN, behind a prompt's end; and a longer batch
+    for which in ("", "future_"):  # garbage, even NaN, after a prompt's end; and a longer batch
         hidden = torch.where(batch[which + "mask"][..., None], batch[which + "hidden"], torch.nan)
         wild[which + "hidden"] = torch.cat([hidden, torch.full((6, 3, WIDTH), 1e6)], dim=1)
         wild[which + "mask"] = torch.cat(

@@ -1,4 +1,4 @@
-"""processor.py keeps its promises: pixels, words and templates as transformers has them."""
+"""processor.py keeps its promises: pixels, words and templates match transformers."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Qwen3-VL keeps the promises of Qwen2.5-VL: as transformers has it, from file to trained policy."""
+"""Qwen3-VL keeps the promises of Qwen2.5-VL: it matches transformers, from file to policy."""
 
 import json
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ from train_sft import PRESETS
 from vlm import VLM, Cache
 
 VIDEO = [picture(32, 48, seed) for seed in range(3, 6)]  # an odd number of frames
-# a frame has more rows than the table of places, or fewer
+# a frame has more rows than the position table, or fewer
 CASES = {
     "text": ([[]], ["Where is the red cube?"]),
     "image": ([[picture(48, 96)]], ["Where?"]),
@@ -80,8 +80,10 @@ def reference(tmp_path_factory, processor):
 
 
 def run_theirs(theirs, batch, config):
-    """(logits, what each block reads, what the last norm makes): transformers records hidden states
-    before the deep tokens are added."""
+    """(logits, the input of each block, the output of the last norm).
+
+    transformers records hidden states before the deep tokens are added.
+    """
     read = []
     layers = theirs.model.language_model.layers
     hooks = [layer.register_forward_pre_hook(lambda _, x: read.append(x[0])) for layer in layers]
@@ -190,7 +192,7 @@ def test_cached_equals_uncached_and_padding_moves_nothing(model, processor):
 
 @torch.no_grad()
 def test_packed_equal_alone(model, processor):
-    """Two questions of a row share its pictures; without any, what they begin with."""
+    """Two questions of a row share its images; text-only ones share their beginning."""
     rows = []
     expected = []  # of every question, where its answer begins
     for media, text in zip(*CASES["batch"]):

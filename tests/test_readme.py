@@ -1,5 +1,5 @@
-"""README and docs keep their word: commands have the flags they print, links lead somewhere, figures
-are those of the result files, and the README stays short.
+"""README and docs are right: commands have the flags they show, links work, figures are those in
+the result files, and the README stays short.
 """
 
 import importlib
@@ -25,7 +25,7 @@ STARTS = r"(?:torchrun --nproc_per_node \d+ |python )(?:-m )?[\w./]+"
 
 def commands_of(page, text):
     """Commands of a page that start one of our programs, from blocks and from lines."""
-    if page == "docs/WEIGHTS.md":  # its table has old commands too: today's are in the last column
+    if page == "docs/WEIGHTS.md":  # only the last column of its table has current commands
         lines = text.splitlines()
         text = "\n".join(line.split(" | ")[-1] if line.startswith("|") else line for line in lines)
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)

@@ -1,4 +1,4 @@
-"""Episodes: recorded, recorded again, read back, and what is wrong with one is told in a line."""
+"""Episodes: recorded, recorded again, read back; anything wrong with one gives one line."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def picture(i):
 
 
 def draw(env, seed, noise, command=0):
-    """In place of the expert: five steps that nobody executed, quick to make."""
+    """Replaces the expert: five steps that nobody executed, quick to make."""
     draws = np.random.default_rng(seed)
     states = draws.normal(size=(5, env.robot.state_dim)).astype(np.float32)
     actions = draws.normal(size=(5, env.robot.action_dim)).astype(np.float32)
@@ -193,7 +193,7 @@ def test_a_killed_recorder_leaves_no_workers_and_the_next_cleans_up(tmp_path):
     (tmp_path / ".part-widowx-PickCube-9-abc.safetensors").write_bytes(b"half")
     before = contents(tmp_path)
     time.sleep(0.5)
-    assert contents(tmp_path) == before  # nobody writes any more
+    assert contents(tmp_path) == before  # nothing is written anymore
     record(config(tmp_path, episodes=1, tasks="PickCube"))
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert load_episodes(tmp_path)
@@ -239,7 +239,7 @@ def parts(path):
 
 
 def rewrite(path, **changes):
-    """The same episode with other arrays, and a checksum that fits."""
+    """The same episode with other arrays, and a matching checksum."""
     arrays, header = parts(path)
     save_tensors(path, {**arrays, **changes}, header)
 

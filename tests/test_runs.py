@@ -1,4 +1,4 @@
-"""runs/*.sh with stubs in python's and torchrun's place: what they run, in which order, and again.
+"""runs/*.sh with stubs for python and torchrun: which commands they run, in which order, and again.
 
 Every command must have flags that exist.
 """
@@ -55,7 +55,7 @@ def parsed(line, monkeypatch):
 
     def parse(*classes, **options):
         configs.append(cli.parse(*classes, **options))
-        raise KeyboardInterrupt  # parsed: that was the question
+        raise KeyboardInterrupt  # parsed, which is all that is tested
 
     monkeypatch.setattr(module, "parse", parse)
     monkeypatch.setattr(sys, "argv", words)
@@ -133,7 +133,7 @@ def test_the_recipe_of_a_policy_that_listens_fits_together(go, monkeypatch):
     assert (corrections.policy, corrections.out) == (policy.out, policy.data)
     assert sorted(corrections.tasks.split(",")) == sorted(policy.tasks.split(","))
     assert policy.backbone == answer.out
-    # what the policy reads is what Stage I taught, and stays as it was taught
+    # the policy reads what Stage I taught, which must not change
     assert policy.intent_layer == look.intent_layer == answer.frozen_blocks
     assert policy.text_first and "commands:5" in look.mixture
     recorded = [config.tasks for line, config in configs.items() if "data.record" in line]

@@ -1,4 +1,4 @@
-"""Scenes tell the truth: questions, patches and places fit what the simulator shows."""
+"""Scenes tell the truth: questions, patches and places match what the simulator shows."""
 
 import json
 from collections import Counter
@@ -79,7 +79,7 @@ def test_a_corpus_tells_the_truth(tmp_path, monkeypatch):
     assert {question["held_out"] for question in questions} == {False, True}
     yes_no = [q for row in rows for q in row.record["questions"] if q["form"] == "yes/no"]
     answers = Counter((q["category"], q["about"], q["answer"]) for q in yes_no)
-    for category, about, _ in answers:  # as many of each, whatever reads alike
+    for category, about, _ in answers:  # equally many of each
         assert answers[category, about, "yes"] == answers[category, about, "no"]
 
 
@@ -192,7 +192,7 @@ def test_rows_depend_on_seed_and_number_alone(tmp_path):
     rarest = Scenes(str(tmp_path), questions=1)
     rows = [rarest.row(0, (0, number)) for number in range(300)]
     asked = Counter(row.conversations[0][0]["content"][-1]["text"] for row in rows)
-    assert max(asked.values()) < 150  # as likely as the others: each category is as frequent
+    assert max(asked.values()) < 150  # as the others: each category is equally likely
     only = Scenes(str(tmp_path), categories="point")
     assert {q["category"] for i in range(12) for q in only.row(i).record["questions"]} == {"point"}
     assert only.name(3).endswith("train.jsonl, line 4")
@@ -225,7 +225,7 @@ def test_blind_rows_show_noise_and_tell_nothing_of_it(tmp_path):
     assert 10 < sum(noisy) < 30
     blind = corpus.row(3, (0, noisy.index(True)))
     assert blind.record["grounding"] is None and len(blind.conversations) == 3
-    assert np.array_equal(pixels(None), real)  # figures never are
+    assert np.array_equal(pixels(None), real)  # validation rows never are
 
 
 def test_pictures_can_go_alone(tmp_path):

@@ -1,4 +1,4 @@
-"""Scores: each form of question takes what is right, and survives whatever a model may reply."""
+"""Scores: each form of question accepts what is right, and survives any reply of a model."""
 
 import json
 

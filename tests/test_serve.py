@@ -1,5 +1,5 @@
-"""A policy behind a websocket: openpi's wire format, chunks as `act` makes them, one line for every
-mistake, and no client that harms another.
+"""A policy server: openpi's wire format, chunks equal to `act`'s, one line for every mistake, and
+no client that can harm another.
 """
 
 import asyncio
@@ -416,7 +416,7 @@ def test_the_simulated_arm_does_the_same_through_the_server(address, blm):
 
 
 class Slow:
-    """Stands for blm.act: every call waits for `go`, and is counted."""
+    """Replaces blm.act: every call waits for `go`, and is counted."""
 
     def __init__(self, blm):
         self.act = blm.act
@@ -473,8 +473,8 @@ def test_who_leaves_while_it_waits_costs_nothing(slow):
             connection.recv()
             connection.send(pack(OURS))
             wait_for(lambda: slow.calls == 1)
-            time.sleep(0.1)  # the next one stands behind it
-        # one in the middle of its chunk, one that waits: both vanish without a word
+            time.sleep(0.1)  # the next one is queued after it
+        # one in the middle of its chunk and one that waits: both vanish silently
         for gone in (first, second):
             gone.socket.shutdown(socket.SHUT_RDWR)
         time.sleep(0.2)

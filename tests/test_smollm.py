@@ -1,6 +1,6 @@
-"""A checkpoint that really speaks comes through: SmolLM2 from its GGUF, beside transformers' Llama.
+"""A checkpoint that really speaks is converted: SmolLM2 from its GGUF matches transformers' Llama.
 
-Transformers reads the file on its own, so its names, quantization and turned rows are checked too.
+transformers reads the file on its own, so names, quantization and reordered rows are checked too.
 """
 
 import importlib.util

@@ -212,7 +212,7 @@ def load_rows(folder, cache="intents"):
 
 
 def assert_rounded(stored, hidden):
-    """Half of a 127th of the token's largest, and what float16 adds."""
+    """Half a quantization step, plus what float16 adds."""
     largest = hidden.abs().amax(-1, keepdim=True)
     assert ((stored.float() - hidden).abs() <= largest * (0.5 / 127 + 2**-10)).all()
     assert len(stored.unique()) > 20
@@ -274,7 +274,7 @@ def test_rows_hold_what_the_episode_holds(folder):
         left = min(4, len(episode) - t)
         assert np.array_equal(state, episode.state[t])
         assert np.array_equal(action[:left], episode.action[t : t + left])
-        assert (action[left:] == episode.action[-1]).all()  # past the end: hold
+        assert (action[left:] == episode.action[-1]).all()  # past the end: the last action is held
         assert bool(batch["future_valid"][row]) == (t + 4 < len(episode))
         assert list(demos.embodiments)[batch["embodiment"][row]] == episode.robot
         for name, at in (("", t), ("future_", t + 4)):
@@ -419,14 +419,14 @@ def test_a_robot_of_other_cameras_and_of_deltas_trains_and_acts(views, folder, t
     train(settings(folder, tmp_path / "one", robots="panda", steps=1, eval_every=1))
     changes = {"data": str(tmp_path / "mine"), "start": str(tmp_path / "one")}
     figures = train(settings(folder, tmp_path / "two", **changes))
-    assert 0 < figures["joint_error_rad"] < 2  # of all numbers, for none is a joint's target
+    assert 0 < figures["joint_error_rad"] < 2  # over all numbers, because none is a joint target
     blm = BLM.from_pretrained(tmp_path / "two")
     mover = blm.policy.embodiments["mover"]
     assert mover == Embodiment(3, 5, views, (-1,) * 5, 10, mover.state, mover.action)
     episode = load_episodes(tmp_path / "mine")[0]
     seen = episode.observation(0)
     chunk = blm.act(seen, "mover")
-    # in the dataset's units, and 400 mm from where a target would be
+    # in the dataset's units, and 400 mm from where a relative target would be
     assert chunk.shape == (4, 5) and np.abs(chunk - [30, 30, 30, 0, 1]).max() < 1
     for view in views:
         black = {**seen["images"], view: np.zeros((32, 32, 3), np.uint8)}
@@ -518,7 +518,7 @@ def test_half_of_a_batch_is_the_other_command_of_the_same_layout():
     assert np.isin(rows, demos.train).all()
     alone = demonstrations.Demonstrations(episodes[18:], None, 4, 2)
     drawn = np.random.default_rng([0, 0]).choice(alone.train, 64)
-    assert sorted(alone.rows_of_step(0, 0, 64)) == sorted(drawn)  # nothing stands there twice
+    assert sorted(alone.rows_of_step(0, 0, 64)) == sorted(drawn)  # no row appears twice
     for row, partner in enumerate(demos.partner):
         if row != partner:
             (i, frame), (j, other) = demos.frame[[row, partner]]

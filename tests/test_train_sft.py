@@ -145,7 +145,7 @@ def test_a_mixture_holds_its_weights(folder, tmp_path):
     seen = [index for _, source, index in rows if source == 1]
     assert len(seen) == 100 == len(set(seen)) and not {0, 50, 100} & set(seen)
     assert [*mixture.sources[1].val_index] == [0, 50, 100]  # one in fifty is for validation
-    with pytest.raises(UserError, match="mine has no row in 100"):  # none that rounding would lose
+    with pytest.raises(UserError, match="mine has no row in 100"):  # rounding must not drop one
         Mixture(open_sources(f"{folder / 'rows.jsonl'}:300,{texts}:1", "refuse"), 0)
     with pytest.raises(UserError, match="must not all be zero"):
         Mixture(open_sources(f"{texts}:0", "refuse"), 0)
@@ -431,7 +431,7 @@ def test_a_broken_picture_ends_the_run_or_is_left_out(folder, tmp_path, capsys):
 
 
 class BadLoss(torch.nn.Module):
-    """An auxiliary whose loss is no number at some steps."""
+    """An auxiliary module whose loss is NaN at some steps."""
 
     num_layers = None
 

@@ -1,4 +1,4 @@
-"""vlm.py keeps its promises: as transformers, cached = uncached, padding moves nothing."""
+"""vlm.py keeps its promises: it matches transformers, cached = uncached, padding has no effect."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_logits_and_hidden_states_match_transformers(reference, tokenizer, shape
         )
         real = batch["attention_mask"].bool()
         found = ours(**batch)
-        for k in range(4):  # theirs of the last block are behind the norm
+        for k in range(4):  # transformers returns those of the last block after the norm
             torch.testing.assert_close(
                 found.hidden_states[k][real], expected.hidden_states[k][real], atol=1e-4, rtol=1e-4
             )
@@ -57,7 +57,7 @@ def test_logits_and_hidden_states_match_transformers(reference, tokenizer, shape
 
 
 def by_formula(config):
-    """Weights that any version of torch makes alike: sines."""
+    """Weights that are the same for any version of torch: sines."""
     model = VLM(config).eval()
     for i, (name, parameter) in enumerate(
         sorted(hub_weights(dict(model.named_parameters()), config).items())
@@ -182,7 +182,7 @@ def test_mrope_positions_match_transformers(reference, tokenizer):
         assert torch.equal(found[:, :, :-2], expected[:, :, :-2])
         assert (
             found[:, 0, -2:] == found[:, 0, :-2].max() + torch.tensor([1, 2])
-        ).all()  # as transformers 4; 5 goes on at max(h, w), behind the time
+        ).all()  # transformers 4; 5 continues at max(h, w), after the time
     assert found[0, 0, [2, 8, 14, -2]].tolist() == [2, 3, 5, 6]
 
 
@@ -264,7 +264,7 @@ def test_attention_of_bfloat16_is_computed_in_float32_on_a_cpu():
         for heads in (4, 2, 2)
     )
     wide = [tensor.detach().float().requires_grad_() for tensor in (q, k, v)]
-    with torch.autocast("cpu", torch.bfloat16):  # which would have it in bfloat16 again
+    with torch.autocast("cpu", torch.bfloat16):  # where autocast would compute it in bfloat16 again
         y = attend(q, k, v, is_causal=True, enable_gqa=True)
     expected = torch.nn.functional.scaled_dot_product_attention(
         *wide, is_causal=True, enable_gqa=True
