@@ -204,7 +204,7 @@ def test_figures_of_late_chunks_come_from_the_result_file():
         texts = [f"{1000 * figures[step]:.0f}" for step in steps]
         texts = [percent(figures["success"], 1), f"{low} to {high}", *texts]
         assert row(RESULTS, name)[1:] == [*texts, f"{figures['jerk']:.1f}"]
-        assert f"{figures['episodes']} episodes a row" in RESULTS
+        assert f"{figures['episodes']} episodes per row" in RESULTS
 
 
 def test_figures_off_the_templates_come_from_the_result_file():
@@ -212,10 +212,12 @@ def test_figures_off_the_templates_come_from_the_result_file():
     templates, off = (files[f"out/off/{name}.jsonl"]["means"] for name in ("val", "off_template"))
     assert f"off its templates it answers {percent(off['model'], 1)}% of questions" in README
     text = " ".join(RESULTS.split())
-    assert f"nano answers {percent(templates['model'], 1)}% of the 17 categories" in text
-    assert f"and {percent(off['model'], 1)}% off them" in text
+    assert f"nano answers {percent(templates['model'], 1)}% of questions from its templates" in text
+    assert f"and {percent(off['model'], 1)}% of these" in text
+    assert f"It answers only {percent(off['model'], 1)}% of questions that are phrased" in text
     noise = f"{percent(templates['blind'], 1)}% and {percent(off['blind'], 1)}%"
-    assert f"shown noise, {noise}. {percent(off['degenerate'], 1)}% of the replies" in text
+    assert f"Shown noise instead of images, it answers {noise}. " in text
+    assert f"{percent(off['degenerate'], 1)}% of the replies off the templates repeat" in text
 
 
 def test_digital_figures_come_from_the_result_file():
