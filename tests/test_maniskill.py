@@ -151,11 +151,11 @@ def test_things_that_are_put_somewhere_by_hand_are_drawn_there(env):
 
 
 def test_scenes_with_commands_show_what_they_mean(env):
-    for record in commands.scenes_of(env, 1):
-        assert [image.shape for image in record["images"]] == [(128, 128, 3)] * 2
-        (command,) = record["commands"]
+    for scene in commands.scenes_of(env, 1):
+        assert [image.shape for image in scene["images"]] == [(128, 128, 3)] * 2
+        (command,) = scene["commands"]
         assert command["task"] == "PickCube" and command["things"] == ["red cube", "green marker"]
-        shown = red(record["images"][0], 130)
+        shown = red(scene["images"][0], 130)
         if len(shown) > 40:  # not where the hand hides it
             x, y, _ = command["places"][0]
             assert np.linalg.norm(np.median(shown, axis=0) - (y, x)) < 8
