@@ -158,7 +158,7 @@ class VisionConfig:
         self.deepstack_visual_indexes = tuple(self.deepstack_visual_indexes)
         token = self.patch_size * self.spatial_merge_size  # pixels
         assert self.window_size >= token, "window_size is smaller than a token"
-        assert 0 < self.depth < MOST_BLOCKS, "depth is no number of blocks"
+        assert 0 < self.depth < MOST_BLOCKS, "depth is not a valid number of blocks"
         # half of a head's rotary pairs rotate with the row, the other half with the column
         assert self.hidden_size % (4 * self.num_heads) == 0, "hidden_size / num_heads / 4 is odd"
 
@@ -196,12 +196,16 @@ class VLMConfig:
         self.mrope_section = tuple(self.mrope_section)
         heads = self.num_attention_heads
         assert min(heads, self.num_key_value_heads, self.vocab_size) > 0, "a size is below 1"
-        assert 0 < self.num_hidden_layers < MOST_BLOCKS, "num_hidden_layers is no number of blocks"
+        assert 0 < self.num_hidden_layers < MOST_BLOCKS, (
+            "num_hidden_layers is not a valid number of blocks"
+        )
         if self.head_dim is None:
             whole = self.hidden_size % heads == 0
-            assert whole, "hidden_size is no multiple of num_attention_heads"
+            assert whole, "hidden_size is not a multiple of num_attention_heads"
             self.head_dim = self.hidden_size // heads
-        assert heads % self.num_key_value_heads == 0, "num_key_value_heads do not divide the heads"
+        assert heads % self.num_key_value_heads == 0, (
+            "num_attention_heads is not a multiple of num_key_value_heads"
+        )
         assert 2 * sum(self.mrope_section) == self.head_dim, "mrope_section is not half a head"
         assert self.vision_config.out_hidden_size == self.hidden_size, "out_hidden_size differs"
         assert self.vision_config.model_type == self.model_type, "model_type differs"
@@ -290,7 +294,9 @@ def read_generation_config(folder, config):
     content = known(read_json(path)) if path.exists() else {}
     with reading(path):
         penalty = content.get("repetition_penalty", 1.0)
-        assert isinstance(penalty, (int, float)) and penalty > 0, "repetition_penalty is no number"
+        assert isinstance(penalty, (int, float)) and penalty > 0, (
+            "repetition_penalty must be a positive number"
+        )
         stops = []  # every token that any of the files calls an end
         for ids in (content.get("eos_token_id", []), config.eos_token_id, config.bos_token_id):
             stops += ids if isinstance(ids, list) else [ids]

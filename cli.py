@@ -142,5 +142,5 @@ def pick_device(name="auto"):
         torch.empty(0, device=device)  # fails if this machine has no cuda, or no cuda:7
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {error}; leave it out to take {best}") from None
-    print(f"device {device} ({'found' if name == 'auto' else 'asked for'})")
+    print(f"device {device} ({'found' if name == 'auto' else 'requested'})")
     return torch.device(device)

@@ -38,13 +38,15 @@ class Embodiment:
             assert type(size) is int and 0 < size < 1000, f"{name} is {size!r}"
         self.views = tuple(self.views)
         assert 1 <= len(self.views) <= MOST_VIEWS, f"{len(self.views)} cameras"
-        assert len(set(self.views)) == len(self.views), "two cameras of one name"
+        assert len(set(self.views)) == len(self.views), "two cameras have the same name"
         for view in self.views:
             assert re.fullmatch(VIEW_NAME, view), f"a camera called {view!r}"
         if self.relative is None:
             self.relative = (*range(self.action_dim - 1), -1)
         self.relative = tuple(self.relative)
-        assert len(self.relative) == self.action_dim, "relative is not of the action's length"
+        assert len(self.relative) == self.action_dim, (
+            "relative must have one entry per action dimension"
+        )
         targets = [index for index in self.relative if index != -1]
         for index in targets:
             assert type(index) is int and 0 <= index < self.state_dim, f"relative to {index!r}"

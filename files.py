@@ -36,7 +36,7 @@ def reading(path, advice=""):
     try:
         # opening a FIFO would block forever
         place = Path(path)
-        assert place.is_file() or not place.exists(), "a directory or device is no file"
+        assert place.is_file() or not place.exists(), "not a regular file"
         yield
     except UserError as error:
         named = str(path) in str(error)  # by a nested `reading` block
@@ -124,7 +124,7 @@ def atomic_folder(path):
     """
     path = Path(path)
     if path.is_dir() and any(path.iterdir()) or path.is_file():
-        raise UserError(f"{path} is there already: delete it, or choose another folder")
+        raise UserError(f"{path} already exists: delete it, or choose another folder")
     temporary = path.with_name(f".part-{os.getpid()}-{path.name[-60:]}")
     with made(path.parent), writing(path, "nothing was written"):
         try:
@@ -184,7 +184,7 @@ class Tensors:
             header = self.file.metadata() or {}
             # "episode": the entry's name before episodes had checksums
             self.about = json.loads(header.get("episode") or header["about"])
-            assert isinstance(self.about, dict), "its header is no JSON object"
+            assert isinstance(self.about, dict), "its header is not a JSON object"
             self.stamp = self.about.pop("crc32", None)
             # in any other file a missing checksum means damage
             self.unstamped = "episode" in header
@@ -207,7 +207,7 @@ class Tensors:
         self.checksum = checksum(arrays, json.dumps(self.about))
         with reading(self.path, self.advice):
             whole = self.unstamped or self.checksum == self.stamp
-            assert whole, "its checksum does not fit: the file is damaged"
+            assert whole, "its checksum does not match: the file is damaged"
         return self
 
 
@@ -223,7 +223,7 @@ def inside(root, name):
     root = Path(os.path.abspath(root))
     path = Path(os.path.abspath(root / name))
     if not path.is_relative_to(root):
-        raise UserError(f"{name} lies outside {root}")
+        raise UserError(f"{name} is outside {root}")
     return path
 
 
@@ -275,5 +275,5 @@ def find_or_fetch(source, **options):
         return folder
     from huggingface_hub import snapshot_download  # slow to load, and rarely needed
 
-    with reading(name, "there is no folder of this name, and none on the hub, or no connection"):
+    with reading(name, "no such folder or hub repository, or no connection"):
         return Path(snapshot_download(name, **options))

@@ -131,7 +131,7 @@ def about_training(training):
 def about_result(path):
     """A result file of eval.py in one line, maybe with a table; "" if it has no single figure."""
     result = read_json(path)
-    assert {"what", "command"} <= result.keys(), "it is no result of eval.py"
+    assert {"what", "command"} <= result.keys(), "it is not a result file of eval.py"
     said = []
     # each kind of evaluation stores other keys: report those that are present
     if "interval" in result:
@@ -217,7 +217,7 @@ def model_card(folder, repo, results=()):
     license_file = HERE / "LICENSE"
     if license_file.exists():
         name = license_file.read_text().splitlines()[0]
-        parts += ["## License\n", f"Code: {name}. Weights: to be filled in by who uploads them.\n"]
+        parts += ["## License\n", f"Code: {name}. Weights: to be filled in by the uploader.\n"]
     return "\n".join(filter(None, parts))
 
 
@@ -237,7 +237,7 @@ def talking_to_hub(repo):
         status = getattr(getattr(error, "response", None), "status_code", None)
         advice = "is there a connection?"
         if status in (401, 403):
-            advice = f"may the token write to {repo}?"
+            advice = f"does the token have write access to {repo}?"
         reason = one_line(error, longest=300) or type(error).__name__
         raise UserError(f"cannot upload to {repo}: {reason}; {advice}") from None
 
@@ -249,7 +249,7 @@ def push(folder, repo, results=(), private=False):
     anything is missing here or fails on the way.
     """
     if not re.fullmatch(r"[\w-]+/[\w.-]+", repo):
-        raise UserError(f"{repo!r} is no repository of the hub: name one as user/name")
+        raise UserError(f"{repo!r} is not a hub repository name: use user/name")
     # everything that can fail locally fails before a repository is created
     paths = model_files(folder)
     card = model_card(folder, repo, results)
@@ -259,7 +259,7 @@ def push(folder, repo, results=(), private=False):
     # the library raises its own error only after the first request
     if not get_token():
         raise UserError(
-            "no token for the hub: export HF_TOKEN=..., one that may write, "
+            "no token for the hub: export HF_TOKEN=..., with write access, "
             "from https://huggingface.co/settings/tokens"
         )
     names = {path.name for path in paths}

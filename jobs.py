@@ -53,8 +53,8 @@ def run_jobs(function, jobs, workers):
                 running |= {pool.submit(function, job) for job in islice(jobs, len(done))}
         except BrokenProcessPool:
             raise UserError(
-                "a worker was killed, perhaps for want of memory: "
-                "start the same command again, with fewer --workers"
+                "a worker was killed, probably out of memory: "
+                "run the same command again, with fewer --workers"
             ) from None
         finally:
             if running:  # nobody will use the remaining results

@@ -94,7 +94,9 @@ class BLM:
         """The policy. UserError if there is none."""
         if self.policy is None:
             advice = "train a policy with `python train_policy.py`"
-            raise UserError(f"this model has no policy: it answers, but does not act; {advice}")
+            raise UserError(
+                f"this model has no policy: it can answer questions but not act; {advice}"
+            )
         return self.policy
 
     @torch.no_grad()
@@ -175,7 +177,7 @@ class BLM:
         processor = Processor.from_pretrained(folder)
         config = VLMConfig.from_pretrained(folder)
         vlm = VLM.from_pretrained(folder, device, dtype) if vlm else None
-        with reading(folder / "tokenizer.json", "take it from the folder of the weights"):
+        with reading(folder / "tokenizer.json", "use the tokenizer that came with the weights"):
             # the embedding table has no rows for more
             size = config.vocab_size
             assert len(processor.tokenizer) <= size, f"more tokens than the model's {size}"
@@ -242,7 +244,7 @@ class BLM:
 def check_text(name, text):
     """UserError if a question or an instruction is not a string, or is empty."""
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"the {name} is {text!r}: it must be a text that says something")
+        raise UserError(f"the {name} is {text!r}: it must be a non-empty string")
 
 
 def to_array(numbers, ndim):
@@ -275,8 +277,8 @@ def to_square(picture):
         height, width, _ = picture.shape
         side = len(square)
         warnings.warn(
-            f"a camera of {width}x{height} is cropped to its middle {side}x{side}: "
-            "the policy knows square pictures",
+            f"a camera of {width}x{height} is center-cropped to {side}x{side}: "
+            "the policy takes square images",
             stacklevel=4,
         )
     return square

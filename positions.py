@@ -181,7 +181,7 @@ def text_positions(ids, grids, seconds, config):
         end = at + tokens
         fitting = (ids[at:end] == ids[at]).sum()
         if not tokens or fitting < tokens:
-            raise ValueError(f"the text has too few places left for a picture of {tokens} tokens")
+            raise ValueError(f"too few placeholders left for an image of {tokens} tokens")
         if ids[at] == config.video_token_id:
             axes[0] = axes[0] * vision.tokens_per_second * next(seconds)  # rounded down
         positions[:, at:end] = positions[0, at] + axes

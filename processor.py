@@ -166,7 +166,7 @@ def process_videos(videos, config):
         # resize first: until here every frame may have its own size
         resized = [resize(frame, config) for frame in video]
         if len(set(map(np.shape, resized))) > 1:
-            raise UserError("the frames of a video must have one size")
+            raise UserError("the frames of a video must all have the same size")
         odd = -len(video) % frames  # frames missing in the last patches
         pixels = np.stack([*resized, *resized[-1:] * odd])  # (frames, height, width, 3)
         # m x m neighbors are consecutive, as the merger expects

@@ -55,8 +55,8 @@ def robots_of(blm, names, environment="tabletop"):
     trained = [robot for robot in robots if robot in known]
     if not trained:
         raise UserError(
-            f"these weights drive {', '.join(known)}, no robot of {environment}: train them on its "
-            "episodes, or name another folder"
+            f"these weights drive {', '.join(known)}, none of which is in {environment}: "
+            "train on its episodes, or use other weights"
         )
     return choose_many(names, trained, "robot")
 

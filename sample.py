@@ -81,7 +81,7 @@ def reach_goal(blm, config):
     commands = write_plan(blm, pictures(env), config.goal)
     print(f"{env.robot.display_name}: {config.goal}")
     if not commands:
-        print(f"  {config.weights} lists no commands: was it taught to, as by runs/listen.sh?")
+        print(f"  {config.weights} lists no commands: was it trained to, as in runs/listen.sh?")
     frames = []
 
     def draw():
@@ -117,7 +117,9 @@ def main():
     at_least(config, 1, "episodes", "execute_steps")
     at_least(config, 0, "seed", "command")
     if config.env != "tabletop" and (config.goal or config.command):
-        raise UserError(f"--goal and --command: scenes of --env {config.env} have one thing to do")
+        raise UserError(
+            f"--goal and --command: scenes of --env {config.env} allow only one command"
+        )
     if config.image and not config.ask:
         raise UserError('--image goes with --ask "a question"')
     writable(config.out)

@@ -69,16 +69,16 @@ def load_key_maps(path):
     """
     maps = read_json(path)
     for family, keys in maps.items():
-        with reading(path, f"{KEY_MAPS} shows how it looks"):
+        with reading(path, f"{KEY_MAPS} is an example"):
             for name in ("state", "instruction"):
                 assert name in keys, f"{family} must have cameras, state and instruction"
             assert len(keys) > 2, f"{family} has no cameras"
             state = keys["state"]
-            assert isinstance(state, list) and state, f"the state of {family} is no list of keys"
+            assert isinstance(state, list) and state, f"the state of {family} is not a list of keys"
             for name, key in keys.items():
                 parts = state if name == "state" else [key]
                 for part in parts:
-                    assert isinstance(part, str), f"{part!r} of {family} is no text"
+                    assert isinstance(part, str), f"{part!r} of {family} is not a string"
     return maps
 
 
@@ -96,7 +96,7 @@ def families_of(key_maps, robot, views):
             families[family] = {"images": images, **own}
     if not families:
         cameras = ", ".join(views)
-        raise UserError(f"no family of --keys names the cameras of {robot}: {cameras}")
+        raise UserError(f"no family in --keys has all cameras of {robot}: {cameras}")
     return families
 
 
@@ -290,7 +290,7 @@ class PolicyServer:
 
         # there is no address if the client has gone already
         who = ":".join(map(str, (connection.remote_address or ["nobody"])[:2]))
-        say(f"{who} came")
+        say(f"{who} connected")
         self.clients += 1
         loop = asyncio.get_running_loop()
         previous_ms = None
@@ -311,7 +311,7 @@ class PolicyServer:
             why = f": {closed}"
         finally:
             self.clients -= 1
-            say(f"{who} left{why}")
+            say(f"{who} disconnected{why}")
 
     async def run(self, listener):
         """Serve at a socket of `bind` until cancelled. UserError if another program took it."""
@@ -388,7 +388,7 @@ def main():
     # bind now: clients that come too early should be refused at once, not left waiting
     listener = bind(config.host, config.port)
     if not key and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-        print("note: whoever reaches this port can use it; --api_key_file asks for a key")
+        print("note: anyone who can reach this port can use it; require a key with --api_key_file")
 
     from model import BLM  # slow to load
 

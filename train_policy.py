@@ -177,7 +177,7 @@ def load_models(cfg, config, device):
         start = BLM.from_pretrained(cfg.start, vlm=False)
         old = start.policy
         if old is None or old.condition_size != width or sizes(old.config) != sizes(config):
-            raise UserError(f"--start {cfg.start} holds no policy of the sizes that the flags say")
+            raise UserError(f"--start {cfg.start} has no policy of the size that the flags specify")
     return blm, width, start, backbone
 
 
@@ -208,7 +208,7 @@ def load_demonstrations(cfg, config, blm, start, backbone):
     imported = {episode.robot for episode in episodes} - set(ROBOTS)
     if cfg.waypoint_loss and imported:
         raise UserError(
-            f"--waypoint_loss: where the tool of {min(imported)} is, its state does not say"
+            f"--waypoint_loss: the state of {min(imported)} does not contain the tool's position"
         )
     if start and new:  # layers that stay frozen need the hidden states that they were trained on
         old = start.policy.config

@@ -271,7 +271,10 @@ def report_skipped(line, count, rows):
     # one spike is bad luck; many in a row mean a wrong rate or bad data
     text = f"loss {line['loss']}, gradient norm {line['grad_norm']}; its rows: {rows}"
     if count == MOST_SKIPPED:
-        raise UserError(f"{count} steps in a row gave no number: {text}; try a smaller --lr")
+        raise UserError(
+            f"loss or gradient was not finite in {count} consecutive steps: {text}; "
+            "try a smaller --lr"
+        )
     say(f"step skipped: {text}")
 
 
@@ -426,7 +429,7 @@ def read_checkpoint(cfg, free=()):
 
     UserError if it is damaged, or was made with other flags than cfg's (except FREE and `free`).
     """
-    advice = "delete it to go on from the checkpoint before"
+    advice = "delete it to resume from the previous checkpoint"
     checkpoint = Tensors(checkpoints(cfg.out)[-1], advice).check()
     record = checkpoint.about
     with reading(checkpoint.path, advice):
@@ -552,5 +555,5 @@ def catch_signals():
 def exit_stopped(step, signals):
     """End the script after a signal, with the shell's exit code for it."""
     end_processes()
-    say(f"stopped at step {step}, which is saved: go on with --resume")
+    say(f"stopped at step {step}, which is saved; continue with --resume")
     sys.exit(128 + (signals or [signal.SIGTERM])[0])

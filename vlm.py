@@ -422,7 +422,9 @@ class VLM(nn.Module):
             places = (input_ids == token_id)[..., None]  # (B, L, 1)
             number = int(places.sum())
             if number != len(tokens):
-                raise ValueError(f"the text has {number} places, the pictures make {len(tokens)}")
+                raise ValueError(
+                    f"the text has {number} placeholders, the images give {len(tokens)} tokens"
+                )
             parts = zip(filled, (tokens, *deep))
             filled = [part.masked_scatter(places, new.to(x.dtype)) for part, new in parts]
         if not features:

@@ -86,10 +86,10 @@ def to_numpy(content):
         return content
     dtype = content[b"dtype"]
     named = isinstance(dtype, str) and DTYPE.fullmatch(dtype)
-    assert named, f"an array of dtype {dtype!r}: only numbers and booleans are taken"
+    assert named, f"an array of dtype {dtype!r}: only numbers and booleans are accepted"
     value = content[b"data"]
     if b"__npgeneric__" in content:
-        assert isinstance(value, (bool, int, float)), "a scalar that is none"
+        assert isinstance(value, (bool, int, float)), "not a scalar"
         return np.dtype(dtype).type(value)
     shape = content[b"shape"]
     # with -1 numpy would infer the size

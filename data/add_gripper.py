@@ -118,7 +118,7 @@ def why_not(model, moving):
     reasons = {
         "the file has none behind --site": not moving,
         "its joints neither turn nor slide": slides < len(moving),
-        f"its own has {slides} fingers": slides != 2,
+        f"its own gripper has {slides} fingers": slides != 2,
         "its fingers slide on two bodies": len(set(model.body_parentid[moving])) > 1,
         "its fingers have no range": not all(model.jnt_limited[joints]),
         "its fingers have no geoms": not all(len(pads_of(model, body)) for body in moving),

@@ -411,11 +411,11 @@ def find_jaws(spec, model, body):
         return None, reason
     jaws = split(hand, spec, alone)
     if not jaws:
-        return None, "its jaws have nothing that touches things"
+        return None, "its jaws have no collision geoms"
     jaws.axes = jaw_axes(model, jaws)
     find_pads(jaws)
     if not all(jaws.pads):
-        return None, "its jaws have nothing at their ends that touches things"
+        return None, "its jaws have no collision geoms at their ends"
     tabulate(jaws)
     ends = jaws.openings[[0, -1]]
     if ends[0] > CUBE or ends[1] < LEAST:

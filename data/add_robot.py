@@ -95,10 +95,10 @@ def find_path(model, config, gripper):
     away = (flange.xpos - data.xpos[turning[-2]]) @ flange.xmat.reshape(3, 3)
     sideways = not gripper and away[2] < 0.3 * np.linalg.norm(away)
     if pedestal and not config.base:
-        raise UserError(f"say with --base which stands on the table: {', '.join(names)}")
+        raise UserError(f"use --base to name the body on the table: {', '.join(names)}")
     if sideways and not config.axes:
-        advice = "say with --axes which is, such as x,y"
-        raise UserError(f"z of {config.site} is not outwards: {advice}")
+        advice = "name the axes with --axes, such as x,y"
+        raise UserError(f"z of {config.site} does not point outward: {advice}")
     base = choose(config.base or names[0], names, "--base")
     return path[names.index(base) :]  # leave out what the base stands on in the file
 
@@ -113,7 +113,7 @@ def refuse_what_is_lost(model, body):
     partners = np.append(model.eq_obj1id[coupled], model.eq_obj2id[coupled])
     wrapped = model.wrap_type == mujoco.mjtWrap.mjWRAP_JOINT
     reasons = {
-        "must be the one hinge of its body": several or not hinge,
+        "must be a hinge, and the only joint of its body": several or not hinge,
         "has a spring": np.any(model.jnt_stiffness[joint]),
         "has two actuators": np.sum(driven == joint) > 1,
         "is coupled to another": joint in partners,
@@ -224,7 +224,7 @@ def add_joint(body, actuators, model, joint, servo):
 def choose_gripper(config, spec, model, body):
     """The Gripper or Jaws behind the flange's body and "", or None for the xArm-6's and why."""
     if config.gripper == GRIPPER:
-        return None, "asked for with --gripper"
+        return None, "chosen with --gripper"
     moving = np.isin(model.jnt_bodyid, below(model, body)[1:])
     turns = model.jnt_type[moving] == mujoco.mjtJoint.mjJNT_HINGE
     if turns.any():

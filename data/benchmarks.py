@@ -96,13 +96,13 @@ def convert(config):
                         records.append({shown[:5]: paths, "questions": [question]})
     if not records:
         raise UserError(
-            f"{folder} has {count} questions of {config.name}, and pictures of none: download "
+            f"{folder} has {count} questions of {config.name}, but none of their images: download "
             "the benchmark and unpack its archives there"
         )
     # a conversations file refers to files in its own folder and below
     out = folder / f"{config.name}.json"
     write_json(out, records)
-    print(f"{out}: {len(records)} of {count} questions, those whose pictures are there")
+    print(f"{out}: {len(records)} of {count} questions, those with images present")
 
 
 def main():

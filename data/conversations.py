@@ -94,8 +94,8 @@ class Conversations:
             about = f"{len(bad)} of {len(entries)} records are bad: {'; '.join(bad[:MOST_TOLD])}"
             if on_bad == "refuse":
                 raise UserError(
-                    f"{about}; JSON lines in UTF-8 wanted: "
-                    "mend them, or leave them out with --on_bad skip"
+                    f"{about}; expected JSON lines in UTF-8: "
+                    "fix them, or skip them with --on_bad skip"
                 )
             print(f"left out: {about}")
         if not self.records:
@@ -174,7 +174,7 @@ def read_record(record):
         if questions and not media and not record.get("messages"):
             media = [(kind, left[kind].pop(0)) for kind in LOADERS for _ in list(left[kind])]
             questions[0][:0] = [{"type": kind} for kind, _ in media]
-        assert not any(left.values()), "it names more pictures or videos than it has places for"
+        assert not any(left.values()), "it has more images or videos than placeholders"
         conversations.append(messages)
     return conversations, media
 
@@ -190,11 +190,11 @@ def read_question(entry):
 
 def refuse_unread(item, names):
     """Raise on options that would silently be ignored."""
-    assert isinstance(item, dict), f"{item!r} is no text and no JSON object"
+    assert isinstance(item, dict), f"{item!r} is neither a string nor a JSON object"
     for key, value in item.items():
         # videos are sampled at two frames per second anyway
         asked = value and names.fullmatch(key) and (key, value) != ("fps", 2)
-        assert not asked, f"{key!r} is not obeyed here: take it out"
+        assert not asked, f"{key!r} is not supported: remove it"
 
 
 def listed(record, kind):
@@ -237,7 +237,7 @@ def read_message(turn, left, media):
             continue
         # answers are generated, and the model generates no images
         assert role == "user", f"a message of {name!r} holds <{kind}>: only questions may"
-        assert what or left.get(kind), f"it has more <{kind}> than it names"
+        assert what or left.get(kind), f"it has more <{kind}> placeholders than {kind} entries"
         media.append((kind, what or left[kind].pop(0)))
     if role == "user":
         return {"role": role, "content": items}

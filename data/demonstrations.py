@@ -128,7 +128,7 @@ def uncached(episodes, folder, rank=0):
             missing.append(episode)
             # do not report files that never existed
             if cache_path(folder, episode).exists():
-                tqdm.write(f"{error}; it is made again")
+                tqdm.write(f"{error}; recomputing it")
     return missing
 
 

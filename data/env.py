@@ -209,7 +209,7 @@ class TabletopEnv:
         self.perturbation = choose(perturbation, ["", *PERTURBATIONS], "perturbation")
         if self.family and perturbation in ("outside", "distractor"):
             raise UserError(
-                f"perturbation {perturbation} is for a task that has its table to itself"
+                f"perturbation {perturbation} works only for single tasks, not families"
             )
         self.varied = varied  # "", "looks" or "all"
         self.wordings = wordings

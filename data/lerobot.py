@@ -76,9 +76,9 @@ def camera_map(text, cameras):
             raise UserError(f"--cameras front=...,wrist=... says which is which; {have}")
         # observations use these keys for other things
         if not re.fullmatch(VIEW_NAME, view) or view in ("state", "instruction"):
-            raise UserError(f"--cameras {view}=...: no camera can be called so; try front or wrist")
+            raise UserError(f"--cameras {view}=...: not a valid camera name; try front or wrist")
         if view in chosen:
-            raise UserError(f"--cameras names two for {view}")
+            raise UserError(f"--cameras names {view} twice")
         chosen[view] = choose(camera, cameras, "camera")
     if len(chosen) > MOST_VIEWS:
         raise UserError(f"--cameras names {len(chosen)}: at most {MOST_VIEWS}; {have}")
@@ -148,8 +148,8 @@ def instruction_of(entry, recording, given):
             raise UserError(f"{entry.data}: frame {frame} has no instruction; give one with --task")
         # our episodes have one instruction, and the hidden states depend on it
         if sentence != recording.tasks[0]:
-            both = f"{recording.tasks[0]!r}, at frame {frame} {sentence!r}"
-            raise UserError(f"{entry.data}: it begins with {both}: give one sentence with --task")
+            both = f"{recording.tasks[0]!r}, but {sentence!r} at frame {frame}"
+            raise UserError(f"{entry.data}: the instruction is {both}: give one with --task")
     return recording.tasks[0].strip()
 
 
@@ -250,10 +250,12 @@ def robot_name(given, dataset):
     name = given or dataset.robot
     # lerobot's converters write "unknown"
     if not name or name == "unknown":
-        raise UserError(f"{dataset.about} names no robot: give a name with --robot")
+        raise UserError(f"{dataset.about} does not name the robot: name it with --robot")
     # no "/": a dataset must not choose where we write; no leading dot: hidden files are skipped
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"the robot's name {name!r} becomes a file's: give another with --robot")
+        raise UserError(
+            f"the robot's name {name!r} is used in file names: choose another with --robot"
+        )
     return name
 
 
@@ -269,7 +271,7 @@ def chosen_entries(dataset, text):
     stop = int(span[2] or len(dataset.entries))
     chosen = [entry for entry in dataset.entries if start <= entry.index < stop]
     if not chosen:
-        raise UserError(f"--episodes {text}: there are {len(dataset.entries)}, from 0 on")
+        raise UserError(f"--episodes {text}: there are {len(dataset.entries)}, counted from 0")
     return chosen
 
 
@@ -311,7 +313,7 @@ def import_dataset(source, out, flags):
     missing = dataset.missing_files(views.values())
     if missing:
         advice = "download the rest, or take a part with --episodes START:STOP"
-        raise UserError(f"{missing[0]} is not there ({len(missing)} files are missing): {advice}")
+        raise UserError(f"{missing[0]} does not exist ({len(missing)} files are missing): {advice}")
     # a folder in the hub's cache is named by a hash
     here = Path(source).is_dir()
     name = folder.resolve().name if here else source.rpartition("/")[2]

@@ -37,9 +37,9 @@ TILE = 96  # pixels; height of an image in the contact sheet
 # in the order of the printed table
 QUESTIONS = (
     "numbers that are missing",
-    "frames dropped or twice",
-    "timestamps off the fps",
-    "films that do not fit",
+    "dropped or repeated frames",
+    "timestamps not at the fps",
+    "videos that do not match",
     "no instruction",
     "idle beginning",
     "black camera",
@@ -221,12 +221,12 @@ def action_faults(dataset, recordings):
     pairs = common_numbers(state_names, action_names, sizes)
     recordings = [recording for recording in recordings if not holes(recording)]
     if not pairs or not recordings:
-        return "not compared: no name is in both, or no episode is whole", False
+        return "not compared: no common names, or no complete episode", False
     lag, correlation = best_lag(recordings, pairs, dataset.fps)
     how = f"correlation {correlation:.2f}"
     # a joint target changes with its angle; a relative action is itself the change
     if correlation < TOGETHER:
-        return f"they hardly go together, {how}: are actions relative?", True
+        return f"they hardly correlate, {how}: are actions relative?", True
     states, actions = map(list, zip(*pairs))
     if all(np.array_equal(r.state[:, states], r.action[:, actions]) for r in recordings):
         return "each action is the state of its own frame: nothing to learn", True
@@ -247,8 +247,8 @@ def ask_numbers(dataset, recordings, faults):
     for recording in recordings:
         for question, what in (
             ("numbers that are missing", holes(recording)),
-            ("frames dropped or twice", dropped_frames(recording)),
-            ("timestamps off the fps", late_frames(recording, dataset.fps)),
+            ("dropped or repeated frames", dropped_frames(recording)),
+            ("timestamps not at the fps", late_frames(recording, dataset.fps)),
             ("no instruction", wordless(recording)),
         ):
             if what:
@@ -287,7 +287,7 @@ def ask_pictures(dataset, recordings, faults, sheet_episodes):
             dataset.check_clips(entry, dataset.cameras)
             thumbs, tiles = look(dataset, recording, entry, moments)
         except UserError as error:
-            faults["films that do not fit"].append((entry.index, str(error)))
+            faults["videos that do not match"].append((entry.index, str(error)))
             continue
         for question, what in camera_faults(thumbs, recording, span, dataset.fps).items():
             faults[question].append((entry.index, what))
@@ -318,10 +318,10 @@ def check(dataset, sheet):
     print("\n".join(dataset.describe()))
     missing = dataset.missing_files(dataset.cameras)
     if missing:
-        print(f"{len(missing)} files are not there, the first is {missing[0]}")
+        print(f"{len(missing)} files are missing, the first is {missing[0]}")
         dataset.entries = [entry for entry in dataset.entries if entry.data not in missing]
         if not dataset.entries:
-            raise UserError(f"{dataset.folder}: no numbers of any episode are there")
+            raise UserError(f"{dataset.folder}: no episode has its data file")
     # spread over the dataset: people change the scene in the course of a day
     places = np.linspace(0, len(dataset.entries) - 1, min(ROWS, len(dataset.entries)))
     chosen = {dataset.entries[int(place)].index for place in places}

@@ -31,7 +31,7 @@ from files import find_or_fetch, inside, read_json, read_text, reading, whole_fi
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 # columns that are not features of the robot
 INDEX = ("timestamp", "frame_index", "episode_index", "task_index")
-ADVICE = "is the download whole?"
+ADVICE = "is the download complete?"
 # text columns in our own exports: what each frame does, and the episode's header as JSON
 PHASE = "nanoblm.phase"
 HEADER = "nanoblm.episode"
@@ -142,7 +142,7 @@ class Dataset:
         if not self.folder.is_dir():
             raise UserError(f"{folder}: there is no such folder, and a hub name is user/name")
         info = self.info = read_json(
-            self.about, "is this a LeRobotDataset, and the download whole?"
+            self.about, "is this a LeRobotDataset, and the download complete?"
         )
         with reading(self.about):
             self.version = choose(info["codebase_version"], VERSIONS, "version of LeRobotDataset")
@@ -317,7 +317,7 @@ class Dataset:
         phases = ["teleoperation"] * len(rows)
         if PHASE in self.ours:
             phases = rows[PHASE].to_pylist()
-            assert all(isinstance(phase, str) for phase in phases), f"{PHASE} holds no words"
+            assert all(isinstance(phase, str) for phase in phases), f"{PHASE} does not hold strings"
         if HEADER not in self.ours:
             return phases, {}
         # the same in every row
@@ -380,7 +380,7 @@ def film_pictures(clip, timestamps, fps):
         return frame.to_ndarray(format="rgb24", interpolation=exact)
 
     with reading(clip.path, ADVICE), av.open(str(clip.path)) as film:
-        assert (np.diff(times) > 0).all(), "the episode's timestamps do not grow"
+        assert (np.diff(times) > 0).all(), "the episode's timestamps do not increase"
         stream = film.streams.video[0]
         stream.thread_type = "AUTO"  # decode frames and slices in parallel
         # seek to the keyframe before the first image, with room for rounding

@@ -109,7 +109,7 @@ def load_video(path):
     with reading("the video"):
         for frame in frames:
             kept.append(frame)
-            assert frame.size == kept[0].size, "its frames must have one size"
+            assert frame.size == kept[0].size, "its frames must all have the same size"
             most = min(MAX_FRAMES, MAX_FILM_PIXELS // (frame.width * frame.height))
             assert len(kept) <= most, f"it is longer than {most} frames: cut or shrink it first"
         assert kept, f"no pictures in {path}"
@@ -149,5 +149,5 @@ def locate(source, root):
         name = unquote(source.removeprefix("file://"))
     path = inside(root, name.replace("\\", "/"))  # Windows paths
     if not path.exists():
-        raise UserError(f"{source} is not there")
+        raise UserError(f"{source} does not exist")
     return path

@@ -172,9 +172,14 @@ def record_slice(job):
             break
     env.close()
     if kept < wanted and not left_out:
-        raise UserError(f"{kept} of {wanted} episodes of {robot} {scene}, and no more to be had")
+        raise UserError(
+            f"{kept} of {wanted} episodes of {robot} {scene}, and all seeds are used up"
+        )
     if kept < wanted:  # a policy that needs no more corrections is not an error
-        print(f"{kept} of {wanted} episodes of {robot} {scene}: of the others {left_out} went well")
+        print(
+            f"{kept} of {wanted} episodes of {robot} {scene}: "
+            f"in {left_out} others the policy succeeded"
+        )
     return cell, failed
 
 
@@ -255,7 +260,7 @@ class Episode:
             assert lengths == {len(self)}, "its arrays differ in length"
             for name in ("state", "action"):
                 values = file[name]
-                assert values.ndim == 2 and values.dtype.kind == "f", f"{name} is no matrix"
+                assert values.ndim == 2 and values.dtype.kind == "f", f"{name} is not a matrix"
                 strange = np.argwhere(~(np.abs(values) < LARGEST))  # NaN fails this too
                 for step, number in strange:
                     raise UserError(f"{name} at step {step} holds {values[step, number]}")

@@ -517,7 +517,9 @@ def render(config, jobs, make_shard, join, env="tabletop"):
             there = f"--scenes {before.get('scenes')} --seed {before.get('seed')}"
             if before["env"] != env:
                 there = f"--env {before['env']} {there}"
-            raise UserError(f"{path.parent} is of {there}: choose another --out, or delete it")
+            raise UserError(
+                f"{path.parent} was made with {there}: choose another --out, or delete it"
+            )
         if "checksums" in before:  # everything is there
             return
     # now, so that the folder cannot be continued with other settings; checksums come last
@@ -584,7 +586,9 @@ class Scenes:
             if kept:
                 self.index.append((i, kept))
         if not self.index:
-            raise UserError(f"{path} asks nothing of --categories {self.categories}: take others")
+            raise UserError(
+                f"{path} has no questions in --categories {self.categories}: choose others"
+            )
 
     def validation(self):
         return dataclasses.replace(self, split="val")

@@ -193,8 +193,11 @@ TURNING = LEFT.replace('type="slide"', 'type="hinge"')
 NO_RANGE = LEFT.replace('range="0 0.04"', "")
 NOT_KEPT = {
     "turning": (gripped(left=TURNING), "its jaws both turn and slide"),
-    "three": (gripped(right=RIGHT + finger("c", -1, "0 1 0", "0 1")), "its own has 3 fingers"),
-    "one": (gripped(right="", servos=""), "its own has 1 fingers"),
+    "three": (
+        gripped(right=RIGHT + finger("c", -1, "0 1 0", "0 1")),
+        "its own gripper has 3 fingers",
+    ),
+    "one": (gripped(right="", servos=""), "its own gripper has 1 fingers"),
     "endless": (gripped(left=NO_RANGE), "its fingers have no range"),
     "askew": (gripped(left=LEFT.replace("0 1 0", "1 0 0")), "do not slide along one line"),
     "none": (plain(site='<body name="hand" pos="0 0 0.08"/>'), "none behind --site"),

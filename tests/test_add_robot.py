@@ -223,7 +223,7 @@ COUPLED = '<equality><joint joint1="j4" joint2="j3" polycoef="0 -1 0 0 0"/></equ
 PULLED = '<tendon><fixed name="t"><joint joint="j3" coef="1"/></fixed></tendon>'
 STAND = '<body name="stand"><geom type="sphere" size="0.1"/>'
 REFUSED = {
-    "slide": (plain(joint='type="slide"'), {}, "l3 must be the one hinge"),
+    "slide": (plain(joint='type="slide"'), {}, "l3 must be a hinge, and the only joint"),
     "spring": (plain(joint='stiffness="20"'), {}, "l3 has a spring"),
     "coupled": (plain(end=COUPLED), {}, "l3 is coupled to another"),
     "tendon": (plain(end=PULLED), {}, "l3 is pulled by a tendon"),
@@ -233,9 +233,9 @@ REFUSED = {
     "sideways": (
         plain(site=SITE.replace("/>", ' euler="0 -1.5707963 0"/>')),
         {},
-        "say with --axes",
+        "does not point outward: .*--axes",
     ),
-    "stand": (plain('pos="0 0 0.8"', above=STAND), {}, "--base which stands.*stand, base"),
+    "stand": (plain('pos="0 0 0.8"', above=STAND), {}, "--base to name the body.*stand, base"),
     "few joints": (plain(), {"site": "l4", "axes": "z,y"}, "4 joints before l4"),
     "no reach": (plain().replace("-2.6 2.6", "-0.1 0.1"), {}, "cannot point straight down"),
     "not XML": ("<mujoco><worldbody/>", {}, "cannot read"),

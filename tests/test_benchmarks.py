@@ -133,7 +133,7 @@ NOT_ONE = {
     "no pictures": (
         "robofail",
         [{"video": "a", "qa_pairs": PAIR}],
-        "1 questions.*pictures of none",
+        "1 questions.*none of their images",
     ),
     "another benchmark": ("agibot", [], "0 questions of agibot"),
     "a name": ("robofial", [], "did you mean robofail"),

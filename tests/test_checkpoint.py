@@ -95,7 +95,7 @@ def test_hub_names_are_fetched_and_their_absence_is_one_line(tokenizer, tmp_path
         raise LocalEntryNotFoundError("several lines\nof advice")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
-    with pytest.raises(UserError, match="Qwen/Nothing.*no folder.*no connection"):
+    with pytest.raises(UserError, match="Qwen/Nothing.*no such folder.*no connection"):
         VLM.from_pretrained("Qwen/Nothing")
     for local in (
         "tests/nowhere",

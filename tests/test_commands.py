@@ -146,7 +146,7 @@ def test_a_folder_reads_as_rows_of_both_kinds(folder):
 
 
 def test_a_folder_is_made_once_and_damage_is_told(folder, tmp_path):
-    with pytest.raises(UserError, match="is of --scenes 4 --seed 0"):
+    with pytest.raises(UserError, match="was made with --scenes 4 --seed 0"):
         make(CommandsConfig(scenes=5, out=str(folder)))
     make(CommandsConfig(scenes=4, out=str(folder)))  # all is there: nothing is rendered
     shutil.copytree(folder, tmp_path / "copy")

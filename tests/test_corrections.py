@@ -80,7 +80,7 @@ def test_a_policy_that_needs_few_corrections_is_no_mistake(tmp_path, capsys):
     assert record_slice(job) == ("widowx-PickCube", [])
     assert [path.name for path in tmp_path.iterdir()] == ["widowx-PickCube-3.safetensors"]
     said = capsys.readouterr().out
-    assert said == "1 of 2 episodes of widowx PickCube: of the others 3 went well\n"
+    assert said == "1 of 2 episodes of widowx PickCube: in 3 others the policy succeeded\n"
     # an expert that fails is a failure
     failure = SimpleNamespace(success=False)
     job = (config, lambda *_: failure, "expert", "widowx", "PushCube", range(2, 6), 2)

@@ -209,7 +209,7 @@ def test_a_card_claims_nothing_without_files(folder):
 MISTAKES = [
     ("--weights {tmp}/nowhere --repo u/n", "no folder .*nowhere"),
     ("--weights {tmp} --repo u/n", "no model folder .* it has no config.json"),
-    ("--weights {folder} --repo name", "'name' is no repository of the hub"),
+    ("--weights {folder} --repo name", "'name' is not a hub repository name"),
     ("--weights {folder} --repo u/n --results {folder}/config.json", "cannot read .*eval.py wrote"),
 ]
 
@@ -234,7 +234,9 @@ def test_without_a_token_it_says_where_to_get_one(repositories, folder, monkeypa
 
 def test_a_token_that_may_not_write_is_told(repositories, folder, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(UserError, match="cannot upload to user/name: .*may the token write"):
+    with pytest.raises(
+        UserError, match="cannot upload to user/name: .*does the token have write access"
+    ):
         hub.push(folder, "user/name")
     assert not repositories
 

@@ -53,7 +53,7 @@ def test_every_job_is_done_once():
 
 
 @pytest.mark.parametrize(
-    "deed, says", [("die", "a worker was killed.*start the same command again"), ("fail", "cannot")]
+    "deed, says", [("die", "a worker was killed.*run the same command again"), ("fail", "cannot")]
 )
 def test_one_bad_job_ends_all_in_one_line_and_what_is_done_is_kept(deed, says, tmp_path):
     start = time.monotonic()

@@ -199,5 +199,5 @@ def test_controls_are_of_the_same_suite(libero, env, monkeypatch, capsys):
 
 def test_weights_of_another_world_are_told_apart(libero):
     flags = {"weights": str(ROOT / "weights" / "nano"), "tasks": "object-0", "episodes": 1}
-    with pytest.raises(UserError, match="no robot of libero"):
+    with pytest.raises(UserError, match="none of which is in libero"):
         evaluation.elsewhere("libero", evaluation.LiberoConfig(**flags))

@@ -177,5 +177,5 @@ def test_controls_tell_words_from_pictures(metaworld, monkeypatch, capsys):
 
 def test_weights_of_another_world_are_told_apart(metaworld):
     flags = {"weights": str(ROOT / "weights" / "nano"), "tasks": "reach", "episodes": 1}
-    with pytest.raises(UserError, match="no robot of metaworld"):
+    with pytest.raises(UserError, match="none of which is in metaworld"):
         evaluation.elsewhere("metaworld", evaluation.MetaWorldConfig(**flags))

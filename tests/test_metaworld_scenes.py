@@ -142,7 +142,7 @@ def test_a_folder_teaches_what_is_moved_by_the_same_loader_and_loss(folder, tmp_
 
 
 def test_a_folder_of_another_world_is_told(folder):
-    with pytest.raises(UserError, match="is of --env metaworld --scenes 8 --seed 0"):
+    with pytest.raises(UserError, match="was made with --env metaworld --scenes 8 --seed 0"):
         make(CommandsConfig(scenes=8, out=str(folder)))
 
 

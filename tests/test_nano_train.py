@@ -154,7 +154,7 @@ def test_mistakes_are_told_before_any_work(tmp_path, data, monkeypatch):
         ({"intent_layer": 9}, "--intent_layer.*3 blocks"),
         ({"frozen_blocks": 3}, "--frozen_blocks.*3 blocks"),
         ({"categories": "points"}, "did you mean point"),
-        ({"categories": "future"}, "asks nothing of --categories future"),
+        ({"categories": "future"}, "no questions in --categories future"),
         ({"scenes": str(tmp_path / "nowhere")}, "python -m nano.scenes"),
         ({"instructions": str(tmp_path / "nowhere")}, "nowhere"),
     ):

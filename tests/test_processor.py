@@ -54,7 +54,7 @@ def test_videos_pair_their_frames(tokenizer):
     assert torch.equal(mixed[:, :, 0], stills[:24].view(-1, 3, 2, 64)[:, :, 0]) and torch.equal(
         mixed[:, :, 1], stills[24:].view(-1, 3, 2, 64)[:, :, 1]
     )
-    with pytest.raises(UserError, match="one size"):
+    with pytest.raises(UserError, match="the same size"):
         process_videos([[a, picture(64, 48)]], IMAGES)
 
 

@@ -170,7 +170,7 @@ def test_damage_and_edits_are_one_line(tmp_path):
     path.write_text(whole)
     with pytest.raises(UserError, match="unknown category 'points'.*did you mean point"):
         Scenes(str(tmp_path), categories="points")
-    with pytest.raises(UserError, match="train.jsonl asks nothing of --categories box"):
+    with pytest.raises(UserError, match="train.jsonl has no questions in --categories box"):
         Scenes(str(tmp_path), categories="box")
     picture = tmp_path / "train" / "0-0.png"
     picture.write_bytes(picture.read_bytes()[:100])

@@ -293,7 +293,7 @@ def test_a_family_that_lacks_a_camera_of_the_robot_is_passed_over(tmp_path):
     images = serve.families_of(maps, "one", ("wrist",))["libero"]["images"]
     assert images == {"wrist": "observation/wrist_image"}
     del maps["nanoblm"], maps["aloha"]
-    with pytest.raises(UserError, match="no family of --keys names the cameras of so101: top"):
+    with pytest.raises(UserError, match="no family in --keys has all cameras of so101: top"):
         serve.families_of(maps, "so101", ("top",))
 
 

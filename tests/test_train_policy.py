@@ -328,7 +328,7 @@ def test_damaged_hidden_states_are_made_again(folder, damage, capsys):
     files[0].write_bytes(content)
     load_rows(folder, damage)
     assert files[0].read_bytes() == before
-    assert "made again" in capsys.readouterr().out
+    assert "recomputing it" in capsys.readouterr().out
 
 
 def test_a_mended_episode_gets_new_hidden_states(folder, tmp_path):
@@ -380,7 +380,7 @@ def test_a_new_robot_trains_its_own_layers_alone(folder, tmp_path):
             assert (tensor[0] == 0).all() and (tensor[1] != 0).any()
     monkey = dataclasses.replace(SMALL, num_layers=3)
     policy.PRESETS["other"] = monkey
-    with pytest.raises(UserError, match="no policy of the sizes"):
+    with pytest.raises(UserError, match="no policy of the size that"):
         train(settings(folder, tmp_path / "three", start=str(tmp_path / "one"), sizes="other"))
 
 

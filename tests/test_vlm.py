@@ -301,9 +301,9 @@ def test_generation_stops_and_needs_left_padding(tokenizer):
     with pytest.raises(ValueError, match="left"):
         model.generate(**prompts(tokenizer, model.config, "right"))
     for grids, said in (
-        (batch["image_grid_thw"][:1], "places left"),
-        (batch["image_grid_thw"] * torch.tensor([1, 2, 1]), "places left"),
-        (torch.cat([batch["image_grid_thw"]] * 2), "pictures make"),
+        (batch["image_grid_thw"][:1], "placeholders left"),
+        (batch["image_grid_thw"] * torch.tensor([1, 2, 1]), "placeholders left"),
+        (torch.cat([batch["image_grid_thw"]] * 2), "the images give"),
     ):
         with pytest.raises(ValueError, match=said):
             model(
