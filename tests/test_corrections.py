@@ -84,7 +84,7 @@ def test_a_policy_that_needs_few_corrections_is_no_mistake(tmp_path, capsys):
     # an expert that fails is a failure
     failure = SimpleNamespace(success=False)
     job = (config, lambda *_: failure, "expert", "widowx", "PushCube", range(2, 6), 2)
-    with pytest.raises(UserError, match="0 of 2 episodes of widowx PushCube, and no more"):
+    with pytest.raises(UserError, match="0 of 2 episodes of widowx PushCube, and all seeds"):
         record_slice(job)
 
 
