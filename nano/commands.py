@@ -223,7 +223,7 @@ def questions_of(records):
 
 
 def make(config):
-    choose(config.env, WORLDS, "env")
+    choose(config.env, WORLDS, "environment")
     render(config, jobs_of(config), partial(make_shard, config.env), join, config.env)
 
 

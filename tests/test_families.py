@@ -122,7 +122,7 @@ def test_a_command_that_is_not_there_is_told():
         env.reset(0, command=9)
     with pytest.raises(UserError, match="command 1: this scene has 1"):
         TabletopEnv("panda", "PickCube", render=False).reset(0, command=1)
-    with pytest.raises(UserError, match="outside is for a task"):
+    with pytest.raises(UserError, match="outside works only for single tasks"):
         TabletopEnv("panda", "which_bin", perturbation="outside")
 
 

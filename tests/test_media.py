@@ -27,7 +27,7 @@ def test_bad_pictures_are_user_errors(tmp_path, monkeypatch):
         ("bomb.png", "shrink"),
         ("larger.png", "shrink"),
         ("absent.png", "No such file"),
-        ("", "directory"),
+        ("", "not a regular file"),
     ):
         with pytest.raises(UserError, match=said):
             load_image(tmp_path / name)
