@@ -276,3 +276,6 @@ def test_figures_of_maniskill_after_training_there_come_from_the_result_files():
     ways["trained there, noise for pictures"] = found["controls"]["no picture"]
     for name, figures in ways.items():
         assert row(text, name) == [name, *rates_of(figures)]
+    seen = ways["Stage I alone has seen its images"]
+    said = f"succeeds in {percent(seen['mean'], 1)}% of {seen['tiers']['panda']['n']} episodes"
+    assert said in " ".join(README.split()) and said in " ".join(text.split())
