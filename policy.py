@@ -80,9 +80,7 @@ class PolicyConfig:
             fine = type(value) is field.type and least <= value < 100_000  # more would take forever
             assert fine, f"{field.name} is {value!r}"
         # heads of equal width; positions need an even width, half sines and half cosines
-        assert self.hidden_size % (2 * self.num_heads) == 0, (
-            "hidden_size must be a multiple of 2 * num_heads"
-        )
+        assert self.hidden_size % (2 * self.num_heads) == 0, "hidden_size / num_heads must be even"
         queries = self.num_intent_queries
         assert queries % self.num_future_tokens == 0, f"num_future_tokens must divide {queries}"
         assert self.future_layer <= self.num_layers, "future_layer is after the last block"

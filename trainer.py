@@ -271,10 +271,7 @@ def report_skipped(line, count, rows):
     # one spike is bad luck; many in a row mean a wrong rate or bad data
     text = f"loss {line['loss']}, gradient norm {line['grad_norm']}; its rows: {rows}"
     if count == MOST_SKIPPED:
-        raise UserError(
-            f"loss or gradient was not finite in {count} consecutive steps: {text}; "
-            "try a smaller --lr"
-        )
+        raise UserError(f"{count} consecutive steps not finite: {text}; try a smaller --lr")
     say(f"step skipped: {text}")
 
 
