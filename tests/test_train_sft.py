@@ -466,7 +466,7 @@ def test_a_step_without_a_number_is_skipped_and_its_rows_named(folder, tmp_path,
     train_with(settings(folder, tmp_path / "skips", eval_every=100), BadLoss([2, 4]))
     assert capsys.readouterr().out.count("step skipped") == 2
     assert all(tensor.isfinite().all() for tensor in last_state(tmp_path / "skips").values())
-    with pytest.raises(UserError, match="10 steps in a row.*rows.jsonl, line.*smaller --lr"):
+    with pytest.raises(UserError, match="10 consecutive steps.*rows.jsonl, line.*smaller --lr"):
         train_with(settings(folder, tmp_path / "never", steps=40), BadLoss(range(40)))
 
 
