@@ -40,7 +40,7 @@ TARGETS = ("target0", "target1", "target2", "target3")  # ahead of two cubes, th
 STILL = 0.03  # m that whatever a command does not name may move
 CLEAR = 0.03  # m between a thing and the next, if "left" or "nearest" is to tell them apart
 RELATIONS = 0.25  # share of things that are named by where they lie
-COLORS_ALONE = 0.15  # share of what training says in which cubes are called by their colors alone
+COLORS_ALONE = 0.15  # share of training sentences that name cubes by color alone: "red"
 OTHER_NAMES = {"cube": "block", "ball": "sphere", "bin": "tray"}
 
 # [task, things in the order of its roles] that no training shows
@@ -343,9 +343,9 @@ def sequence(table, number, rng):
 
 
 def instruct(table, command, rng, wordings="seen"):
-    """A sentence for a command, in one of the task's wordings of a kind (data/tasks.py).
+    """A sentence for a command, in a wording of its task: "seen", "held_out" or "off_template".
 
-    Of those that training sees most are drawn from patterns (data/words.py).
+    Most seen ones are drawn from patterns (data/words.py), and vary as people's sentences do.
     """
     several = len(table.commands) > 1
     task = TASKS[command.task]
@@ -356,7 +356,7 @@ def instruct(table, command, rng, wordings="seen"):
     for role, body in command.roles.items():
         if several:
             names[role] = name_of(table, body, rng)
-        else:  # nothing has to be told from anything else
+        else:  # the only command: nothing is ambiguous
             names[role] = f"the {task.labels[role]}"
     if wordings != "seen":
         return sentence.format(**names)
@@ -369,10 +369,13 @@ def instruct(table, command, rng, wordings="seen"):
 
 
 def color_alone(name, labels, short):
-    """The name of a cube without its noun, if nothing else of the labels has its color: "red"."""
+    """A cube's name, shortened to its color as `short` says ("{}" or "the {} one").
+
+    Other names come back unchanged, and so do cubes whose color occurs in another of the labels.
+    """
     _, color, *rest = name.split()
     alone = sum(color in label.split() for label in labels) == 1
-    cube = rest in (["cube"], ["block"])  # not one that is called by its place
+    cube = rest in (["cube"], ["block"])  # not one that is named by its position
     return short.format(color) if alone and cube and color in RGBA else name
 
 

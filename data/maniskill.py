@@ -116,7 +116,7 @@ class ManiSkillEnv(TabletopEnv):
         return self.hand.get_qpos()[0].numpy()
 
     def follow(self):
-        """Put our arm and things where ManiSkill's are."""
+        """Put our arm and objects at ManiSkill's poses."""
         joints = self.joints()
         self.data.qpos[: len(joints)] = joints
         for name in NAMES[self.scene]:
@@ -129,14 +129,14 @@ class ManiSkillEnv(TabletopEnv):
         mujoco.mj_forward(self.model, self.data)
 
     def forward(self):
-        """Ours were put somewhere by hand: so are ManiSkill's, at rest."""
+        """As the tabletop's, and put ManiSkill's arm and objects at our poses, at rest."""
         super().forward()
         joints = self.data.qpos[: len(self.joints())]
         self.hand.set_qpos(joints)
         self.hand.set_qvel(np.zeros_like(joints))
         for name in NAMES[self.scene]:
             body = self.model.body(name)
-            if body.mocapid[0] < 0:  # the others never move
+            if body.mocapid[0] < 0:  # goals and the bin never move
                 pose = self.data.joint(body.jntadr[0]).qpos
                 self.actor(name).set_pose(sapien.Pose(pose[:3], pose[3:]))
         self.done = bool(self.inner.evaluate()["success"])
@@ -167,7 +167,7 @@ class ManiSkillEnv(TabletopEnv):
     def draw(self, view, size=IMAGE_SIZE, pretty=False, segmentation=False):
         """(size, size, 3) uint8 of a camera of ours: "front", "wrist", or "render" for people.
 
-        segmentation: (size, size) what stands where, which our own picture says.
+        segmentation: (size, size) geom ids of our own model instead, which has the same poses.
         """
         if segmentation or self.ours:
             return super().draw(view, size, pretty=pretty, segmentation=segmentation)

@@ -14,11 +14,11 @@ PATTERNS = json.loads((Path(__file__).parent / "patterns.json").read_text())
 BEFORE = PATTERNS.pop("before")
 BETWEEN = PATTERNS.pop("between")
 AFTER = PATTERNS.pop("after")
-SHARE = 2 / 3  # of what is said by a pattern, not by a sentence of wordings.json
-ASIDE = 0.2  # share with something said before it, behind it, and after one of its things
-TYPO = 0.1  # share with a letter missing, or two of them swapped
+SHARE = 2 / 3  # share of training sentences from patterns; the others are fixed wordings
+ASIDE = 0.2  # share with an aside: before the sentence, after it, and after one of its objects
+TYPO = 0.1  # share with a missing letter or two swapped ones, and share with a capital
 CHOICE = re.compile(r"\[([^][]*)\]")
-ROLE = re.compile(r"\{\w+\}(?=[ ,:;])")  # with more to come
+ROLE = re.compile(r"\{\w+\}(?=[ ,:;])")  # not at the end of a sentence
 
 
 def pick(choices, rng):
@@ -26,16 +26,16 @@ def pick(choices, rng):
 
 
 def expand(pattern, rng):
-    """A sentence of a pattern: one of each [a|b|c], the innermost first."""
+    """A sentence of a pattern: one alternative of each [a|b|c], starting with the innermost."""
     while choice := CHOICE.search(pattern):
         words = pick(choice[1].split("|"), rng)
         pattern = pattern[: choice.start()] + words + pattern[choice.end() :]
-    # an empty choice leaves two spaces, and stops have none before them
+    # an empty alternative leaves two spaces, or a space before a comma or question mark
     return re.sub(r" +([,?])", r"\1", " ".join(pattern.split()))
 
 
 def interrupt(sentence, rng):
-    """Now and then with an aside after one of its {roles}: "on {cubeB}, please, put {cubeA}"."""
+    """Sometimes add an aside after one of the {roles}: "on {cubeB}, please, put {cubeA}"."""
     roles = list(ROLE.finditer(sentence))
     if not roles or rng.random() > ASIDE:
         return sentence
@@ -45,7 +45,7 @@ def interrupt(sentence, rng):
 
 
 def misspell(sentence, rng):
-    """A letter inside one of its longer words is missing, or swapped with the next."""
+    """Drop a letter inside one of the longer words, or swap it with the next."""
     words = sentence.split(" ")
     places = [i for i, word in enumerate(words) if len(word) > 3 and word.isalpha()]
     if not places:
@@ -60,7 +60,7 @@ def misspell(sentence, rng):
 
 
 def vary(sentence, rng, before=BEFORE, after=AFTER):
-    """Now and then with an aside, or not quite right, as people write."""
+    """Sometimes add an aside before or after a sentence, a typo, or a capital, as people write."""
     if rng.random() < ASIDE:
         sentence = f"{pick(before, rng)} {sentence}"
     if rng.random() < ASIDE and sentence[-1] not in "?.!":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from data.families import BALL_COLORS, BIN_COLORS, is_new, plain
 from data.tasks import RGBA
+from data.words import pick
 from nano.questions import numbered
 from nano.scenes import class_of
 
@@ -59,12 +60,9 @@ class Asker:
         self.wordings = "held_out" if held_out else "seen"
         self.questions = []
 
-    def pick(self, choices):
-        return choices[self.rng.integers(len(choices))]
-
     def ask(self, kind, words, answer, form="words", labels=(), place=None):
         """Add a question, in the format of nano/questions.py."""
-        text = self.pick(WORDINGS[kind][self.wordings])
+        text = pick(WORDINGS[kind][self.wordings], self.rng)
         question = {
             "question": text.format(words),
             "answer": answer,
@@ -90,9 +88,9 @@ class Asker:
         commands = self.record["commands"]
         self.ask_done(commands)
         # the command is drawn for each: the instruction alone must not give an answer away
-        self.possible(self.pick(commands))
-        self.meant(self.pick(commands))
-        self.points(self.pick(commands))
+        self.possible(pick(commands, self.rng))
+        self.meant(pick(commands, self.rng))
+        self.points(pick(commands, self.rng))
         if len(commands) > 1:
             self.goal(commands)
         return self.questions
@@ -103,7 +101,7 @@ class Asker:
         asked = done[:1]
         # over all scenes the two answers are about equally frequent
         if others and (done or self.rng.random() < NOT_DONE):
-            asked.append(self.pick(others))
+            asked.append(pick(others, self.rng))
         for command in asked:
             words = self.words_of(command)
             answer = "yes" if command["done"] else "no"
@@ -142,7 +140,7 @@ class Asker:
         chosen = [commands[i] for i in order]
         # the last one is joined by words that may reverse the order
         words = ", then ".join(map(self.words_of, chosen[:-1]))
-        join = self.pick(WORDINGS["joins"][self.wordings])
+        join = pick(WORDINGS["joins"][self.wordings], self.rng)
         words = join.format(words, self.words_of(chosen[-1]))
         steps = [plain(command["task"], command["things"]) for command in chosen]
         self.ask("goal", words, numbered(steps), "steps")

@@ -59,7 +59,7 @@ SHARD = 100  # scenes of one job
 MOMENTS = 3  # pictures of one attempt of the expert
 ASKED = 4  # commands of a scene, at most
 SCENES = [*TASKS, *FAMILIES]
-WORLDS = ("tabletop", "maniskill", "metaworld")  # that it can show
+WORLDS = ("tabletop", "maniskill", "metaworld")  # environments that it can render
 
 
 @dataclass
@@ -67,7 +67,7 @@ class CommandsConfig:
     scenes: int = 24000  # pairs of pictures, spread over all robots, tasks and families
     seed: int = 0  # first layout seed
     workers: int = 2  # processes
-    env: str = "tabletop"  # or maniskill or metaworld: one of WORLDS
+    env: str = "tabletop"  # or maniskill or metaworld
     out: str = ""  # folder; empty: out/corpus/commands, or out/corpus/ and the env
 
 

@@ -12,10 +12,13 @@ A question is {"question", "answer", "category", "form", "chance", "held_out", "
 
 None can be guessed without the pictures: `Asker.ask` counts the answers given so far to everything
 that reads alike, and leaves out a question whose answer is ahead of its alternatives. Of yes and
-no, which are guessed most easily, `equalise` leaves exactly as many. Held-out wordings are for
-evaluation: new sentences, of words that the others have. So are those off the templates
-(off_template.json): written as people write, polite or in a hurry, with typing errors, another order
-of words and things that do not matter.
+no, which are guessed most easily, `equalise` leaves exactly as many.
+
+Most training questions are drawn from patterns (question_patterns.json, data/words.py), the others
+have fixed wordings (questions.json). Two kinds are for evaluation only, and no pattern yields them:
+held-out wordings, new sentences made of words that training has; and those off the templates
+(off_template.json), as people write: polite or in a hurry, with typos, another word order and
+irrelevant clauses.
 """
 
 import json
@@ -50,18 +53,18 @@ ALWAYS = math.inf  # ahead: a robot or a task has one answer, and as many scenes
 
 
 def bare(text):
-    """Its letters alone: what says the same but for spaces, slots and stops."""
+    """The letters of a text, to compare sentences without regard to spaces, slots and punctuation."""
     return re.sub("[^a-z]", "", text.lower())
 
 
-KEPT = {  # for evaluation
+KEPT = {  # sentences for evaluation only
     name: {bare(text) for text in wordings["held_out"] + wordings["off_template"]}
     for name, wordings in WORDINGS.items()
 }
 
 
 def draw_pattern(name, rng):
-    """A sentence of the patterns of WORDINGS[name], with its slots, that no evaluation asks."""
+    """A sentence with its slots from PATTERNS[name], and never one that is for evaluation only."""
     while True:
         text = expand(pick(PATTERNS[name], rng), rng)
         if bare(text) not in KEPT[name]:
@@ -127,9 +130,6 @@ class Asker:
         self.questions = []
         return taken
 
-    def pick(self, choices):
-        return choices[self.rng.integers(len(choices))]
-
     def ask(
         self,
         name,
@@ -153,7 +153,7 @@ class Asker:
             if given[answer] > min(given[option] for option in options) + ahead:
                 return
             given[answer] += 1
-        text = self.pick(WORDINGS[name][self.wordings])
+        text = pick(WORDINGS[name][self.wordings], self.rng)
         if self.wordings == "seen" and self.rng.random() < SHARE:
             text = draw_pattern(name, self.rng)
         text = text.format(*words).replace(" a orange", " an orange")
@@ -161,7 +161,7 @@ class Asker:
             "question": text,
             "answer": answer,
             "category": name.split()[0],
-            "form": self.pick(forms),
+            "form": pick(forms, self.rng),
             "chance": 1 / (guesses or len(options)) if options else 0.0,
             "held_out": self.wordings != "seen",
             "labels": sorted(labels, key=text.index),  # some wordings turn them round

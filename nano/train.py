@@ -11,8 +11,8 @@
 
 Rows, losses and loop are those of train_sft.py, with scenes.py's pictures, instructions.py's
 replay and grounding.py's heads; all are made if they are not there. --mixture can add the scenes of
-commands.py, from which a policy learns to listen (runs/listen.sh), and with maniskill or metaworld those
-of another world, for blocks that have never seen it (docs/MANISKILL.md, docs/METAWORLD.md).
+commands.py, from which a policy learns to listen (runs/listen.sh). With maniskill or metaworld it adds
+scenes of another simulator, whose images look different (docs/MANISKILL.md, docs/METAWORLD.md).
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ class StageConfig(RunConfig):
     checkpointing = False
 
 
-# of sources with commands, the world that they show
+# {source of scenes with commands: the environment that they show}
 WORLDS = {name: name for name in commands.WORLDS[1:]}
 WORLDS |= {"commands": "tabletop", "command_questions": "tabletop"}
 SOURCES = ("scenes", "instructions", *WORLDS)

@@ -270,7 +270,10 @@ def test_figures_of_sentences_come_from_the_result_file():
 def test_figures_of_maniskill_after_training_there_come_from_the_result_files():
     found = result("maniskill.json")
     text = PAGES["docs/MANISKILL.md"]
-    ways = {"trained there": found, "Stage I alone has seen its images": result("maniskill-seen.json")}
+    ways = {
+        "trained there": found,
+        "Stage I alone has seen its images": result("maniskill-seen.json"),
+    }
     ways['trained there, told "."'] = found["controls"]["no sentence"]
     ways["trained there, told another task's sentence"] = found["controls"]["another sentence"]
     ways["trained there, noise for pictures"] = found["controls"]["no picture"]
