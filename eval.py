@@ -241,7 +241,7 @@ def physical(what, config):
             clipped.update(episode["clipped"], of=episode["steps"])
         result["clipped_steps"] = clipped
     if paper:
-        print(f"in parentheses: {paper['source']}, in another simulator")
+        print(f"in parentheses: {paper['source']}, another simulator")
     return result
 
 
