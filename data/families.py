@@ -342,10 +342,11 @@ def sequence(table, number, rng):
     return []
 
 
-def instruct(table, command, rng, wordings="seen"):
+def instruct(table, command, rng, wordings="seen", by_place=RELATIONS):
     """A sentence for a command, in a wording of its task: "seen", "held_out" or "off_template".
 
     Most seen ones are drawn from patterns (data/words.py), and vary as people's sentences do.
+    by_place: the share of things that are named by where they lie.
     """
     several = len(table.commands) > 1
     task = TASKS[command.task]
@@ -355,7 +356,7 @@ def instruct(table, command, rng, wordings="seen"):
     names = {}
     for role, body in command.roles.items():
         if several:
-            names[role] = name_of(table, body, rng)
+            names[role] = name_of(table, body, rng, by_place)
         else:  # the only command: nothing is ambiguous
             names[role] = f"the {task.labels[role]}"
     if wordings != "seen":
@@ -379,9 +380,9 @@ def color_alone(name, labels, short):
     return short.format(color) if alone and cube and color in RGBA else name
 
 
-def name_of(table, body, rng):
+def name_of(table, body, rng, share):
     """Words for a thing by its color or, now and then, by its place."""
     by_place = relations(table, body)
-    if by_place and rng.random() < RELATIONS:
+    if by_place and rng.random() < share:
         return pick(by_place, rng)
     return pick(names_of(table, body), rng)

@@ -8,12 +8,13 @@ instructions
     seen           from patterns, as in training (data/words.py)
     held_out       in wordings that are only for evaluation
     off_template   as people write
+    by_place       in wordings of training, with objects named by where they lie: "the left cube"
     .              without words, as a control: what the images alone tell
 
 Printed and written to --out: the share of patches with the right role, the errors of the object to
 move and its destination (px in the front image), and the share of errors above FAR; then the
-sentences that are understood worst. Objects are named by their colors. The heads that predict this
-come from the model's training.
+sentences that are understood worst. All but by_place name objects by their colors. The heads that
+predict this come from the model's training.
 """
 
 import shlex
@@ -39,7 +40,7 @@ from processor import Processor
 from tables import print_table
 from vlm import VLM
 
-KINDS = ("seen", "held_out", "off_template", ".")
+KINDS = ("seen", "held_out", "off_template", "by_place", ".")
 FAR = 4.0  # px
 ROWS = 32  # per batch
 WORST = 8  # sentences to print
@@ -50,16 +51,20 @@ def wording(record, command, kind, rng):
     if kind == ".":
         return kind
     task = TASKS[command["task"]]
-    if kind == "seen":
+    if kind in ("seen", "by_place"):
         return words.expand(words.pick(words.PATTERNS[task.name], rng), rng)
     choices = task.sentences(kind, record["scene"] in FAMILIES)
     return words.pick(choices, rng)
 
 
-def sentence(command, text):
+def sentence(command, text, kind, rng):
     """The sentence with the command's objects filled in."""
     task = TASKS[command["task"]]
     names = dict(zip(task.labels, (f"the {thing}" for thing in command["things"])))
+    if kind == "by_place":
+        for role, choices in zip(task.labels, command["by_place"]):
+            if choices:
+                names[role] = words.pick(choices, rng)
     # the command does not list the markers that belong to a single-command task
     names = {role: f"the {label}" for role, label in task.labels.items()} | names
     return text.format(**names)
@@ -111,15 +116,21 @@ def main():
     source = Commands(config.commands, "val")
     results = {folder: {} for folder in config.models.split(",")}
     sentences = {folder: {} for folder in results}
+    records = source.records
     for kind in KINDS:
+        source.records = []
         rows = defaultdict(list)  # for each sentence
-        for i, record in enumerate(source.records):
+        for i, record in enumerate(records):
             rng = np.random.default_rng([i, KINDS.index(kind)])
-            for number, command in enumerate(record["commands"]):
+            commands = record["commands"]
+            if kind == "by_place":
+                commands = [command for command in commands if any(command["by_place"])]
+            if commands:
+                command = commands[i % len(commands)]
                 text = wording(record, command, kind, rng)
-                command["instruction"] = sentence(command, text)
-                if number == i % len(record["commands"]):  # the one that the row uses
-                    rows[text].append(i)
+                rows[text].append(len(source.records))
+                told = command | {"instruction": sentence(command, text, kind, rng)}
+                source.records.append(record | {"commands": [told]})
         for folder, kinds in results.items():
             role, px = measure(folder, source, config.intent_layer)
             kinds[kind] = {"role": round(role, 4), **figures(px)}
@@ -140,7 +151,7 @@ def main():
             lines.append([folder, text, row["rows"], f"{row['px']:.1f}", f"{100 * row['far']:.0f}"])
     print_table(["model", "sentence", "rows", "px off", f"more than {FAR:.0f} px, %"], lines)
     result = {
-        "scenes": len(source),
+        "scenes": len(records),
         "models": results,
         "sentences": sentences,
         "config": asdict(config),

@@ -12,6 +12,7 @@ states that the policy will read. A line of train.jsonl or val.jsonl:
      "grounding": as in scenes.py, "things": [label] of all that lies there, "robot", "scene",
      "commands": [{"task", "instruction",
                    "things": labels of what is moved and of where it goes, if it goes anywhere,
+                  "by_place": names of each by where it lies, if that tells it from the others,
                    "done": whether it is, in these pictures,
                    "roles": 64 letters for each picture, what each patch shows: A neither, B what
                             is moved, C where it goes,
@@ -37,7 +38,7 @@ from data.conversations import Row
 from data.env import VIEWS
 from data.environments import names_in
 from data.expert import Infeasible, control_steps
-from data.families import FAMILIES, instruct
+from data.families import FAMILIES, instruct, relations
 from data.media import load_image
 from data.robots import ROBOTS
 from data.tasks import MAX_STEPS, RGBA, TASKS
@@ -58,6 +59,7 @@ from nano.scenes import (
 SHARD = 100  # scenes of one job
 MOMENTS = 3  # pictures of one attempt of the expert
 ASKED = 4  # commands of a scene, at most
+BY_PLACE = 0.5  # share of things named by where they lie: harder than colors, so more of them
 SCENES = [*TASKS, *FAMILIES]
 WORLDS = ("tabletop", "maniskill", "metaworld")  # environments that it can render
 
@@ -133,6 +135,9 @@ def ask(env, command, views, words):
     for geoms in views.values():
         classes = classes_of(env, geoms, numbers)
         roles.append(patches_of(classes, 1 + len(bodies), first=1))
+    by_place = [relations(env.table, body) if env.family else [] for body in bodies]
+    # a single name is that of the only thing of its kind
+    by_place = [names if len(names) > 1 else [] for names in by_place]
     # from here on the env's roles, task and success are this command's
     env.give(env.table.commands.index(command))
     points = [env.position(role) for role in env.roles]
@@ -141,8 +146,9 @@ def ask(env, command, views, words):
     return {
         "task": command.task,
         "things": [labels[body] for body in bodies],
+        "by_place": by_place,
         "done": bool(env.succeeded()),
-        "instruction": instruct(env.table, command, words),
+        "instruction": instruct(env.table, command, words, by_place=BY_PLACE),
         "roles": roles,
         "places": places + nowhere,
         "points": np.round(points, 4).tolist() + nowhere,

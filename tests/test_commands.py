@@ -49,6 +49,19 @@ def test_the_same_picture_means_another_thing_for_another_command(records):
     assert len({str(command["roles"]) for command in commands}) == len(commands)
 
 
+def test_a_name_by_place_means_one_thing(records):
+    places = 0
+    for record in records:
+        meant = {}
+        for command in record["commands"]:
+            for thing, names in zip(command["things"], command["by_place"], strict=True):
+                places += len(names)
+                assert len(names) != 1
+                for name in names:
+                    assert meant.setdefault(name, thing) == thing
+    assert places > 10
+
+
 def test_no_combination_is_asked_that_training_must_not_show(records):
     for record in records:
         for command in record["commands"]:
@@ -79,7 +92,11 @@ def test_questions_are_true(records):
     assert min(asked.values()) > 0
 
 
-def test_a_goal_lists_its_commands_in_their_order():
+def test_a_goal_lists_its_commands_in_their_order(monkeypatch):
+    def pick(choices, rng):
+        return choices[5] if choices[0].startswith("{0}") else choices[0]
+
+    monkeypatch.setattr(command_questions, "pick", pick)
     cubes = {
         "task": "StackCube",
         "things": ["red cube", "green cube"],
@@ -95,7 +112,6 @@ def test_a_goal_lists_its_commands_in_their_order():
     record = {"commands": [cubes, ball], "things": []}
     for seed in range(20):
         asker = Asker(record, np.random.default_rng(seed))
-        asker.pick = lambda choices: choices[5] if choices[0].startswith("{0}") else choices[0]
         asker.goal([cubes, ball])
         [question] = asker.questions
         first, second = question["answer"].removeprefix("1. ").split(" 2. ")
