@@ -45,6 +45,7 @@ WARMUP = 100  # steps
 WEIGHT_DECAY = 0.05  # for matrices
 LORA_SCALE = 2.0  # the usual choice: alpha = 2 rank
 PARTS = ("vision", "merger", "llm")
+PACKED = 256  # tokens: a packed row is as long as a multiple of this
 INPUTS = ("input_ids", "segments", *VISION_INPUTS["image"], *VISION_INPUTS["video"])
 
 
@@ -107,6 +108,13 @@ def make_batch(rows, processor, auxiliary, cfg):
     batch = processor.pack(rows)
     if auxiliary is not None:
         batch |= auxiliary.targets(rows, batch)
+    # Ever new lengths fragment glibc's heap: on a CPU a step soon takes half as long again
+    # (findings/torch_changing_lengths.sh). So another text that nobody learns from fills the row.
+    padding = -batch["input_ids"].shape[1] % PACKED
+    if padding:
+        batch["input_ids"] = F.pad(batch["input_ids"], (0, padding))
+        batch["labels"] = F.pad(batch["labels"], (0, padding), value=-100)
+        batch["segments"] = [*batch["segments"], [padding]]
     return batch
 
 
