@@ -193,6 +193,20 @@ def test_packing_changes_nothing(folder):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one[1], other[1]))
 
 
+def test_padding_of_a_packed_row_changes_nothing(folder):
+    processor = Processor.from_pretrained(folder / "base")
+    model = VLM.from_pretrained(folder / "base")
+    rows = Conversations(folder / "rows.jsonl")
+    rows = [rows.row(i) for i in range(3)]
+    packed = processor.pack(rows)
+    padded = train_sft.make_batch(rows, processor, None, settings(folder, folder / "unused"))
+    lengths = [batch["input_ids"].shape[1] for batch in (packed, padded)]
+    assert lengths[0] < lengths[1] and lengths[1] % train_sft.PACKED == 0
+    one, other = gradients(model, packed), gradients(model, padded)
+    assert abs(one[0] - other[0]) < 1e-6
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(one[1], other[1]))
+
+
 def test_micro_batches_change_nothing(folder, tmp_path):
     train(settings(folder, tmp_path / "one", steps=2))
     train(settings(folder, tmp_path / "four", steps=2, micro_batch=1))
