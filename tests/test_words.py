@@ -94,14 +94,21 @@ def test_scenes_are_told_in_words_of_every_kind_and_in_none():
     texts = {kind: wordings.wording(record, command, kind, rng) for kind in wordings.KINDS[:3]}
     assert texts["held_out"] in TASKS["StackCube"].held_out_commands
     assert len(set(texts.values())) == 3
-    for text in texts.values():
-        said = wordings.sentence(command, text)
+    for kind, text in texts.items():
+        said = wordings.sentence(command, text, kind, rng)
         assert "the red cube" in said and "the white cube" in said
+    # one of the two has names that say where it lies
+    command["by_place"] = [["the left cube", "the cube on the left"], []]
+    text = wordings.wording(record, command, "by_place", rng)
+    said = wordings.sentence(command, text, "by_place", rng)
+    assert any(name in said for name in command["by_place"][0])
+    assert "the red cube" not in said and "the white cube" in said
     # alone on its table it has sentences as they stand
     alone = {"scene": "PickCube", "commands": []}
     command = {"task": "PickCube", "things": ["red cube"]}
     text = wordings.wording(alone, command, "held_out", rng)
-    assert wordings.sentence(command, text) == text and text in TASKS["PickCube"].held_out
+    assert wordings.sentence(command, text, "held_out", rng) == text
+    assert text in TASKS["PickCube"].held_out
 
 
 def test_errors_of_places_are_counted_where_there_are_two():
