@@ -108,8 +108,8 @@ def make_batch(rows, processor, auxiliary, cfg):
     batch = processor.pack(rows)
     if auxiliary is not None:
         batch |= auxiliary.targets(rows, batch)
-    # Ever new lengths fragment glibc's heap: on a CPU a step soon takes half as long again
-    # (findings/torch_changing_lengths.sh). So another text that nobody learns from fills the row.
+    # Lengths that change with every batch fragment glibc's heap: on a CPU, a step soon takes half
+    # as long again (findings/torch_changing_lengths.sh). A text without labels fills the row up.
     padding = -batch["input_ids"].shape[1] % PACKED
     if padding:
         batch["input_ids"] = F.pad(batch["input_ids"], (0, padding))

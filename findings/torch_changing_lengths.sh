@@ -81,6 +81,6 @@ from pathlib import Path
 
 changing, padded = (list(map(float, Path(f"{m}.txt").read_text().split())) for m in (1, 256))
 slower = changing[-2] / padded[-2]
-print(f"ever new lengths, last 25 steps: {slower:.2f} times the time per token")
+print(f"changing lengths, last 25 steps: {slower:.2f} times the time per token")
 assert slower > 1.15 and changing[-1] > 1.5 * padded[-1], "lengths no longer matter"
 PYTHON
