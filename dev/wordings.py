@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_sft
-from cli import parse, run
+from cli import UserError, parse, run
 from data import words
 from data.families import FAMILIES
 from data.tasks import TASKS
@@ -117,6 +117,9 @@ def main():
     results = {folder: {} for folder in config.models.split(",")}
     sentences = {folder: {} for folder in results}
     records = source.records
+    if not all("by_place" in command for command in records[0]["commands"]):
+        advice = "make it again with `python -m nano.commands`"
+        raise UserError(f"{config.commands} has no names by place: {advice}")
     for kind in KINDS:
         source.records = []
         rows = defaultdict(list)  # for each sentence
