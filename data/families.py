@@ -287,15 +287,17 @@ def names_of(table, body):
     return names
 
 
-def relations(table, body):
-    """Words for a thing by where it lies among its kind, where that is clear."""
+def others_of_kind(table, body):
     kind = kind_of(body)
-    if kind not in OTHER_NAMES:
+    return [name for name in table.layout if kind_of(name) == kind and name != body]
+
+
+def relations(table, body):
+    """Words for a thing by where it lies among others of its kind, where that is clear."""
+    kind = kind_of(body)
+    others = others_of_kind(table, body)
+    if kind not in OTHER_NAMES or not others:
         return []
-    others = [name for name in table.layout if kind_of(name) == kind and name != body]
-    # the only one of its kind needs no more
-    if not others:
-        return [f"the {kind}"]
     x, y, _ = table.layout[body][0]
     xs, ys, _ = np.transpose([table.layout[other][0] for other in others])
     words = []
@@ -342,11 +344,11 @@ def sequence(table, number, rng):
     return []
 
 
-def instruct(table, command, rng, wordings="seen", by_place=RELATIONS):
+def instruct(table, command, rng, wordings="seen", place_share=RELATIONS):
     """A sentence for a command, in a wording of its task: "seen", "held_out" or "off_template".
 
     Most seen ones are drawn from patterns (data/words.py), and vary as people's sentences do.
-    by_place: the share of things that are named by where they lie.
+    place_share: the share of things that are named by where they lie.
     """
     several = len(table.commands) > 1
     task = TASKS[command.task]
@@ -356,7 +358,7 @@ def instruct(table, command, rng, wordings="seen", by_place=RELATIONS):
     names = {}
     for role, body in command.roles.items():
         if several:
-            names[role] = name_of(table, body, rng, by_place)
+            names[role] = name_of(table, body, rng, place_share)
         else:  # the only command: nothing is ambiguous
             names[role] = f"the {task.labels[role]}"
     if wordings != "seen":
@@ -380,9 +382,13 @@ def color_alone(name, labels, short):
     return short.format(color) if alone and cube and color in RGBA else name
 
 
-def name_of(table, body, rng, share):
-    """Words for a thing by its color or, now and then, by its place."""
-    by_place = relations(table, body)
-    if by_place and rng.random() < share:
-        return pick(by_place, rng)
+def name_of(table, body, rng, place_share):
+    """Words for a thing by its color or, in a share of cases, by its place or its kind alone."""
+    kind = kind_of(body)
+    without_color = relations(table, body)
+    # the only one of its kind needs no more
+    if kind in OTHER_NAMES and not others_of_kind(table, body):
+        without_color = [f"the {kind}"]
+    if without_color and rng.random() < place_share:
+        return pick(without_color, rng)
     return pick(names_of(table, body), rng)

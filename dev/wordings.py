@@ -70,6 +70,24 @@ def sentence(command, text, kind, rng):
     return text.format(**names)
 
 
+def told(records, kind):
+    """(records with one command each, in a sentence of a kind; {wording: its row numbers})."""
+    kept = []
+    rows = defaultdict(list)
+    for i, record in enumerate(records):
+        rng = np.random.default_rng([i, KINDS.index(kind)])
+        commands = record["commands"]
+        if kind == "by_place":
+            commands = [command for command in commands if any(command["by_place"])]
+        if commands:
+            command = commands[i % len(commands)]
+            text = wording(record, command, kind, rng)
+            instruction = sentence(command, text, kind, rng)
+            rows[text].append(len(kept))
+            kept.append(record | {"commands": [command | {"instruction": instruction}]})
+    return kept, rows
+
+
 @torch.no_grad()
 def measure(folder, source, layer):
     """How well a model understands the rows of a Commands source, with heads on block `layer`.
@@ -121,19 +139,7 @@ def main():
         advice = "make it again with `python -m nano.commands`"
         raise UserError(f"{config.commands} has no names by place: {advice}")
     for kind in KINDS:
-        source.records = []
-        rows = defaultdict(list)  # for each sentence
-        for i, record in enumerate(records):
-            rng = np.random.default_rng([i, KINDS.index(kind)])
-            commands = record["commands"]
-            if kind == "by_place":
-                commands = [command for command in commands if any(command["by_place"])]
-            if commands:
-                command = commands[i % len(commands)]
-                text = wording(record, command, kind, rng)
-                rows[text].append(len(source.records))
-                told = command | {"instruction": sentence(command, text, kind, rng)}
-                source.records.append(record | {"commands": [told]})
+        source.records, rows = told(records, kind)
         for folder, kinds in results.items():
             role, px = measure(folder, source, config.intent_layer)
             kinds[kind] = {"role": round(role, 4), **figures(px)}

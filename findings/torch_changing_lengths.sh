@@ -5,7 +5,7 @@
 # Seen:     if every row has another length, the time per token grows from step to step, by a third
 #           to a half within 150 steps, and memory grows to three times as much. With rows padded to
 #           a multiple of 256 tokens it stays where it began. A profile shows a quarter of the
-#           time inside glibc's malloc, which searches its lists of free blocks of ever other sizes.
+#           time inside glibc's malloc, which has to search ever longer lists of free blocks.
 #           With tcmalloc preloaded, time stays flat without padding.
 # Source:   this run. PyTorch's tuning guide recommends other allocators for speed, not for this.
 set -euo pipefail

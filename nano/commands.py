@@ -59,7 +59,7 @@ from nano.scenes import (
 SHARD = 100  # scenes of one job
 MOMENTS = 3  # pictures of one attempt of the expert
 ASKED = 4  # commands of a scene, at most
-BY_PLACE = 0.5  # share of things named by where they lie: harder than colors, so more of them
+PLACE_SHARE = 0.5  # of things are named by where they lie: harder than colors, so more of them
 SCENES = [*TASKS, *FAMILIES]
 WORLDS = ("tabletop", "maniskill", "metaworld")  # environments that it can render
 
@@ -135,9 +135,6 @@ def ask(env, command, views, words):
     for geoms in views.values():
         classes = classes_of(env, geoms, numbers)
         roles.append(patches_of(classes, 1 + len(bodies), first=1))
-    by_place = [relations(env.table, body) if env.family else [] for body in bodies]
-    # a single name is that of the only thing of its kind
-    by_place = [names if len(names) > 1 else [] for names in by_place]
     # from here on the env's roles, task and success are this command's
     env.give(env.table.commands.index(command))
     points = [env.position(role) for role in env.roles]
@@ -146,9 +143,9 @@ def ask(env, command, views, words):
     return {
         "task": command.task,
         "things": [labels[body] for body in bodies],
-        "by_place": by_place,
+        "by_place": [relations(env.table, body) for body in bodies],
         "done": bool(env.succeeded()),
-        "instruction": instruct(env.table, command, words, by_place=BY_PLACE),
+        "instruction": instruct(env.table, command, words, place_share=PLACE_SHARE),
         "roles": roles,
         "places": places + nowhere,
         "points": np.round(points, 4).tolist() + nowhere,
