@@ -459,7 +459,9 @@ class Processor:
         A row has `media` [("image" | "video", what)] and `conversations`, each about all of the
         media. What its conversations share at the beginning, up to the last image, is included
         once, as the stem; each conversation continues from it as a branch, and no branch sees
-        another. segments: [stem, branch, ...] of each row, as `VLM.forward` takes them.
+        another. Conversations that differ before an image share no stem, only the images, which
+        the ViT then sees once: image_index says which image each place shows. segments: [stem,
+        branch, ...] or [L], [L], ... of each row, as `VLM.forward` takes them.
         """
         media = chain.from_iterable(row.media for row in rows)
         batch, grids = process_media(media, self.image)
@@ -468,8 +470,13 @@ class Processor:
         ids = []
         labels = []
         segments = []
+        image_index = []
+        images = 0  # of the rows so far
         for row in rows:
             own = [next(grids) for _ in row.media]
+            kinds = [kind for kind, _ in row.media]
+            shown = list(range(images, images + kinds.count("image")))
+            images += len(shown)
             # write each as if it were alone, then cut it after the stem
             about = (own, self.image.merge_size, False)
             texts = [chat(self.tokenizer, messages, *about) for messages in row.conversations]
@@ -480,6 +487,15 @@ class Processor:
             else:  # text only: share the system message, or without one the words all begin with
                 shared = len(commonprefix([text for text, _ in texts]))
                 stem = min(shared, first.index(special["<|im_end|>"]) + 1)
+            if any(text[:stem] != first[:stem] for text, _ in texts):
+                assert "video" not in kinds, "words before a video: one conversation a row"
+                for text, learned in texts:
+                    ids += text
+                    labels += learned
+                    segments.append([len(text)])
+                    image_index += shown
+                continue
+            image_index += shown
             ids += first[:stem]
             labels += first_labels[:stem]
             lengths = [stem]
@@ -490,4 +506,6 @@ class Processor:
                 lengths.append(len(text) - stem)
             segments.append(lengths)
         tensors = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
+        if len(image_index) > images:
+            tensors["image_index"] = torch.tensor(image_index)
         return {**batch, **tensors, "segments": segments}

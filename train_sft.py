@@ -46,7 +46,7 @@ WEIGHT_DECAY = 0.05  # for matrices
 LORA_SCALE = 2.0  # the usual choice: alpha = 2 rank
 PARTS = ("vision", "merger", "llm")
 PACKED = 256  # tokens: a packed row is as long as a multiple of this
-INPUTS = ("input_ids", "segments", *VISION_INPUTS["image"], *VISION_INPUTS["video"])
+INPUTS = ("input_ids", "segments", "image_index", *VISION_INPUTS["image"], *VISION_INPUTS["video"])
 
 
 @dataclass

@@ -373,6 +373,14 @@ class TextModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
+def repeat(parts, grids, index):
+    """Rows of all images (n, D), with grids (n, 3), as those of the images at index (m,)."""
+    areas = grids.prod(1)
+    size = int(areas.sum()) // len(parts)  # patches of a row
+    images = parts.split((areas // size).tolist())
+    return torch.cat([images[i] for i in index.tolist()])
+
+
 # ---- the model
 
 
@@ -408,16 +416,20 @@ class VLM(nn.Module):
     def see(self, x, input_ids, media):
         """Run the ViT, and put its tokens into the embeddings x (B, L, D).
 
-        media: [(placeholder token, pixels, grids)] of images and of videos. Returns x, the patch
-        features (None without images), and deep: what is added after the first LLM blocks, (B, L,
-        D) each, 0 at text.
+        media: [(placeholder token, pixels, grids, index)] of images and of videos; index (m,) says
+        which of them each place of the text shows, None that each is shown once. Returns x, the
+        patch features (None without images), and deep: what is added after the first LLM blocks,
+        (B, L, D) each, 0 at text.
         """
         features = []
         filled = [x, *(torch.zeros_like(x) for _ in self.visual.deepstack_merger_list)]
-        for token_id, pixels, grids in media:
+        for token_id, pixels, grids, index in media:
             if pixels is None:
                 continue
-            tokens, seen, *deep = self.visual(pixels, grids)
+            parts = self.visual(pixels, grids)
+            if index is not None:
+                parts = [repeat(part, grids, index) for part in parts]
+            tokens, seen, *deep = parts
             features.append(seen)
             places = (input_ids == token_id)[..., None]  # (B, L, 1)
             number = int(places.sum())
@@ -443,6 +455,7 @@ class VLM(nn.Module):
         num_layers=None,
         logits_at=None,
         segments=None,
+        image_index=None,
         cache=None,
     ):
         """input_ids (B, L), attention_mask (B, L) 1 on real tokens, vision inputs, to a VLMOutput.
@@ -450,14 +463,16 @@ class VLM(nn.Module):
         num_layers=k runs only the first k blocks (no logits). logits_at: an index into (B, L), to
         compute logits only there. segments: the lengths of texts packed into one row (B = 1), each
         [L] or [stem, branch, branch, ...]; each branch continues where the stem ends, as if it were
-        alone. An empty cache is filled for `step`. ValueError if the images' tokens do not fill
+        alone. image_index (m,): which image each place of the texts shows, for texts that share
+        images; None if each image is shown once, in order. An empty cache is filled for `step`. ValueError if the images' tokens do not fill
         their placeholders in the text.
         """
         config = self.config
-        grids = (image_grid_thw, video_grid_thw, second_per_grid_ts)
+        shown = image_grid_thw if image_index is None else image_grid_thw[image_index]
+        grids = (shown, video_grid_thw, second_per_grid_ts)
         position_ids = mrope_positions(input_ids, attention_mask, config, *grids, segments)
-        images = (config.image_token_id, pixel_values, image_grid_thw)
-        videos = (config.video_token_id, pixel_values_videos, video_grid_thw)
+        images = (config.image_token_id, pixel_values, image_grid_thw, image_index)
+        videos = (config.video_token_id, pixel_values_videos, video_grid_thw, None)
         x = self.model.embed_tokens(input_ids)
         x, patch_features, deep = self.see(x, input_ids, [images, videos])
         if segments is None:  # the whole row is one text

@@ -277,11 +277,10 @@ def table_of(task, robot, rng):
 # ---- in words
 
 
-def names_of(table, body):
-    """Words for a thing by its color."""
-    label = table.label(body)
-    kind = kind_of(body)
+def names_of(label):
+    """Words for a thing by its label, such as "red cube"."""
     names = [f"the {label}"]
+    kind = label.split()[-1]
     if kind in OTHER_NAMES:
         names.append(f"the {label.replace(kind, OTHER_NAMES[kind])}")
     return names
@@ -352,9 +351,7 @@ def instruct(table, command, rng, wordings="seen", place_share=RELATIONS):
     """
     several = len(table.commands) > 1
     task = TASKS[command.task]
-    sentence = pick(task.sentences(wordings, several), rng)
-    if wordings == "seen" and rng.random() < SHARE:
-        sentence = expand(pick(PATTERNS[task.name], rng), rng)
+    sentence = wording(task, rng, wordings, several)
     names = {}
     for role, body in command.roles.items():
         if several:
@@ -363,9 +360,25 @@ def instruct(table, command, rng, wordings="seen", place_share=RELATIONS):
             names[role] = f"the {task.labels[role]}"
     if wordings != "seen":
         return sentence.format(**names)
+    labels = [table.label(body) for body in table.layout] if several else task.labels.values()
+    return fill(sentence, names, labels, rng)
+
+
+def wording(task, rng, wordings="seen", several=False):
+    """A sentence for a task, in which {roles} stand for objects."""
+    sentence = pick(task.sentences(wordings, several), rng)
+    if wordings == "seen" and rng.random() < SHARE:
+        sentence = expand(pick(PATTERNS[task.name], rng), rng)
+    return sentence
+
+
+def fill(sentence, names, labels, rng):
+    """A sentence with {role: name} filled in, varied as people's sentences are.
+
+    labels: of all that lies there, so that a color says which cube is meant only if it does.
+    """
     sentence = interrupt(sentence, rng)
     if rng.random() < COLORS_ALONE:
-        labels = [table.label(body) for body in table.layout] if several else task.labels.values()
         short = pick(("{}", "the {} one"), rng)
         names = {role: color_alone(name, labels, short) for role, name in names.items()}
     return vary(sentence.format(**names), rng)
@@ -391,4 +404,4 @@ def name_of(table, body, rng, place_share):
         without_color = [f"the {kind}"]
     if without_color and rng.random() < place_share:
         return pick(without_color, rng)
-    return pick(names_of(table, body), rng)
+    return pick(names_of(table.label(body)), rng)

@@ -38,10 +38,11 @@ from data.conversations import Row
 from data.env import VIEWS
 from data.environments import names_in
 from data.expert import Infeasible, control_steps
-from data.families import FAMILIES, instruct, relations
+from data.families import FAMILIES, OTHER_NAMES, fill, instruct, names_of, relations, wording
 from data.media import load_image
 from data.robots import ROBOTS
 from data.tasks import MAX_STEPS, RGBA, TASKS
+from data.words import pick
 from nano.command_questions import Asker
 from nano.scenes import (
     check_whole,
@@ -230,9 +231,34 @@ def make(config):
     render(config, jobs_of(config), partial(make_shard, config.env), join, config.env)
 
 
+def reword(record, command, rng):
+    """A command of a record in another sentence, drawn as those of demonstrations are."""
+    if "by_place" not in command:  # another simulator's tasks have their own few sentences
+        return command
+    task = TASKS[command["task"]]
+    several = record["scene"] in FAMILIES
+    names = {role: f"the {label}" for role, label in task.labels.items()}
+    labels = record["things"] if several else task.labels.values()
+    sentence = wording(task, rng, several=several)
+    if several:
+        kinds = [label.split()[-1] for label in record["things"]]
+        for role, label, by_place in zip(task.labels, command["things"], command["by_place"]):
+            kind = label.split()[-1]
+            without_color = by_place
+            if kind in OTHER_NAMES and kinds.count(kind) == 1:
+                without_color = [f"the {kind}"]
+            short = without_color and rng.random() < PLACE_SHARE
+            names[role] = pick(without_color if short else names_of(label), rng)
+    return command | {"instruction": fill(sentence, names, labels, rng)}
+
+
 @dataclass
 class Commands:
-    """The scenes of a split as rows, a source of train_sft.py: a row is a command, then pictures."""
+    """The scenes of a split as rows, a source of train_sft.py: each command, then the pictures.
+
+    A row has all commands of its scene, so the ViT sees its pictures once, each in a sentence that
+    is drawn anew every time. Validation asks one, in the sentence of the file.
+    """
 
     folder: str
     split: str = "train"
@@ -262,19 +288,23 @@ class Commands:
         return [("image", load_image(folder / name)) for name in record["images"]]
 
     def row(self, i, seed=None):
-        """A Row; seed (of the run, number of the row) draws which of its commands."""
+        """A Row; seed (of the run, number of the row) draws the sentences, None is validation."""
         record = self.records[i]
         commands = record["commands"]
-        number = i % len(commands)
-        if seed is not None:
+        if seed is None:
+            commands = [commands[i % len(commands)]]
+        else:
             run, row = seed
-            number = np.random.default_rng([run, 3, row]).integers(len(commands))
-        command = commands[number]
+            rng = np.random.default_rng([run, 3, row])
+            commands = [reword(record, command, rng) for command in commands]
         media = self.media(record)
-        text = {"type": "text", "text": command["instruction"]}
-        content = [text, *({"type": kind} for kind, _ in media)]
-        about = {"grounding": record["grounding"], "command": command}
-        return Row([[{"role": "user", "content": content}]], media, about)
+        pictures = [{"type": kind} for kind, _ in media]
+        conversations = []
+        for command in commands:
+            text = {"type": "text", "text": command["instruction"]}
+            conversations.append([{"role": "user", "content": [text, *pictures]}])
+        about = {"grounding": record["grounding"], "commands": commands}
+        return Row(conversations, media, about)
 
 
 class CommandQuestions(Commands):

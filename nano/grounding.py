@@ -287,17 +287,20 @@ class Grounding(nn.Module):
             raise UserError(f"these heads need pictures of {GRID} x {GRID} patches")
         ids = batch["input_ids"][0].tolist()
         labels = batch["labels"][0].tolist()
-        found = []  # for each row
+        found = []  # for each row, or for each of its commands
         answers = [(np.zeros(0, int), np.zeros((0, NUMBERS)), np.zeros(0))]  # for each question
         stop = 0  # end of a row among the packed tokens
-        for row, lengths in zip(rows, batch["segments"]):
+        segments = iter(batch["segments"])
+        for row in rows:
             V = len(row.media)
             scene = Scene(row.record.get("grounding"), V)
-            roles, places = command_targets(row.record.get("command"), V)
-            stop += sum(lengths)
             classes = scene.classes.ravel()
             offsets = scene.offsets.reshape(-1, 5)
-            found.append((classes, offsets, roles.ravel(), [stop - 1], [places]))
+            for command in row.record.get("commands") or [None]:
+                lengths = next(segments)
+                roles, places = command_targets(command, V)
+                stop += sum(lengths)
+                found.append((classes, offsets, roles.ravel(), [stop - 1], [places]))
             questions = row.record.get("questions", [])
             lengths = lengths[len(lengths) - len(questions) :]  # without the stem
             start = stop - sum(lengths)

@@ -14,7 +14,15 @@ from data.families import is_new, plain
 from data.scoring import is_right
 from nano import command_questions, commands
 from nano.command_questions import Asker, absent
-from nano.commands import CommandQuestions, Commands, CommandsConfig, jobs_of, make, scenes_of
+from nano.commands import (
+    CommandQuestions,
+    Commands,
+    CommandsConfig,
+    jobs_of,
+    make,
+    reword,
+    scenes_of,
+)
 from nano.scenes import CLASSES, GRID, PATCH
 
 
@@ -152,13 +160,38 @@ def test_a_folder_reads_as_rows_of_both_kinds(folder):
     row = told.row(0, (0, 5))
     kinds = [item["type"] for item in row.conversations[0][0]["content"]]
     assert kinds == ["text", "image", "image"] and len(row.media) == 2
-    assert row.record["command"]["instruction"] == row.conversations[0][0]["content"][0]["text"]
+    commands = row.record["commands"]
+    sentences = [own[0]["content"][0]["text"] for own in row.conversations]
+    assert sentences == [command["instruction"] for command in commands] and len(commands) > 1
+    # each time in other words, but not in validation
+    assert told.row(0, (0, 5)).conversations == row.conversations
+    assert told.row(0, (0, 6)).conversations != row.conversations
+    validation = told.validation()
+    assert len(validation.row(0).conversations) == 1
+    assert validation.row(0).record["commands"] == validation.records[0]["commands"][:1]
     asked = CommandQuestions(str(folder))
     row = asked.row(0, (0, 5))
     assert len(row.conversations) == len(row.record["questions"]) <= 4
     assert asked.row(1, (0, 5)).conversations == asked.row(1, (0, 5)).conversations
     held_out = asked.validation().row(1).record["questions"]
     assert all(question["held_out"] for question in held_out)
+
+
+def test_new_sentences_for_a_command_name_its_own_things(folder):
+    record = Commands(str(folder)).records[0]
+    named = record | {"scene": "which_bin"}
+    rng = np.random.default_rng(0)
+    for command in record["commands"]:
+        sentences = {reword(named, command, rng)["instruction"] for _ in range(40)}
+        assert len(sentences) > 30
+        labels = [label.split()[0] for label in record["things"]]
+        for thing, by_place in zip(command["things"], command["by_place"]):
+            others = [color for color in labels if color not in " ".join(command["things"])]
+            assert not any(color in text.split() for color in others for text in sentences)
+            assert any(thing.split()[0] in text.lower() for text in sentences)
+            assert any(name in text for name in by_place for text in sentences) or not by_place
+    other = {key: value for key, value in command.items() if key != "by_place"}
+    assert reword(named, other, rng) == other  # of a simulator with sentences of its own
 
 
 def test_a_folder_is_made_once_and_damage_is_told(folder, tmp_path):

@@ -17,6 +17,7 @@ from data.conversations import Row
 from nano.grounding import RIGHT, ROLES, UNKNOWN, C, Grounding, Scene, option_tokens
 from nano.scenes import CLASSES, Scenes
 from processor import Processor, train_tokenizer
+from train_sft import INPUTS
 from vlm import VLM
 
 TINY = VLMConfig(
@@ -61,8 +62,7 @@ def forward(batch, heads, processor):
     """(VLMOutput of a new model, losses, their sum)."""
     torch.manual_seed(1)
     model = VLM(TINY.for_tokenizer(processor.tokenizer))
-    names = ("input_ids", "pixel_values", "image_grid_thw", "segments")
-    inputs = {name: batch[name] for name in names if name in batch}
+    inputs = {name: batch[name] for name in INPUTS if name in batch}
     if heads.num_layers:
         out = model(**inputs, num_layers=heads.num_layers)
     else:
@@ -96,9 +96,8 @@ def command_row(roles, places, points=()):
     text = {"type": "text", "text": "bin"}
     media = [("image", np.zeros((128, 128, 3), np.uint8))]
     command = {"roles": [roles], "places": places, "points": points}
-    return Row(
-        [[{"role": "user", "content": [text, {"type": "image"}]}]], media, {"command": command}
-    )
+    message = {"role": "user", "content": [text, {"type": "image"}]}
+    return Row([[message]], media, {"commands": [command]})
 
 
 def test_places_are_where_the_centers_lead(corpus, processor):
@@ -301,6 +300,24 @@ def test_patches_know_their_role_in_a_command_and_other_rows_teach_none(corpus, 
     assert losses["commands"] > 0
     _, losses = forward(batch_of(rows[:1], processor), heads_of(processor), processor)
     assert losses["commands"] == 0
+
+
+def test_commands_that_share_pictures_teach_as_rows_of_their_own(corpus, processor):
+    one = command_row("B" + "A" * 63, [[8, 8, 0.6], None])
+    other = command_row("A" * 63 + "C", [[24, 24, 0.6], [8, 8, 0.7]])
+    other.conversations[0][0]["content"][0]["text"] = "a bin, please"
+    commands = one.record["commands"] + other.record["commands"]
+    both = Row(one.conversations + other.conversations, one.media, {"commands": commands})
+    heads = heads_of(processor)
+    results = []
+    for rows in ([corpus.row(2), both, corpus.row(3)], [corpus.row(2), one, other, corpus.row(3)]):
+        batch = batch_of(rows, processor)
+        _, losses = forward(batch, heads, processor)
+        results.append((len(batch["pixel_values"]), losses))
+    (few, shared), (many, alone) = results
+    assert few == many - 64  # the ViT sees the picture once
+    for name, loss in shared.items():
+        assert torch.allclose(loss, alone[name], atol=1e-5), name
 
 
 def test_heads_that_knew_fewer_things_are_taken_over(processor):

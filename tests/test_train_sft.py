@@ -193,6 +193,27 @@ def test_packing_changes_nothing(folder):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one[1], other[1]))
 
 
+def test_conversations_with_words_before_their_pictures_share_only_those(folder):
+    processor = Processor.from_pretrained(folder / "base")
+    model = VLM.from_pretrained(folder / "base")
+    rows = Conversations(folder / "rows.jsonl")
+    media = rows.row(0).media + rows.row(1).media
+    conversations = []
+    for words in ("take the left one", "which is red?", "put it back"):
+        pictures = [{"type": kind} for kind, _ in media]
+        content = [{"type": "text", "text": words}, *pictures]
+        answer = {"role": "assistant", "content": words[:4]}
+        conversations.append([{"role": "user", "content": content}, answer])
+    together = [train_sft.Row(conversations, media, {}), rows.row(2)]
+    alone = [train_sft.Row([messages], media, {}) for messages in conversations]
+    shared, apart = processor.pack(together), processor.pack([*alone, rows.row(2)])
+    assert shared["input_ids"].tolist() == apart["input_ids"].tolist()
+    assert len(shared["pixel_values"]) < len(apart["pixel_values"])
+    one, other = gradients(model, shared), gradients(model, apart)
+    assert abs(one[0] - other[0]) < 1e-5
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one[1], other[1]))
+
+
 def test_padding_of_a_packed_row_changes_nothing(folder):
     processor = Processor.from_pretrained(folder / "base")
     model = VLM.from_pretrained(folder / "base")
