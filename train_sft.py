@@ -132,8 +132,16 @@ def batches_of_step(mixture, processor, auxiliary, cfg, step):
         for number, source, index in together[rank::world]:
             dataset = mixture.sources[source].rows
             share.append(read_row(dataset, index, (cfg.seed, number), cfg))
-        batches.append(make_batch(share, processor, auxiliary, cfg))
+        groups = [share]
+        if auxiliary is not None:  # rows without answers need no more blocks than its losses
+            answered = [row for row in share if has_answer(row)]
+            groups = [answered, [row for row in share if not has_answer(row)]]
+        batches += [make_batch(group, processor, auxiliary, cfg) for group in groups if group]
     return batches
+
+
+def has_answer(row):
+    return row.conversations[0][-1]["role"] == "assistant"
 
 
 # ---- losses
@@ -173,7 +181,9 @@ def forward(model, auxiliary, batch):
     learned = batch["labels"][:, 1:] >= 0  # token i predicts token i + 1
     # logits of all tokens would take most of the memory, because V is large
     inputs = {name: batch[name] for name in INPUTS if name in batch}
-    blocks = None if auxiliary is None else auxiliary.num_layers
+    blocks = None
+    if auxiliary is not None and not learned.any():
+        blocks = auxiliary.intent_layer
     places = None if blocks else F.pad(learned, (0, 1))
     out = model(**inputs, num_layers=blocks, logits_at=places)
     return out, batch["labels"][:, 1:][learned]
@@ -184,6 +194,8 @@ def compute_losses(model, auxiliary, batch, totals):
     out, labels = forward(model, auxiliary, batch)
     # every process must return the same losses, or their sums would be mixed up
     losses = {}
+    if auxiliary is None or auxiliary.num_layers is None:
+        losses["answer"] = out.hidden_states[0].new_zeros(())
     if out.logits is not None:
         answer = answer_weights(batch) @ F.cross_entropy(out.logits, labels, reduction="none")
         losses["answer"] = answer / totals[0]
@@ -312,9 +324,10 @@ def save(cfg, model, processor, auxiliary, dtype, about):
 def train(cfg, model, processor, sources, auxiliary=None):
     """Train `model` on the sources; returns the last figures.
 
-    auxiliary: a module with losses beside that of the answers, or None. It has `num_layers` (how
-    many blocks to run if no answers are trained, else None), targets(rows, batch), count(batch),
-    losses(out, batch, totals) and figures(out, batch): see nano/grounding.py.
+    auxiliary: a module with losses beside that of the answers, or None. It has `intent_layer` (how
+    many blocks its losses need), `num_layers` (the same if no answers are trained, else None),
+    targets(rows, batch), count(batch), losses(out, batch, totals) and figures(out, batch): see
+    nano/grounding.py.
     """
     device = trainer.start_processes(cfg)
     mixture = Mixture(sources, cfg.seed)
