@@ -453,6 +453,17 @@ class Processor:
         padded = collate(rows, self.tokenizer.special["<|endoftext|>"], side)
         return {**padded, **inputs}
 
+    def stem(self, texts):
+        """How many tokens a row's texts [(ids, labels)] share: up to the last image, if any."""
+        special = self.tokenizer.special
+        first = texts[0][0]
+        ends = [i for i, token in enumerate(first) if token == special["<|vision_end|>"]]
+        if ends:
+            return ends[-1] + 1
+        # text only: the system message, or without one the words that all begin with
+        shared = len(commonprefix([text for text, _ in texts]))
+        return min(shared, first.index(special["<|im_end|>"]) + 1)
+
     def pack(self, rows):
         """Concatenated rows: input_ids and labels (1, L), vision inputs, and `segments`.
 
@@ -461,12 +472,11 @@ class Processor:
         once, as the stem; each conversation continues from it as a branch, and no branch sees
         another. Conversations that differ before an image share no stem, only the images, which
         the ViT then sees once: image_index says which image each place shows. segments: [stem,
-        branch, ...] or [L], [L], ... of each row, as `VLM.forward` takes them.
+        branch, ...] of each row, or of each such conversation, as `VLM.forward` takes them.
         """
         media = chain.from_iterable(row.media for row in rows)
         batch, grids = process_media(media, self.image)
         grids = iter(grids)  # row by row
-        special = self.tokenizer.special
         ids = []
         labels = []
         segments = []
@@ -480,31 +490,25 @@ class Processor:
             # write each as if it were alone, then cut it after the stem
             about = (own, self.image.merge_size, False)
             texts = [chat(self.tokenizer, messages, *about) for messages in row.conversations]
-            first, first_labels = texts[0]
-            ends = [i for i, token in enumerate(first) if token == special["<|vision_end|>"]]
-            if ends:
-                stem = ends[-1] + 1
-            else:  # text only: share the system message, or without one the words all begin with
-                shared = len(commonprefix([text for text, _ in texts]))
-                stem = min(shared, first.index(special["<|im_end|>"]) + 1)
-            if any(text[:stem] != first[:stem] for text, _ in texts):
+            stem = self.stem(texts)
+            if any(text[:stem] != texts[0][0][:stem] for text, _ in texts):
                 assert "video" not in kinds, "words before a video: one conversation a row"
-                for text, learned in texts:
-                    ids += text
-                    labels += learned
-                    segments.append([len(text)])
-                    image_index += shown
-                continue
-            image_index += shown
-            ids += first[:stem]
-            labels += first_labels[:stem]
-            lengths = [stem]
-            # the first one too: a stem and all its branches
-            for text, learned in texts:
-                ids += text[stem:]
-                labels += learned[stem:]
-                lengths.append(len(text) - stem)
-            segments.append(lengths)
+                groups = [[text] for text in texts]
+            else:
+                groups = [texts]
+            for group in groups:
+                image_index += shown
+                first, first_labels = group[0]
+                stem = self.stem(group)
+                ids += first[:stem]
+                labels += first_labels[:stem]
+                lengths = [stem]
+                # the first one too: a stem and all its branches
+                for text, learned in group:
+                    ids += text[stem:]
+                    labels += learned[stem:]
+                    lengths.append(len(text) - stem)
+                segments.append(lengths)
         tensors = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
         if len(image_index) > images:
             tensors["image_index"] = torch.tensor(image_index)

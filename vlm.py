@@ -463,9 +463,9 @@ class VLM(nn.Module):
         num_layers=k runs only the first k blocks (no logits). logits_at: an index into (B, L), to
         compute logits only there. segments: the lengths of texts packed into one row (B = 1), each
         [L] or [stem, branch, branch, ...]; each branch continues where the stem ends, as if it were
-        alone. image_index (m,): which image each place of the texts shows, for texts that share
-        images; None if each image is shown once, in order. An empty cache is filled for `step`. ValueError if the images' tokens do not fill
-        their placeholders in the text.
+        alone. image_index (m,): which image each place of the texts shows, if texts share images;
+        None if each is shown once, in order. An empty cache is filled for `step`. ValueError if the
+        images' tokens do not fill their placeholders in the text.
         """
         config = self.config
         shown = image_grid_thw if image_index is None else image_grid_thw[image_index]

@@ -256,7 +256,7 @@ def test_pictures_of_another_size_are_told(processor):
         batch_of([row], processor)
 
 
-@pytest.mark.parametrize("name", ["nano", "base"])
+@pytest.mark.parametrize("name", ["nano", "base", "listen"])
 def test_shipped_heads_load(name, processor):
     folder = ROOT / "weights" / name
     heads = Grounding(VLM.from_pretrained(folder).config, processor.tokenizer, intent_layer=3)

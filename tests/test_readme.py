@@ -158,16 +158,17 @@ def test_figures_of_scenes_with_several_commands_come_from_the_result_files():
     listening = result("told-text-first.json")
     before = result("told-text-first-before.json")
     rows = {"shipped": shipped, "text first, before": before, "text first": listening}
+    rows["text first, three hours"] = result("told-three-hours.json")
     rows |= listening["families"]
     for name, figures in rows.items():
         texts = [percent(figures[figure]["rate"], 1) for figure in TOLD]
         assert row(RESULTS, name) == [name, *texts]
     done = shipped["done"]
     assert f"does {percent(done['rate'], 1)}% of {done['n']} commands" in " ".join(README.split())
-    assert f"does {percent(listening['done']['rate'], 1)}% and is not" in " ".join(README.split())
-    for name in ("physical-text-first.json", "physical-text-first-before.json"):
-        cells = result(name)
-        assert f"{percent(cells['mean'], 1)}% of {cells['episodes']} episodes" in RESULTS
+    assert f"did {percent(listening['done']['rate'], 1)}% and is not" in " ".join(README.split())
+    for name in ("text-first", "text-first-before", "three-hours"):
+        cells = result(f"physical-{name}.json")
+        assert f"{percent(cells['mean'], 1)}% of {cells['episodes']:,} episodes" in RESULTS
 
 
 def test_figures_of_goals_come_from_the_result_file():
