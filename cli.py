@@ -9,7 +9,9 @@ import dataclasses
 import difflib
 import inspect
 import re
+import shlex
 import sys
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -39,6 +41,17 @@ def run(main):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def command_line():
+    """The command that started this program, as a user would type it again in the repository."""
+    # with -m the first word is the whole path of the module's file
+    root = Path(__file__).parent
+    path = Path(sys.argv[0])
+    program = [path.name]
+    if path.is_relative_to(root) and path.parent != root:
+        program = ["-m", ".".join(path.relative_to(root).with_suffix("").parts)]
+    return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def choose(name, choices, what):

@@ -18,7 +18,6 @@ failed episode: `sample.py --seed` draws it.
 """
 
 import itertools
-import shlex
 import sys
 import time
 from collections import Counter, defaultdict
@@ -29,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import trange
 
-from cli import UserError, at_least, choose, choose_many, parse, pick_device, run
+from cli import UserError, at_least, choose, choose_many, command_line, parse, pick_device, run
 from data import seeds
 from data.conversations import Conversations
 from data.env import PERTURBATIONS
@@ -545,7 +544,7 @@ def main():
     writable(out.parent)
     start = time.time()
     result = {"what": what, **evaluate(what, config), "config": asdict(config)}
-    result["command"] = shlex.join(["python", *sys.argv])
+    result["command"] = command_line()
     result["seconds"] = round(time.time() - start)
     write_json(out, result)
     print(f"written to {out}")

@@ -194,7 +194,7 @@ def compute_losses(model, auxiliary, batch, totals):
     out, labels = forward(model, auxiliary, batch)
     # every process must return the same losses, or their sums would be mixed up
     losses = {}
-    if auxiliary is None or auxiliary.num_layers is None:
+    if auxiliary is None or not auxiliary.pictures_only:
         losses["answer"] = out.hidden_states[0].new_zeros(())
     if out.logits is not None:
         answer = answer_weights(batch) @ F.cross_entropy(out.logits, labels, reduction="none")
@@ -325,15 +325,14 @@ def train(cfg, model, processor, sources, auxiliary=None):
     """Train `model` on the sources; returns the last figures.
 
     auxiliary: a module with losses beside that of the answers, or None. It has `intent_layer` (how
-    many blocks its losses need), `num_layers` (the same if no answers are trained, else None),
-    targets(rows, batch), count(batch), losses(out, batch, totals) and figures(out, batch): see
-    nano/grounding.py.
+    many blocks its losses need), `pictures_only` (no row has an answer), targets(rows, batch),
+    count(batch), losses(out, batch, totals) and figures(out, batch): see nano/grounding.py.
     """
     device = trainer.start_processes(cfg)
     mixture = Mixture(sources, cfg.seed)
     select_parts(model, cfg)
-    if auxiliary is not None and auxiliary.num_layers:  # blocks that do not run are not trained
-        model.model.layers[auxiliary.num_layers :].requires_grad_(False)
+    if auxiliary is not None and auxiliary.pictures_only:  # other blocks never run
+        model.model.layers[auxiliary.intent_layer :].requires_grad_(False)
         model.model.norm.requires_grad_(False)
     model.checkpointing = model.visual.checkpointing = cfg.checkpointing
     modules = {"model": model}

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import sys
 from collections import defaultdict
@@ -36,7 +35,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from cli import UserError, at_least, choose, pick_device
+from cli import UserError, at_least, choose, command_line, pick_device
 from files import Tensors, atomic, claim, reading, save_tensors, whole_files, writable
 
 GRAD_CLIP = 1.0  # largest norm of a step's gradient
@@ -476,7 +475,7 @@ def run_record(cfg, stage, line, figures):
     """The record of a run after the step of this log line: for checkpoints and training.json."""
     return {
         "stage": stage,
-        "command": "python " + shlex.join(sys.argv),
+        "command": command_line(),
         "seed": cfg.seed,
         "step": line["step"],
         "steps": cfg.steps,

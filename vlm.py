@@ -373,10 +373,10 @@ class TextModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-def repeat(parts, grids, index):
-    """Rows of all images (n, D), with grids (n, 3), as those of the images at index (m,)."""
+def repeat_images(parts, grids, index):
+    """Tokens of n images (P, D), with grids (n, 3), to those of the images at index (m,)."""
     areas = grids.prod(1)
-    size = int(areas.sum()) // len(parts)  # patches of a row
+    size = int(areas.sum()) // len(parts)  # patches in a token
     images = parts.split((areas // size).tolist())
     return torch.cat([images[i] for i in index.tolist()])
 
@@ -428,7 +428,7 @@ class VLM(nn.Module):
                 continue
             parts = self.visual(pixels, grids)
             if index is not None:
-                parts = [repeat(part, grids, index) for part in parts]
+                parts = [repeat_images(part, grids, index) for part in parts]
             tokens, seen, *deep = parts
             features.append(seen)
             places = (input_ids == token_id)[..., None]  # (B, L, 1)

@@ -397,11 +397,16 @@ def color_alone(name, labels, short):
 
 def name_of(table, body, rng, place_share):
     """Words for a thing by its color or, in a share of cases, by its place or its kind alone."""
-    kind = kind_of(body)
-    without_color = relations(table, body)
-    # the only one of its kind needs no more
-    if kind in OTHER_NAMES and not others_of_kind(table, body):
+    alone = not others_of_kind(table, body)
+    return choose_name(table.label(body), relations(table, body), alone, rng, place_share)
+
+
+def choose_name(label, by_place, alone, rng, place_share):
+    """The same, from a thing's label, its names by place and whether no other is of its kind."""
+    kind = label.split()[-1]
+    without_color = by_place
+    if kind in OTHER_NAMES and alone:  # it needs no more
         without_color = [f"the {kind}"]
     if without_color and rng.random() < place_share:
         return pick(without_color, rng)
-    return pick(names_of(table.label(body)), rng)
+    return pick(names_of(label), rng)

@@ -27,8 +27,6 @@ lists the seeds of the failures, and is written last.
 
 import io
 import os
-import shlex
-import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from itertools import pairwise, product
@@ -38,7 +36,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from cli import UserError, at_least, choose, parse, run
+from cli import UserError, at_least, choose, command_line, parse, run
 from data.environments import cells_of, expert_of, open_environment
 from data.families import FAMILIES
 from data.media import open_image
@@ -106,7 +104,7 @@ def write_episode(path, demonstration, about):
     about = about | {
         "instruction": demonstration.instruction,
         "phases": names.tolist(),
-        "made": shlex.join(sys.argv),
+        "made": command_line(),
     }
     save_tensors(path, tensors, about)
 

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cli import UserError, at_least, choose_many, parse, pick_device, run
+from cli import UserError, at_least, choose_many, command_line, parse, pick_device, run
 from dev import bench_side
 from files import writable, write_json
 
@@ -327,7 +327,7 @@ def main():
         others = f"{row.get('against_ms', '')} | {row.get('times_as_fast', '')}"
         print(f"| {row['what']} | {row['ms']} | {others} |")
     result = {"machine": machine, "commit": git("rev-parse", "--short", "HEAD")}
-    result |= {"against": against, "rows": rows, "command": shlex.join(["python", *sys.argv])}
+    result |= {"against": against, "rows": rows, "command": command_line()}
     write_json(config.out, result)
     print(f"written to {config.out}")
 

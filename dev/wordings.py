@@ -17,8 +17,6 @@ sentences that are understood worst. All but by_place name objects by their colo
 predict this come from the model's training.
 """
 
-import shlex
-import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_sft
-from cli import UserError, parse, run
+from cli import UserError, command_line, parse, run
 from data import words
 from data.families import FAMILIES
 from data.tasks import TASKS
@@ -164,7 +162,7 @@ def main():
         "models": results,
         "sentences": sentences,
         "config": asdict(config),
-        "command": shlex.join(["python", "-m", "dev.wordings", *sys.argv[1:]]),
+        "command": command_line(),
     }
     write_json(config.out, result)
 

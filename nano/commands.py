@@ -18,6 +18,7 @@ states that the policy will read. A line of train.jsonl or val.jsonl:
                             is moved, C where it goes,
                    "places": [x, y, depth] of both in the front picture, px and m, or null}, ...]}
 
+Training draws another sentence for each command every time, validation reads the one of the file.
 Half of the pictures are of a layout with the arm anywhere, half of moments while the expert works.
 Every command that the scene allows may be asked of each, but for the combinations that are kept out
 of training (data/new_combinations.json). questions.jsonl asks about the commands of val.jsonl.
@@ -38,11 +39,10 @@ from data.conversations import Row
 from data.env import VIEWS
 from data.environments import names_in
 from data.expert import Infeasible, control_steps
-from data.families import FAMILIES, OTHER_NAMES, fill, instruct, names_of, relations, wording
+from data.families import FAMILIES, choose_name, fill, instruct, relations, wording
 from data.media import load_image
 from data.robots import ROBOTS
 from data.tasks import MAX_STEPS, RGBA, TASKS
-from data.words import pick
 from nano.command_questions import Asker
 from nano.scenes import (
     check_whole,
@@ -243,12 +243,8 @@ def reword(record, command, rng):
     if several:
         kinds = [label.split()[-1] for label in record["things"]]
         for role, label, by_place in zip(task.labels, command["things"], command["by_place"]):
-            kind = label.split()[-1]
-            without_color = by_place
-            if kind in OTHER_NAMES and kinds.count(kind) == 1:
-                without_color = [f"the {kind}"]
-            short = without_color and rng.random() < PLACE_SHARE
-            names[role] = pick(without_color if short else names_of(label), rng)
+            alone = kinds.count(label.split()[-1]) == 1
+            names[role] = choose_name(label, by_place, alone, rng, PLACE_SHARE)
     return command | {"instruction": fill(sentence, names, labels, rng)}
 
 

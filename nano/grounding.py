@@ -227,7 +227,8 @@ def pixels_between(places, true_places):
 class Grounding(nn.Module):
     """Heads on the ViT's patches, on block k's image tokens, and on tokens of answers and options.
 
-    num_layers: k, if only the first k blocks should run, on images alone; else None.
+    They need the first k = intent_layer blocks, and all blocks where rows have answers. With
+    pictures_only no row has any.
     """
 
     def __init__(self, config, tokenizer, intent_layer, pictures_only=False):
@@ -236,7 +237,7 @@ class Grounding(nn.Module):
         self.image_token = config.image_token_id
         self.merge = config.vision_config.spatial_merge_size
         self.intent_layer = intent_layer
-        self.num_layers = intent_layer if pictures_only else None
+        self.pictures_only = pictures_only
         self.names = ["patches_vit", "patches_llm", "commands"]
         if not pictures_only:
             self.names.append("answers")

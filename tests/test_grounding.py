@@ -63,8 +63,8 @@ def forward(batch, heads, processor):
     torch.manual_seed(1)
     model = VLM(TINY.for_tokenizer(processor.tokenizer))
     inputs = {name: batch[name] for name in INPUTS if name in batch}
-    if heads.num_layers:
-        out = model(**inputs, num_layers=heads.num_layers)
+    if heads.pictures_only:
+        out = model(**inputs, num_layers=heads.intent_layer)
     else:
         out = model(**inputs, logits_at=F.pad(batch["labels"][:, 1:] >= 0, (0, 1)))
     losses = heads.losses(out, batch, [max(1.0, share) for share in heads.count(batch)])

@@ -468,7 +468,8 @@ def test_a_broken_picture_ends_the_run_or_is_left_out(folder, tmp_path, capsys):
 class BadLoss(torch.nn.Module):
     """An auxiliary module whose loss is NaN at some steps."""
 
-    num_layers = None
+    intent_layer = 1
+    pictures_only = False
 
     def __init__(self, bad):
         super().__init__()

@@ -1,13 +1,15 @@
 """trainer.py keeps its promises: Muon, optimizers, the schedule, checkpoints, the log, refusals."""
 
 import json
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 import trainer
-from cli import UserError
+from cli import UserError, command_line
 from trainer import Log, Muon, RunConfig, learning_rate, make_optimizers, orthogonalize
 
 
@@ -224,3 +226,13 @@ def test_flags_that_may_not_change_are_named(tmp_path):
     with pytest.raises(UserError, match="trained with --lr 0.01, not 0.02"):
         trainer.resume(changed, (), modules, optimizers)
     assert trainer.resume(changed, ("lr",), modules, optimizers)["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("first", "program"),
+    [("eval.py", "eval.py"), ("/elsewhere/tool.py", "tool.py")]
+    + [(str(ROOT / "eval.py"), "eval.py"), (str(ROOT / "nano" / "train.py"), "-m nano.train")],
+)
+def test_a_command_is_recorded_as_people_type_it(first, program, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [first, "--out", "a b"])
+    assert command_line() == f"python {program} --out 'a b'"
