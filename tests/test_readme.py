@@ -165,14 +165,17 @@ def test_figures_of_scenes_with_several_commands_come_from_the_result_files():
         assert row(RESULTS, name) == [name, *texts]
     done = shipped["done"]
     assert f"does {percent(done['rate'], 1)}% of {done['n']} commands" in " ".join(README.split())
-    assert f"did {percent(listening['done']['rate'], 1)}% and is not" in " ".join(README.split())
+    hours = [
+        percent(rows[name]["done"]["rate"], 1) for name in ("text first", "text first, three hours")
+    ]
+    assert "did {}% in seven hours and {}% in three".format(*hours) in " ".join(README.split())
     for name in ("text-first", "text-first-before", "three-hours"):
         cells = result(f"physical-{name}.json")
         assert f"{percent(cells['mean'], 1)}% of {cells['episodes']:,} episodes" in RESULTS
 
 
 def test_figures_of_goals_come_from_the_result_file():
-    for length, figures in result("plan-text-first.json")["lengths"].items():
+    for length, figures in result("plan-three-hours.json")["lengths"].items():
         texts = [percent(figure["rate"], 1) for figure in figures.values()]
         number = figures["planned"]["n"]
         assert row(RESULTS, f"{length} commands") == [f"{length} commands", str(number), *texts]
@@ -235,6 +238,25 @@ def test_digital_figures_come_from_the_result_file():
         assert percent(found[who], 1) in means
     for rates in found["retention"].values():
         assert " | ".join(map(percent, rates.values())) in RESULTS
+
+
+def test_figures_of_the_language_model_that_knows_commands_come_from_the_result_files():
+    files = result("digital-listen.json")["files"]
+    names = {"val": "templates", "off_template": "off the templates"}
+    names |= {"questions": "about commands", "probes": "general instructions"}
+    for path, found in files.items():
+        asked = sum(rates["asked"] for rates in found["categories"].values())
+        rates = [percent(found["means"][who], 1) for who in ("chance", "blind", "base", "model")]
+        name = names[path.split("/")[-1].removesuffix(".jsonl")]
+        assert row(RESULTS, name) == [name, f"{asked:,}", *rates]
+    kinds = result("wordings-listen.json")["models"]["weights/listen"]
+    px = {kind: f"{figures['px']:.2f}" for kind, figures in kinds.items()}
+    text = " ".join(RESULTS.split())
+    said = (
+        "{seen} px off in wordings of training, {held_out} in held-out ones and {off_template} as"
+    )
+    assert said.format(**px) in text
+    assert f"the worst with {px['by_place']} px" in text and f"it is {px['.']} (" in text
 
 
 def rates_of(figures):
